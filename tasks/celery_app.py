@@ -1,0 +1,96 @@
+"""The Celery app and its settings.
+
+The settings are those under which Celery on Redis was measured to behave: late acknowledgement, a message taken only
+when a slot is free, threads instead of forks, and timeouts on every socket.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import Celery
+from celery.signals import celeryd_init
+
+from tasks.catalog import GPU
+from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S
+from tasks.outcomes import Outcomes
+from tasks.settings import Settings, load_settings
+
+SCORE = "rewardq.score"
+"""Name of the task that scores a chunk; clients send by name."""
+
+VISIBILITY_TIMEOUT_S = 12 * 3600
+"""After this Redis gives unacknowledged messages back to the queue. Long, since clients send again what is missing."""
+
+WORKER_MODULES = ("tasks.score", "workers.serving")
+"""What a worker imports when it starts; a trainer never does."""
+
+
+def make_app(settings: Settings) -> Any:
+    """A Celery app on the servers that `settings` names; `app.settings` are those settings."""
+    app = Celery("rewardq", broker=settings.broker_url, backend=settings.results, set_as_current=False)
+    app.settings = settings
+    app.conf.update(
+        include=WORKER_MODULES,
+        task_serializer="msgpack",
+        result_serializer="msgpack",
+        accept_content=["msgpack"],
+        task_default_queue=GPU,
+        task_acks_late=True,
+        task_acks_on_failure_or_timeout=True,
+        task_reject_on_worker_lost=False,
+        task_ignore_result=True,
+        result_expires=int(settings.result_ttl_s),
+        worker_pool=settings.pool,
+        worker_concurrency=2,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_send_task_events=True,
+        worker_enable_remote_control=True,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_keepalive": True,
+            "health_check_interval": HEALTH_CHECK_S,
+        },
+        redis_socket_timeout=SOCKET_TIMEOUT_S,
+        redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
+        redis_socket_keepalive=True,
+        redis_backend_health_check_interval=HEALTH_CHECK_S,
+        resultrepr_maxsize=256,
+    )
+    return app
+
+
+def outcomes_of(app: Any) -> Outcomes:
+    """The outcomes in an app's result backend."""
+    settings: Settings = app.settings
+    return Outcomes(app.backend.client, settings.claim_ttl_s, settings.result_ttl_s)
+
+
+app: Any = make_app(load_settings())
+app.set_default()
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _name_node(sender: str, instance: Any, options: dict[str, Any], **_: Any) -> None:
+    """Name a worker after its queues and process, so that several run on one host under the documented commands."""
+    name, _at, host = sender.partition("@")
+    if name != "celery":  # given by -n
+        return
+    queues = options.get("queues") or [GPU]
+    names = queues.split(",") if isinstance(queues, str) else queues
+    instance.hostname = f"{'+'.join(names)}.{os.getpid()}@{host}"
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _unregister_unused(instance: Any, **_: Any) -> None:
+    """Whoever can write to Redis can start tasks: leave none registered that this pipeline does not use."""
+    app.finalize()
+    for name in list(app.tasks):
+        if name.startswith("celery."):
+            app.tasks.pop(name)

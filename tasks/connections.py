@@ -1,0 +1,68 @@
+"""Connections to Redis: timeouts that let no call hang, and retries that end at a deadline."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import redis
+
+from tasks.errors import RedisUnreachableError
+from tasks.settings import without_password
+
+SOCKET_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
+HEALTH_CHECK_S = 10
+
+LOST = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, ConnectionError, TimeoutError)
+"""What a server that is away, or on its way back, raises; trying again helps."""
+
+T = TypeVar("T")
+
+
+def connect(url: str) -> redis.Redis:
+    """A client (a pool of connections, made at first use; safe between threads and after a fork)."""
+    client: redis.Redis = redis.Redis.from_url(
+        url,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=HEALTH_CHECK_S,
+    )
+    return client
+
+
+def check_reachable(client: Any, url: str, role: str) -> None:
+    """Ask the server for a sign of life.
+
+    Raises:
+        RedisUnreachableError: Says the URL without its password, the role of this server, and what to start.
+    """
+    try:
+        client.ping()
+    except redis.AuthenticationError as error:
+        raise RedisUnreachableError(f"{role} at {without_password(url)} refuses this user: {error}") from None
+    except (redis.RedisError, OSError) as error:
+        raise RedisUnreachableError(
+            f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
+            "rewards.yaml`) or point REWARDQ_BROKER_URL at the one you have"
+        ) from None
+
+
+def persist(call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False) -> T:
+    """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
+
+    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true.
+    """
+    deadline = time.monotonic() + give_up_s
+    pause_s = 0.05
+    while True:
+        try:
+            return call()
+        except LOST:
+            if stop() or time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, 2.0)

@@ -1,0 +1,139 @@
+"""Everything this pipeline raises.
+
+RewardError
+|-- SettingsError           the operator's: a REWARDQ_* variable is unknown or wrong; nothing was started
+|-- ConfigError             the caller's: a rewards block is wrong; nothing was sent
+|   |-- UnknownRewardError  no reward model of that name; names the nearest
+|   `-- UnknownOptionError  a built-in has no such option; names the nearest
+|-- InvalidSampleError      the caller's: wrong shape, dtype, missing field; nothing was sent
+|-- ShadowedImportError     the caller's: another file is imported under our name
+|-- MissingExtraError       the operator's: an optional dependency is not installed
+|-- ModelLoadError          the worker's: a reward model cannot be loaded; every sample of the chunk gets the reason
+|-- RedisUnreachableError   the operator's: no server answers; trying again helps once it does
+|-- PayloadGoneError        media or a request left the store before they were read; the client uploads again
+|-- WireError               a message of another wire version, or not one of ours
+|-- TicketError             the caller's: a ticket of another run or of other rewards
+|-- ScoringError            some samples have no reward; carries every reason and the batch
+`-- CollectTimeoutError     late, not lost: the ticket stays valid; carries what is there
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FailureKind = Literal["failed", "timeout", "unparsable", "invalid", "abstained"]
+"""Why there is no reward: the model or a part on its way broke; a deadline passed; a judge's answer
+could not be read; the sample is unfit for this reward; the reward model chose not to score it."""
+
+FAILURE_KINDS: tuple[str, ...] = get_args(FailureKind)
+
+
+class RewardError(Exception):
+    """Whatever this pipeline raises; catch it to catch all."""
+
+
+class SettingsError(RewardError, ValueError):
+    """A `REWARDQ_*` variable is unknown or has a wrong value."""
+
+
+class ConfigError(RewardError, ValueError):
+    """A `rewards:` block is wrong; the message names the place, what was found and what is needed."""
+
+
+class UnknownRewardError(ConfigError):
+    """No reward model has this name."""
+
+
+class UnknownOptionError(ConfigError):
+    """A built-in reward model has no option of this name."""
+
+
+class InvalidSampleError(RewardError, ValueError):
+    """A sample's field is missing or of a wrong shape, dtype or range. Nothing was sent."""
+
+
+class ShadowedImportError(RewardError, ImportError):
+    """A file of the user's is imported under the name of one of our packages."""
+
+
+class MissingExtraError(RewardError, ImportError):
+    """An optional dependency is missing.
+
+    Args:
+        what: The feature that needs it.
+        module: The module that cannot be imported.
+        extra: The extra of `rewardq` that brings it.
+    """
+
+    def __init__(self, what: str, module: str, extra: str) -> None:
+        super().__init__(what, module, extra)
+        self.what, self.module, self.extra = what, module, extra
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs the module {self.module!r}, which is not installed here: "
+            f"pip install 'rewardq[{self.extra}]'"
+        )
+
+
+class ModelLoadError(RewardError):
+    """A reward model cannot be loaded on this worker."""
+
+
+class RedisUnreachableError(RewardError, ConnectionError):
+    """No Redis answers at the URL in the message (its password left out)."""
+
+
+class PayloadGoneError(RewardError):
+    """Payloads were not in the store (expired, evicted, flushed) or not what was stored.
+
+    Args:
+        missing: Their store keys.
+    """
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        super().__init__(missing)
+        self.missing = tuple(missing)
+
+    def __str__(self) -> str:
+        return f"{len(self.missing)} payload(s) are not in the store, the first is {self.missing[0]}"
+
+
+class WireError(RewardError):
+    """Bytes that are no message of this wire version."""
+
+
+class TicketError(RewardError, ValueError):
+    """A ticket does not belong to this client's run or rewards."""
+
+
+class ScoringError(RewardError):
+    """Some samples have no reward.
+
+    Args:
+        message: Every reward that fails, with its first reasons.
+        batch: The `RewardBatch` with what is there; its `failures` has every reason.
+    """
+
+    def __init__(self, message: str, batch: Any) -> None:
+        super().__init__(message, batch)
+        self.message, self.batch = message, batch
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class CollectTimeoutError(ScoringError, TimeoutError):
+    """The deadline of `collect` passed with samples still out. The step stays open: collect again, or cancel."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or an empty text."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

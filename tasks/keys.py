@@ -1,0 +1,58 @@
+"""Every Redis key of this pipeline, in one place; all carry a TTL except the counters of queues."""
+
+from __future__ import annotations
+
+ROOT = "rewardq:"
+
+
+def outcome(address: str) -> str:
+    """The outcome at `address` (run, fingerprint, sample key). Written by workers, read by clients."""
+    return f"{ROOT}outcome:{address}"
+
+
+def claim(address: str) -> str:
+    """The token of the task that is scoring `address` now; its TTL is kept alive by the worker's heartbeat."""
+    return f"{ROOT}claim:{address}"
+
+
+def starts(address: str) -> str:
+    """How often a claim on `address` started without an answer so far (a hash)."""
+    return f"{ROOT}starts:{address}"
+
+
+def note(request_id: str) -> str:
+    """What a worker tells the client about a request it could not read (no outcome)."""
+    return f"{ROOT}note:{request_id}"
+
+
+def sent_number(queue: str) -> str:
+    """Counter: the number of the last message sent to `queue`."""
+    return f"{ROOT}sent:{queue}"
+
+
+def taken_number(queue: str) -> str:
+    """The highest message number a worker took from `queue`."""
+    return f"{ROOT}taken:{queue}"
+
+
+def worker(node: str) -> str:
+    """The heartbeat of one worker: what it serves and its state."""
+    return f"{ROOT}worker:{node}"
+
+
+WORKERS = f"{ROOT}workers"
+"""Sorted set of worker node names by the time (Redis's clock, ms) at which their heartbeat expires."""
+
+STORE_IDENTITY = f"{ROOT}store"
+"""In the payload store's Redis: its identity, a random text."""
+
+PAYLOAD_LEDGER = f"{ROOT}ledger"
+"""In the payload store's Redis: sorted set of `<num_bytes>|<payload key>` by expiry (Redis's clock, ms)."""
+
+PAYLOAD_BYTES = f"{ROOT}ledger_bytes"
+"""In the payload store's Redis: the sum over the ledger."""
+
+
+def payload(name: str) -> str:
+    """Media bytes, or a request; `name` is `<client id>.<digest or request id>`."""
+    return f"{ROOT}payload:{name}"

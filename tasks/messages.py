@@ -1,0 +1,179 @@
+"""What travels between trainers and workers: validated, versioned, msgpack only."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import FailureKind, WireError
+
+WIRE_VERSION = 1
+"""Raised whenever a worker of the last version could misread what a client of this one sends."""
+
+Text = Annotated[str, Field(max_length=4096)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class MediaRef(_Message):
+    """One image, video or waveform in the payload store."""
+
+    name: Text
+    """Its key in the store."""
+    digest: Text
+    """SHA-256 (32 hex digits) of the stored bytes; checked after the fetch."""
+    shape: tuple[int, ...]
+    """`(H, W, 3)`, `(T, H, W, 3)`, or `(C, T)` of audio."""
+    format: Literal["raw", "jpeg", "float32"]
+    """Raw uint8, JPEG files (one a frame, each behind its length as 4 bytes), or raw float32."""
+
+
+Media = MediaRef | tuple[MediaRef, ...]
+
+
+class SampleRequest(_Message):
+    """One sample of a chunk. Made by a client's sender, read by a worker."""
+
+    address: Text
+    """Where its outcome goes: `run:fingerprint:key`."""
+    prompt: str
+    media: dict[str, Media]
+    """By field of `Sample`; only what the reward model declares."""
+    metadata: dict[str, Any] = {}
+    attempt: Annotated[int, Field(ge=1)] = 1
+    """Answered by any reward, or by a failure of this attempt or later."""
+
+
+class RewardCall(_Message):
+    """The computation a chunk asks for; what a worker needs to build the reward model."""
+
+    name: Text
+    """The user's name for it, for logs and `extra`."""
+    model: Text
+    """A built-in's canonical name, or a dotted path."""
+    fingerprint: Text
+    version: str
+    dtype: Text
+    batch_size: Annotated[int, Field(ge=1)]
+    timeout_s: Annotated[float, Field(gt=0)]
+    image_format: Text
+    options: dict[str, Any]
+
+
+class ScoreRequest(_Message):
+    """A chunk: samples to score for one reward. In the payload store under its id, for the length of the step."""
+
+    wire: int = WIRE_VERSION
+    id: Text
+    run: Text
+    label: Text
+    """For people: `OCR x 16, run demo step 3`."""
+    sent_ms: int
+    """On Redis's clock: when it was put together."""
+    deadline_ms: int
+    """On Redis's clock; after it nobody waits for the outcomes any more."""
+    reward: RewardCall
+    samples: Annotated[tuple[SampleRequest, ...], Field(min_length=1)]
+
+
+class Note(_Message):
+    """What keeps a worker from reading a request: no outcome, the client acts on it. Made by a worker."""
+
+    reason: Literal["gone", "store", "wire"]
+    """The request or a payload is not in the store; the worker uses another store; it speaks another wire version."""
+    worker: Text
+    detail: str
+
+
+class Failure(_Message):
+    """Why there is no reward."""
+
+    kind: FailureKind
+    message: str
+
+
+class Outcome(_Message):
+    """A finite reward, or the reason there is none; exactly one of them. Made by a worker, read by clients."""
+
+    reward: float | None = None
+    failure: Failure | None = None
+    attempt: int = 1
+    info: dict[str, Any] = {}
+    """What the reward model says beside the reward: judge text, aspects, raw score."""
+    origin: dict[str, Any] = {}
+    """Where it was computed: worker, device, versions, and the seconds it took."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Outcome:
+        if (self.reward is None) == (self.failure is None):
+            raise ValueError("an outcome is a reward or a failure, exactly one of them")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"a reward is finite, found {self.reward}")
+        return self
+
+
+class Heartbeat(_Message):
+    """What a worker serves and how it is. Written every few seconds with a short TTL; read by clients."""
+
+    wire: int
+    node: Text
+    queues: tuple[str, ...]
+    host: Text
+    pid: int
+    store: Text
+    """Identity of its payload store."""
+    state: Literal["ready", "loading"]
+    loading: tuple[str, ...] = ()
+    """Fingerprints whose models are being loaded now."""
+    models: tuple[str, ...] = ()
+    """Names of the reward models in memory."""
+
+
+M = TypeVar("M", bound=_Message)
+
+
+def pack(message: BaseModel) -> bytes:
+    """msgpack bytes of a message."""
+    packed: bytes = msgpack.packb(message.model_dump(mode="python"))
+    return packed
+
+
+def unpack(model: type[M], data: bytes) -> M:
+    """The message in `data`.
+
+    Raises:
+        WireError: Other bytes, another wire version, or unknown or missing fields.
+    """
+    try:
+        fields = msgpack.unpackb(data)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError(f"not a {model.__name__}: {error}") from None
+    wire = fields.get("wire", WIRE_VERSION) if isinstance(fields, dict) else WIRE_VERSION
+    if wire != WIRE_VERSION:
+        raise WireError(f"a {model.__name__} of wire version {wire}; this side speaks {WIRE_VERSION}")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise WireError(f"not a {model.__name__} of wire version {WIRE_VERSION}: {place}: {first['msg']}") from None
+
+
+# An outcome in Redis starts with a short header that scripts there can read: `R;` for a reward, `F<attempt>;` for a
+# failure; msgpack follows.
+
+
+def pack_outcome(outcome: Outcome) -> bytes:
+    """The bytes of an outcome in Redis."""
+    header = b"R;" if outcome.reward is not None else b"F%d;" % outcome.attempt
+    return header + pack(outcome)
+
+
+def unpack_outcome(data: bytes) -> Outcome:
+    """The outcome in bytes from Redis. Raises `WireError`."""
+    return unpack(Outcome, data[data.index(b";") + 1 :])

@@ -1,0 +1,304 @@
+"""Rewards as configured: YAML to validated specs; fingerprints, queues and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgpack
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from tasks import catalog
+from tasks.errors import ConfigError, UnknownOptionError, nearest
+
+Split = Literal["train", "eval"]
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "float16": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "float32": "float32",
+}
+"""Names of dtypes as configs write them, to the one that travels."""
+
+RAW, JPEG = "raw", "jpeg"
+SAMPLE_FIELDS = ("prompt", "image", "video", "audio", "condition_images", "condition_videos", "metadata")
+RESERVED_NAME = re.compile(r"[^\w.\-+ ]")
+
+_KEYS = (
+    "name", "reward_model", "weight", "dtype", "device", "batch_size", "async_reward", "num_workers",
+    "queue", "version", "on_failure", "timeout_s", "cache", "image_format", "extra_kwargs",
+)  # fmt: skip
+
+
+class ConstantOnFailure(BaseModel):
+    """`on_failure: {value: x}`: a failed sample gets `x` in the rewards and is still listed as failed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    value: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RewardSpec(BaseModel):
+    """One entry of a `rewards:` block, checked. `fingerprint` names the computation, `name` is the user's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    reward_model: str
+    """A built-in's canonical name, or the dotted path of a class in a module the worker allows."""
+    weight: float = 1.0
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    """A wish; the worker's REWARDQ_DEVICE decides."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    async_reward: bool = True
+    """False holds the samples until `collect()`, for workers that share the trainer's GPU."""
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Accepted for Flow-Factory's configs; concurrency is the workers'."""
+    queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+    version: str = ""
+    """Of your own class: change it when its code changes, and old rewards are no answer any more."""
+    on_failure: Literal["raise", "nan"] | ConstantOnFailure | None = None
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds for scoring one sample."""
+    cache: bool = False
+    """With a sampling judge: share its answer among equal samples instead of asking for each slot."""
+    image_format: str = RAW
+    """How pixels travel to a local model (`raw` is lossless, `jpeg` quality 95), or reach a judge."""
+    options: dict[str, Any] = {}
+    required: tuple[tuple[str, ...], ...] = ()
+    """Alternatives a sample must have; empty for a dotted path, whose class only the worker knows."""
+    fields: tuple[str, ...] = SAMPLE_FIELDS
+    """What travels."""
+    launch: str = ""
+    """Set where edited code must not be answered with old rewards: a dotted path without `version`."""
+
+    @field_validator("weight")
+    @classmethod
+    def _finite(cls, weight: float) -> float:
+        if not math.isfinite(weight):
+            raise ValueError(f"must be a finite number, found {weight}")
+        return weight
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the model is in the catalog."""
+        return self.reward_model in catalog.CATALOG
+
+    @property
+    def model_version(self) -> str:
+        """The catalog's version of a built-in, with the user's `version`."""
+        ours = catalog.CATALOG[self.reward_model].version if self.is_builtin else ""
+        return "/".join(v for v in (ours, self.version) if v)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, device."""
+        uses_dtype = not self.is_builtin or catalog.CATALOG[self.reward_model].uses_dtype
+        parts = [
+            self.reward_model,
+            self.model_version,
+            self.dtype if uses_dtype else "",
+            _canonical(self.options),
+            self.image_format,
+            self.launch,
+        ]
+        return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:16]
+
+    @property
+    def counts_slot(self) -> bool:
+        """Whether equal samples in different slots are different computations (a judge that samples)."""
+        sampled = catalog.CATALOG[self.reward_model].sampled if self.is_builtin else None
+        return bool(sampled and self.options.get(sampled, 0) > 0 and not self.cache)
+
+    def for_launch(self, launch: str) -> RewardSpec:
+        """This reward as it stands in `launch`."""
+        if self.is_builtin or self.version:
+            return self
+        return self.model_copy(update={"launch": launch})
+
+
+class RewardConfig(BaseModel):
+    """The rewards of a run: for training, and for evaluation (the training rewards unless given)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rewards: tuple[RewardSpec, ...]
+    eval_rewards: tuple[RewardSpec, ...] = ()
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> RewardConfig:
+        """Read the `rewards:` and `eval_rewards:` blocks of a YAML file; its other blocks are the trainer's.
+
+        Raises:
+            ConfigError: The file cannot be read, is no YAML, or a block is wrong.
+        """
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the rewards file {os.fspath(path)}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{os.fspath(path)} is no YAML: {error}") from None
+        if not isinstance(loaded, Mapping):
+            raise ConfigError(f"{os.fspath(path)}: needs a mapping with a rewards: block, found {_kind(loaded)}")
+        return cls.from_dict(loaded)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> RewardConfig:
+        """Check the `rewards` and `eval_rewards` of a parsed file (each a list, or one reward as a mapping).
+
+        Raises:
+            ConfigError: Says which reward and key is wrong, what was found and what is needed.
+        """
+        if "rewards" not in config:
+            raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}")
+        return cls(
+            rewards=_parse_block(config["rewards"], "rewards"),
+            eval_rewards=_parse_block(config["eval_rewards"], "eval_rewards") if config.get("eval_rewards") else (),
+        )
+
+    def of(self, split: Split) -> tuple[RewardSpec, ...]:
+        """The rewards of a split."""
+        return (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
+
+    def for_launch(self, launch: str) -> RewardConfig:
+        """This config as it stands in `launch`."""
+        return RewardConfig(
+            rewards=tuple(r.for_launch(launch) for r in self.rewards),
+            eval_rewards=tuple(r.for_launch(launch) for r in self.eval_rewards),
+        )
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """Every queue that serves this config, in order of first use."""
+        return tuple(dict.fromkeys(r.queue for r in (*self.rewards, *self.eval_rewards)))
+
+
+def _parse_block(block: Any, where: str) -> tuple[RewardSpec, ...]:
+    entries = [block] if isinstance(block, Mapping) else block
+    if not isinstance(entries, list | tuple) or not entries:
+        raise ConfigError(f"{where}: needs a list of rewards or one reward, found {_kind(block)}")
+    specs = tuple(_parse_reward(entry, f"{where}[{i}]") for i, entry in enumerate(entries))
+    names = [s.name for s in specs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"{where}: two rewards of the name {twice[0]!r}; give each its own")
+    return specs
+
+
+def _parse_reward(entry: Any, where: str) -> RewardSpec:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: needs a mapping with reward_model, found {_kind(entry)}")
+    entry = dict(entry)
+    model = entry.get("reward_model")
+    if not isinstance(model, str) or not model.strip():
+        raise ConfigError(f"{where}: reward_model must name a reward model, found {model!r}")
+    found = catalog.find(model.strip())
+    name = entry.get("name") or (found[0] if found else model)
+    where = f"{where} ({name})"
+
+    known: dict[str, Any] = {key: entry.pop(key) for key in _KEYS if key in entry and key != "extra_kwargs"}
+    known = {key: value for key, value in known.items() if value is not None}
+    nested = entry.pop("extra_kwargs", None) or {}
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"{where}: extra_kwargs must be a mapping, found {_kind(nested)}")
+    options = {**nested, **entry}
+    known["name"] = name
+    if "dtype" in known:
+        known["dtype"] = _dtype(known["dtype"], where)
+
+    if found is None:
+        known.setdefault("queue", catalog.GPU)
+        known["reward_model"] = model.strip()
+        known["options"] = _plain(options, where)
+    else:
+        canonical, builtin = found
+        known.setdefault("queue", builtin.queue)
+        known.setdefault("batch_size", builtin.batch_size)
+        known.setdefault("timeout_s", builtin.timeout_s)
+        known["reward_model"] = canonical
+        known["options"] = _check_options(canonical, builtin, options, where)
+        known["required"] = builtin.required
+        known["fields"] = builtin.fields
+    _check_image_format(known, where)
+    try:
+        return RewardSpec(**known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(p) for p in first["loc"] if p != "ConstantOnFailure")
+        raise ConfigError(f"{where}: {key}: {first['msg']} (found {first.get('input')!r})") from None
+
+
+def _check_options(model: str, builtin: catalog.ModelEntry, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Every option of a built-in with its value or default, so that a default written out is the same computation."""
+    checked = {name: option.default for name, option in builtin.options.items()}
+    for name, value in options.items():
+        if name not in builtin.options:
+            known = (*builtin.options, *_KEYS)
+            raise UnknownOptionError(
+                f"{where}: {model} has no option {name!r}{nearest(str(name), known)}; "
+                f"its options: {', '.join(builtin.options) or 'none'}"
+            )
+        option = builtin.options[name]
+        try:
+            checked[name] = TypeAdapter(option.type).validate_python(value, strict=not isinstance(value, int))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
+    if checked.get("api_key") not in (None, "", "EMPTY"):
+        raise ConfigError(
+            f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
+            "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
+        )
+    key_env = checked.get("api_key_env")
+    if key_env and key_env != "OPENAI_API_KEY" and not key_env.startswith("REWARDQ_KEY_"):
+        raise ConfigError(f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}")
+    return checked
+
+
+def _check_image_format(known: dict[str, Any], where: str) -> None:
+    is_judge = (
+        catalog.CATALOG[known["reward_model"]].extra == "judge" if known["reward_model"] in catalog.CATALOG else False
+    )
+    allowed = ("png", "jpeg", "webp") if is_judge else (RAW, JPEG)
+    known.setdefault("image_format", JPEG if is_judge else RAW)
+    if known["image_format"] not in allowed:
+        raise ConfigError(f"{where}: image_format must be one of {', '.join(allowed)}, found {known['image_format']!r}")
+
+
+def _dtype(value: Any, where: str) -> str:
+    name = str(value).removeprefix("torch.").lower()
+    if name not in DTYPES:
+        raise ConfigError(f"{where}: dtype must be one of {', '.join(DTYPES)}, found {value!r}")
+    return DTYPES[name]
+
+
+def _plain(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options of a dotted path: anything that msgpack carries."""
+    try:
+        msgpack.packb(dict(options))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{where}: options must be plain data (numbers, text, lists, mappings): {error}") from None
+    return dict(options)
+
+
+def _canonical(value: Any) -> Any:
+    """`value` with mappings as sorted pairs, so that equal options give equal bytes."""
+    if isinstance(value, Mapping):
+        return [[str(k), _canonical(v)] for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))]
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:80]

@@ -1,0 +1,149 @@
+"""Samples as a trainer submits them: their fields, their cheap checks, and the key that is their identity."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from tasks import media
+from tasks.errors import InvalidSampleError
+from tasks.rewards import RewardSpec
+
+MEDIA_FIELDS = ("image", "video", "audio", "condition_images", "condition_videos")
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """A prompt and what was generated for it.
+
+    Media are kept by reference until they are encoded; do not change them before `client.flush()` or `collect()`.
+    """
+
+    prompt: str = ""
+    image: Any = None
+    """PIL, uint8 `(H, W, 3)`, or float `(3, H, W)` in [0, 1]; numpy or torch."""
+    video: Any = None
+    """A list of images of one size, uint8 `(T, H, W, 3)`, or float `(T, 3, H, W)` in [0, 1]."""
+    audio: Any = None
+    """A float waveform `(T,)` or `(C, T)`."""
+    condition_images: Sequence[Any] | None = None
+    """Images that the generator was given (the source of an edit first)."""
+    condition_videos: Sequence[Any] | None = None
+    group: Hashable = None
+    """Id of its prompt's group; samples of one group are compared."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-like; reaches the reward models that declare it."""
+
+
+def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int) -> None:
+    """Check types, shapes, dtypes and the fields that `rewards` require; no pass over pixels.
+
+    Raises:
+        InvalidSampleError: Names the sample, the field, what was found and what is needed.
+    """
+    if not isinstance(sample, Sample):
+        raise InvalidSampleError(f"{where}: needs a Sample, found a {type(sample).__name__}")
+    if not isinstance(sample.prompt, str):
+        raise InvalidSampleError(f"{where}: prompt must be text, found a {type(sample.prompt).__name__}")
+    _check_text(sample.prompt, f"{where}: prompt")
+    if sample.image is not None:
+        media.check_image(sample.image, f"{where}: image", max_pixels)
+    if sample.video is not None:
+        media.check_video(sample.video, f"{where}: video", max_pixels)
+    if sample.audio is not None:
+        media.check_audio(sample.audio, f"{where}: audio")
+    for i, image in enumerate(_listed(sample.condition_images, f"{where}: condition_images")):
+        media.check_image(image, f"{where}: condition_images[{i}]", max_pixels)
+    for i, video in enumerate(_listed(sample.condition_videos, f"{where}: condition_videos")):
+        media.check_video(video, f"{where}: condition_videos[{i}]", max_pixels)
+    _check_metadata(sample.metadata, where)
+    for reward in rewards:
+        _check_required(sample, reward, where)
+
+
+def sample_key(prompt: str, digests: Mapping[str, Any], metadata: Mapping[str, Any], slot: tuple[Any, ...] = ()) -> str:
+    """The identity of a sample: 32 hex digits of its prompt, media and metadata.
+
+    Args:
+        digests: For each media field that travels, `(shape, digest)` or a list of them.
+        slot: (split, step, rank, index), for a judge whose answers are random and must differ between equal samples.
+    """
+    parts = [prompt, _canonical(digests), _canonical(metadata), list(slot)]
+    return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:32]
+
+
+def _check_required(sample: Sample, reward: RewardSpec, where: str) -> None:
+    for alternatives in reward.required:
+        if not any(_has(sample, name) for name in alternatives):
+            raise InvalidSampleError(
+                f"{where}: reward {reward.name!r} ({reward.reward_model}) needs {' or '.join(alternatives)}, "
+                f"found {_missing(sample, alternatives[0])}"
+            )
+
+
+def _has(sample: Sample, name: str) -> bool:
+    value = getattr(sample, name)
+    if name == "prompt":
+        return bool(value.strip())
+    return value is not None and (not isinstance(value, list | tuple) or len(value) > 0)
+
+
+def _missing(sample: Sample, name: str) -> str:
+    return f"an empty prompt {sample.prompt!r}" if name == "prompt" else "none"
+
+
+def _listed(value: Any, where: str) -> Sequence[Any]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise InvalidSampleError(f"{where}: needs a list, found a {type(value).__name__}")
+    return value
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidSampleError(f"{where} is no valid Unicode: {error.reason} at {error.start}") from None
+
+
+def _check_metadata(metadata: Any, where: str) -> None:
+    if not isinstance(metadata, Mapping):
+        raise InvalidSampleError(f"{where}: metadata must be a mapping, found a {type(metadata).__name__}")
+    bad = _not_plain(metadata, "metadata")
+    if bad is not None:
+        raise InvalidSampleError(f"{where}: {bad}; needs text keys and text, numbers, booleans, None, lists, mappings")
+
+
+def _not_plain(value: Any, path: str) -> str | None:
+    """Where and what in `value` is not JSON-like, or None."""
+    if value is None or isinstance(value, bool | int | float | str):
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            return f"{path} is an integer of more than 64 bits"
+        return None
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path} has the key {key!r}"
+            if (bad := _not_plain(item, f"{path}[{key!r}]")) is not None:
+                return bad
+        return None
+    if isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            if (bad := _not_plain(item, f"{path}[{i}]")) is not None:
+                return bad
+        return None
+    return f"{path} is a {type(value).__name__}"
+
+
+def _canonical(value: Any) -> Any:
+    """Mappings as pairs sorted by key, so that equal content gives equal bytes."""
+    if isinstance(value, Mapping):
+        return ["map", [[key, _canonical(value[key])] for key in sorted(value)]]
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    return value

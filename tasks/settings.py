@@ -1,0 +1,154 @@
+"""What trainers and workers must agree on, read once from `REWARDQ_*` variables."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.errors import SettingsError, nearest
+
+PREFIX = "REWARDQ_"
+KEY_PREFIX = "REWARDQ_KEY_"
+"""Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
+
+Seconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Settings of one process. Durations are seconds, sizes bytes; an unknown `REWARDQ_*` variable is an error."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True, extra="forbid")
+
+    broker_url: str = "redis://localhost:6379/0"
+    """Redis that carries the queues."""
+
+    result_url: str = ""
+    """Redis that holds outcomes, claims and heartbeats; the broker's unless given."""
+
+    payload_url: str = ""
+    """Where media and requests are stored: `redis://...` (the broker's server, next database, unless given; in
+    production a second Redis without persistence, since a full broker stops its workers) or
+    `file:///dev/shm/rewardq` (workers on the trainer's host)."""
+
+    result_ttl_s: Seconds = 86_400.0
+    """How long a reward is an answer. A ticket older than this is scored anew; an abandoned one costs memory so long."""
+
+    payload_ttl_s: Seconds = 3_600.0
+    """How long media live in the store after the last time a client asked for their outcome."""
+
+    claim_ttl_s: Annotated[float, Field(ge=1)] = 10.0
+    """After a worker dies, its samples are free for others this much later. Lower recovers sooner, but a worker
+    stopped for longer (a long garbage collection, a C call that holds the GIL) is taken for dead."""
+
+    reconcile_s: Seconds = 2.0
+    """How often a client looks for what is neither answered, claimed nor queued, and sends it again."""
+
+    max_store_bytes: Bytes = 8 * 2**30
+    """Payload bytes in the store, of all clients, above which senders wait."""
+
+    max_backlog: Annotated[int, Field(gt=0)] = 4_096
+    """Samples accepted by `submit()` and not yet sent, above which `submit()` itself waits."""
+
+    max_pixels: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
+    """Pixels of one image (or frame) above which it is refused."""
+
+    sender_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """Threads of a client that encode and upload media."""
+
+    pool: Literal["threads", "solo"] = "threads"
+    """Celery's worker pool. Threads: a model is loaded once, 32 judge calls cost 32 threads. CUDA is never forked."""
+
+    device: str = ""
+    """Device of local reward models on this worker (`cuda`, `cuda:1`, `cpu`); cuda if there is one, unless given."""
+
+    modules: str = ""
+    """Comma-separated modules of the user's that this worker may import reward models from."""
+
+    hosts: str = ""
+    """Comma-separated judge hosts that this worker may send an API key to, besides api.openai.com and OPENAI_BASE_URL."""
+
+    @field_validator("broker_url", "result_url", "payload_url", mode="after")
+    @classmethod
+    def _a_known_scheme(cls, url: str) -> str:
+        schemes = ("redis", "rediss", "sentinel", "file", "")
+        scheme = urlsplit(url).scheme
+        if scheme not in schemes or (url and not scheme):
+            raise ValueError(
+                f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
+                "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
+            )
+        return url
+
+    @property
+    def results(self) -> str:
+        """URL of the result backend."""
+        return self.result_url or self.broker_url
+
+    @property
+    def payloads(self) -> str:
+        """URL of the payload store."""
+        return self.payload_url or _next_database(self.broker_url)
+
+    @property
+    def allowed_modules(self) -> tuple[str, ...]:
+        """Modules this worker may import reward models from."""
+        return tuple(m.strip() for m in self.modules.split(",") if m.strip())
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Hosts this worker may send a judge's API key to."""
+        return tuple(h.strip().lower() for h in self.hosts.split(",") if h.strip())
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment, overridden by `given`.
+
+    Raises:
+        SettingsError: A `REWARDQ_*` variable is unknown (the nearest is named) or its value is wrong.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(PREFIX) and not name.startswith(KEY_PREFIX) and name.upper() not in known:
+            raise SettingsError(f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [
+            f"{PREFIX}{'.'.join(str(p) for p in e['loc']).upper()}: {e['msg']} (found {_shown(e)})"
+            for e in error.errors()
+        ]
+        raise SettingsError("; ".join(lines)) from None
+
+
+def _shown(error: Any) -> str:
+    """The offending value, without a URL's password."""
+    return without_password(str(error.get("input")))
+
+
+def without_password(url: str) -> str:
+    """`url` with `***` for each password in it; safe for logs and errors."""
+    parts = [_without_password(part) for part in url.split(";")]
+    return ";".join(parts)
+
+
+def _without_password(url: str) -> str:
+    before, at, host = url.rpartition("@")
+    if not at:
+        return url
+    scheme, sep, user = before.partition("://")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{sep}{name}{':***' if colon else ''}@{host}"
+
+
+def _next_database(url: str) -> str:
+    """The same server's next database: media apart from the queues, so that each can be looked at alone."""
+    parts = urlsplit(url)
+    database = parts.path.strip("/")
+    if parts.scheme not in ("redis", "rediss") or not (database.isdigit() or not database):
+        return url
+    return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))

@@ -1,0 +1,1 @@
+"""The trainer side: submit samples, collect rewards."""

@@ -1,0 +1,1 @@
+"""Trainer side of frameworks, one file each."""

@@ -1,0 +1,161 @@
+"""What a reward model is: the classes to subclass, what they are given, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from tasks.errors import FailureKind
+
+
+class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
+    """Why a sample has no reward. Raise it when called with one sample, or return it in the place of a reward.
+
+    Args:
+        kind: `failed`, `timeout`, `unparsable`, `invalid` or `abstained`.
+        message: What was found and what was needed; reaches the trainer.
+        info: Kept beside the reason, a judge's text for example.
+    """
+
+    def __init__(self, kind: FailureKind, message: str, info: Mapping[str, Any] | None = None) -> None:
+        super().__init__(kind, message, info)
+        self.kind, self.message, self.info = kind, message, dict(info or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelOutput:
+    """What a call returns.
+
+    Attributes:
+        rewards: One finite number for each sample, in order: a tensor or array `(N,)`, or a list in which an
+            `Unscored` stands for a reward that there is none.
+        extra_info: By name, a list of `N` values, or one value for all; plain data.
+    """
+
+    rewards: Any
+    extra_info: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """Stands in for `accelerate.Accelerator`: one process that knows its device."""
+
+    device_name: str = ""
+    process_index: int = 0
+    local_process_index: int = 0
+    num_processes: int = 1
+    is_main_process: bool = True
+    is_local_main_process: bool = True
+
+    @property
+    def device(self) -> Any:
+        """A `torch.device`: REWARDQ_DEVICE, else cuda if there is one, else the CPU."""
+        import torch
+
+        return torch.device(self.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def prepare(self, *objects: Any) -> Any:
+        """The objects as they are."""
+        return objects[0] if len(objects) == 1 else objects
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
+
+@dataclass(frozen=True)
+class RewardArguments:
+    """Stands in for Flow-Factory's `RewardArguments`: one reward's configuration.
+
+    Further keys of the YAML are in `extra_kwargs`, and attributes as well.
+    """
+
+    name: str = ""
+    reward_model: str = ""
+    batch_size: int = 16
+    dtype_name: str = "bfloat16"
+    timeout_s: float = 600.0
+    image_format: str = "raw"
+    extra_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def dtype(self) -> Any:
+        """The `torch.dtype`."""
+        import torch
+
+        return getattr(torch, self.dtype_name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["extra_kwargs"][name]
+        except KeyError:
+            raise AttributeError(f"this reward has no option {name!r}; given: {sorted(self.extra_kwargs)}") from None
+
+
+class RewardModel:
+    """Base of all reward models; subclass one of the two below.
+
+    `config` is the reward's configuration and `accelerator` knows the device, as in Flow-Factory.
+    """
+
+    required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
+    """Fields of a sample that reach `__call__`; nothing else travels to it."""
+    optional_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that reach it where a sample has them, None where not."""
+    use_tensor_inputs: ClassVar[bool] = False
+    """Media as torch tensors in [0, 1] instead of PIL images."""
+    thread_safe: ClassVar[bool] = False
+    """Whether several threads may call it at once (a model that waits on the network)."""
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+
+    @property
+    def device(self) -> Any:
+        """`torch.device` to compute on."""
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> Any:
+        """`torch.dtype` that the config asks for."""
+        return self.config.dtype
+
+
+class PointwiseRewardModel(RewardModel):
+    """Scores each sample by itself; called with up to `config.batch_size` samples."""
+
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        image: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        condition_images: Sequence[Any] | None = None,
+        condition_videos: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> RewardModelOutput:
+        """Rewards of `N` samples.
+
+        Args:
+            prompt: `N` texts.
+            image: `N` PIL images (or tensors `(3, H, W)`); None where not declared or not given.
+            video: `N` lists of PIL images (or tensors `(T, 3, H, W)`).
+            condition_images: `N` lists of PIL images (or tensors `(K, 3, H, W)`, lists of tensors if sizes differ).
+            condition_videos: `N` lists of videos (or tensors `(K, T, 3, H, W)`, lists of tensors if sizes differ).
+            **kwargs: `audio` and `metadata`, lists of `N`, where declared.
+        """
+        raise NotImplementedError
+
+
+class GroupwiseRewardModel(PointwiseRewardModel):
+    """Scores the samples of one prompt against each other; called once with the whole group."""
+
+
+def frames_of(num_samples: int, image: Sequence[Any] | None, video: Sequence[Any] | None) -> list[list[Any]]:
+    """The frames of each sample: those of its video, else its one image."""
+    images, videos = image or [None] * num_samples, video or [None] * num_samples
+    return [list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)]

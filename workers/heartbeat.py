@@ -1,0 +1,90 @@
+"""A worker's thread that keeps its claims alive and says what the worker serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterable
+
+from tasks.connections import LOST
+from tasks.messages import WIRE_VERSION, Heartbeat
+from tasks.outcomes import Outcomes
+from tasks.payloads import PayloadStore
+from workers.loading import Models
+
+log = logging.getLogger(__name__)
+
+BEATS_A_TTL = 4
+"""So many times within the life of a claim it is extended: a few lost packets do not lose it."""
+
+
+class HeartbeatThread(threading.Thread):
+    """Extends the claims that tasks hold, and writes this worker's heartbeat. Lives as long as its process."""
+
+    def __init__(
+        self,
+        node: str,
+        queues: tuple[str, ...],
+        outcomes: Outcomes,
+        store: PayloadStore,
+        models: Models,
+        claim_ttl_s: float,
+    ) -> None:
+        super().__init__(name="rewardq-heartbeat", daemon=True)
+        self._node, self._queues, self._outcomes = node, queues, outcomes
+        self._store, self._models, self._ttl_s = store, models, claim_ttl_s
+        self._lock = threading.Lock()
+        self._tokens: dict[str, str] = {}
+        self._ended = threading.Event()
+
+    def hold(self, addresses: Iterable[str], token: str) -> None:
+        """Keep these claims alive until they are dropped."""
+        with self._lock:
+            self._tokens.update(dict.fromkeys(addresses, token))
+
+    def drop(self, addresses: Iterable[str]) -> None:
+        """Let these claims go."""
+        with self._lock:
+            for address in addresses:
+                self._tokens.pop(address, None)
+
+    def run(self) -> None:
+        """Beat until `end`."""
+        while True:
+            started = time.monotonic()
+            try:
+                self._beat()
+            except LOST as error:
+                log.warning("heartbeat failed error=%s", error)
+            pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started)
+            if self._ended.wait(max(0.1, pause_s)):
+                return
+
+    def end(self) -> None:
+        """Take this worker off the list and stop."""
+        self._ended.set()
+        try:
+            self._outcomes.end_beat(self._node)
+        except LOST as error:
+            log.warning("heartbeat not ended error=%s", error)
+
+    def _beat(self) -> None:
+        with self._lock:
+            tokens = dict(self._tokens)
+        self._outcomes.extend(tokens)
+        loading = self._models.loading
+        heartbeat = Heartbeat(
+            wire=WIRE_VERSION,
+            node=self._node,
+            queues=self._queues,
+            host=platform.node(),
+            pid=os.getpid(),
+            store=self._store.identity(),
+            state="loading" if loading else "ready",
+            loading=loading,
+            models=self._models.names,
+        )
+        self._outcomes.beat(heartbeat, self._ttl_s)

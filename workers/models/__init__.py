@@ -1,0 +1,1 @@
+"""Reward models that run in the worker, one family a file."""

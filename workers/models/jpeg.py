@@ -1,0 +1,54 @@
+"""How well an image compresses: the two toy rewards of DDPO, which need no prompt.
+
+Black et al., "Training Diffusion Models with Reinforcement Learning" (2023): the size of the image as JPEG at quality
+95, in kilobytes of 1000 bytes; its negative rewards compressibility. A 1024x1024 photograph is around 300.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tasks.media import JPEG_QUALITY
+from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
+
+
+class JpegIncompressibility(PointwiseRewardModel):
+    """Kilobytes (1000 bytes) of the image as JPEG, quality 95, Pillow's default subsampling; the mean over a video."""
+
+    required_fields = ()
+    optional_fields = ("image", "video")
+    sign = 1.0
+
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        image: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        condition_images: Sequence[Any] | None = None,
+        condition_videos: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> RewardModelOutput:
+        """Rewards `(N,)`, float64; unit kilobytes."""
+        rewards = [
+            self.sign * float(np.mean([kilobytes(frame) for frame in frames]))
+            for frames in frames_of(len(prompt), image, video)
+        ]
+        return RewardModelOutput(rewards=rewards)
+
+
+class JpegCompressibility(JpegIncompressibility):
+    """Minus the kilobytes: the higher, the easier to compress."""
+
+    sign = -1.0
+
+
+def kilobytes(image: Image.Image) -> float:
+    """Size of the JPEG file at quality 95, in units of 1000 bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return len(buffer.getvalue()) / 1000
