@@ -96,6 +96,11 @@ class RewardSpec(BaseModel):
         return self.reward_model in catalog.CATALOG
 
     @property
+    def is_judge(self) -> bool:
+        """Whether it asks an API, in the image format it names."""
+        return self.is_builtin and catalog.CATALOG[self.reward_model].extra == "judge"
+
+    @property
     def model_version(self) -> str:
         """The catalog's version of a built-in, with the user's `version`."""
         ours = catalog.CATALOG[self.reward_model].version if self.is_builtin else ""

@@ -1,0 +1,318 @@
+"""What a client waits for: submitted samples, the outcomes they need, the messages under way, the payloads in use.
+
+A *slot* is one submitted sample in its place; an *entry* is one outcome that is awaited, shared by all slots that need
+the same; a *chunk* is a message under way. All changes happen under the board's one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.messages import Failure, MediaRef, Outcome
+from tasks.rewards import RewardSpec, Split
+from tasks.samples import Sample
+from trainer_client.ticket import ChunkRecord, SlotRecord
+
+
+@dataclass(slots=True, eq=False)
+class Payload:
+    """Media bytes in the store under a name of their own; freed when no entry uses them any more."""
+
+    name: str
+    digest: str
+    num_users: int = 0
+    stored: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One submitted sample in its place (split, step, index)."""
+
+    split: Split
+    step: int
+    index: int
+    group: Any
+    sample: Sample | None
+    """None once everything is answered, so that its media can go."""
+    held: dict[str, Any]
+    """Its media by field, as `media.hold` keeps them."""
+    rewards: tuple[RewardSpec, ...]
+    submitted_at: float
+    entries: dict[str, Entry] | None = None
+    """By reward name; None until it is encoded."""
+    problem: Failure | None = None
+    """Why it cannot be scored at all; then there are no entries."""
+    num_open: int = 0
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, int]] | None:
+        """By reward name: address and attempt; None until it is encoded."""
+        if self.entries is None:
+            return None
+        return {name: (e.address, e.attempt) for name, e in self.entries.items()}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every reward has its outcome."""
+        return self.problem is not None or (self.entries is not None and self.num_open == 0)
+
+    def is_done_for(self, reward: str) -> bool:
+        """Whether this reward has its outcome."""
+        return self.problem is not None or (self.entries is not None and self.entries[reward].outcome is not None)
+
+    def record(self) -> SlotRecord:
+        """What a pickled ticket keeps of it. What was never put in a message counts as not sent."""
+        entries = self.entries
+        sent = entries is not None and all(e.outcome is not None or e.chunk is not None for e in entries.values())
+        return SlotRecord(self.index, self.group, self.addresses if sent else None, self.problem)
+
+    def chunk_records(self) -> list[ChunkRecord]:
+        """The messages under way for it."""
+        return [e.chunk.record() for e in (self.entries or {}).values() if e.chunk is not None]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One outcome that is awaited."""
+
+    address: str
+    spec: RewardSpec
+    prompt: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the reward model declares of the sample besides media."""
+    attempt: int = 1
+    outcome: Outcome | None = None
+    is_hit: bool = False
+    """Answered without being sent."""
+    media: dict[str, MediaRef | tuple[MediaRef, ...]] = field(default_factory=dict)
+    payloads: list[Payload] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    chunk: Chunk | None = None
+    answered_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """One message under way, for the entries of it that have no outcome yet."""
+
+    request: str
+    label: str
+    spec: RewardSpec
+    number: int
+    entries: list[Entry]
+    sent_at: float
+    look_at: float
+    """When to look next whether it is lost (monotonic)."""
+    pause_s: float
+    """Wait this long before it is sent again once more."""
+    is_missed: bool = False
+    """Seen neither answered, claimed nor queued at the last look."""
+    is_adopted: bool = False
+    """Another process sent it; this one does not hold its media."""
+
+    def record(self) -> ChunkRecord:
+        """What a pickled ticket keeps of it."""
+        addresses = tuple(e.address for e in self.entries)
+        return ChunkRecord(self.request, self.label, self.spec.queue, self.number, self.spec.fingerprint, addresses)
+
+
+class Board:
+    """Everything a client process waits for. Safe between threads; `changed` is notified whenever something arrives."""
+
+    def __init__(self, client_id: str) -> None:
+        self._client_id = client_id
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self._entries: dict[str, Entry] = {}
+        self._chunks: dict[str, Chunk] = {}
+        self._payloads: dict[str, Payload] = {}
+        self._to_free: list[str] = []
+        self._num_names = 0
+        self.num_unsent = 0
+        """Samples accepted and not yet in a message."""
+        self.trouble: str | None = None
+        """What keeps the threads from going on at the moment (a Redis that is away), for people."""
+        self.broken: BaseException | None = None
+        """A bug of ours that ended a thread; every wait raises it."""
+
+    # --- slots and entries -----------------------------------------------------------------------
+
+    def join(self, slot: Slot, sample: Sample, wanted: Mapping[str, tuple[RewardSpec, str]]) -> list[Entry]:
+        """Give an encoded slot its entries; returns those that are new and still have to be looked up and sent.
+
+        Args:
+            wanted: By reward name, its spec and the address of this sample's outcome.
+        """
+        with self.lock:
+            new, entries = [], {}
+            for name, (spec, address) in wanted.items():
+                entry = self._entries.get(address)
+                if entry is None:
+                    metadata = dict(sample.metadata) if "metadata" in spec.fields else {}
+                    entry = self._entries[address] = Entry(address, spec, sample.prompt, metadata)
+                    new.append(entry)
+                if not any(s is slot for s in entry.slots):
+                    entry.slots.append(slot)
+                entries[name] = entry
+            slot.entries = entries
+            slot.num_open = len(entries)
+            return new
+
+    def adopt(self, slots: Iterable[Slot], chunks: Iterable[Chunk]) -> None:
+        """Wait for what another process submitted: slots whose entries are made already, and their messages."""
+        with self.lock:
+            for slot in slots:
+                for name, entry in (slot.entries or {}).items():
+                    known = self._entries.setdefault(entry.address, entry)
+                    assert slot.entries is not None
+                    slot.entries[name] = known
+                    if not any(s is slot for s in known.slots):
+                        known.slots.append(slot)
+                slot.num_open = sum(e.outcome is None for e in (slot.entries or {}).values())
+            for chunk in chunks:
+                chunk.entries = [e for e in (self._entries.get(e.address) for e in chunk.entries) if e is not None]
+            self.send(chunks)
+
+    def fail(self, slot: Slot, problem: Failure) -> None:
+        """A slot that cannot be scored at all."""
+        with self.changed:
+            slot.problem = problem
+            self._close(slot)
+            self.changed.notify_all()
+
+    def answer(self, outcomes: Mapping[Entry, Outcome], *, is_hit: bool = False) -> None:
+        """Outcomes have arrived: tell their slots, free what only they needed."""
+        with self.changed:
+            for entry, outcome in outcomes.items():
+                if entry.outcome is not None:
+                    continue
+                entry.outcome, entry.is_hit, entry.answered_at = outcome, is_hit, time.monotonic()
+                self._end(entry)
+                for slot in entry.slots:
+                    slot.num_open -= sum(e is entry for e in (slot.entries or {}).values())
+                    if slot.num_open == 0:
+                        self._close(slot)
+            self.changed.notify_all()
+
+    def abandon(self, slots: Iterable[Slot]) -> None:
+        """Wait no more for these slots; what nobody else needs is freed and not sent again."""
+        with self.lock:
+            for slot in slots:
+                for entry in (slot.entries or {}).values():
+                    if slot in entry.slots:
+                        entry.slots = [s for s in entry.slots if s is not slot]
+                    if not entry.slots and entry.outcome is None:
+                        self._end(entry)
+                self._close(slot)
+
+    def waiting(self) -> list[Entry]:
+        """Entries in messages under way."""
+        with self.lock:
+            return [e for e in self._entries.values() if e.chunk is not None]
+
+    def is_wanted(self, entry: Entry) -> bool:
+        """Whether someone still waits for this entry."""
+        with self.lock:
+            return self._entries.get(entry.address) is entry
+
+    # --- chunks ----------------------------------------------------------------------------------
+
+    def send(self, chunks: Iterable[Chunk]) -> None:
+        """These messages are under way; an entry belongs to the last one sent for it."""
+        with self.changed:
+            for chunk in chunks:
+                chunk.entries = [e for e in chunk.entries if self.is_wanted(e)]
+                for entry in chunk.entries:
+                    self._leave_chunk(entry)
+                    entry.chunk = chunk
+                if chunk.entries:
+                    self._chunks[chunk.request] = chunk
+                else:
+                    self._to_free.append(chunk.request)
+            self.changed.notify_all()
+
+    def chunks(self) -> list[Chunk]:
+        """Messages under way that are not answered whole."""
+        with self.lock:
+            return list(self._chunks.values())
+
+    # --- payloads --------------------------------------------------------------------------------
+
+    def use(self, digest: str, entries: Iterable[Entry]) -> tuple[Payload, bool]:
+        """The payload of this content for these entries, and whether the caller must store it."""
+        with self.lock:
+            payload = self._payloads.get(digest)
+            is_new = payload is None
+            if payload is None:
+                payload = self._payloads[digest] = Payload(self.new_name(digest), digest)
+            for entry in entries:
+                payload.num_users += 1
+                entry.payloads.append(payload)
+            return payload, is_new
+
+    def new_name(self, suffix: str) -> str:
+        """A name in the payload store that was never used before: freeing an old one takes no new one away."""
+        with self.lock:
+            self._num_names += 1
+            return f"{self._client_id}.{self._num_names}.{suffix}"
+
+    def names_in_use(self) -> list[str]:
+        """Everything of ours in the payload store that is still needed."""
+        with self.lock:
+            payloads = {p.name for e in self._entries.values() for p in e.payloads if p.stored.is_set()}
+            return [*payloads, *self._chunks]
+
+    def take_to_free(self) -> list[str]:
+        """Names that nobody needs any more; the caller frees them."""
+        with self.lock:
+            names, self._to_free = self._to_free, []
+            return names
+
+    def free_later(self, names: Iterable[str]) -> None:
+        """Names that could not be freed now."""
+        with self.lock:
+            self._to_free.extend(names)
+
+    # --- threads ---------------------------------------------------------------------------------
+
+    def count_unsent(self, change: int) -> None:
+        """Samples were accepted (above 0) or have left in a message (below)."""
+        with self.changed:
+            self.num_unsent += change
+            self.changed.notify_all()
+
+    def break_with(self, error: BaseException) -> None:
+        """A thread of ours ended by a bug."""
+        with self.changed:
+            self.broken = error
+            self.changed.notify_all()
+
+    # --- private, under the lock -----------------------------------------------------------------
+
+    def _end(self, entry: Entry) -> None:
+        self._entries.pop(entry.address, None)
+        self._leave_chunk(entry)
+        for payload in entry.payloads:
+            payload.num_users -= 1
+            if payload.num_users == 0:
+                if self._payloads.get(payload.digest) is payload:
+                    del self._payloads[payload.digest]
+                self._to_free.append(payload.name)
+        entry.payloads = []
+
+    def _leave_chunk(self, entry: Entry) -> None:
+        chunk, entry.chunk = entry.chunk, None
+        if chunk is None:
+            return
+        chunk.entries = [e for e in chunk.entries if e is not entry]
+        if not chunk.entries and self._chunks.pop(chunk.request, None) is not None:
+            self._to_free.append(chunk.request)
+
+    @staticmethod
+    def _close(slot: Slot) -> None:
+        slot.sample = None
+        slot.held = {}

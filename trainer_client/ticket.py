@@ -1,0 +1,83 @@
+"""Tickets: claims on outcomes that outlive the process that submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.messages import Failure
+from tasks.rewards import Split
+
+if TYPE_CHECKING:
+    from trainer_client.board import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """What a successor must know of one submitted sample."""
+
+    index: int
+    group: Any
+    addresses: dict[str, tuple[str, int]] | None
+    """By reward name: where its outcome goes and the attempt asked for; None if it was not sent."""
+    problem: Failure | None
+    """Why it cannot be scored at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """A message that was sent: its request's name in the payload store, its queue and number, and whom it is for."""
+
+    request: str
+    label: str
+    queue: str
+    number: int
+    fingerprint: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A claim on the outcomes of the samples of one `submit()`.
+
+    It can be pickled at any time: it then lists what has been sent so far (`num_sent`) and counts what has not. A
+    successor process with the same rewards collects it by `client.collect(ticket=...)`.
+    """
+
+    run: str
+    launch: str
+    split: Split
+    step: int
+    rank: int
+    start: int
+    """Index of its first sample in the step of this rank."""
+    stop: int
+    """Index after its last sample."""
+    fingerprints: tuple[tuple[str, str], ...]
+    """(name, fingerprint) of each reward."""
+    slots: Sequence[Slot | SlotRecord]
+    """Its samples: live where it was made, records after a pickle."""
+    chunks: tuple[ChunkRecord, ...] = ()
+    """Messages that were sent for it; filled in when it is pickled."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples it is for."""
+        return self.stop - self.start
+
+    @property
+    def num_sent(self) -> int:
+        """How many of them are on their way or answered."""
+        return sum(slot.addresses is not None or slot.problem is not None for slot in self.slots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        records = [slot if isinstance(slot, SlotRecord) else slot.record() for slot in self.slots]
+        chunks = {c.request: c for slot in self.slots if not isinstance(slot, SlotRecord) for c in slot.chunk_records()}
+        return {**self.__dict__, "slots": tuple(records), "chunks": self.chunks or tuple(chunks.values())}
+
+    def __repr__(self) -> str:
+        return (
+            f"Ticket(run={self.run!r}, launch={self.launch!r}, split={self.split!r}, step={self.step}, "
+            f"rank={self.rank}, samples {self.start} to {self.stop}, {self.num_sent} sent)"
+        )
