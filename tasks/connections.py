@@ -9,15 +9,22 @@ from typing import Any, TypeVar
 
 import redis
 
-from tasks.errors import RedisUnreachableError
+from tasks.errors import EvictionError, RedisUnreachableError
 from tasks.settings import without_password
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_CHECK_S = 10
 
-LOST = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, ConnectionError, TimeoutError)
-"""What a server that is away, or on its way back, raises; trying again helps."""
+LOST = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.BusyLoadingError,
+    redis.OutOfMemoryError,
+    ConnectionError,
+    TimeoutError,
+)
+"""What a server raises that is away, on its way back, or full; trying again helps."""
 
 T = TypeVar("T")
 
@@ -49,6 +56,25 @@ def check_reachable(client: Any, url: str, role: str) -> None:
             f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
             "rewards.yaml`) or point REWARDQ_BROKER_URL at the one you have"
         ) from None
+
+
+def check_eviction(client: Any, url: str) -> None:
+    """Refuse a server that drops keys when its memory is full: all of ours have a TTL, and are the first to go.
+
+    Raises:
+        EvictionError: Says the policy found, and the setting to change.
+    """
+    try:
+        memory = client.info("memory")
+    except redis.ResponseError:  # this user may not ask: nothing is known
+        return
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if memory.get("maxmemory", 0) and policy != "noeviction":
+        raise EvictionError(
+            f"the Redis at {without_password(url)} has maxmemory-policy {policy} and drops keys when it is full; "
+            "set `maxmemory-policy noeviction` in its configuration (or `redis-cli config set maxmemory-policy "
+            "noeviction`), so that senders wait instead"
+        )
 
 
 def persist(call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False) -> T:

@@ -13,6 +13,8 @@ RewardError
 |-- PayloadGoneError        media or a request left the store before they were read; the client uploads again
 |-- WireError               a message of another wire version, or not one of ours
 |-- TicketError             the caller's: a ticket of another run or of other rewards
+|-- RankTakenError          the caller's: another live process is this rank of this launch
+|-- EvictionError           the operator's: a Redis would drop keys when it is full; names the setting
 |-- ScoringError            some samples have no reward; carries every reason and the batch
 `-- CollectTimeoutError     late, not lost: the ticket stays valid; carries what is there
 """
@@ -110,6 +112,29 @@ class WireError(RewardError):
 
 class TicketError(RewardError, ValueError):
     """A ticket does not belong to this client's run or rewards."""
+
+
+class RankTakenError(RewardError):
+    """Another live process is this rank.
+
+    Args:
+        place: The run, launch and rank.
+        holder: The process and host that has it.
+    """
+
+    def __init__(self, place: str, holder: str) -> None:
+        super().__init__(place, holder)
+        self.place, self.holder = place, holder
+
+    def __str__(self) -> str:
+        return (
+            f"{self.place} is taken by {self.holder}, which is alive; stop it, or give this start of the job "
+            "a launch= of its own"
+        )
+
+
+class EvictionError(RewardError):
+    """A Redis drops keys when it is full; rewards and claims would vanish unseen."""
 
 
 class ScoringError(RewardError):

@@ -40,6 +40,11 @@ def worker(node: str) -> str:
     return f"{ROOT}worker:{node}"
 
 
+def trainer(run: str, launch: str, rank: int) -> str:
+    """Which trainer process is this rank; kept alive by it."""
+    return f"{ROOT}trainer:{run}:{launch}:{rank}"
+
+
 WORKERS = f"{ROOT}workers"
 """Sorted set of worker node names by the time (Redis's clock, ms) at which their heartbeat expires."""
 

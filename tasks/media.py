@@ -1,4 +1,4 @@
-"""Images and videos of every kind (PIL, numpy, torch) to checked uint8 pixels and back; the one place where layouts change.
+"""Images and videos (PIL, numpy, torch) to checked uint8 pixels and back; the one place where layouts change.
 
 An image is uint8 `(H, W, 3)` on the wire, a video `(T, H, W, 3)`, audio float32 `(C, T)`. Floats come in as
 `(3, H, W)` in [0, 1] and are rounded to the nearest of 256 levels, as diffusers does when it makes PIL images.

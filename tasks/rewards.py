@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgpack
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from tasks import catalog
 from tasks.errors import ConfigError, UnknownOptionError, nearest
@@ -33,7 +32,6 @@ DTYPES = {
 
 RAW, JPEG = "raw", "jpeg"
 SAMPLE_FIELDS = ("prompt", "image", "video", "audio", "condition_images", "condition_videos", "metadata")
-RESERVED_NAME = re.compile(r"[^\w.\-+ ]")
 
 _KEYS = (
     "name", "reward_model", "weight", "dtype", "device", "batch_size", "async_reward", "num_workers",
@@ -41,11 +39,22 @@ _KEYS = (
 )  # fmt: skip
 
 
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, found true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+FiniteNumber = Annotated[Number, Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+
+
 class ConstantOnFailure(BaseModel):
     """`on_failure: {value: x}`: a failed sample gets `x` in the rewards and is still listed as failed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    value: Annotated[float, Field(allow_inf_nan=False)]
+    value: FiniteNumber
 
 
 class RewardSpec(BaseModel):
@@ -56,20 +65,20 @@ class RewardSpec(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=100)]
     reward_model: str
     """A built-in's canonical name, or the dotted path of a class in a module the worker allows."""
-    weight: float = 1.0
+    weight: Number = 1.0
     dtype: str = "bfloat16"
     device: str = "cuda"
     """A wish; the worker's REWARDQ_DEVICE decides."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     async_reward: bool = True
     """False holds the samples until `collect()`, for workers that share the trainer's GPU."""
-    num_workers: Annotated[int, Field(ge=1)] = 1
+    num_workers: Count = 1
     """Accepted for Flow-Factory's configs; concurrency is the workers'."""
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
     version: str = ""
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
     on_failure: Literal["raise", "nan"] | ConstantOnFailure | None = None
-    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0
     """Seconds for scoring one sample."""
     cache: bool = False
     """With a sampling judge: share its answer among equal samples instead of asking for each slot."""
@@ -82,6 +91,13 @@ class RewardSpec(BaseModel):
     """What travels."""
     launch: str = ""
     """Set where edited code must not be answered with old rewards: a dotted path without `version`."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError("must be one line of printable characters")
+        return name
 
     @field_validator("weight")
     @classmethod
@@ -210,7 +226,7 @@ def _parse_reward(entry: Any, where: str) -> RewardSpec:
         raise ConfigError(f"{where}: reward_model must name a reward model, found {model!r}")
     found = catalog.find(model.strip())
     name = entry.get("name") or (found[0] if found else model)
-    where = f"{where} ({name})"
+    where = f"{where} ({' '.join(str(name).split())})"
 
     known: dict[str, Any] = {key: entry.pop(key) for key in _KEYS if key in entry and key != "extra_kwargs"}
     known = {key: value for key, value in known.items() if value is not None}
@@ -240,8 +256,9 @@ def _parse_reward(entry: Any, where: str) -> RewardSpec:
         return RewardSpec(**known)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(p) for p in first["loc"] if p != "ConstantOnFailure")
-        raise ConfigError(f"{where}: {key}: {first['msg']} (found {first.get('input')!r})") from None
+        key = str(first["loc"][0])
+        needs = "needs raise, nan, or {value: a finite number}" if key == "on_failure" else first["msg"]
+        raise ConfigError(f"{where}: {key}: {needs} (found {known[key]!r})") from None
 
 
 def _check_options(model: str, builtin: catalog.ModelEntry, options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -254,9 +271,9 @@ def _check_options(model: str, builtin: catalog.ModelEntry, options: Mapping[str
                 f"{where}: {model} has no option {name!r}{nearest(str(name), known)}; "
                 f"its options: {', '.join(builtin.options) or 'none'}"
             )
-        option = builtin.options[name]
-        try:
-            checked[name] = TypeAdapter(option.type).validate_python(value, strict=not isinstance(value, int))
+        needed = FiniteNumber if builtin.options[name].type is float else builtin.options[name].type
+        try:  # strict, where an integer is a float too
+            checked[name] = TypeAdapter(needed).validate_python(value, strict=True)
         except ValidationError as error:
             raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
     if checked.get("api_key") not in (None, "", "EMPTY"):
@@ -288,18 +305,20 @@ def _dtype(value: Any, where: str) -> str:
 
 
 def _plain(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options of a dotted path: anything that msgpack carries."""
+    """Options of a dotted path as they arrive on a worker: anything that msgpack carries."""
     try:
-        msgpack.packb(dict(options))
+        arrived: dict[str, Any] = msgpack.unpackb(msgpack.packb(dict(options)))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{where}: options must be plain data (numbers, text, lists, mappings): {error}") from None
-    return dict(options)
+        raise ConfigError(
+            f"{where}: options must be plain data (numbers, text, lists, mappings by text): {error}"
+        ) from None
+    return arrived
 
 
 def _canonical(value: Any) -> Any:
-    """`value` with mappings as sorted pairs, so that equal options give equal bytes."""
+    """`value` with mappings in the order of their keys, so that equal options give equal bytes."""
     if isinstance(value, Mapping):
-        return [[str(k), _canonical(v)] for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))]
+        return {key: _canonical(value[key]) for key in sorted(value)}
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
     return value

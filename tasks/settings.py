@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
@@ -15,7 +16,7 @@ PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"
 """Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 
 
@@ -36,12 +37,12 @@ class Settings(BaseSettings):
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
 
     result_ttl_s: Seconds = 86_400.0
-    """How long a reward is an answer. A ticket older than this is scored anew; an abandoned one costs memory so long."""
+    """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
 
     payload_ttl_s: Seconds = 3_600.0
     """How long media live in the store after the last time a client asked for their outcome."""
 
-    claim_ttl_s: Annotated[float, Field(ge=1)] = 10.0
+    claim_ttl_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
     """After a worker dies, its samples are free for others this much later. Lower recovers sooner, but a worker
     stopped for longer (a long garbage collection, a C call that holds the GIL) is taken for dead."""
 
@@ -70,19 +71,18 @@ class Settings(BaseSettings):
     """Comma-separated modules of the user's that this worker may import reward models from."""
 
     hosts: str = ""
-    """Comma-separated judge hosts that this worker may send an API key to, besides api.openai.com and OPENAI_BASE_URL."""
+    """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL."""
 
     @field_validator("broker_url", "result_url", "payload_url", mode="after")
     @classmethod
-    def _a_known_scheme(cls, url: str) -> str:
-        schemes = ("redis", "rediss", "sentinel", "file", "")
-        scheme = urlsplit(url).scheme
-        if scheme not in schemes or (url and not scheme):
-            raise ValueError(
-                f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
-                "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
-            )
-        return url
+    def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
+        is_optional, may_be_folder = info.field_name != "broker_url", info.field_name == "payload_url"
+        if (is_optional and not url) or _is_redis(url) or (may_be_folder and _is_folder(url)):
+            return url
+        raise ValueError(
+            f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
+            "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
+        )
 
     @property
     def results(self) -> str:
@@ -130,19 +130,35 @@ def _shown(error: Any) -> str:
     return without_password(str(error.get("input")))
 
 
+_SEVERAL_URLS = re.compile(r";(?=\w+://)")
+_PASSWORD_IN_QUERY = re.compile(r"([?&]password=)[^&]*")
+
+
 def without_password(url: str) -> str:
     """`url` with `***` for each password in it; safe for logs and errors."""
-    parts = [_without_password(part) for part in url.split(";")]
-    return ";".join(parts)
+    return ";".join(_without_password(part) for part in _SEVERAL_URLS.split(url))
 
 
 def _without_password(url: str) -> str:
-    before, at, host = url.rpartition("@")
-    if not at:
-        return url
+    before, at, host = _PASSWORD_IN_QUERY.sub(r"\1***", url).rpartition("@")
     scheme, sep, user = before.partition("://")
     name, colon, _ = user.partition(":")
-    return f"{scheme}{sep}{name}{':***' if colon else ''}@{host}"
+    return f"{scheme}{sep}{name}{':***' if colon else ''}{at}{host}"
+
+
+def _is_redis(url: str) -> bool:
+    parts = _SEVERAL_URLS.split(url)
+    try:
+        for part in parts:
+            _ = urlsplit(part).port
+    except ValueError:  # no number
+        return False
+    return all(re.match(r"(redis|rediss|sentinel)://", part) for part in parts)
+
+
+def _is_folder(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "file" and parts.netloc in ("", "localhost") and len(parts.path) > 1
 
 
 def _next_database(url: str) -> str:

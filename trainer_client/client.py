@@ -19,7 +19,7 @@ import numpy as np
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import check_reachable, connect
+from tasks.connections import LOST, check_eviction, check_reachable, connect
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
@@ -35,7 +35,9 @@ from tasks.rewards import ConstantOnFailure, RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings
 from trainer_client.board import Board, Chunk, Entry, Payload, Slot
+from trainer_client.lease import KEEP_EVERY_S, Lease
 from trainer_client.progress import bars
+from trainer_client.reconcile import Reconciler
 from trainer_client.results import Failed, RewardBatch
 from trainer_client.sender import Sender
 from trainer_client.ticket import SlotRecord, Ticket
@@ -62,14 +64,17 @@ class _Step:
 class _Session:
     """What a client has in one process: connections, threads, and the board. A forked child gets its own."""
 
-    def __init__(self, app: Any, run: str, rank: int) -> None:
+    def __init__(self, app: Any, run: str, rank: int, lease: Lease) -> None:
         settings: Settings = app.settings
         self.pid = os.getpid()
         self.outcomes: Outcomes = outcomes_of(app)
         self.store: PayloadStore = open_store(settings)
         self.board = Board(client_id=uuid.uuid4().hex[:12])
         self.sender = Sender(app, settings, self.store, self.outcomes, self.board, run, rank)
-        self.watcher = Watcher(app, settings, self.store, self.outcomes, self.board, self.sender)
+        self.reconciler = Reconciler(app, settings, self.store, self.outcomes, self.board, self.sender)
+        self.lease = lease
+        lease.take()
+        self.watcher = Watcher(settings, self.store, self.board, self.reconciler, lease.keep, KEEP_EVERY_S)
 
     def close(self) -> None:
         self.sender.close()
@@ -93,6 +98,8 @@ class RewardClient:
 
     Raises:
         RedisUnreachableError: No server answers; says which, and what to start.
+        EvictionError: A Redis drops keys when it is full; names the setting to change.
+        RankTakenError: Another live process is this rank of this launch; names it.
         ConfigError: The run's name, rank or world size is wrong.
     """
 
@@ -125,6 +132,8 @@ class RewardClient:
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         self._check_servers()
+        self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
+        self._lease.take()
         self._start_fresh()
         _live_clients.add(self)
 
@@ -154,6 +163,8 @@ class RewardClient:
             self._session = None
         if session is not None and session.pid == os.getpid():
             session.close()
+        with contextlib.suppress(*LOST):
+            self._lease.leave()
 
     # --- submit ----------------------------------------------------------------------------------
 
@@ -303,14 +314,17 @@ class RewardClient:
 
     def _open_session(self) -> _Session:
         if self._session is None:
-            self._session = _Session(self._app, self.run, self.rank)
+            self._session = _Session(self._app, self.run, self.rank, self._lease)
         return self._session
 
     def _check_servers(self) -> None:
-        check_reachable(outcomes_of(self._app).redis, self.settings.results, "Redis for results")
+        results = outcomes_of(self._app).redis
+        check_reachable(results, self.settings.results, "Redis for results")
+        check_eviction(results, self.settings.results)
         if self.settings.results != self.settings.broker_url and self.settings.broker_url.startswith("redis"):
             broker = connect(self.settings.broker_url)
             check_reachable(broker, self.settings.broker_url, "Redis for queues")
+            check_eviction(broker, self.settings.broker_url)
             broker.close()
         store = open_store(self.settings)
         store.check()
@@ -423,13 +437,13 @@ class RewardClient:
                     return is_complete
                 if time.monotonic() > look_for_workers_at:
                     look_for_workers_at = float("inf")
-                    session.watcher.warn_of_idle_queues = True
+                    session.watcher.ask_about_workers()
 
     def _why_late(self, session: _Session, slots: Sequence[Slot], timeout_s: float) -> Failure:
         """The client's own reason for what is missing at the deadline; never stored."""
         late = sum(not slot.is_done for slot in slots)
         queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
-        why = session.watcher.idle_queues(queues) or session.board.trouble
+        why = session.reconciler.idle_queues(queues) or session.board.trouble
         return Failure(
             kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
         )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import redis
 from kombu.exceptions import OperationalError
 
 from tasks import media, outcomes
@@ -49,13 +48,10 @@ MESSAGES_A_BATCH = 200
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 """Pauses between tries while a server is away."""
 
-MAX_PAUSE_S = 60.0
-"""A message is looked after at least this often."""
-
 STORE_LOOK_S = 0.2
 """How often senders look at the bytes in the store while they wait for room."""
 
-AWAY = (*LOST, OperationalError, redis.OutOfMemoryError)
+AWAY = (*LOST, OperationalError)
 """A server that is away or full: wait and try again."""
 
 T = TypeVar("T")

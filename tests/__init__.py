@@ -1,0 +1,1 @@
+"""Tests; a package, so that workers can import `tests.reward_models`."""

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+
+from tests.cli.conftest import command_of, running, wait_until
+
+REWARDS = """
+rewards:
+  - reward_model: OCR
+  - reward_model: vllm_evaluate
+"""
+
+
+def start_up(rewardq, tmp_path, *arguments):
+    (tmp_path / "rewards.yaml").write_text(REWARDS)
+    run = rewardq("up", "rewards.yaml", *arguments)
+    run.wait_for("Ready.")
+    return run
+
+
+def worker_commands(run):
+    commands = [command_of(pid) for pid in run.children()]
+    return sorted(" ".join(c[1:]) for c in commands if "celery" in c)
+
+
+def test_up_starts_a_redis_and_a_worker_for_each_queue_by_the_documented_commands(rewardq, tmp_path):
+    run = start_up(rewardq, tmp_path)
+    assert worker_commands(run) == [
+        "-m celery -A tasks worker -Q gpu",
+        "-m celery -A tasks worker -Q vlm --concurrency 32",
+    ]
+    assert len(run.children()) == 3
+    assert re.search(r"^  export REWARDQ_BROKER_URL=redis://127\.0\.0\.1:\d+/0$", run.output, re.MULTILINE)
+
+
+def test_more_gpu_workers_serve_the_same_queue(rewardq, tmp_path):
+    run = start_up(rewardq, tmp_path, "--gpu-workers", "2")
+    assert worker_commands(run).count("-m celery -A tasks worker -Q gpu") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_up_stops_everything_it_started(rewardq, tmp_path, number):
+    run = start_up(rewardq, tmp_path)
+    children = run.children()
+    run.process.send_signal(number)
+    assert run.process.wait(30) == 0, run.output
+    assert running(children) == []
+
+
+def test_ctrl_c_while_the_workers_still_start_stops_everything(rewardq, tmp_path):
+    (tmp_path / "rewards.yaml").write_text(REWARDS)
+    run = rewardq("up", "rewards.yaml")
+    wait_until(lambda: len(run.children()) == 3, 30, lambda: run.output)
+    children = run.children()
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(30) == 0, run.output
+    assert running(children) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_a_killed_up_takes_its_children_with_it(rewardq, tmp_path):
+    run = start_up(rewardq, tmp_path)
+    children = run.children()
+    run.process.kill()
+    wait_until(lambda: not running(children), 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_a_worker_that_was_started_again_dies_with_a_killed_up_as_well(rewardq, tmp_path):
+    run = start_up(rewardq, tmp_path)
+    before = run.children()
+    killed = next(pid for pid in before if command_of(pid)[-1] == "gpu")
+    os.kill(killed, signal.SIGKILL)
+    run.wait_for("worker-gpu ended by itself (SIGKILL); starting it again")
+    wait_until(lambda: len(worker_commands(run)) == 2, 20, lambda: run.output)
+    after = run.children()
+    assert killed not in after
+    run.process.kill()
+    wait_until(lambda: not running(after), 10)
+
+
+def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):
+    first = start_up(rewardq, tmp_path)
+    url = re.search(r"REWARDQ_BROKER_URL=(\S+)", first.output)[1]
+    others = first.children()
+    (tmp_path / "second").mkdir()
+    shutil.move(tmp_path / "output.txt", tmp_path / "first.txt")
+    second = start_up(rewardq, tmp_path, "--redis", url)
+    assert len(second.children()) == 2
+    second.process.send_signal(signal.SIGINT)
+    assert second.process.wait(30) == 0
+    assert running(others) == others
+
+
+@pytest.mark.parametrize(
+    ("rewards", "says"),
+    [
+        (None, "cannot read the rewards file rewards.yaml: No such file or directory"),
+        ("rewards: [", "rewards.yaml is no YAML"),
+        ("rewards:\n  - reward_model: OCRR\n", "did you mean 'OCR'?"),
+    ],
+)
+def test_a_wrong_rewards_file_is_one_line_without_a_traceback(rewardq, tmp_path, rewards, says):
+    if rewards is not None:
+        (tmp_path / "rewards.yaml").write_text(rewards)
+    run = rewardq("up", "rewards.yaml")
+    assert run.process.wait(30) == 2
+    assert says in run.output
+    assert len(run.output.splitlines()) == 1
+
+
+def test_a_redis_that_does_not_answer_is_one_line_without_its_password(rewardq, tmp_path):
+    (tmp_path / "rewards.yaml").write_text(REWARDS)
+    run = rewardq("up", "rewards.yaml", "--redis", "redis://:secret@127.0.0.1:1/0")
+    assert run.process.wait(30) == 2
+    assert "redis://:***@127.0.0.1:1/0" in run.output
+    assert "secret" not in run.output
+    assert len(run.output.splitlines()) == 1
+
+
+def test_a_worker_that_cannot_start_is_one_line_that_names_its_log(rewardq, tmp_path):
+    (tmp_path / "rewards.yaml").write_text(REWARDS)
+    (tmp_path / "tasks.py").write_text("")
+    run = rewardq("up", "rewards.yaml")
+    assert run.process.wait(60) == 2
+    assert re.search(r"worker-gpu did not start \(exit status \d+\); its log \S+worker-gpu.log ends with", run.output)
+    assert "Traceback" not in run.output
+    assert run.children() == []

@@ -1,0 +1,178 @@
+"""Polls the outcomes that are awaited, and sends again what is missing: the client's half of delivery."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kombu.exceptions import ChannelError
+
+from tasks.catalog import VLM
+from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
+from tasks.outcomes import Outcomes, QueueState
+from tasks.payloads import PayloadStore
+from tasks.settings import Settings
+from trainer_client.board import Board, Chunk, Entry
+from trainer_client.sender import AWAY, Sender
+
+log = logging.getLogger(__name__)
+
+MAX_PAUSE_S = 30.0
+"""A message that was sent several times is looked after at least this often."""
+
+
+class Reconciler:
+    """Compares what is awaited with what is in Redis. Used by one thread."""
+
+    def __init__(
+        self, app: Any, settings: Settings, store: PayloadStore, results: Outcomes, board: Board, sender: Sender
+    ) -> None:
+        self._app, self._settings, self._store = app, settings, store
+        self._outcomes, self._board, self._sender = results, board, sender
+        self._connection: Any = None
+        self._warned: set[str] = set()
+
+    def poll(self, *, everything: bool) -> int:
+        """Ask for the outcomes of what has left its queue (or for everything awaited); returns how many were new."""
+        chunks = self._board.chunks()
+        if not everything:
+            queues = {c.spec.queue for c in chunks}
+            states = {q: self._outcomes.queue_state(q, num_waiting=1) for q in queues}
+            chunks = [c for c in chunks if not states[c.spec.queue].holds(c.number)]
+        waiting = [e for c in chunks for e in list(c.entries)]
+        if not waiting:
+            return 0
+        found = self._outcomes.look_up([e.address for e in waiting])
+        new = {e: o for e, o in zip(waiting, found, strict=True) if o is not None and _answers(o, e)}
+        if new:
+            self._board.answer(new)
+        return len(new)
+
+    def read_notes(self) -> None:
+        """Act on what workers say of requests that they could not read."""
+        chunks = self._board.chunks()
+        for chunk, note in zip(chunks, self._outcomes.notes([c.request for c in chunks]), strict=True):
+            if note is not None:
+                self._outcomes.drop_notes([chunk.request])
+                self._act_on(chunk, note)
+
+    def send_missing(self) -> None:
+        """Send again what is neither answered, claimed, queued, nor waiting for its model to load."""
+        now = time.monotonic()
+        due = [c for c in self._board.chunks() if c.look_at <= now]
+        missing = self._missing(due)
+        for chunk in due:
+            lost = missing.get(chunk)
+            if not lost:
+                chunk.is_missed = False
+                chunk.look_at = now + self._settings.reconcile_s
+            elif not chunk.is_missed:  # it may be between its queue and its claim: look once more
+                chunk.is_missed = True
+                chunk.look_at = now + self._settings.reconcile_s
+            else:
+                log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(lost), chunk.request)
+                self._send_again(chunk, lost)
+
+    def idle_queues(self, queues: Iterable[str]) -> str | None:
+        """Which of these queues no worker serves that could read our messages, and what to start; None if all are."""
+        try:
+            workers = self._outcomes.workers()
+            store = self._store.identity()
+        except AWAY as error:
+            return f"Redis is away: {error}"
+        reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
+        return "; ".join(reasons) or None
+
+    def warn_of_idle_queues(self) -> None:
+        """Log once which queue of what is under way has no worker."""
+        self._warn_once(self.idle_queues({c.spec.queue for c in self._board.chunks()}))
+
+    def disconnect(self) -> None:
+        """Give back the broker's connection; the next call makes a new one."""
+        if self._connection is not None:
+            self._connection.release()
+            self._connection = None
+
+    # --- private ---------------------------------------------------------------------------------
+
+    def _missing(self, due: Sequence[Chunk]) -> dict[Chunk, list[Entry]]:
+        """Of these chunks, the entries that no task, queue or loading worker has in hand."""
+        states = {queue: self._queue_state(queue) for queue in {c.spec.queue for c in due}}
+        unqueued = [c for c in due if not states[c.spec.queue].holds(c.number)]
+        if not unqueued:
+            return {}
+        loading = {(q, f) for w in self._outcomes.workers() for q in w.queues for f in w.loading}
+        unqueued = [c for c in unqueued if (c.spec.queue, c.spec.fingerprint) not in loading]
+        pairs = [(c, e) for c in unqueued for e in list(c.entries)]
+        claimed = self._outcomes.claimed([e.address for _, e in pairs])
+        missing: dict[Chunk, list[Entry]] = {}
+        for (chunk, entry), is_claimed in zip(pairs, claimed, strict=True):
+            if not is_claimed:
+                missing.setdefault(chunk, []).append(entry)
+        return missing
+
+    def _act_on(self, chunk: Chunk, note: Note) -> None:
+        if note.reason == "gone" and chunk.is_adopted:
+            self._give_up(list(chunk.entries))
+        elif note.reason == "gone":
+            self._send_again(chunk, list(chunk.entries))
+        else:  # another worker of this queue may do better; not at once, or the two play ball
+            words = f"worker {note.worker} on queue {chunk.spec.queue}: {note.detail}"
+            self._board.trouble = words
+            self._warn_once(words)
+            chunk.is_missed = True
+            chunk.look_at = time.monotonic() + chunk.pause_s
+
+    def _send_again(self, chunk: Chunk, entries: list[Entry]) -> None:
+        chunk.is_missed = False
+        chunk.pause_s = min(2 * chunk.pause_s, MAX_PAUSE_S)
+        chunk.look_at = time.monotonic() + chunk.pause_s
+        if not chunk.is_adopted:
+            self._sender.send_again(entries)
+        elif self._store.renew([chunk.request], self._settings.payload_ttl_s):
+            self._give_up(entries)
+        else:
+            self._sender.send_same(chunk)
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        """Media that another process submitted are gone."""
+        failure = Failure(kind="failed", message="its media left the payload store with the process that held them")
+        self._board.answer({e: Outcome(failure=failure, attempt=e.attempt) for e in entries})
+
+    def _queue_state(self, queue: str) -> QueueState:
+        return self._outcomes.queue_state(queue, self._num_in_queue(queue))
+
+    def _num_in_queue(self, queue: str) -> int:
+        if self._connection is None:
+            self._connection = self._app.connection_for_write()
+        try:
+            declared = self._connection.default_channel.queue_declare(queue, passive=True)
+        except ChannelError:  # no such list in Redis: the queue is empty
+            return 0
+        return int(declared.message_count)
+
+    def _warn_once(self, words: str | None) -> None:
+        if words and words not in self._warned:
+            self._warned.add(words)
+            log.warning("%s", words)
+
+
+def _answers(outcome: Outcome, entry: Entry) -> bool:
+    return outcome.reward is not None or outcome.attempt >= entry.attempt
+
+
+def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str) -> str | None:
+    """Why a queue gets nowhere, or None if some worker serves it."""
+    own = [w for w in workers if queue in w.queues]
+    start = f"celery -A tasks worker -Q {queue}" + (" --concurrency 32" if queue == VLM else "")
+    if not own:
+        return f"queue {queue!r} has no worker; start one: {start}"
+    if all(w.wire != WIRE_VERSION for w in own):
+        versions = ", ".join(f"{w.node} speaks wire version {w.wire}" for w in own)
+        return f"queue {queue!r} has no worker that understands this client (wire version {WIRE_VERSION}): {versions}"
+    if all(w.store != store for w in own):
+        nodes = ", ".join(w.node for w in own)
+        return f"no worker of queue {queue!r} uses this client's payload store ({nodes}); set REWARDQ_PAYLOAD_URL alike"
+    return None
