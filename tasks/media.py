@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ _VIDEO_NEEDS = "needs a list of images of one size, uint8 (T, H, W, 3), or float
 class Held:
     """A reference to the caller's media, with what is needed to notice a change before it is encoded.
 
-    `version` is a torch tensor's `_version` at submit, `event` a CUDA event after which its data are there.
+    `version` is a torch tensor's `_version` at submit (None of one made in inference mode, which keeps none), `event` a
+    CUDA event after which its data are there.
     """
 
     value: Any
@@ -100,7 +102,7 @@ def hold(value: Any) -> Held:
     if value.is_cuda:
         torch = sys.modules["torch"]
         event = torch.cuda.current_stream(value.device).record_event()
-    return Held(value, version=value._version, event=event)
+    return Held(value, version=None if value.is_inference() else value._version, event=event)
 
 
 # --- what a sender's thread does: one pass over the pixels --------------------------------------
@@ -117,9 +119,10 @@ def encode_image(held: Held, where: str) -> PixelsHWC:
     if isinstance(value, Image.Image):
         return _encode_pil(value, where)
     array = _to_numpy(value)
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray(_to_uint8(array, where).transpose(1, 2, 0))
+    pixels = array if array.dtype == np.uint8 else _to_uint8(array, where).transpose(1, 2, 0)
+    pixels = np.ascontiguousarray(pixels)
+    _check_unchanged(held, where)
+    return pixels
 
 
 def encode_video(held: Held, where: str) -> PixelsTHWC:
@@ -127,14 +130,17 @@ def encode_video(held: Held, where: str) -> PixelsTHWC:
     if isinstance(held.value, tuple):
         return np.stack([encode_image(frame, f"{where}[{t}]") for t, frame in enumerate(held.value)])
     array = _to_numpy(_value(held, where))
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray(_to_uint8(array, where).transpose(0, 2, 3, 1))
+    pixels = array if array.dtype == np.uint8 else _to_uint8(array, where).transpose(0, 2, 3, 1)
+    pixels = np.ascontiguousarray(pixels)
+    _check_unchanged(held, where)
+    return pixels
 
 
 def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:
     """The waveform as float32 `(C, T)`. Raises `InvalidSampleError` where it is not finite."""
-    array = np.atleast_2d(_to_numpy(_value(held, where)).astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+        array = np.atleast_2d(_to_numpy(_value(held, where)).astype(np.float32))
+    _check_unchanged(held, where)
     if not np.isfinite(array).all():
         raise InvalidSampleError(f"{where}: the waveform has values that are NaN or infinite")
     return np.ascontiguousarray(array)
@@ -185,7 +191,7 @@ def to_tensor(pixels: npt.NDArray[np.uint8]) -> Any:
     import torch
 
     channels_first = np.moveaxis(pixels, -1, -3)
-    return torch.from_numpy(np.ascontiguousarray(channels_first)).float().div_(255.0)
+    return torch.from_numpy(np.array(channels_first, order="C")).float().div_(255.0)
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -252,12 +258,16 @@ def _describe(value: Any) -> str:
 
 def _value(held: Held, where: str) -> Any:
     """The held media, after checking that a tensor is still what was submitted."""
+    _check_unchanged(held, where)
+    return held.value if held.event is None else _from_cuda(held)
+
+
+def _check_unchanged(held: Held, where: str) -> None:
     if held.version is not None and held.value._version != held.version:
         raise InvalidSampleError(
             f"{where}: the tensor was changed in place after submit() and before it was sent; "
             "submit a clone, or call flush() before you reuse it"
         )
-    return held.value if held.event is None else _from_cuda(held)
 
 
 def _from_cuda(held: Held) -> Any:
@@ -274,7 +284,8 @@ def _from_cuda(held: Held) -> Any:
 
 def _to_numpy(value: Any) -> npt.NDArray[Any]:
     if not is_tensor(value):
-        return np.asarray(value)
+        array = np.asarray(value)
+        return array.astype(np.float32) if array.dtype == np.float16 else array  # 255 x needs more than 11 bits
     torch = sys.modules["torch"]
     tensor = value.detach()
     if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
@@ -293,11 +304,17 @@ def _to_uint8(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
     return np.rint(array * 255.0).astype(np.uint8)
 
 
+_reading_files = threading.Lock()
+"""PIL reads a file at the first use of its pixels; two threads that do so at once get pieces of each other's image."""
+
+
 def _encode_pil(image: Image.Image, where: str) -> PixelsHWC:
     try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InvalidSampleError(f"{where}: the image cannot be read: {error}") from None
+        with _reading_files:
+            image.load()
+    except Exception as error:  # decoders of files raise anything, AssertionError for a closed file
+        reason = str(error) or f"{type(error).__name__}; was its file closed?"
+        raise InvalidSampleError(f"{where}: the image cannot be read: {reason}") from None
     if image.mode == "RGBA" or "transparency" in image.info:
         rgba = image.convert("RGBA")
         lowest_alpha = np.asarray(rgba)[..., 3].min()

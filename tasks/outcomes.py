@@ -92,6 +92,20 @@ end
 """
 """KEYS: claim, starts for each sample. ARGV: token. Gives claims back as if they had never been."""
 
+_START_ALONE = """
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local earlier = tonumber(redis.call('HGET', KEYS[1], 'alone') or '0')
+local since_ms = now_ms - tonumber(redis.call('HGET', KEYS[1], 'first_alone_ms') or now_ms)
+if earlier < tonumber(ARGV[1]) then
+  redis.call('HINCRBY', KEYS[1], 'alone', 1)
+  redis.call('HSETNX', KEYS[1], 'first_alone_ms', now_ms)
+end
+return {earlier, since_ms}
+"""
+"""KEYS: starts. ARGV: most starts alone. Counts one unless there were as many; returns the earlier ones, and ms since
+the first of them."""
+
 _EXTEND = """
 local kept = 0
 for i = 1, #KEYS do
@@ -166,6 +180,7 @@ class Outcomes:
         self._claim = redis.register_script(_CLAIM)
         self._write = redis.register_script(_WRITE)
         self._release = redis.register_script(_RELEASE)
+        self._start_alone = redis.register_script(_START_ALONE)
         self._extend = redis.register_script(_EXTEND)
         self._take = redis.register_script(_TAKE)
         self._beat = redis.register_script(_BEAT)
@@ -191,6 +206,11 @@ class Outcomes:
             return 0
         args = [token, self._result_ms, *map(pack_outcome, outcomes.values())]
         return int(self._write(keys=_keys_of(outcomes), args=args))
+
+    def start_alone(self, address: str, most: int) -> tuple[int, float]:
+        """Count a suspect's start alone unless there were `most`; returns how many earlier, and seconds since then."""
+        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most])
+        return int(earlier), int(since_ms) / 1000
 
     def release(self, addresses: Iterable[str], token: str) -> None:
         """Give claims back without an answer; their starts do not count."""

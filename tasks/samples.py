@@ -15,6 +15,9 @@ from tasks.rewards import RewardSpec
 
 MEDIA_FIELDS = ("image", "video", "audio", "condition_images", "condition_videos")
 
+MAX_DEPTH = 64
+"""Mappings and lists in metadata may be nested so deep."""
+
 
 @dataclass(slots=True, eq=False)
 class Sample:
@@ -61,6 +64,7 @@ def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels:
     for i, video in enumerate(_listed(sample.condition_videos, f"{where}: condition_videos")):
         media.check_video(video, f"{where}: condition_videos[{i}]", max_pixels)
     _check_metadata(sample.metadata, where)
+    _check_group(sample.group, where)
     for reward in rewards:
         _check_required(sample, reward, where)
 
@@ -105,10 +109,26 @@ def _listed(value: Any, where: str) -> Sequence[Any]:
 
 
 def _check_text(text: str, where: str) -> None:
+    if (bad := _not_text(text)) is not None:
+        raise InvalidSampleError(f"{where} {bad}")
+
+
+def _not_text(text: str) -> str | None:
+    """Why `text` cannot be encoded (a lone surrogate), or None."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InvalidSampleError(f"{where} is no valid Unicode: {error.reason} at {error.start}") from None
+        return f"is no valid Unicode: {error.reason} at {error.start}"
+    return None
+
+
+def _check_group(group: Any, where: str) -> None:
+    try:
+        hash(group)
+    except TypeError:
+        raise InvalidSampleError(
+            f"{where}: group must be hashable, a number or a text for example, found a {type(group).__name__}"
+        ) from None
 
 
 def _check_metadata(metadata: Any, where: str) -> None:
@@ -119,31 +139,36 @@ def _check_metadata(metadata: Any, where: str) -> None:
         raise InvalidSampleError(f"{where}: {bad}; needs text keys and text, numbers, booleans, None, lists, mappings")
 
 
-def _not_plain(value: Any, path: str) -> str | None:
+def _not_plain(value: Any, path: str, depth: int = 0) -> str | None:
     """Where and what in `value` is not JSON-like, or None."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if depth > MAX_DEPTH:
+        return f"metadata is nested more than {MAX_DEPTH} deep"
+    if isinstance(value, str):
+        bad = _not_text(value)
+        return bad and f"{path} {bad}"
+    if value is None or isinstance(value, bool | int | float):
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
             return f"{path} is an integer of more than 64 bits"
         return None
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not isinstance(key, str):
-                return f"{path} has the key {key!r}"
-            if (bad := _not_plain(item, f"{path}[{key!r}]")) is not None:
+            if not isinstance(key, str) or _not_text(key) is not None:
+                return f"{path} has the key {key!r}" + (" of no valid Unicode" if isinstance(key, str) else "")
+            if (bad := _not_plain(item, f"{path}[{key!r}]", depth + 1)) is not None:
                 return bad
         return None
     if isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            if (bad := _not_plain(item, f"{path}[{i}]")) is not None:
+            if (bad := _not_plain(item, f"{path}[{i}]", depth + 1)) is not None:
                 return bad
         return None
     return f"{path} is a {type(value).__name__}"
 
 
 def _canonical(value: Any) -> Any:
-    """Mappings as pairs sorted by key, so that equal content gives equal bytes."""
+    """Mappings in the order of their keys, so that equal content gives equal bytes."""
     if isinstance(value, Mapping):
-        return ["map", [[key, _canonical(value[key])] for key in sorted(value)]]
+        return {key: _canonical(value[key]) for key in sorted(value)}
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
     return value

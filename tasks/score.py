@@ -7,6 +7,7 @@ one. What it cannot read it leaves to the client, by a note; it never raises for
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ from tasks.messages import (
 )
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore
+
+USUAL_STARTS = 2
+"""A sample found with so many starts and no answer is a suspect: it may be what ended those processes."""
+
+MOST_STARTS_ALONE = 3
+"""A suspect that was started alone so often without an answer is given up."""
 
 REDIS_AWAY_S = 120.0
 """How long a task waits for a Redis that is away before it leaves its chunk to be sent again."""
@@ -72,6 +79,7 @@ class Desk:
 
 _desk: Desk | None = None
 _tokens = itertools.count()
+_place_for_a_suspect = threading.Lock()
 
 
 def serve_at(desk: Desk) -> None:
@@ -124,6 +132,9 @@ class _Chunk:
         self.desk, self.request, self.token, self.store = desk, request, token, store
         self.queued_s = max(0.0, (taken_ms - request.sent_ms) / 1000)
         self.num_scored = self.num_failed = 0
+        self.fetch_s = 0.0
+        self.left: set[str] = set()
+        """Addresses claimed by us and unanswered."""
 
     def score(self) -> str:
         """Load, claim, fetch, run, write."""
@@ -137,22 +148,43 @@ class _Chunk:
         claimed = self._claim()
         if not claimed:
             return "answered or claimed already"
-        addresses = [s.address for s in claimed]
-        self.desk.claims.hold(addresses, self.token)
-        left = set(addresses)
+        self.left = {s.address for s, _ in claimed}
+        self.desk.claims.hold(self.left, self.token)
         try:
             try:
-                payloads, fetch_s = self._fetch(claimed)
+                payloads, self.fetch_s = self._fetch([s for s, _ in claimed])
             except PayloadGoneError as error:
                 return _note_missing(self.desk, self.request.id, self.store, str(error))
-            for outcomes in runner.run(model, call, claimed, payloads):
-                self._write(outcomes, fetch_s)
-                left -= outcomes.keys()
+            self._run(model, [s for s, starts in claimed if starts <= USUAL_STARTS], payloads)
+            for sample in [s for s, starts in claimed if starts > USUAL_STARTS]:
+                self._run_suspect(model, sample, payloads)
         finally:
-            self.desk.claims.drop(addresses)
-            if left:
-                _lasting(lambda: self.desk.outcomes.release(left, self.token))
+            self.desk.claims.drop([s.address for s, _ in claimed])
+            if self.left:
+                _lasting(lambda: self.desk.outcomes.release(self.left, self.token))
         return self._words()
+
+    def _run(self, model: Any, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]) -> None:
+        for outcomes in self.desk.runner.run(model, self.request.reward, samples, payloads):
+            self._write(outcomes)
+
+    def _run_suspect(self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]) -> None:
+        """Run a sample alone, at most one such in this process at a time; if the place is taken it goes back.
+
+        One that ended its process each time is given up, but not before `timeout_s` has passed: what ends processes
+        for a while (a host out of memory, a deployment) is not the sample's fault.
+        """
+        if not _place_for_a_suspect.acquire(blocking=False):
+            return
+        try:
+            earlier, since_s = _lasting(lambda: self.desk.outcomes.start_alone(sample.address, MOST_STARTS_ALONE))
+            if earlier < MOST_STARTS_ALONE:
+                self._run(model, [sample], payloads)
+            elif since_s >= self.request.reward.timeout_s:
+                message = f"its worker process ended without an answer each of the {earlier} times it was scored alone"
+                self._write({sample.address: Outcome(failure=Failure(kind="failed", message=message))})
+        finally:
+            _place_for_a_suspect.release()
 
     def _unanswered(self) -> bool:
         samples = self.request.samples
@@ -161,12 +193,13 @@ class _Chunk:
             o is None or (o.reward is None and o.attempt < s.attempt) for o, s in zip(found, samples, strict=True)
         )
 
-    def _claim(self) -> list[SampleRequest]:
-        """The samples that are this task's to score. An equal sample twice in a chunk is claimed once."""
+    def _claim(self) -> list[tuple[SampleRequest, int]]:
+        """The samples that are this task's to score, with their starts. Equal samples in a chunk are claimed once."""
         samples = list({s.address: s for s in self.request.samples}.values())
         addresses, attempts = [s.address for s in samples], [s.attempt for s in samples]
         claims = _lasting(lambda: self.desk.outcomes.claim(addresses, attempts, self.token, self.request.deadline_ms))
-        return [s for s, c in zip(samples, claims or (), strict=claims is not None) if c.state == "claimed"]
+        pairs = zip(samples, claims or (), strict=claims is not None)
+        return [(s, c.starts) for s, c in pairs if c.state == "claimed"]
 
     def _fetch(self, samples: Sequence[SampleRequest]) -> tuple[dict[str, bytes], float]:
         names = list(dict.fromkeys(ref.name for s in samples for ref in _refs(s)))
@@ -179,21 +212,22 @@ class _Chunk:
             raise PayloadGoneError(missing)
         return fetched, time.perf_counter() - started
 
-    def _write(self, outcomes: dict[str, Outcome], fetch_s: float) -> None:
-        times = {"queued_s": round(self.queued_s, 4), "fetch_s": round(fetch_s, 4), "worker": self.desk.node}
+    def _write(self, outcomes: dict[str, Outcome]) -> None:
+        times = {"queued_s": round(self.queued_s, 4), "fetch_s": round(self.fetch_s, 4), "worker": self.desk.node}
         attempts = {s.address: s.attempt for s in self.request.samples}
         complete = {
             a: o.model_copy(update={"attempt": attempts[a], "origin": {**o.origin, **times}})
             for a, o in outcomes.items()
         }
         _lasting(lambda: self.desk.outcomes.write(complete, self.token))
+        self.left -= complete.keys()
         self.num_scored += sum(o.reward is not None for o in outcomes.values())
         self.num_failed += sum(o.reward is None for o in outcomes.values())
 
     def _fail_all(self, message: str) -> str:
         claimed = self._claim()
         failure = Failure(kind="failed", message=message)
-        self._write({s.address: Outcome(failure=failure) for s in claimed}, 0.0)
+        self._write({s.address: Outcome(failure=failure) for s, _ in claimed})
         return self._words()
 
     def _words(self) -> str:

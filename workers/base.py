@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from tasks.errors import FailureKind
+
+this_call = threading.local()
+"""`clock` is this thread's call of a model under a worker's watch (`workers.watchdog`)."""
 
 
 class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
@@ -109,11 +114,27 @@ class RewardModel:
     use_tensor_inputs: ClassVar[bool] = False
     """Media as torch tensors in [0, 1] instead of PIL images."""
     thread_safe: ClassVar[bool] = False
-    """Whether several threads may call it at once (a model that waits on the network)."""
+    """Whether several threads may call it at once. A judge waits on the network; a local model preprocesses outside
+    and holds `self.forward()` around what one thread at a time may do."""
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
+        self._forward_lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Held around the forward of a thread-safe local model: one thread computes while others preprocess.
+
+        Under a worker `timeout_s` does not count while this is waited for.
+        """
+        clock = getattr(this_call, "clock", None)
+        if clock is not None:
+            clock.pause()
+        with self._forward_lock:
+            if clock is not None:
+                clock.restart()
+            yield
 
     @property
     def device(self) -> Any:

@@ -51,6 +51,12 @@ class HeartbeatThread(threading.Thread):
             for address in addresses:
                 self._tokens.pop(address, None)
 
+    @property
+    def held(self) -> dict[str, str]:
+        """Addresses claimed by this process and not yet dropped, with the token of each."""
+        with self._lock:
+            return dict(self._tokens)
+
     def run(self) -> None:
         """Beat until `end`."""
         while True:
@@ -72,9 +78,7 @@ class HeartbeatThread(threading.Thread):
             log.warning("heartbeat not ended error=%s", error)
 
     def _beat(self) -> None:
-        with self._lock:
-            tokens = dict(self._tokens)
-        self._outcomes.extend(tokens)
+        self._outcomes.extend(self.held)
         loading = self._models.loading
         heartbeat = Heartbeat(
             wire=WIRE_VERSION,

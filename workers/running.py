@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from workers.loading import LoadedModel, Models
 MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
 
+Watch = Callable[[Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]]
+
 Inputs = dict[str, Any]
 """The fields of one sample, decoded."""
 
@@ -30,6 +33,8 @@ class ModelRunner:
 
     def __init__(self, settings: Settings) -> None:
         self.models = Models(settings)
+        self.watch: Watch = lambda _samples, _timeout_s: contextlib.nullcontext()
+        """Entered around each call of a model; the worker's watchdog, where there is one."""
 
     def is_loaded(self, call: RewardCall) -> bool:
         """Whether the model is in memory."""
@@ -49,7 +54,7 @@ class ModelRunner:
             started = time.perf_counter()
             inputs = [decode(model.model, s, payloads) for s in batch]
             decode_s = time.perf_counter() - started
-            outcomes = self._score(model, inputs)
+            outcomes = self._score(model, call, batch, inputs)
             origin = {
                 **where_computed(),
                 "model_version": call.version,
@@ -58,10 +63,12 @@ class ModelRunner:
             }
             yield {s.address: o.model_copy(update={"origin": origin}) for s, o in zip(batch, outcomes, strict=True)}
 
-    def _score(self, model: LoadedModel, inputs: Sequence[Inputs]) -> list[Outcome]:
+    def _score(
+        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
+    ) -> list[Outcome]:
         """One outcome for each input. A batch that raises is halved, down to the sample that alone fails."""
         try:
-            output = _call(model, inputs)
+            output = self._call(model, call, samples, inputs)
         except KeyboardInterrupt as error:
             return [_outcome_of(error)] * len(inputs)
         except (Exception, SystemExit) as error:  # a reward model is the user's code and may raise anything
@@ -71,8 +78,18 @@ class ModelRunner:
             if len(inputs) == 1:
                 return [_outcome_of(error)]
             half = len(inputs) // 2
-            return self._score(model, inputs[:half]) + self._score(model, inputs[half:])
+            first = self._score(model, call, samples[:half], inputs[:half])
+            return first + self._score(model, call, samples[half:], inputs[half:])
         return outcomes_of(output, len(inputs))
+
+    def _call(
+        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
+    ) -> Any:
+        columns = {name: [one[name] for one in inputs] for name in inputs[0]}
+        given = {name: None if name != "prompt" and all(v is None for v in c) else c for name, c in columns.items()}
+        lock = contextlib.nullcontext() if model.model.thread_safe else model.lock
+        with lock, self.watch(samples, call.timeout_s):
+            return model.model(**given)  # type: ignore[operator]
 
 
 def decode(model: RewardModel, sample: SampleRequest, payloads: Mapping[str, bytes]) -> Inputs:
@@ -118,18 +135,7 @@ def where_computed() -> dict[str, Any]:
 # --- private -------------------------------------------------------------------------------------
 
 
-def _call(model: LoadedModel, inputs: Sequence[Inputs]) -> Any:
-    columns = {name: [one[name] for one in inputs] for name in inputs[0]}
-    given = {name: None if name != "prompt" and all(v is None for v in c) else c for name, c in columns.items()}
-    if model.model.thread_safe:
-        return model.model(**given)  # type: ignore[operator]
-    with model.lock:
-        return model.model(**given)  # type: ignore[operator]
-
-
-def _decode_field(
-    refs: MediaRef | tuple[MediaRef, ...] | None, payloads: Mapping[str, bytes], as_tensor: bool
-) -> Any:
+def _decode_field(refs: MediaRef | tuple[MediaRef, ...] | None, payloads: Mapping[str, bytes], as_tensor: bool) -> Any:
     if refs is None:
         return None
     if isinstance(refs, MediaRef):
