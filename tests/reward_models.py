@@ -167,3 +167,12 @@ class Counts(PixelCode):
         with open(self.config.extra_kwargs["file"], "a") as file:
             file.writelines(f"{int(n)}\n" for n in output.rewards)
         return output
+
+
+class FailsWhile(PixelCode):
+    """`PixelCode` that raises while the file `options["file"]` is there."""
+
+    def __call__(self, prompt: Sequence[str], image: Any = None, **kwargs: Any) -> RewardModelOutput:
+        if os.path.exists(self.config.extra_kwargs["file"]):
+            raise RuntimeError("out of order")
+        return super().__call__(prompt, image)

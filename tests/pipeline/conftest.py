@@ -1,0 +1,55 @@
+"""A client on an empty Redis, and samples whose rewards are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.settings import Settings
+from tests.reward_models import image_of
+from trainer_client import RewardClient, Sample
+
+MODELS = "tests.reward_models"
+
+
+def samples_of(numbers: Sequence[int], **fields: Any) -> list[Sample]:
+    """One sample for each number; `PixelCode` rewards it with that number."""
+    return [Sample(prompt=f"number {n}", image=image_of(n), **fields) for n in numbers]
+
+
+def config_of(*rewards: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A config of reward models of the tests, by class name or as mappings with one."""
+    entries: list[Mapping[str, Any]] = [{"reward_model": r} if isinstance(r, str) else r for r in rewards]
+    return {
+        "rewards": [
+            {"name": e["reward_model"], **e, "reward_model": f"{MODELS}.{e['reward_model']}"}
+            if "." not in e["reward_model"] and e["reward_model"][0].isupper() and e["reward_model"] != "OCR"
+            else dict(e)
+            for e in entries
+        ]
+    }
+
+
+@pytest.fixture
+def clients(settings: Settings) -> Iterator[Callable[..., RewardClient]]:
+    """Makes clients, closed at the end: `clients("PixelCode", {"reward_model": "Slow", "seconds": 2})`."""
+    made: list[RewardClient] = []
+
+    def make(
+        *rewards: Mapping[str, Any] | str, settings: Settings = settings, run: str = "test", **options: Any
+    ) -> RewardClient:
+        made.append(RewardClient.from_dict(config_of(*rewards), run, settings=settings, **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def assert_rewards(batch: Any, numbers: Sequence[int], name: str = "PixelCode") -> None:
+    """Every reward is there and is its own sample's."""
+    np.testing.assert_array_equal(batch.rewards[name], np.array(numbers, np.float32), batch.describe_failures())
+    assert batch.valid[name].all()
