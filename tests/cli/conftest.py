@@ -27,7 +27,7 @@ class CommandLine:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**env, "COLUMNS": "160"},
+                env={**env, "COLUMNS": "160", "TMPDIR": str(cwd)},
                 start_new_session=True,
             )
 
@@ -38,6 +38,10 @@ class CommandLine:
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.output or self.process.poll() is not None, 60, lambda: self.output)
         assert text in self.output, self.output
+
+    def exit_status(self, timeout_s: float) -> int:
+        wait_until(lambda: self.process.poll() is not None, timeout_s, lambda: self.output)
+        return self.process.wait()
 
     def children(self) -> list[int]:
         return [pid for pid, parent in _parents().items() if parent == self.process.pid]

@@ -49,7 +49,7 @@ def test_a_signal_to_up_stops_everything_it_started(rewardq, tmp_path, number):
     run = start_up(rewardq, tmp_path)
     children = run.children()
     run.process.send_signal(number)
-    assert run.process.wait(30) == 0, run.output
+    assert run.exit_status(30) == 0, run.output
     assert running(children) == []
 
 
@@ -59,7 +59,7 @@ def test_ctrl_c_while_the_workers_still_start_stops_everything(rewardq, tmp_path
     wait_until(lambda: len(run.children()) == 3, 30, lambda: run.output)
     children = run.children()
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(30) == 0, run.output
+    assert run.exit_status(30) == 0, run.output
     assert running(children) == []
 
 
@@ -94,7 +94,7 @@ def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):
     second = start_up(rewardq, tmp_path, "--redis", url)
     assert len(second.children()) == 2
     second.process.send_signal(signal.SIGINT)
-    assert second.process.wait(30) == 0
+    assert second.exit_status(30) == 0, second.output
     assert running(others) == others
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_rewards_file_is_one_line_without_a_traceback(rewardq, tmp_path,
     if rewards is not None:
         (tmp_path / "rewards.yaml").write_text(rewards)
     run = rewardq("up", "rewards.yaml")
-    assert run.process.wait(30) == 2
+    assert run.exit_status(30) == 2, run.output
     assert says in run.output
     assert len(run.output.splitlines()) == 1
 
@@ -118,7 +118,7 @@ def test_a_wrong_rewards_file_is_one_line_without_a_traceback(rewardq, tmp_path,
 def test_a_redis_that_does_not_answer_is_one_line_without_its_password(rewardq, tmp_path):
     (tmp_path / "rewards.yaml").write_text(REWARDS)
     run = rewardq("up", "rewards.yaml", "--redis", "redis://:secret@127.0.0.1:1/0")
-    assert run.process.wait(30) == 2
+    assert run.exit_status(30) == 2, run.output
     assert "redis://:***@127.0.0.1:1/0" in run.output
     assert "secret" not in run.output
     assert len(run.output.splitlines()) == 1
@@ -128,7 +128,7 @@ def test_a_worker_that_cannot_start_is_one_line_that_names_its_log(rewardq, tmp_
     (tmp_path / "rewards.yaml").write_text(REWARDS)
     (tmp_path / "tasks.py").write_text("")
     run = rewardq("up", "rewards.yaml")
-    assert run.process.wait(60) == 2
+    assert run.exit_status(60) == 2, run.output
     assert re.search(r"worker-gpu did not start \(exit status \d+\); its log \S+worker-gpu.log ends with", run.output)
     assert "Traceback" not in run.output
     assert run.children() == []

@@ -1,0 +1,40 @@
+# Each target works alone from a fresh clone: it makes the virtual environment .venv with what it needs.
+# `make demo PYTHON=python3.12` chooses the interpreter; 3.11 to 3.13 are supported.
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+ifndef PYTHON
+PYTHON := $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c '$(SUPPORTED)' 2>/dev/null && echo $(p))))
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench soak
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/rewardq demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.throughput
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/pytest -m soak tests/soak
+
+# One stamp for each set of extras, so that a second run installs nothing.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing rewardq[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11, 3.12 or 3.13; name it: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
