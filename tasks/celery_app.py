@@ -20,10 +20,19 @@ from tasks.settings import Settings, load_settings
 SCORE = "rewardq.score"
 """Name of the task that scores a chunk; clients send by name."""
 
+GROUP = "rewardq.group"
+"""Name of the task that scores a group within one chunk and combines it."""
+
+COMBINE = "rewardq.combine"
+"""Name of the task that makes a group's outcome of those of its parts; the body of a chord."""
+
+PRIORITY_FIRST, PRIORITY_USUAL = 0, 6
+"""Of messages: what only combines goes before what still has to be scored. (On Redis 0 is the highest.)"""
+
 VISIBILITY_TIMEOUT_S = 12 * 3600
 """After this Redis gives unacknowledged messages back to the queue. Long, since clients send again what is missing."""
 
-WORKER_MODULES = ("tasks.score", "workers.serving")
+WORKER_MODULES = ("tasks.score", "tasks.combine", "workers.serving")
 """What a worker imports when it starts; a trainer never does."""
 
 
@@ -50,6 +59,7 @@ def make_app(settings: Settings) -> Any:
         worker_enable_remote_control=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # a Redis that is full: the worker waits for room, and serves on
         broker_transport_options={
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "socket_timeout": SOCKET_TIMEOUT_S,

@@ -10,6 +10,7 @@ RewardError
 |-- MissingExtraError       the operator's: an optional dependency is not installed
 |-- ModelLoadError          the worker's: a reward model cannot be loaded; every sample of the chunk gets the reason
 |-- RedisUnreachableError   the operator's: no server answers; trying again helps once it does
+|-- BusyError               the worker's: not now; nothing was asked, and the chunk is sent again after a pause
 |-- PayloadGoneError        media or a request left the store before they were read; the client uploads again
 |-- WireError               a message of another wire version, or not one of ours
 |-- TicketError             the caller's: a ticket of another run or of other rewards
@@ -85,6 +86,10 @@ class MissingExtraError(RewardError, ImportError):
 
 class ModelLoadError(RewardError):
     """A reward model cannot be loaded on this worker."""
+
+
+class BusyError(RewardError):
+    """A reward model cannot be asked now (its fleet's budget is in use); what it did not score is sent again."""
 
 
 class RedisUnreachableError(RewardError, ConnectionError):

@@ -40,13 +40,26 @@ def worker(node: str) -> str:
     return f"{ROOT}worker:{node}"
 
 
+def group(run: str, launch: str, split: str, step: int, fingerprint: str, group: str) -> str:
+    """The slots of one group across ranks (a hash): keys and members, and the digest once it is complete."""
+    return f"{ROOT}group:{run}:{launch}:{split}:{step}:{fingerprint}:{group}"
+
+
 def trainer(run: str, launch: str, rank: int) -> str:
     """Which trainer process is this rank; kept alive by it."""
     return f"{ROOT}trainer:{run}:{launch}:{rank}"
 
 
+def judge_leases(endpoint: str) -> str:
+    """Sorted set: requests in flight at a judge's endpoint, of all workers, by expiry (Redis's clock, ms)."""
+    return f"{ROOT}judge:{endpoint}"
+
+
 WORKERS = f"{ROOT}workers"
 """Sorted set of worker node names by the time (Redis's clock, ms) at which their heartbeat expires."""
+
+ROOM = f"{ROOT}room"
+"""Written to learn whether a server takes writes; means nothing."""
 
 STORE_IDENTITY = f"{ROOT}store"
 """In the payload store's Redis: its identity, a random text."""

@@ -36,6 +36,13 @@ class MediaRef(_Message):
 Media = MediaRef | tuple[MediaRef, ...]
 
 
+class Failure(_Message):
+    """Why there is no reward."""
+
+    kind: FailureKind
+    message: str
+
+
 class SampleRequest(_Message):
     """One sample of a chunk. Made by a client's sender, read by a worker."""
 
@@ -47,6 +54,10 @@ class SampleRequest(_Message):
     metadata: dict[str, Any] = {}
     attempt: Annotated[int, Field(ge=1)] = 1
     """Answered by any reward, or by a failure of this attempt or later."""
+    members: tuple[SampleRequest, ...] = ()
+    """Of a whole group that goes to a groupwise model as one: its members in slot order. It has no media of its own."""
+    failure: Failure | None = None
+    """A member that cannot be scored, and why: the others are scored without it."""
 
 
 class RewardCall(_Message):
@@ -81,37 +92,84 @@ class ScoreRequest(_Message):
     samples: Annotated[tuple[SampleRequest, ...], Field(min_length=1)]
 
 
+class GroupRequest(_Message):
+    """A group whose reward is made of the outcomes of its parts: ranks of its members, or comparisons won.
+
+    Beside the requests of its chunks if it is larger than one.
+    """
+
+    wire: int = WIRE_VERSION
+    id: Text
+    run: Text
+    label: Text
+    sent_ms: int
+    deadline_ms: int
+    reward: RewardCall
+    """The computation of the parts."""
+    how: Literal["rank", "wins"]
+    ties: Literal["mean", "ordinal"] = "mean"
+    address: Text
+    """Where the group's outcome goes."""
+    attempt: Annotated[int, Field(ge=1)] = 1
+    members: tuple[SampleRequest, ...]
+    """In slot order. For ranks they are the parts."""
+    comparisons: tuple[SampleRequest, ...] = ()
+    """For wins: the parts, each with the media of two members."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """For each comparison, which members it compares."""
+
+    @property
+    def parts(self) -> tuple[SampleRequest, ...]:
+        """What is scored for this group."""
+        return self.comparisons if self.how == "wins" else tuple(m for m in self.members if m.failure is None)
+
+    def chunk(self) -> ScoreRequest:
+        """The parts as one chunk."""
+        return ScoreRequest(
+            id=self.id,
+            run=self.run,
+            label=self.label,
+            sent_ms=self.sent_ms,
+            deadline_ms=self.deadline_ms,
+            reward=self.reward,
+            samples=self.parts,
+        )
+
+
 class Note(_Message):
     """What keeps a worker from reading a request: no outcome, the client acts on it. Made by a worker."""
 
-    reason: Literal["gone", "store", "wire"]
-    """The request or a payload is not in the store; the worker uses another store; it speaks another wire version."""
+    reason: Literal["gone", "store", "wire", "busy"]
+    """The request or a payload is not in the store; the worker uses another store; it speaks another wire version;
+    a judge's budget is in use (send it again after a pause)."""
     worker: Text
     detail: str
 
 
-class Failure(_Message):
-    """Why there is no reward."""
-
-    kind: FailureKind
-    message: str
-
-
 class Outcome(_Message):
-    """A finite reward, or the reason there is none; exactly one of them. Made by a worker, read by clients."""
+    """A finite reward, or the reason there is none; exactly one of them. Made by a worker, read by clients.
+
+    A group's outcome has those of its members, in slot order, instead.
+    """
 
     reward: float | None = None
     failure: Failure | None = None
+    members: tuple[Outcome, ...] = ()
     attempt: int = 1
     info: dict[str, Any] = {}
     """What the reward model says beside the reward: judge text, aspects, raw score."""
     origin: dict[str, Any] = {}
     """Where it was computed: worker, device, versions, and the seconds it took."""
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it is an answer for good: a reward, or a group's whose members all have theirs."""
+        return self.reward is not None or (bool(self.members) and all(m.reward is not None for m in self.members))
+
     @model_validator(mode="after")
     def _exactly_one(self) -> Outcome:
-        if (self.reward is None) == (self.failure is None):
-            raise ValueError("an outcome is a reward or a failure, exactly one of them")
+        if (self.reward is not None) + (self.failure is not None) + bool(self.members) != 1:
+            raise ValueError("an outcome is a reward, a failure, or a group's, exactly one of them")
         if self.reward is not None and not math.isfinite(self.reward):
             raise ValueError(f"a reward is finite, found {self.reward}")
         return self
@@ -164,16 +222,16 @@ def unpack(model: type[M], data: bytes) -> M:
         raise WireError(f"not a {model.__name__} of wire version {WIRE_VERSION}: {place}: {first['msg']}") from None
 
 
-# An outcome in Redis starts with a short header that scripts there can read: `R;` for a reward, `F<attempt>;` for a
-# failure; msgpack follows.
+# An outcome in Redis starts with a short header that scripts there can read: `R;` for what is final, `F<attempt>;` for
+# what another attempt may better; msgpack follows.
 
 
 def pack_outcome(outcome: Outcome) -> bytes:
     """The bytes of an outcome in Redis."""
-    header = b"R;" if outcome.reward is not None else b"F%d;" % outcome.attempt
+    header = b"R;" if outcome.is_final else b"F%d;" % outcome.attempt
     return header + pack(outcome)
 
 
 def unpack_outcome(data: bytes) -> Outcome:
     """The outcome in bytes from Redis. Raises `WireError`."""
-    return unpack(Outcome, data[data.index(b";") + 1 :])
+    return unpack(Outcome, data.partition(b";")[2])

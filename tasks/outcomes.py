@@ -86,6 +86,10 @@ for i = 1, #KEYS / 2 do
   local claim, starts = KEYS[2 * i - 1], KEYS[2 * i]
   if redis.call('GET', claim) == ARGV[1] then
     redis.call('DEL', claim)
+    if redis.call('HGET', starts, 'alone_by') == ARGV[1] then
+      redis.call('HDEL', starts, 'alone_by')
+      redis.call('HINCRBY', starts, 'alone', -1)
+    end
     if redis.call('HINCRBY', starts, 'starts', -1) <= 0 then redis.call('DEL', starts) end
   end
 end
@@ -99,24 +103,31 @@ local earlier = tonumber(redis.call('HGET', KEYS[1], 'alone') or '0')
 local since_ms = now_ms - tonumber(redis.call('HGET', KEYS[1], 'first_alone_ms') or now_ms)
 if earlier < tonumber(ARGV[1]) then
   redis.call('HINCRBY', KEYS[1], 'alone', 1)
+  redis.call('HSET', KEYS[1], 'alone_by', ARGV[2])
   redis.call('HSETNX', KEYS[1], 'first_alone_ms', now_ms)
 end
 return {earlier, since_ms}
 """
-"""KEYS: starts. ARGV: most starts alone. Counts one unless there were as many; returns the earlier ones, and ms since
-the first of them."""
+"""KEYS: starts. ARGV: most starts alone, token. Counts one unless there were as many; returns the earlier ones, and ms
+since the first of them."""
 
 _EXTEND = """
 local kept = 0
-for i = 1, #KEYS do
-  if redis.call('GET', KEYS[i]) == ARGV[1 + i] then
-    redis.call('PEXPIRE', KEYS[i], ARGV[1])
+for i = 1, #KEYS / 2 do
+  local claim, outcome, token = KEYS[2 * i - 1], KEYS[2 * i], ARGV[1 + i]
+  local holder = redis.call('GET', claim)
+  if holder == token then
+    redis.call('PEXPIRE', claim, ARGV[1])
+    kept = kept + 1
+  elseif not holder and redis.call('EXISTS', outcome) == 0 then
+    redis.call('SET', claim, token, 'PX', ARGV[1])
     kept = kept + 1
   end
 end
 return kept
 """
-"""KEYS: claims. ARGV: ms, then the token of each. Returns how many are still ours."""
+"""KEYS: claim, outcome for each sample. ARGV: ms, then the token of each. Returns how many are ours; one that expired
+while its worker could not reach Redis, or was stopped, and that nobody has taken or answered since, is ours again."""
 
 _TAKE = """
 if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
@@ -207,9 +218,9 @@ class Outcomes:
         args = [token, self._result_ms, *map(pack_outcome, outcomes.values())]
         return int(self._write(keys=_keys_of(outcomes), args=args))
 
-    def start_alone(self, address: str, most: int) -> tuple[int, float]:
+    def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
         """Count a suspect's start alone unless there were `most`; returns how many earlier, and seconds since then."""
-        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most])
+        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most, token])
         return int(earlier), int(since_ms) / 1000
 
     def release(self, addresses: Iterable[str], token: str) -> None:
@@ -219,10 +230,11 @@ class Outcomes:
             self._release(keys=pairs, args=[token])
 
     def extend(self, tokens: Mapping[str, str]) -> int:
-        """Keep claims (address to token) alive; returns how many are still ours."""
+        """Keep claims (address to token) alive, and take back those that expired; returns how many are ours."""
         if not tokens:
             return 0
-        return int(self._extend(keys=[keys.claim(a) for a in tokens], args=[self._claim_ms, *tokens.values()]))
+        pairs = [key for a in tokens for key in (keys.claim(a), keys.outcome(a))]
+        return int(self._extend(keys=pairs, args=[self._claim_ms, *tokens.values()]))
 
     def take(self, queue: str, number: int) -> int:
         """Record that the message of this number left its queue; returns Redis's clock in ms."""
@@ -253,7 +265,7 @@ class Outcomes:
     def notes(self, request_ids: Sequence[str]) -> list[Note | None]:
         """Notes of workers on these requests, in order."""
         found = self._mget([keys.note(i) for i in request_ids])
-        return [unpack(Note, value) if value else None for value in found]
+        return [_note(value) if value else None for value in found]
 
     def drop_notes(self, request_ids: Sequence[str]) -> None:
         """Forget notes that were acted upon."""
@@ -273,6 +285,10 @@ class Outcomes:
         """Reserve numbers for messages about to be sent; returns the first."""
         return int(self.redis.incrby(keys.sent_number(queue), num_messages)) - num_messages + 1
 
+    def check_room(self) -> None:
+        """Write something of no consequence; raises what a server that is full raises."""
+        self.redis.set(keys.ROOM, b"", px=1000)
+
     def now_ms(self) -> int:
         """Redis's clock."""
         seconds, microseconds = self.redis.time()
@@ -282,7 +298,7 @@ class Outcomes:
         """Every live worker. One of another wire version is listed with its version, whatever else it says."""
         nodes = [n.decode() for n in self.redis.zrangebyscore(keys.WORKERS, self.now_ms(), "+inf")]
         found = self._mget([keys.worker(n) for n in nodes])
-        return [_heartbeat(value) for value in found if value]
+        return [_heartbeat(node, value) for node, value in zip(nodes, found, strict=True) if value is not None]
 
     def _mget(self, names: Sequence[str]) -> list[bytes | None]:
         found: list[bytes | None] = []
@@ -304,9 +320,34 @@ def _readable(value: bytes | None) -> Outcome | None:
         return None
 
 
-def _heartbeat(value: bytes) -> Heartbeat:
+def _note(value: bytes) -> Note:
+    try:
+        return unpack(Note, value)
+    except WireError as error:
+        return Note(reason="wire", worker="a worker", detail=str(error))
+
+
+def _heartbeat(node: str, value: bytes) -> Heartbeat:
     try:
         return unpack(Heartbeat, value)
     except WireError:
-        fields = {k: v for k, v in msgpack.unpackb(value).items() if k in Heartbeat.model_fields}
-        return Heartbeat.model_construct(**fields)
+        said = _mapping(value)
+    unsaid: dict[str, Any] = {
+        "wire": 0,
+        "node": node,
+        "queues": (),
+        "host": "",
+        "pid": 0,
+        "store": "",
+        "state": "ready",
+    }
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in Heartbeat.model_fields}
+    return Heartbeat.model_construct(**{**unsaid, **known})
+
+
+def _mapping(value: bytes) -> dict[str, Any]:
+    try:
+        said = msgpack.unpackb(value)
+    except (ValueError, msgpack.UnpackException):
+        return {}
+    return said if isinstance(said, dict) else {}

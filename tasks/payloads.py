@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from tasks import keys
-from tasks.connections import check_reachable, connect
+from tasks.connections import check_reachable, connect_for_media
 from tasks.errors import RedisUnreachableError, SettingsError
 from tasks.settings import Settings
 
@@ -88,23 +88,25 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._redis = connect(url)
-        self._ledger = self._redis.register_script(_LEDGER)
+        self._redis = connect_for_media(url)
         self._sizes: dict[str, int] = {}
 
     def identity(self) -> str:
-        mine = secrets.token_hex(8)
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(keys.STORE_IDENTITY, mine, nx=True)
-            pipe.get(keys.STORE_IDENTITY)
-            return str(pipe.execute()[1].decode())
+        known = cast(bytes | None, self._redis.get(keys.STORE_IDENTITY))
+        if known is None:  # not written in vain each time: a server that is full refuses that
+            with self._redis.pipeline(transaction=False) as pipe:
+                pipe.set(keys.STORE_IDENTITY, secrets.token_hex(8), nx=True)
+                pipe.get(keys.STORE_IDENTITY)
+                known = pipe.execute()[1]
+        return known.decode()
 
     def put(self, payloads: Mapping[str, Any], ttl_s: float) -> None:
         ttl_ms = round(1000 * ttl_s)
-        sizes = {name: memoryview(data).nbytes for name, data in payloads.items()}
+        views = {name: _flat(data) for name, data in payloads.items()}
+        sizes = {name: len(view) for name, view in views.items()}
         with self._redis.pipeline(transaction=False) as pipe:
-            for name, data in payloads.items():
-                pipe.set(keys.payload(name), data, px=ttl_ms)
+            for name, view in views.items():
+                pipe.set(keys.payload(name), view, px=ttl_ms)
             self._count(pipe, sizes, ttl_ms)
             pipe.execute()
         self._sizes.update(sizes)
@@ -112,7 +114,10 @@ class RedisStore:
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         if not names:
             return []
-        return cast(list[bytes | None], self._redis.mget([keys.payload(name) for name in names]))
+        with self._redis.pipeline(transaction=False) as pipe:  # MGET's one reply would be put together in memory
+            for name in names:
+                pipe.get(keys.payload(name))
+            return cast(list[bytes | None], pipe.execute())
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         if not names:
@@ -122,10 +127,10 @@ class RedisStore:
             for name in names:
                 pipe.pexpire(keys.payload(name), ttl_ms)
             there = pipe.execute()
-        gone = [name for name, renewed in zip(names, there, strict=True) if not renewed]
-        live = {name: self._sizes[name] for name in names if name in self._sizes and name not in set(gone)}
+        found = dict(zip(names, there, strict=True))
+        live = {name: self._sizes[name] for name in found if found[name] and name in self._sizes}
         self._count(self._redis, live, ttl_ms)
-        return gone
+        return [name for name in found if not found[name]]
 
     def free(self, names: Sequence[str]) -> None:
         if not names:
@@ -138,7 +143,7 @@ class RedisStore:
             self._sizes.pop(name, None)
 
     def bytes_in_use(self) -> int:
-        return int(self._ledger(keys=[keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES], args=[0]) or 0)
+        return int(self._redis.eval(_LEDGER, 2, keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, 0) or 0)
 
     def check(self) -> None:
         check_reachable(self._redis, self._url, "Redis for payloads")
@@ -150,16 +155,26 @@ class RedisStore:
         """Enter payloads in the ledger until they expire; 0 takes them out."""
         if sizes:
             members = [f"{num_bytes}|{name}" for name, num_bytes in sizes.items()]
-            self._ledger(keys=[keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES], args=[ttl_ms, *members], client=client)
+            # The script itself and not its hash, which redis-py would ask for before each pipeline.
+            client.eval(_LEDGER, 2, keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, ttl_ms, *members)
+
+
+def _flat(data: Any) -> Any:
+    """Bytes-like data as plain bytes in a row; redis-py takes neither arrays nor views of another shape."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else b""
 
 
 class FileStore:
     """Payloads as files below a folder in memory (`/dev/shm`), for workers on the trainer's host.
 
-    A file's time of modification is when it expires. Expired files are swept by whoever puts, at most every 10 s.
+    A file's time of modification is when it expires. Expired files are swept by whoever puts, at most every 10 s, and
+    by whoever asks how many bytes are in use.
     """
 
     SWEEP_EVERY_S = 10.0
+    WRITING_S = 60.0
+    """A file that is being written is left alone for so long."""
     IDENTITY = "identity"
 
     def __init__(self, folder: Path) -> None:
@@ -172,8 +187,9 @@ class FileStore:
 
     def identity(self) -> str:
         path = self._folder / self.IDENTITY
-        with contextlib.suppress(FileExistsError):
-            self._write(path, secrets.token_hex(8).encode(), only_new=True)
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):
+                self._write(path, secrets.token_hex(8).encode(), only_new=True)
         return path.read_text()
 
     def put(self, payloads: Mapping[str, Any], ttl_s: float) -> None:
@@ -182,9 +198,7 @@ class FileStore:
             self.sweep()
         expires_at = time.time() + ttl_s
         for name, data in payloads.items():
-            path = self._path(name)
-            self._write(path, data)
-            os.utime(path, (expires_at, expires_at))
+            self._write(self._path(name), data, expires_at)
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         return [self._read(self._path(name)) for name in names]
@@ -204,13 +218,14 @@ class FileStore:
             self._path(name).unlink(missing_ok=True)
 
     def bytes_in_use(self) -> int:
+        self.sweep()
         return sum(stat.st_size for _, stat in self._files())
 
     def sweep(self) -> int:
         """Drop what has expired; returns how many files."""
         now, num_dropped = time.time(), 0
         for path, stat in self._files():
-            if stat.st_mtime < now:
+            if stat.st_mtime + (self.WRITING_S if path.name.startswith(".") else 0.0) < now:
                 path.unlink(missing_ok=True)
                 num_dropped += 1
         return num_dropped
@@ -223,12 +238,16 @@ class FileStore:
         """Nothing is held open."""
 
     def _path(self, name: str) -> Path:
-        if "/" in name or name.startswith("."):
+        if "/" in name or name.startswith(".") or name == self.IDENTITY:
             raise ValueError(f"not a payload name: {name!r}")
         return self._folder / name
 
     def _files(self) -> Iterable[tuple[Path, os.stat_result]]:
-        with os.scandir(self._folder) as entries:
+        try:
+            entries = os.scandir(self._folder)
+        except FileNotFoundError:  # removed by hand; the next put makes it again
+            return
+        with entries:
             for entry in entries:
                 if entry.name != self.IDENTITY:
                     with contextlib.suppress(FileNotFoundError):
@@ -241,11 +260,17 @@ class FileStore:
         except FileNotFoundError:
             return None
 
-    def _write(self, path: Path, data: Any, only_new: bool = False) -> None:
+    def _write(self, path: Path, data: Any, expires_at: float | None = None, only_new: bool = False) -> None:
         """Write beside, then rename, so that a reader sees all or nothing."""
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            beside.write_bytes(data)
+            try:
+                beside.write_bytes(data)
+            except FileNotFoundError:  # the folder was removed by hand
+                self._folder.mkdir(parents=True, exist_ok=True)
+                beside.write_bytes(data)
+            if expires_at is not None:
+                os.utime(beside, (expires_at, expires_at))
             if only_new:
                 os.link(beside, path)
             else:

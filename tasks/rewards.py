@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -11,10 +13,16 @@ from typing import Annotated, Any, Literal
 
 import msgpack
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tasks import catalog
-from tasks.errors import ConfigError, UnknownOptionError, nearest
+from tasks.classes import declared_by
+from tasks.entries import How, ModelEntry
+from tasks.errors import ConfigError, UnknownRewardError, nearest
+from tasks.messages import RewardCall
+from tasks.options import answer_options, check_options
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
@@ -35,7 +43,7 @@ SAMPLE_FIELDS = ("prompt", "image", "video", "audio", "condition_images", "condi
 
 _KEYS = (
     "name", "reward_model", "weight", "dtype", "device", "batch_size", "async_reward", "num_workers",
-    "queue", "version", "on_failure", "timeout_s", "cache", "image_format", "extra_kwargs",
+    "queue", "version", "on_failure", "timeout_s", "cache", "image_format", "kind", "required_fields", "extra_kwargs",
 )  # fmt: skip
 
 
@@ -85,8 +93,10 @@ class RewardSpec(BaseModel):
     image_format: str = RAW
     """How pixels travel to a local model (`raw` is lossless, `jpeg` quality 95), or reach a judge."""
     options: dict[str, Any] = {}
+    how: How = "each"
+    """Sample by sample, or how a group's reward is computed."""
     required: tuple[tuple[str, ...], ...] = ()
-    """Alternatives a sample must have; empty for a dotted path, whose class only the worker knows."""
+    """Alternatives a sample must have; empty for a class of which only the worker knows what it needs."""
     fields: tuple[str, ...] = SAMPLE_FIELDS
     """What travels."""
     launch: str = ""
@@ -112,9 +122,25 @@ class RewardSpec(BaseModel):
         return self.reward_model in catalog.CATALOG
 
     @property
+    def is_groupwise(self) -> bool:
+        """Whether it needs whole groups."""
+        return self.how != "each"
+
+    @property
+    def part(self) -> RewardSpec:
+        """The reward whose outcomes this one is made of: what a rank ranks; else itself."""
+        if self.how != "rank":
+            return self
+        entry = catalog.CATALOG[self.reward_model]
+        options = {name: value for name, value in self.options.items() if name != "ties"}
+        return self.model_copy(
+            update={"name": entry.part, "reward_model": entry.part, "how": "each", "options": options}
+        )
+
+    @property
     def is_judge(self) -> bool:
         """Whether it asks an API, in the image format it names."""
-        return self.is_builtin and catalog.CATALOG[self.reward_model].extra == "judge"
+        return self.is_builtin and catalog.CATALOG[self.reward_model].is_judge
 
     @property
     def model_version(self) -> str:
@@ -124,23 +150,42 @@ class RewardSpec(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, device."""
+        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, timeouts."""
         uses_dtype = not self.is_builtin or catalog.CATALOG[self.reward_model].uses_dtype
         parts = [
-            self.reward_model,
+            self.reward_model if self.how != "model" else f"{self.reward_model} of groups",
             self.model_version,
             self.dtype if uses_dtype else "",
-            _canonical(self.options),
+            _canonical(self._answer_options),
             self.image_format,
             self.launch,
         ]
         return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:16]
 
     @property
+    def _answer_options(self) -> Mapping[str, Any]:
+        return answer_options(catalog.CATALOG[self.reward_model], self.options) if self.is_builtin else self.options
+
+    @property
     def counts_slot(self) -> bool:
         """Whether equal samples in different slots are different computations (a judge that samples)."""
         sampled = catalog.CATALOG[self.reward_model].sampled if self.is_builtin else None
         return bool(sampled and self.options.get(sampled, 0) > 0 and not self.cache)
+
+    @property
+    def call(self) -> RewardCall:
+        """The computation as workers are told it."""
+        return RewardCall(
+            name=self.name,
+            model=self.reward_model,
+            fingerprint=self.fingerprint,
+            version=self.model_version,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            timeout_s=self.timeout_s,
+            image_format=self.image_format,
+            options=self.options,
+        )
 
     def for_launch(self, launch: str) -> RewardSpec:
         """This reward as it stands in `launch`."""
@@ -152,14 +197,20 @@ class RewardSpec(BaseModel):
 class RewardConfig(BaseModel):
     """The rewards of a run: for training, and for evaluation (the training rewards unless given)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     rewards: tuple[RewardSpec, ...]
     eval_rewards: tuple[RewardSpec, ...] = ()
+    advantage_aggregation: Literal["gdpo", "sum"] = "gdpo"
+    """From `train:`; how `client.advantages()` makes one advantage of several rewards."""
+    global_std: bool = True
+    """From `train:`; `sum` divides by the deviation of the whole batch, or else by that of each group."""
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> RewardConfig:
-        """Read the `rewards:` and `eval_rewards:` blocks of a YAML file; its other blocks are the trainer's.
+        """Read the `rewards:` and `eval_rewards:` blocks of a YAML file.
+
+        Its other blocks are the trainer's, but for `advantage_aggregation` and `global_std` in `train:`.
 
         Raises:
             ConfigError: The file cannot be read, is no YAML, or a block is wrong.
@@ -172,11 +223,13 @@ class RewardConfig(BaseModel):
             raise ConfigError(f"{os.fspath(path)} is no YAML: {error}") from None
         if not isinstance(loaded, Mapping):
             raise ConfigError(f"{os.fspath(path)}: needs a mapping with a rewards: block, found {_kind(loaded)}")
-        return cls.from_dict(loaded)
+        return cls.from_dict(loaded, Path(path).parent)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> RewardConfig:
+    def from_dict(cls, config: Mapping[str, Any], folder: Path = Path()) -> RewardConfig:
         """Check the `rewards` and `eval_rewards` of a parsed file (each a list, or one reward as a mapping).
+
+        Relative file names in it start from `folder`.
 
         Raises:
             ConfigError: Says which reward and key is wrong, what was found and what is needed.
@@ -184,19 +237,35 @@ class RewardConfig(BaseModel):
         if "rewards" not in config:
             raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}")
         return cls(
-            rewards=_parse_block(config["rewards"], "rewards"),
-            eval_rewards=_parse_block(config["eval_rewards"], "eval_rewards") if config.get("eval_rewards") else (),
+            rewards=_parse_block(config["rewards"], "rewards", folder),
+            eval_rewards=(
+                _parse_block(config["eval_rewards"], "eval_rewards", folder) if config.get("eval_rewards") else ()
+            ),
+            **_parse_train(config.get("train")),
         )
 
     def of(self, split: Split) -> tuple[RewardSpec, ...]:
-        """The rewards of a split."""
-        return (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
+        """The rewards of a split, for use.
+
+        Raises:
+            UnknownRewardError: One is a name of Flow-Factory's that loads but is not built here.
+        """
+        specs = (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
+        for spec in specs:
+            if spec.reward_model in catalog.NOT_BUILT:
+                raise UnknownRewardError(
+                    f"reward {spec.name!r}: {spec.reward_model} is not built here; bring a class of your own and name "
+                    "it by its dotted path, reward_model: my_rewards.MyReward"
+                )
+        return specs
 
     def for_launch(self, launch: str) -> RewardConfig:
         """This config as it stands in `launch`."""
-        return RewardConfig(
-            rewards=tuple(r.for_launch(launch) for r in self.rewards),
-            eval_rewards=tuple(r.for_launch(launch) for r in self.eval_rewards),
+        return self.model_copy(
+            update={
+                "rewards": tuple(r.for_launch(launch) for r in self.rewards),
+                "eval_rewards": tuple(r.for_launch(launch) for r in self.eval_rewards),
+            }
         )
 
     @property
@@ -205,11 +274,11 @@ class RewardConfig(BaseModel):
         return tuple(dict.fromkeys(r.queue for r in (*self.rewards, *self.eval_rewards)))
 
 
-def _parse_block(block: Any, where: str) -> tuple[RewardSpec, ...]:
+def _parse_block(block: Any, where: str, folder: Path) -> tuple[RewardSpec, ...]:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple) or not entries:
         raise ConfigError(f"{where}: needs a list of rewards or one reward, found {_kind(block)}")
-    specs = tuple(_parse_reward(entry, f"{where}[{i}]") for i, entry in enumerate(entries))
+    specs = tuple(_parse_reward(entry, f"{where}[{i}]", folder) for i, entry in enumerate(entries))
     names = [s.name for s in specs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -217,7 +286,30 @@ def _parse_block(block: Any, where: str) -> tuple[RewardSpec, ...]:
     return specs
 
 
-def _parse_reward(entry: Any, where: str) -> RewardSpec:
+def _parse_train(block: Any) -> dict[str, Any]:
+    """What the trainer's own block says of advantages."""
+    found: dict[str, Any] = {}
+    if not isinstance(block, Mapping):
+        return found
+    method = block.get("advantage_aggregation")
+    if method is not None:
+        if method not in ("gdpo", "sum"):
+            raise ConfigError(f"train: advantage_aggregation must be gdpo or sum, found {method!r}")
+        found["advantage_aggregation"] = method
+    global_std = block.get("global_std")
+    if global_std is not None:
+        if not isinstance(global_std, bool):
+            raise ConfigError(f"train: global_std must be true or false, found {global_std!r}")
+        found["global_std"] = global_std
+    return found
+
+
+@functools.cache
+def _say_whose_concurrency() -> None:
+    log.warning("num_workers is accepted and not used: concurrency is the workers', celery worker --concurrency")
+
+
+def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: needs a mapping with reward_model, found {_kind(entry)}")
     entry = dict(entry)
@@ -239,60 +331,65 @@ def _parse_reward(entry: Any, where: str) -> RewardSpec:
         known["dtype"] = _dtype(known["dtype"], where)
 
     if found is None:
-        known.setdefault("queue", catalog.GPU)
-        known["reward_model"] = model.strip()
+        _declare(known, model.strip(), where)
+        known["reward_model"] = model.strip().lower() if model.strip().lower() in catalog.NOT_BUILT else model.strip()
         known["options"] = _plain(options, where)
     else:
         canonical, builtin = found
+        for key in ("kind", "required_fields"):
+            if key in known:
+                raise ConfigError(f"{where}: {key} is for a class of your own; {canonical} has its own")
+        known["how"] = builtin.how
         known.setdefault("queue", builtin.queue)
         known.setdefault("batch_size", builtin.batch_size)
         known.setdefault("timeout_s", builtin.timeout_s)
         known["reward_model"] = canonical
-        known["options"] = _check_options(canonical, builtin, options, where)
+        known["options"] = check_options(canonical, builtin, options, _KEYS, where, folder)
         known["required"] = builtin.required
         known["fields"] = builtin.fields
-    _check_image_format(known, where)
+    _check_image_format(known, found[1] if found else None, where)
     try:
-        return RewardSpec(**known)
+        spec = RewardSpec(**known)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         needs = "needs raise, nan, or {value: a finite number}" if key == "on_failure" else first["msg"]
         raise ConfigError(f"{where}: {key}: {needs} (found {known[key]!r})") from None
+    if spec.num_workers > 1:
+        _say_whose_concurrency()
+    most = found[1].max_batch_size if found else spec.batch_size
+    return spec.model_copy(update={"batch_size": min(spec.batch_size, most)})
 
 
-def _check_options(model: str, builtin: catalog.ModelEntry, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Every option of a built-in with its value or default, so that a default written out is the same computation."""
-    checked = {name: option.default for name, option in builtin.options.items()}
-    for name, value in options.items():
-        if name not in builtin.options:
-            known = (*builtin.options, *_KEYS)
-            raise UnknownOptionError(
-                f"{where}: {model} has no option {name!r}{nearest(str(name), known)}; "
-                f"its options: {', '.join(builtin.options) or 'none'}"
-            )
-        needed = FiniteNumber if builtin.options[name].type is float else builtin.options[name].type
-        try:  # strict, where an integer is a float too
-            checked[name] = TypeAdapter(needed).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
-    if checked.get("api_key") not in (None, "", "EMPTY"):
+def _declare(known: dict[str, Any], path: str, where: str) -> None:
+    """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
+    declared = declared_by(path)
+    kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
+    if kind not in ("pointwise", "groupwise"):
+        raise ConfigError(f"{where}: kind must be pointwise or groupwise, found {kind!r}")
+    known["how"] = "model" if kind == "groupwise" else "each"
+    known.setdefault("queue", (declared.queue if declared else None) or catalog.GPU)
+    required = known.pop("required_fields", None)
+    optional: tuple[str, ...] = ()
+    if required is None and declared is not None and declared.kind is not None:
+        required, optional = declared.required_fields, declared.optional_fields or ()
+        required = ("prompt", "image") if required is None else required
+    if required is None:
+        return
+    unknown = [f for f in (*required, *optional) if f not in SAMPLE_FIELDS]
+    if unknown:
         raise ConfigError(
-            f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
-            "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
+            f"{where}: a sample has no field {unknown[0]!r}{nearest(str(unknown[0]), SAMPLE_FIELDS)}; "
+            f"it has {', '.join(SAMPLE_FIELDS)}"
         )
-    key_env = checked.get("api_key_env")
-    if key_env and key_env != "OPENAI_API_KEY" and not key_env.startswith("REWARDQ_KEY_"):
-        raise ConfigError(f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}")
-    return checked
+    known["required"] = tuple((f,) for f in required if f != "metadata")
+    known["fields"] = tuple(dict.fromkeys((*required, *optional)))
 
 
-def _check_image_format(known: dict[str, Any], where: str) -> None:
-    is_judge = (
-        catalog.CATALOG[known["reward_model"]].extra == "judge" if known["reward_model"] in catalog.CATALOG else False
-    )
+def _check_image_format(known: dict[str, Any], builtin: ModelEntry | None, where: str) -> None:
+    is_judge = builtin is not None and builtin.is_judge
     allowed = ("png", "jpeg", "webp") if is_judge else (RAW, JPEG)
-    known.setdefault("image_format", JPEG if is_judge else RAW)
+    known.setdefault("image_format", builtin.image_format if builtin is not None and is_judge else RAW)
     if known["image_format"] not in allowed:
         raise ConfigError(f"{where}: image_format must be one of {', '.join(allowed)}, found {known['image_format']!r}")
 

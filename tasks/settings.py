@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     reconcile_s: Seconds = 2.0
     """How often a client looks for what is neither answered, claimed nor queued, and sends it again."""
 
+    stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
+    """How long a worker that is asked to stop (SIGTERM) may finish what it has in hand; the rest it gives back for
+    others. Keep it below the time after which its container is killed (Docker: 10 s)."""
+
     max_store_bytes: Bytes = 8 * 2**30
     """Payload bytes in the store, of all clients, above which senders wait."""
 
@@ -69,6 +73,14 @@ class Settings(BaseSettings):
 
     modules: str = ""
     """Comma-separated modules of the user's that this worker may import reward models from."""
+
+    preload: str = ""
+    """Reward models to load before this worker takes tasks: comma-separated names (their defaults), or the YAML file of
+    the rewards. Models of other workers' queues are left out; one that cannot be loaded ends the worker."""
+
+    max_models: Annotated[int, Field(ge=0)] = 0
+    """Local reward models kept in memory; one more takes the place of the least recently used that no task is using,
+    or waits until there is one. 0 keeps all."""
 
     hosts: str = ""
     """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL."""

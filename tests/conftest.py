@@ -88,6 +88,8 @@ def workers(settings: Settings, tmp_path: Path) -> Iterator[Callable[..., list[W
     yield start
     problems = []
     for worker in started:
+        worker.ask_to_stop()
+    for worker in started:
         try:
             worker.stop()
         except AssertionError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workers import PointwiseRewardModel, RewardModelOutput, Unscored
+from workers import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput, Unscored
 
 
 def image_of(number: int, height: int = 8, width: int = 8) -> Any:
@@ -176,3 +176,19 @@ class FailsWhile(PixelCode):
         if os.path.exists(self.config.extra_kwargs["file"]):
             raise RuntimeError("out of order")
         return super().__call__(prompt, image)
+
+
+class OrderInGroup(GroupwiseRewardModel):
+    """How many members of the group carry a lower number; appends the group's size to `options["file"]`."""
+
+    required_fields = ("image",)
+    optional_fields = ("metadata",)
+
+    def __call__(self, prompt: Sequence[str], image: Any = None, metadata: Any = None, **kwargs: Any) -> Any:
+        if any(m.get("raise") for m in metadata):
+            raise ValueError("this group is bad")
+        if "file" in self.config.extra_kwargs:
+            with open(self.config.extra_kwargs["file"], "a") as file:
+                file.write(f"{len(prompt)}\n")
+        numbers = [number_in(one) for one in image]
+        return RewardModelOutput([float(sum(other < n for other in numbers)) for n in numbers])

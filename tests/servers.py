@@ -87,8 +87,12 @@ class RedisServer:
     def client(self, database: int = 0) -> redis.Redis:
         return redis.Redis(port=self.port, db=database)
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._process is None
+
     def start(self) -> None:
-        """Start and wait until it answers."""
+        """Start and wait until it answers. The server ends with the thread that starts it."""
         assert self._process is None
         command = [
             *ends_with_us("KILL"),
@@ -118,7 +122,7 @@ class RedisServer:
         self._process.send_signal(signal.SIGCONT)
 
     def _end(self, how: int) -> None:
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         process.send_signal(signal.SIGCONT)
@@ -129,6 +133,7 @@ class RedisServer:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            self._process = None
 
     def _answers(self) -> bool:
         with contextlib.closing(self.client()) as client, contextlib.suppress(redis.ConnectionError):
@@ -188,6 +193,7 @@ class WorkerProcess:
             wait_until(lambda: self.process.poll() is not None or self.heartbeat(), READY_S, pace_s=0.1)
             assert self.process.poll() is None, f"it ended with status {self.process.returncode}"
         except AssertionError as error:
+            self.kill()
             raise AssertionError(f"worker for {self.queue} is not ready: {error}\n{self.log_text}") from None
 
     def kill(self) -> None:
@@ -196,13 +202,17 @@ class WorkerProcess:
         self.process.kill()
         self.process.wait()
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM to its own process."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+
     def stop(self) -> None:
         """SIGTERM to its own process; assert that it ended by itself and that nothing is left."""
         if self._was_killed:
             return
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
+        self.ask_to_stop()
         try:
             status = self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:

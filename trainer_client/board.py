@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.messages import Failure, MediaRef, Outcome
+from tasks.messages import Failure, MediaRef, Outcome, SampleRequest
 from tasks.rewards import RewardSpec, Split
 from tasks.samples import Sample
 from trainer_client.ticket import ChunkRecord, SlotRecord
+
+ELSEWHERE = "of another rank:"
+"""Before the name of a chunk whose message another rank sent; there is no request of that name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,18 +45,21 @@ class Slot:
     """Its media by field, as `media.hold` keeps them."""
     rewards: tuple[RewardSpec, ...]
     submitted_at: float
+    group_size: int | None = None
     entries: dict[str, Entry] | None = None
-    """By reward name; None until it is encoded."""
+    """By reward name; None until it is encoded. A groupwise reward's comes when its group is sealed."""
+    places: dict[str, int] = field(default_factory=dict)
+    """By name of a groupwise reward: which member of its group this is."""
     problem: Failure | None = None
     """Why it cannot be scored at all; then there are no entries."""
     num_open: int = 0
 
     @property
-    def addresses(self) -> dict[str, tuple[str, int]] | None:
-        """By reward name: address and attempt; None until it is encoded."""
-        if self.entries is None:
+    def addresses(self) -> dict[str, tuple[str, int, int]] | None:
+        """By reward name: address, attempt, place in a group (-1: it is by itself); None until all are known."""
+        if self.entries is None or len(self.entries) < len(self.rewards):
             return None
-        return {name: (e.address, e.attempt) for name, e in self.entries.items()}
+        return {name: (e.address, e.attempt, self.places.get(name, -1)) for name, e in self.entries.items()}
 
     @property
     def is_done(self) -> bool:
@@ -62,7 +68,8 @@ class Slot:
 
     def is_done_for(self, reward: str) -> bool:
         """Whether this reward has its outcome."""
-        return self.problem is not None or (self.entries is not None and self.entries[reward].outcome is not None)
+        entry = (self.entries or {}).get(reward)
+        return self.problem is not None or (entry is not None and entry.outcome is not None)
 
     def record(self) -> SlotRecord:
         """What a pickled ticket keeps of it. What was never put in a message counts as not sent."""
@@ -72,7 +79,8 @@ class Slot:
 
     def chunk_records(self) -> list[ChunkRecord]:
         """The messages under way for it."""
-        return [e.chunk.record() for e in (self.entries or {}).values() if e.chunk is not None]
+        chunks = [e.chunk for e in (self.entries or {}).values() if e.chunk is not None]
+        return [c.record() for c in chunks if not c.request.startswith(ELSEWHERE)]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +99,19 @@ class Entry:
     media: dict[str, MediaRef | tuple[MediaRef, ...]] = field(default_factory=dict)
     payloads: list[Payload] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    members: tuple[SampleRequest, ...] = ()
+    """Of a group: its members in slot order."""
+    places: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Of a group: (rank, index) of each member to its place."""
+    comparisons: tuple[SampleRequest, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Of a group whose members are compared two at a time: those requests, and whom each compares."""
+    carried: list[Entry] = field(default_factory=list)
+    """Of a ranked group: entries of its parts that go with it."""
+    group_key: str = ""
+    """Of a group of several ranks: where its slots are."""
+    sent_number: int = 0
+    """Of a group that another rank sent: the number of its message."""
     chunk: Chunk | None = None
     answered_at: float = 0.0
 
@@ -111,6 +132,10 @@ class Chunk:
     """Wait this long before it is sent again once more."""
     is_missed: bool = False
     """Seen neither answered, claimed nor queued at the last look."""
+    was_claimed: bool = False
+    """Seen in a task's hands at an earlier look."""
+    more_requests: tuple[str, ...] = ()
+    """Of a chord: the requests of its header."""
     is_adopted: bool = False
     """Another process sent it; this one does not hold its media."""
 
@@ -159,8 +184,48 @@ class Board:
                     entry.slots.append(slot)
                 entries[name] = entry
             slot.entries = entries
-            slot.num_open = len(entries)
+            slot.num_open = len(slot.rewards)
             return new
+
+    def join_group(self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any], rank: int) -> Entry:
+        """Give the members of a sealed group its entry (or the one that is awaited already); returns that.
+
+        The entry takes over the payloads and carried entries of its members. One that the group had before, with other
+        members, is given up.
+        """
+        with self.lock:
+            known = self._entries.setdefault(entry.address, entry)
+            for place, member in members.items():
+                slot = member.slot
+                if slot.entries is None or slot.problem is not None:
+                    continue
+                before = slot.entries.get(name)
+                if before is not None and before is not known:
+                    before.slots = [s for s in before.slots if s is not slot]
+                    if not before.slots:
+                        self._end(before)
+                slot.entries[name] = known
+                slot.places[name] = known.places[place]
+                if not any(s is slot for s in known.slots):
+                    known.slots.append(slot)
+                known.payloads += member.holder.payloads
+                member.holder.payloads = []
+                known.carried += member.carried
+                member.carried = []
+            return known
+
+    def fail_reward(self, slot: Slot, spec: RewardSpec, failure: Failure) -> None:
+        """One reward of a slot cannot be had; its others can."""
+        entry = Entry(address="", spec=spec, slots=[slot])
+        with self.lock:
+            slot.entries = slot.entries or {}
+            slot.entries[spec.name] = entry
+        self.answer({entry: Outcome(failure=failure)})
+
+    def release(self, holder: Entry) -> None:
+        """Use a holder's payloads no more."""
+        with self.lock:
+            self._end(holder)
 
     def adopt(self, slots: Iterable[Slot], chunks: Iterable[Chunk]) -> None:
         """Wait for what another process submitted: slots whose entries are made already, and their messages."""
@@ -232,8 +297,26 @@ class Board:
                 if chunk.entries:
                     self._chunks[chunk.request] = chunk
                 else:
-                    self._to_free.append(chunk.request)
+                    self._to_free += (chunk.request, *chunk.more_requests)
             self.changed.notify_all()
+
+    def watch(self, entries: Iterable[Entry], pause_s: float) -> None:
+        """Look after groups whose message another rank sent."""
+        now = time.monotonic()
+        with self.lock:
+            for entry in entries:
+                if self.is_wanted(entry):
+                    entry.chunk = Chunk(
+                        request=f"{ELSEWHERE}{entry.address}",
+                        label="",
+                        spec=entry.spec,
+                        number=entry.sent_number,
+                        entries=[entry],
+                        sent_at=now,
+                        look_at=now + pause_s,
+                        pause_s=pause_s,
+                    )
+                    self._chunks[entry.chunk.request] = entry.chunk
 
     def chunks(self) -> list[Chunk]:
         """Messages under way that are not answered whole."""
@@ -263,8 +346,10 @@ class Board:
     def names_in_use(self) -> list[str]:
         """Everything of ours in the payload store that is still needed."""
         with self.lock:
-            payloads = {p.name for e in self._entries.values() for p in e.payloads if p.stored.is_set()}
-            return [*payloads, *self._chunks]
+            mine = {p.name for p in self._payloads.values() if p.stored.is_set()}
+            adopted = {p.name for e in self._entries.values() for p in e.payloads if p.stored.is_set()}
+            requests = (name for c in self._chunks.values() for name in (c.request, *c.more_requests))
+            return [*(mine | adopted), *requests]
 
     def take_to_free(self) -> list[str]:
         """Names that nobody needs any more; the caller frees them."""
@@ -294,7 +379,8 @@ class Board:
     # --- private, under the lock -----------------------------------------------------------------
 
     def _end(self, entry: Entry) -> None:
-        self._entries.pop(entry.address, None)
+        if self._entries.get(entry.address) is entry:
+            del self._entries[entry.address]
         self._leave_chunk(entry)
         for payload in entry.payloads:
             payload.num_users -= 1
@@ -310,7 +396,7 @@ class Board:
             return
         chunk.entries = [e for e in chunk.entries if e is not entry]
         if not chunk.entries and self._chunks.pop(chunk.request, None) is not None:
-            self._to_free.append(chunk.request)
+            self._to_free += (chunk.request, *chunk.more_requests)
 
     @staticmethod
     def _close(slot: Slot) -> None:

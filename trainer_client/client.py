@@ -9,7 +9,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,23 +20,27 @@ import numpy as np
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import LOST, check_eviction, check_reachable, connect
+from tasks.connections import LOST, check_eviction, check_reachable, connect, why_away
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
     InvalidSampleError,
+    RedisUnreachableError,
     RewardError,
     ScoringError,
     TicketError,
 )
-from tasks.messages import Failure, Outcome, ScoreRequest, unpack
+from tasks.groups import GroupSlots
+from tasks.messages import Failure, GroupRequest, Outcome, ScoreRequest, unpack
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore, open_store
 from tasks.rewards import ConstantOnFailure, RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
-from tasks.settings import Settings
+from tasks.settings import Settings, without_password
 from trainer_client.board import Board, Chunk, Entry, Payload, Slot
+from trainer_client.groups import Groups
 from trainer_client.lease import KEEP_EVERY_S, Lease
+from trainer_client.outgoing import Outgoing
 from trainer_client.progress import bars
 from trainer_client.reconcile import Reconciler
 from trainer_client.results import Failed, RewardBatch
@@ -59,21 +64,50 @@ class _Step:
     slots: list[Slot] = field(default_factory=list)
     num_submitted: int = 0
     submit_s: float = 0.0
+    members: Counter[Any] = field(default_factory=Counter)
+    """Samples of each group that this rank has submitted."""
+    group_sizes: dict[Any, int | None] = field(default_factory=dict)
+
+    def count_members(self, samples: Sequence[Sample], group_size: int | None) -> None:
+        """Count samples into their groups.
+
+        Raises:
+            InvalidSampleError: A group would have more members than its size, or is given two sizes.
+        """
+        members = self.members + Counter(sample.group for sample in samples)
+        for group in {sample.group: None for sample in samples}:
+            size = self.group_sizes.get(group, group_size)
+            if size != group_size:
+                raise InvalidSampleError(f"group {group!r} has group_size={size}, found group_size={group_size}")
+            if size is not None and members[group] > size:
+                raise InvalidSampleError(
+                    f"group {group!r} of step {self.number} would have {members[group]} members, group_size={size}"
+                )
+        self.members = members
+        self.group_sizes.update({sample.group: group_size for sample in samples})
 
 
 class _Session:
     """What a client has in one process: connections, threads, and the board. A forked child gets its own."""
 
-    def __init__(self, app: Any, run: str, rank: int, lease: Lease) -> None:
+    def __init__(self, app: Any, run: str, launch: str, rank: int, world_size: int, lease: Lease) -> None:
         settings: Settings = app.settings
+        with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
+            lease.take()
         self.pid = os.getpid()
         self.outcomes: Outcomes = outcomes_of(app)
         self.store: PayloadStore = open_store(settings)
         self.board = Board(client_id=uuid.uuid4().hex[:12])
-        self.sender = Sender(app, settings, self.store, self.outcomes, self.board, run, rank)
-        self.reconciler = Reconciler(app, settings, self.store, self.outcomes, self.board, self.sender)
+        slots = GroupSlots(self.outcomes.redis, run, launch, settings.result_ttl_s) if world_size > 1 else None
+        self.groups = Groups(self.board, run, rank, slots)
+        outgoing = Outgoing(app, settings, self.store, self.outcomes, self.board, run)
+        self.sender = Sender(
+            settings, self.store, self.outcomes, self.board, run, rank, groups=self.groups, outgoing=outgoing
+        )
+        self.reconciler = Reconciler(
+            app, settings, self.store, self.outcomes, self.board, self.sender, groups=self.groups
+        )
         self.lease = lease
-        lease.take()
         self.watcher = Watcher(settings, self.store, self.board, self.reconciler, lease.keep, KEEP_EVERY_S)
 
     def close(self) -> None:
@@ -133,7 +167,10 @@ class RewardClient:
         self.settings: Settings = self._app.settings
         self._check_servers()
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
-        self._lease.take()
+        try:
+            self._lease.take()
+        except LOST as error:
+            raise RedisUnreachableError(f"{without_password(self.settings.results)}: {why_away(error)}") from None
         self._start_fresh()
         _live_clients.add(self)
 
@@ -201,9 +238,14 @@ class RewardClient:
             first = self._steps[split].num_submitted if split in self._steps else 0
         for i, sample in enumerate(samples):
             check(sample, rewards, f"sample {first + i}", self.settings.max_pixels)
+        groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
+        if groupwise is not None:
+            self._check_groups(samples, group_size, groupwise, first)
         self._wait_for_backlog(session)
         with self._lock:
             open_step = self._step(split, step)
+            if groupwise is not None:
+                open_step.count_members(samples, group_size)
             start = open_step.num_submitted
             slots = [
                 Slot(
@@ -215,6 +257,7 @@ class RewardClient:
                     held=_hold(sample, fields),
                     rewards=rewards,
                     submitted_at=started,
+                    group_size=group_size,
                 )
                 for i, sample in enumerate(samples)
             ]
@@ -255,6 +298,7 @@ class RewardClient:
             self._numbers[split] = self._numbers.get(split, 0) + 1
         if step is not None:
             session.board.abandon(step.slots)
+            session.groups.forget(step.slots)
 
     # --- collect ---------------------------------------------------------------------------------
 
@@ -314,7 +358,7 @@ class RewardClient:
 
     def _open_session(self) -> _Session:
         if self._session is None:
-            self._session = _Session(self._app, self.run, self.rank, self._lease)
+            self._session = _Session(self._app, self.run, self.launch, self.rank, self.world_size, self._lease)
         return self._session
 
     def _check_servers(self) -> None:
@@ -332,6 +376,8 @@ class RewardClient:
 
     @staticmethod
     def _raise_if_broken(session: _Session) -> None:
+        if isinstance(session.board.broken, RewardError):  # none of ours: another process took this rank
+            raise session.board.broken
         if session.board.broken is not None:
             raise RewardError(f"a background thread ended by a bug: {session.board.broken!r}") from session.board.broken
 
@@ -349,6 +395,22 @@ class RewardClient:
                 f"step={number}, but step {open_step.number} of split {split!r} is still open; collect() it first"
             )
         return open_step
+
+    def _check_groups(self, samples: Sequence[Sample], group_size: int | None, reward: RewardSpec, first: int) -> None:
+        """What a groupwise reward needs of `submit()`."""
+        needed_by = f"reward {reward.name!r} ({reward.reward_model}) compares the samples of a group"
+        if group_size is None and self.world_size > 1:
+            raise InvalidSampleError(f"{needed_by}: with world_size > 1 submit() needs group_size=")
+        if group_size is not None and group_size < 1:
+            raise InvalidSampleError(f"group_size must be at least 1, found {group_size}")
+        for i, sample in enumerate(samples):
+            if sample.group is None:
+                raise InvalidSampleError(f"sample {first + i}: {needed_by}: it needs group=, found None")
+            if self.world_size > 1 and not isinstance(sample.group, str | int):
+                raise InvalidSampleError(
+                    f"sample {first + i}: with world_size > 1 group= must be text or an integer, the same on all "
+                    f"ranks; found a {type(sample.group).__name__}"
+                )
 
     def _ticket(self, split: Split, step: int, start: int, slots: Sequence[Slot]) -> Ticket:
         return Ticket(
@@ -414,7 +476,7 @@ class RewardClient:
             chunks.append(
                 Chunk(sent.request, sent.label, spec, sent.number, own, now, now + pause_s, pause_s, is_adopted=True)
             )
-            _adopt_payloads(session.store, sent.request, entries)
+            _adopt_payloads(session.store, sent.request, spec, entries)
         session.board.adopt(slots, chunks)
         self._adopted[key] = slots
         return slots
@@ -423,14 +485,14 @@ class RewardClient:
         """Wait until all slots are done or the deadline; whether they are."""
         board = session.board
         names = tuple(dict.fromkeys(spec.name for slot in slots for spec in slot.rewards))
+        left = list(slots)
         look_for_workers_at = time.monotonic() + NO_WORKER_AFTER_S
         with session.sender.hurry(held=True), _watching(session.watcher), bars(names, len(slots), progress) as report:
             while True:
                 with board.changed:
-                    is_complete = all(slot.is_done for slot in slots)
                     left_s = deadline - time.monotonic()
-                    if not is_complete and board.broken is None and left_s > 0:
-                        board.changed.wait(min(left_s, 0.25))
+                    board.changed.wait_for(lambda: _are_done(left) or board.broken, max(0.0, min(left_s, 0.25)))
+                    is_complete = not left
                 if report is not None:
                     report({name: sum(slot.is_done_for(name) for slot in slots) for name in names})
                 if is_complete or board.broken is not None or left_s <= 0:
@@ -465,7 +527,7 @@ class RewardClient:
         hits: dict[str, int] = {}
         last_answer = max((e.answered_at for s in slots for e in (s.entries or {}).values()), default=0.0)
         for spec in specs:
-            outcomes = [_outcome(slot, spec.name, late) for slot in slots]
+            outcomes = [_outcome(slot, spec, late, session.groups.why_open) for slot in slots]
             constant = spec.on_failure.value if isinstance(spec.on_failure, ConstantOnFailure) else np.nan
             rewards[spec.name] = np.array(
                 [constant if o.reward is None else o.reward for o in outcomes], dtype=np.float32
@@ -477,7 +539,7 @@ class RewardClient:
                 for i, o in enumerate(outcomes)
                 if o.failure is not None
             ]
-            hits[spec.name] = sum(bool(s.entries and s.entries[spec.name].is_hit) for s in slots)
+            hits[spec.name] = sum(e.is_hit for s in slots if (e := (s.entries or {}).get(spec.name)) is not None)
         times = session.sender.times
         span_s = max(0.0, last_answer - min((s.submitted_at for s in slots), default=0.0)) if last_answer else 0.0
         timings = {
@@ -493,6 +555,7 @@ class RewardClient:
 
     def _close_step(self, session: _Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:
         session.board.abandon([slot for slot in slots if not slot.is_done])
+        session.groups.forget(slots)
         with self._lock:
             if ticket is None:
                 step = self._steps.get(split)
@@ -558,15 +621,32 @@ def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:
     return {name: media.hold(value) for name, value in values.items() if value is not None}
 
 
-def _outcome(slot: Slot, reward: str, late: Failure | None) -> Outcome:
-    """The outcome of a slot for a reward as its caller sees it."""
+def _are_done(left: list[Slot]) -> bool:
+    """Whether every slot has its outcomes; takes those from the end that have, so that no slot is looked at in vain.
+
+    The board changes with every sample: to look at all of them each time would take the square of their number.
+    """
+    while left and left[-1].is_done:
+        left.pop()
+    return not left
+
+
+def _outcome(
+    slot: Slot, spec: RewardSpec, late: Failure | None, why_open: Callable[[Slot, RewardSpec], str | None]
+) -> Outcome:
+    """The outcome of a slot for a reward as its caller sees it; of a group's, its own place."""
     if slot.problem is not None:
         return Outcome(failure=slot.problem)
-    entry = slot.entries[reward] if slot.entries is not None else None
+    entry = (slot.entries or {}).get(spec.name)
     if entry is not None and entry.outcome is not None:
-        return entry.outcome
+        whole = entry.outcome
+        if not whole.members:
+            return whole
+        own = whole.members[slot.places[spec.name]]
+        return own.model_copy(update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}})
     assert late is not None, "a complete batch has an outcome for every sample"
-    return Outcome(failure=late)
+    reason = why_open(slot, spec) if spec.is_groupwise and entry is None else None
+    return Outcome(failure=Failure(kind="timeout", message=reason) if reason else late)
 
 
 def _adopted_slot(
@@ -589,18 +669,25 @@ def _adopted_slot(
         )
         return slot
     slot.entries = {}
-    for name, (address, attempt) in record.addresses.items():
+    for name, (address, attempt, place) in record.addresses.items():
         slot.entries[name] = entries.setdefault(address, Entry(address, specs[name], attempt=attempt))
+        if place >= 0:
+            slot.places[name] = place
     return slot
 
 
-def _adopt_payloads(store: PayloadStore, request: str, entries: Mapping[str, Entry]) -> None:
+def _adopt_payloads(store: PayloadStore, request: str, spec: RewardSpec, entries: Mapping[str, Entry]) -> None:
     """Know the payloads of a request that another process sent, so that they live on and are freed in the end."""
     data = store.get([request])[0]
     if data is None:
         return
-    for sample in unpack(ScoreRequest, data).samples:
-        entry = entries.get(sample.address)
+    if spec.how in ("rank", "wins"):
+        group = unpack(GroupRequest, data)
+        samples = [(group.address, member) for member in group.members]
+    else:
+        samples = [(s.address, one) for s in unpack(ScoreRequest, data).samples for one in s.members or (s,)]
+    for address, sample in samples:
+        entry = entries.get(address)
         if entry is None:
             continue
         for refs in sample.media.values():

@@ -57,8 +57,14 @@ class Lease:
             time.sleep(LOOK_EVERY_S)
 
     def keep(self) -> None:
-        """Extend the lease. One that was lost (a Redis that was emptied) is taken again unless another has it."""
-        self._try()
+        """Extend the lease. One that was lost (a Redis that was emptied) is taken again unless another has it.
+
+        Raises:
+            RankTakenError: Another process has it: this one was stopped, or away from Redis, for too long.
+        """
+        held = self._try()
+        if held is not None:
+            raise RankTakenError(self._words, held[0])
 
     def leave(self) -> None:
         """Give the place back, if this process is the one that took it."""

@@ -10,11 +10,14 @@ from typing import Any
 from kombu.exceptions import ChannelError
 
 from tasks.catalog import VLM
+from tasks.connections import why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tasks.outcomes import Outcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
 from trainer_client.board import Board, Chunk, Entry
+from trainer_client.busy import BusyChunks
+from trainer_client.groups import Groups
 from trainer_client.sender import AWAY, Sender
 
 log = logging.getLogger(__name__)
@@ -27,61 +30,69 @@ class Reconciler:
     """Compares what is awaited with what is in Redis. Used by one thread."""
 
     def __init__(
-        self, app: Any, settings: Settings, store: PayloadStore, results: Outcomes, board: Board, sender: Sender
+        self,
+        app: Any,
+        settings: Settings,
+        store: PayloadStore,
+        results: Outcomes,
+        board: Board,
+        sender: Sender,
+        groups: Groups,
     ) -> None:
         self._app, self._settings, self._store = app, settings, store
-        self._outcomes, self._board, self._sender = results, board, sender
+        self._outcomes, self._board, self._sender, self._groups = results, board, sender, groups
         self._connection: Any = None
         self._warned: set[str] = set()
+        self._busy = BusyChunks(sender.send_same)
 
     def poll(self, *, everything: bool) -> int:
         """Ask for the outcomes of what has left its queue (or for everything awaited); returns how many were new."""
-        chunks = self._board.chunks()
-        if not everything:
-            queues = {c.spec.queue for c in chunks}
-            states = {q: self._outcomes.queue_state(q, num_waiting=1) for q in queues}
-            chunks = [c for c in chunks if not states[c.spec.queue].holds(c.number)]
-        waiting = [e for c in chunks for e in list(c.entries)]
-        if not waiting:
-            return 0
-        found = self._outcomes.look_up([e.address for e in waiting])
-        new = {e: o for e, o in zip(waiting, found, strict=True) if o is not None and _answers(o, e)}
-        if new:
-            self._board.answer(new)
-        return len(new)
+        chunks = self._board.chunks() if everything else self._taken()
+        num_new = self._look_up([e for c in chunks for e in list(c.entries)])
+        self._busy.send_some(self._settings.reconcile_s)
+        return num_new
+
+    def poll_groups(self, *, register: bool) -> None:
+        """Send, or look after, the groups that this or another rank has completed; `register` puts our members into
+        their slots again, should Redis have been emptied."""
+        sealed = self._groups.poll(register=register)
+        if sealed:
+            self._sender.send_sealed(sealed)
 
     def read_notes(self) -> None:
         """Act on what workers say of requests that they could not read."""
-        chunks = self._board.chunks()
+        chunks = self._taken()
         for chunk, note in zip(chunks, self._outcomes.notes([c.request for c in chunks]), strict=True):
             if note is not None:
                 self._outcomes.drop_notes([chunk.request])
                 self._act_on(chunk, note)
 
     def send_missing(self) -> None:
-        """Send again what is neither answered, claimed, queued, nor waiting for its model to load."""
+        """Send again what is neither answered, claimed, queued, nor waiting for its model to load.
+
+        What was claimed at an earlier look and is no more goes at once: its worker died, or gave it back.
+        """
         now = time.monotonic()
         due = [c for c in self._board.chunks() if c.look_at <= now]
         missing = self._missing(due)
+        self._look_up([e for lost in missing.values() for e in lost])  # an answer may have ended its claim meanwhile
         for chunk in due:
-            lost = missing.get(chunk)
-            if not lost:
-                chunk.is_missed = False
-                chunk.look_at = now + self._settings.reconcile_s
-            elif not chunk.is_missed:  # it may be between its queue and its claim: look once more
-                chunk.is_missed = True
-                chunk.look_at = now + self._settings.reconcile_s
-            else:
+            lost = [e for e in missing.get(chunk, ()) if e.outcome is None]
+            if lost and (chunk.is_missed or chunk.was_claimed):
                 log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(lost), chunk.request)
                 self._send_again(chunk, lost)
+            else:
+                chunk.is_missed = bool(lost)  # it may be between its queue and its claim: look once more
+                chunk.look_at = now + self._settings.reconcile_s
 
     def idle_queues(self, queues: Iterable[str]) -> str | None:
         """Which of these queues no worker serves that could read our messages, and what to start; None if all are."""
         try:
+            self._outcomes.check_room()  # where a worker cannot write, its heartbeat is missing too
             workers = self._outcomes.workers()
             store = self._store.identity()
         except AWAY as error:
-            return f"Redis is away: {error}"
+            return why_away(error)
         reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
         return "; ".join(reasons) or None
 
@@ -105,19 +116,44 @@ class Reconciler:
             return {}
         loading = {(q, f) for w in self._outcomes.workers() for q in w.queues for f in w.loading}
         unqueued = [c for c in unqueued if (c.spec.queue, c.spec.fingerprint) not in loading]
-        pairs = [(c, e) for c in unqueued for e in list(c.entries)]
-        claimed = self._outcomes.claimed([e.address for _, e in pairs])
+        pairs = [(c, e, a) for c in unqueued for e in list(c.entries) for a in _in_hand_with(e)]
+        claimed = self._outcomes.claimed([a for _, _, a in pairs])
+        in_hand = {e for (_, e, _), is_claimed in zip(pairs, claimed, strict=True) if is_claimed}
         missing: dict[Chunk, list[Entry]] = {}
-        for (chunk, entry), is_claimed in zip(pairs, claimed, strict=True):
-            if not is_claimed:
-                missing.setdefault(chunk, []).append(entry)
+        for chunk in unqueued:
+            entries = list(chunk.entries)
+            lost = [e for e in entries if e not in in_hand]
+            if len(lost) < len(entries) and chunk.spec.how in ("each", "model"):  # a group's parts come and go
+                chunk.was_claimed = True
+            if lost:
+                missing[chunk] = lost
         return missing
+
+    def _taken(self) -> list[Chunk]:
+        """Messages under way that have left their queue, as far as the numbers say: workers may have answered them."""
+        chunks = self._board.chunks()
+        states = {q: self._outcomes.queue_state(q, num_waiting=1) for q in {c.spec.queue for c in chunks}}
+        return [c for c in chunks if not states[c.spec.queue].holds(c.number)]
+
+    def _look_up(self, entries: Sequence[Entry]) -> int:
+        """Ask for these outcomes; returns how many were new."""
+        if not entries:
+            return 0
+        found = self._outcomes.look_up([e.address for e in entries])
+        new = {e: o for e, o in zip(entries, found, strict=True) if o is not None and _answers(o, e)}
+        if new:
+            self._board.answer(new)
+            self._busy.count_answers(new)
+        return len(new)
 
     def _act_on(self, chunk: Chunk, note: Note) -> None:
         if note.reason == "gone" and chunk.is_adopted:
             self._give_up(list(chunk.entries))
         elif note.reason == "gone":
             self._send_again(chunk, list(chunk.entries))
+        elif note.reason == "busy":
+            self._board.trouble = note.detail
+            self._busy.add(chunk)
         else:  # another worker of this queue may do better; not at once, or the two play ball
             words = f"worker {note.worker} on queue {chunk.spec.queue}: {note.detail}"
             self._board.trouble = words
@@ -126,7 +162,7 @@ class Reconciler:
             chunk.look_at = time.monotonic() + chunk.pause_s
 
     def _send_again(self, chunk: Chunk, entries: list[Entry]) -> None:
-        chunk.is_missed = False
+        chunk.is_missed = chunk.was_claimed = False
         chunk.pause_s = min(2 * chunk.pause_s, MAX_PAUSE_S)
         chunk.look_at = time.monotonic() + chunk.pause_s
         if not chunk.is_adopted:
@@ -159,8 +195,13 @@ class Reconciler:
             log.warning("%s", words)
 
 
+def _in_hand_with(entry: Entry) -> list[str]:
+    """Addresses of which a claim says that an entry is being scored: a group's is while one of its parts is."""
+    return [entry.address, *(p.address for p in (entry.comparisons or entry.members) if p.address)]
+
+
 def _answers(outcome: Outcome, entry: Entry) -> bool:
-    return outcome.reward is not None or outcome.attempt >= entry.attempt
+    return outcome.is_final or outcome.attempt >= entry.attempt
 
 
 def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class RewardBatch:
             from the first submit to the last outcome; `hidden_s`: the part of `span_s` not waited for; `encode_s`,
             `store_s`, `send_s`: spent by background threads, summed over them.
         num_hits: By reward name, how many were answered without being sent.
+        weights: By reward name, as configured.
+        latency_s: By reward name, float32 `(N,)`: seconds from `submit()` to the outcome; NaN where there is none yet.
     """
 
     rewards: Mapping[str, npt.NDArray[np.float32]]
@@ -58,6 +60,8 @@ class RewardBatch:
     groups: tuple[Hashable, ...]
     timings: Mapping[str, float]
     num_hits: Mapping[str, int]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    latency_s: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -19,8 +19,9 @@ class SlotRecord:
 
     index: int
     group: Any
-    addresses: dict[str, tuple[str, int]] | None
-    """By reward name: where its outcome goes and the attempt asked for; None if it was not sent."""
+    addresses: dict[str, tuple[str, int, int]] | None
+    """By reward name: where its outcome goes, the attempt asked for, its place in a group (-1: it is by itself);
+    None if it was not sent."""
     problem: Failure | None
     """Why it cannot be scored at all."""
 

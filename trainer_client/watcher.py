@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from tasks.connections import why_away
+from tasks.errors import RankTakenError
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
 from trainer_client.board import Board
@@ -26,6 +28,10 @@ AWAY_PACE_S = 1.0
 
 NOTES_EVERY_S = 0.5
 """How often workers' notes are read."""
+
+EVERYTHING_EVERY = 5
+"""Once in so many reconciliations outcomes are asked for whose message is still queued: another client may have
+had the same scored."""
 
 POLL_SHARE = 5
 """Between two polls at least so many times the time that one takes, so that polling is no load for Redis."""
@@ -66,6 +72,7 @@ class Watcher:
             _Every(lease_every_s, keep_lease),
             _Every(NOTES_EVERY_S, reconciler.read_notes),
             _Every(settings.reconcile_s, self._reconcile),
+            _Every(EVERYTHING_EVERY * settings.reconcile_s, lambda: reconciler.poll(everything=True)),
             _Every(min(60.0, settings.payload_ttl_s / 4), self._renew),
         )
         self._is_asked_about_workers = False
@@ -96,6 +103,8 @@ class Watcher:
                 if self._wake.wait(pause_s):
                     self._wake.clear()
             self._round()
+        except RankTakenError as error:
+            self._board.break_with(error)
         except BaseException as error:  # a bug of ours must end every wait, not only this thread
             log.exception("the watcher ended")
             self._board.break_with(error)
@@ -106,6 +115,7 @@ class Watcher:
         """Poll once, do what is due, and return how long to pause."""
         started = time.monotonic()
         try:
+            self._reconciler.poll_groups(register=False)
             num_new = self._reconciler.poll(everything=False)
             for due in self._due:
                 due.run_if_due()
@@ -123,11 +133,11 @@ class Watcher:
         self._reconciler.disconnect()
         if not self._is_away:
             log.warning("polling waits for redis error=%s", type(error).__name__)
-        self._is_away, self._board.trouble = True, f"polling waits for Redis: {error}"
+        self._is_away, self._board.trouble = True, f"polling waits: {why_away(error)}"
         return AWAY_PACE_S
 
     def _reconcile(self) -> None:
-        self._reconciler.poll(everything=True)
+        self._reconciler.poll_groups(register=True)
         self._reconciler.send_missing()
         if self._is_asked_about_workers:
             self._is_asked_about_workers = False

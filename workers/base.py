@@ -38,7 +38,7 @@ class RewardModelOutput:
 
     Attributes:
         rewards: One finite number for each sample, in order: a tensor or array `(N,)`, or a list in which an
-            `Unscored` stands for a reward that there is none.
+            `Unscored` stands for a reward that there is none, a `BusyError` for a sample to be sent again.
         extra_info: By name, a list of `N` values, or one value for all; plain data.
     """
 
@@ -95,10 +95,10 @@ class RewardArguments:
         return getattr(torch, self.dtype_name)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["extra_kwargs"][name]
-        except KeyError:
-            raise AttributeError(f"this reward has no option {name!r}; given: {sorted(self.extra_kwargs)}") from None
+        given = self.__dict__.get("extra_kwargs", {})  # none yet while it is being copied
+        if name not in given:
+            raise AttributeError(f"this reward has no option {name!r}; given: {sorted(given)}")
+        return given[name]
 
 
 class RewardModel:
@@ -121,6 +121,12 @@ class RewardModel:
         self.config = config
         self.accelerator = accelerator
         self._forward_lock = threading.Lock()
+
+    def admit(self) -> None:
+        """Raise `BusyError` if it cannot be asked now: asked before a task claims samples, so it must be quick."""
+
+    def warm_up(self) -> None:
+        """Make the first call as fast as the next ones; called once when the model is preloaded."""
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:

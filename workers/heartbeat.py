@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Iterable
 
-from tasks.connections import LOST
+import redis
+
 from tasks.messages import WIRE_VERSION, Heartbeat
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore
@@ -17,8 +18,15 @@ from workers.loading import Models
 
 log = logging.getLogger(__name__)
 
+TROUBLE = (redis.RedisError, OSError)
+"""What a server that is away, full or forbids something raises; the next beat may do better."""
+
 BEATS_A_TTL = 4
 """So many times within the life of a claim it is extended: a few lost packets do not lose it."""
+
+
+LAST_BEAT_S = 5.0
+"""How long the end waits for a beat under way."""
 
 
 class HeartbeatThread(threading.Thread):
@@ -37,6 +45,7 @@ class HeartbeatThread(threading.Thread):
         self._node, self._queues, self._outcomes = node, queues, outcomes
         self._store, self._models, self._ttl_s = store, models, claim_ttl_s
         self._lock = threading.Lock()
+        self._extending = threading.Lock()
         self._tokens: dict[str, str] = {}
         self._ended = threading.Event()
 
@@ -45,11 +54,15 @@ class HeartbeatThread(threading.Thread):
         with self._lock:
             self._tokens.update(dict.fromkeys(addresses, token))
 
-    def drop(self, addresses: Iterable[str]) -> None:
-        """Let these claims go."""
-        with self._lock:
+    def drop(self, addresses: Iterable[str], token: str | None = None) -> None:
+        """Let these claims go; with a token only those that another task has not claimed since.
+
+        None of them is extended any more when this returns: whoever gives one back then does so for good.
+        """
+        with self._extending, self._lock:
             for address in addresses:
-                self._tokens.pop(address, None)
+                if token in (None, self._tokens.get(address)):
+                    self._tokens.pop(address, None)
 
     @property
     def held(self) -> dict[str, str]:
@@ -63,7 +76,7 @@ class HeartbeatThread(threading.Thread):
             started = time.monotonic()
             try:
                 self._beat()
-            except LOST as error:
+            except TROUBLE as error:
                 log.warning("heartbeat failed error=%s", error)
             pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started)
             if self._ended.wait(max(0.1, pause_s)):
@@ -72,13 +85,16 @@ class HeartbeatThread(threading.Thread):
     def end(self) -> None:
         """Take this worker off the list and stop."""
         self._ended.set()
+        if self.is_alive():
+            self.join(timeout=LAST_BEAT_S)  # a beat under way would put it on the list again
         try:
             self._outcomes.end_beat(self._node)
-        except LOST as error:
+        except TROUBLE as error:
             log.warning("heartbeat not ended error=%s", error)
 
     def _beat(self) -> None:
-        self._outcomes.extend(self.held)
+        with self._extending:
+            self._outcomes.extend(self.held)
         loading = self._models.loading
         heartbeat = Heartbeat(
             wire=WIRE_VERSION,

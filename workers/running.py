@@ -1,4 +1,4 @@
-"""Decode, batch, call the model, and turn what it returns into outcomes: a finite reward or a reason, never between."""
+"""Decode, batch, call the model: from the samples of a chunk to outcomes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from tasks import media
+from tasks.errors import BusyError
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.samples import MEDIA_FIELDS
 from tasks.settings import Settings
-from workers.base import RewardModel, RewardModelOutput, Unscored
-from workers.loading import LoadedModel, Models
-
-MAX_MESSAGE_CHARS = 2000
-"""A reason longer than this is cut; a model's traceback or a server's page is not a message."""
+from workers.base import GroupwiseRewardModel, RewardModel
+from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory
+from workers.outputs import Scored, failed, outcome_of, outcomes_of
 
 Watch = Callable[[Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]]
 
@@ -40,47 +39,81 @@ class ModelRunner:
         """Whether the model is in memory."""
         return self.models.is_loaded(call)
 
-    def load(self, call: RewardCall) -> LoadedModel:
-        """The model in memory. Raises `ModelLoadError`."""
-        return self.models.load(call)
+    def lend(self, call: RewardCall) -> contextlib.AbstractContextManager[LoadedModel]:
+        """The model, in memory within the context. Raises `ModelLoadError`."""
+        return self.models.lend(call)
+
+    def admit(self, model: LoadedModel) -> None:
+        """Raises `BusyError` if the model cannot be asked now."""
+        model.model.admit()
 
     def run(
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
     ) -> Iterator[dict[str, Outcome]]:
-        """Outcomes by address, a batch at a time; one for each sample in all."""
-        size = min(call.batch_size, model.max_batch)
-        for start in range(0, len(samples), size):
-            batch = samples[start : start + size]
-            started = time.perf_counter()
-            inputs = [decode(model.model, s, payloads) for s in batch]
-            decode_s = time.perf_counter() - started
-            outcomes = self._score(model, call, batch, inputs)
-            origin = {
-                **where_computed(),
-                "model_version": call.version,
-                "decode_s": round(decode_s, 4),
-                "score_s": round(time.perf_counter() - started - decode_s, 4),
-            }
-            yield {s.address: o.model_copy(update={"origin": origin}) for s, o in zip(batch, outcomes, strict=True)}
+        """Outcomes by address, a batch at a time; one for each sample in all.
+
+        Raises:
+            BusyError: The model could not be asked for some; the others' outcomes were yielded.
+        """
+        is_groupwise = isinstance(model.model, GroupwiseRewardModel)
+        unfit = [s for s in samples if bool(s.members) != is_groupwise]
+        if unfit:
+            yield {s.address: Outcome(failure=_unfit(call, is_groupwise)) for s in unfit}
+        for group in (s for s in samples if s.members and is_groupwise):
+            members = [m for m in group.members if m.failure is None]
+            outcomes = self._batch(model, call, members, payloads) if members else []
+            scored = {id(m): o for m, o in zip(members, outcomes, strict=True)}
+            yield {group.address: Outcome(members=tuple(_member(m, scored) for m in group.members))}
+        singles = [s for s in samples if not s.members and not is_groupwise]
+        while singles:
+            size = min(call.batch_size, model.max_batch)
+            batch, singles = singles[:size], singles[size:]
+            outcomes = self._batch(model, call, batch, payloads)
+            yield {s.address: o for s, o in zip(batch, outcomes, strict=True) if isinstance(o, Outcome)}
+            for busy in (o for o in outcomes if isinstance(o, BusyError)):
+                raise busy
+
+    def _batch(
+        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+    ) -> list[Scored]:
+        """Decode and score these samples in one call; outcomes say where they were computed."""
+        started = time.perf_counter()
+        inputs = [_inputs_of(model.model, call, s, payloads) for s in samples]
+        decode_s = time.perf_counter() - started
+        ready = [(s, i) for s, i in zip(samples, inputs, strict=True) if not isinstance(i, Outcome)]
+        scored = iter(self._score(model, call, [s for s, _ in ready], [i for _, i in ready]) if ready else ())
+        outcomes = [i if isinstance(i, Outcome) else next(scored) for i in inputs]
+        origin = {
+            **where_computed(),
+            "model_version": call.version,
+            "decode_s": round(decode_s, 4),
+            "score_s": round(time.perf_counter() - started - decode_s, 4),
+        }
+        return [o.model_copy(update={"origin": origin}) if isinstance(o, Outcome) else o for o in outcomes]
 
     def _score(
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
-    ) -> list[Outcome]:
-        """One outcome for each input. A batch that raises is halved, down to the sample that alone fails."""
+    ) -> list[Scored]:
+        """What became of each input. A batch that raises is halved, down to the sample that alone fails.
+
+        One that does not fit into the device's memory bounds the batches after it.
+        """
         try:
-            output = self._call(model, call, samples, inputs)
+            return outcomes_of(self._call(model, call, samples, inputs), len(inputs))
         except KeyboardInterrupt as error:
-            return [_outcome_of(error)] * len(inputs)
-        except (Exception, SystemExit) as error:  # a reward model is the user's code and may raise anything
-            if _is_out_of_memory(error):
-                _free_device_memory()
-                model.max_batch = max(1, len(inputs) // 2)
-            if len(inputs) == 1:
-                return [_outcome_of(error)]
-            half = len(inputs) // 2
-            first = self._score(model, call, samples[:half], inputs[:half])
-            return first + self._score(model, call, samples[half:], inputs[half:])
-        return outcomes_of(output, len(inputs))
+            return [outcome_of(error)] * len(inputs)
+        except BusyError as error:
+            return [error] * len(inputs)
+        except BaseException as error:  # a reward model is the user's code and may raise anything
+            outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)
+        half = max(1, len(inputs) // 2)
+        if did_not_fit:
+            model.max_batch = min(model.max_batch, half)
+            free_memory()  # not before: the error's frames hold what the call had on the device
+        if len(inputs) == 1 or isinstance(model.model, GroupwiseRewardModel):
+            return [outcome] * len(inputs)
+        first = self._score(model, call, samples[:half], inputs[:half])
+        return first + self._score(model, call, samples[half:], inputs[half:])
 
     def _call(
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
@@ -104,22 +137,6 @@ def decode(model: RewardModel, sample: SampleRequest, payloads: Mapping[str, byt
     return inputs
 
 
-def outcomes_of(output: Any, num_samples: int) -> list[Outcome]:
-    """Outcomes of what a model returned for `num_samples` samples.
-
-    A tensor, an array or a list of `num_samples` finite numbers are rewards. Any other length or shape is a reason for
-    all, a NaN, an infinity, None or no number a reason for its sample.
-    """
-    rewards = output.rewards if isinstance(output, RewardModelOutput) else output
-    extra = output.extra_info if isinstance(output, RewardModelOutput) else None
-    values = _listed(rewards)
-    if values is None or len(values) != num_samples:
-        found = f"{len(values)}" if values is not None else _shape_of(rewards)
-        reason = Failure(kind="failed", message=f"the model returned {found} rewards for {num_samples} samples")
-        return [Outcome(failure=reason)] * num_samples
-    return [_outcome(value, _info_of(extra, i, num_samples)) for i, value in enumerate(values)]
-
-
 @cache
 def where_computed() -> dict[str, Any]:
     """What a reward may depend on besides its inputs: versions of the libraries in this environment."""
@@ -133,6 +150,39 @@ def where_computed() -> dict[str, Any]:
 
 
 # --- private -------------------------------------------------------------------------------------
+
+
+def _inputs_of(
+    model: RewardModel, call: RewardCall, sample: SampleRequest, payloads: Mapping[str, bytes]
+) -> Inputs | Outcome:
+    """What the model is called with for a sample, or why it cannot be."""
+    lacking = [n for n in model.required_fields if n in MEDIA_FIELDS and sample.media.get(n) in (None, ())]
+    if lacking:
+        return failed(f"{call.model} needs {' and '.join(lacking)}, which the sample has not", "invalid")
+    try:
+        return decode(model, sample, payloads)
+    except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
+        return failed(f"its media cannot be decoded: {type(error).__name__}: {error}")
+
+
+def _unfit(call: RewardCall, is_groupwise: bool) -> Failure:
+    """The trainer did not know whether the class takes samples or groups."""
+    kinds = ("groupwise", "pointwise") if is_groupwise else ("pointwise", "groupwise")
+    return Failure(
+        kind="failed",
+        message=f"{call.model} is {kinds[0]}, but the trainer took it for {kinds[1]} since it could not read its "
+        f"source; say `kind: {kinds[0]}` in the config",
+    )
+
+
+def _member(member: SampleRequest, scored: Mapping[int, Scored]) -> Outcome:
+    """A member's outcome in its group's."""
+    if member.failure is not None:
+        return Outcome(failure=member.failure)
+    outcome = scored[id(member)]
+    if isinstance(outcome, BusyError):
+        raise outcome
+    return outcome
 
 
 def _decode_field(refs: MediaRef | tuple[MediaRef, ...] | None, payloads: Mapping[str, bytes], as_tensor: bool) -> Any:
@@ -164,79 +214,3 @@ def _present(array: Any, ref: MediaRef, as_tensor: bool) -> Any:
     if as_tensor:
         return media.to_tensor(array)
     return media.to_pil(array) if array.ndim == 3 else [media.to_pil(frame) for frame in array]
-
-
-def _listed(rewards: Any) -> list[Any] | None:
-    """Rewards as a list, or None if they are not one-dimensional."""
-    if media.is_tensor(rewards):
-        rewards = rewards.detach().float().cpu().numpy()
-    if isinstance(rewards, np.ndarray):
-        return rewards.tolist() if rewards.ndim == 1 else None
-    if isinstance(rewards, list | tuple):
-        return list(rewards)
-    return None
-
-
-def _shape_of(rewards: Any) -> str:
-    shape = getattr(rewards, "shape", None)
-    return f"shape {tuple(shape)}" if shape is not None else f"a {type(rewards).__name__} of"
-
-
-def _outcome(value: Any, info: dict[str, Any]) -> Outcome:
-    if isinstance(value, Unscored):
-        return _outcome_of(value)
-    if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):
-        value = value.item() if value.size == 1 or getattr(value, "ndim", 1) == 0 else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        reason = Failure(kind="failed", message=f"the model returned {type(value).__name__} where a number is needed")
-        return Outcome(failure=reason, info=info)
-    if not np.isfinite(value):
-        return Outcome(failure=Failure(kind="failed", message=f"the model returned {value}"), info=info)
-    return Outcome(reward=float(value), info=info)
-
-
-def _outcome_of(error: BaseException) -> Outcome:
-    if isinstance(error, Unscored):
-        return Outcome(failure=Failure(kind=error.kind, message=_cut(error.message)), info=_plain(error.info))
-    kind: Any = "timeout" if isinstance(error, TimeoutError) else "failed"
-    return Outcome(failure=Failure(kind=kind, message=_cut(f"{type(error).__name__}: {error}")))
-
-
-def _info_of(extra: Mapping[str, Any] | None, i: int, num_samples: int) -> dict[str, Any]:
-    """What `extra_info` says of sample `i`."""
-    info = {}
-    for name, values in (extra or {}).items():
-        is_list = isinstance(values, list | tuple) or hasattr(values, "shape")
-        of_each = is_list and len(values) == num_samples
-        info[str(name)] = _plain(values[i] if of_each else values)
-    return info
-
-
-def _plain(value: Any) -> Any:
-    """`value` as msgpack carries it."""
-    if value is None or isinstance(value, bool | str | bytes):
-        return value
-    if isinstance(value, int):
-        return value if -(2**63) <= value < 2**64 else str(value)
-    if isinstance(value, float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
-    to_list: Callable[[], Any] | None = getattr(value, "tolist", None)
-    return to_list() if to_list is not None else repr(value)[:MAX_MESSAGE_CHARS]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}... ({len(text)} characters)"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error)
-
-
-def _free_device_memory() -> None:
-    import torch
-
-    torch.cuda.empty_cache()

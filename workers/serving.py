@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from celery.signals import celeryd_after_setup
+from celery.signals import celeryd_after_setup, worker_init
+from PIL import Image
 
 from tasks.celery_app import outcomes_of
+from tasks.desk import Desk, serve_at
+from tasks.errors import RewardError
 from tasks.messages import Failure, Outcome, SampleRequest
 from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
-from tasks.score import Desk, serve_at
 from tasks.settings import Settings
 from workers.heartbeat import HeartbeatThread
+from workers.lifetime import AwaitRedis, end_in_time
+from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
+
+KEPT_BLOCKS = 32
+"""Blocks of memory (at most 16 MB each) that Pillow keeps for its next images, enough for two chunks of 16: filling
+fresh memory takes three times as long."""
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def _await_redis(sender: Any, **_: Any) -> None:
+    sender.app.steps["consumer"].add(AwaitRedis)
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def open_desk(sender: str, instance: Any, **_: Any) -> None:
     """Make this process ready to score, before it takes its first task."""
+    if "PILLOW_BLOCKS_MAX" not in os.environ:
+        Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
     app = instance.app
     settings: Settings = app.settings
     outcomes, store = outcomes_of(app), open_store(settings)
@@ -38,6 +54,11 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
     beats.start()
     watchdog.start()
     atexit.register(beats.end)
+    end_in_time(lambda: _hand_back(outcomes, beats), settings.stop_grace_s)
+    try:
+        preload(settings, queues, runner.models)
+    except RewardError as error:
+        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {error}") from None
 
 
 def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[SampleRequest], message: str) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import onnxruntime  # type: ignore[import-untyped]  # noqa: F401  (RapidOCR looks for it only when it reads)
+from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 from rapidocr import RapidOCR
 
@@ -20,8 +21,11 @@ from workers.base import (
     frames_of,
 )
 
-QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|„([^“”]+)[“”]|(?<!\w)'([^']+)'(?!\w)|‘([^’]+)’(?!\w)")
-"""The first pair of quotation marks, straight or curly; an apostrophe inside a word opens none."""
+QUOTED = re.compile(
+    r"\"([^\"]*)\"|“([^”]*)”|„([^“”]*)[“”]"
+    r"|(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)|‘((?:[^’]|(?<=\w)’(?=\w))*)’(?!\w)"
+)
+"""The first pair of quotation marks, straight or curly; an apostrophe inside a word is part of it."""
 
 
 class OCR(PointwiseRewardModel):
@@ -39,6 +43,7 @@ class OCR(PointwiseRewardModel):
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         self._engine = RapidOCR(params={"Global.log_level": "error"})
+        self._read(_sign())  # it loads its models when it first sees text
 
     def __call__(
         self,
@@ -92,3 +97,9 @@ def similarity(target: str, read: str) -> float:
 
 def _plain(text: str) -> str:
     return "".join(text.split()).lower()
+
+
+def _sign() -> Image.Image:
+    image = Image.new("RGB", (200, 80), "white")
+    ImageDraw.Draw(image).text((20, 20), "READY", fill="black", font=ImageFont.load_default(36))
+    return image

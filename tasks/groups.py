@@ -1,0 +1,204 @@
+"""Groups: their digest, their slots across trainer ranks, and how the outcomes of parts become a group's.
+
+A group's outcome is one entry for all its members, under the digest of their keys in slot order. A slot is the place
+(rank, index) in which a rank submitted a member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tasks import keys
+from tasks.messages import Failure, GroupRequest, Outcome, SampleRequest, pack, unpack
+
+Ties = Literal["mean", "ordinal"]
+
+
+def digest(member_keys: Sequence[str]) -> str:
+    """40 hex digits of the members' keys in slot order; the script below makes the same."""
+    return hashlib.sha1("".join(member_keys).encode()).hexdigest()
+
+
+def ranks(scores: Sequence[float], ties: Ties = "mean") -> list[float]:
+    """Ascending ranks of `n` scores divided by `n`, in [0, (n - 1) / n].
+
+    Args:
+        scores: `n` finite numbers.
+        ties: `mean` gives equal scores the mean of their ranks; `ordinal` ranks them in their order, as the double
+            argsort of Flow-Factory's PickScore_Rank does.
+    """
+    values = np.asarray(scores, np.float64)
+    if ties == "ordinal":
+        found = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64)
+    else:
+        less = (values[None, :] < values[:, None]).sum(1)
+        equal = (values[None, :] == values[:, None]).sum(1)
+        found = less + (equal - 1) / 2
+    return [float(rank) / len(values) for rank in found]
+
+
+def draw_pairs(group_digest: str, num_members: int, opponents: Literal["all"] | int) -> list[tuple[int, int]]:
+    """Which members are compared with each other: pairs `(i, j)`, `i < j`, each once.
+
+    Args:
+        group_digest: Seeds the draw, so that a repeated task compares the same pairs.
+        opponents: `all`, or how many others each member is compared with (at least; one more where the numbers do not
+            divide evenly): the members are shuffled onto a circle and compared with their next neighbours on it.
+    """
+    if opponents == "all" or opponents >= num_members - 1:
+        return [(i, j) for i in range(num_members) for j in range(i + 1, num_members)]
+    order = np.random.default_rng(int(group_digest[:16], 16)).permutation(num_members).tolist()
+    steps = (opponents + 1) // 2
+    circle = ((order[i], order[(i + step) % num_members]) for i in range(num_members) for step in range(1, steps + 1))
+    return sorted({(min(a, b), max(a, b)) for a, b in circle})
+
+
+def combine(request: GroupRequest, found: Mapping[str, Outcome]) -> Outcome:
+    """The group's outcome of those of its parts, by address. Every part has one."""
+    members = _wins(request, found) if request.how == "wins" else _ranks(request, found)
+    return Outcome(members=tuple(members), attempt=request.attempt)
+
+
+def _ranks(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
+    """Members without a score have its reason; the others are ranked among themselves."""
+    scored = [found[m.address] if m.failure is None else Outcome(failure=m.failure) for m in request.members]
+    places = [i for i, one in enumerate(scored) if one.reward is not None]
+    rank_of = dict(zip(places, ranks([scored[i].reward or 0.0 for i in places], request.ties), strict=True))
+    return [
+        Outcome(reward=rank_of[i], info={**one.info, "score": one.reward}, origin=one.origin)
+        if one.failure is None
+        else Outcome(failure=_not_ranked(one.failure), info=one.info, origin=one.origin)
+        for i, one in enumerate(scored)
+    ]
+
+
+def _not_ranked(failure: Failure) -> Failure:
+    return Failure(kind=failure.kind, message=f"not ranked: {failure.message}")
+
+
+def _wins(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
+    """Share of comparisons that each member won, a tie counts half; one without an answer abstains."""
+    points: list[list[float]] = [[] for _ in request.members]
+    reasons: list[str] = []
+    for (first, second), comparison in zip(request.pairs, request.comparisons, strict=True):
+        outcome = found[comparison.address]
+        if outcome.reward is None:
+            reasons.append(outcome.failure.message if outcome.failure else "")
+            continue
+        points[first].append(outcome.reward)
+        points[second].append(1.0 - outcome.reward)
+    return [
+        _share(member, won, reasons[0] if reasons else "it was compared with nobody")
+        for member, won in zip(request.members, points, strict=True)
+    ]
+
+
+def _share(member: SampleRequest, won: Sequence[float], reason: str) -> Outcome:
+    if member.failure is not None:
+        return Outcome(failure=member.failure)
+    if not won:
+        return Outcome(failure=Failure(kind="abstained", message=f"none of its comparisons has an answer: {reason}"))
+    return Outcome(reward=sum(won) / len(won), info={"num_comparisons": len(won), "points": sum(won)})
+
+
+_REGISTER = """
+local slot, key, size, outcomes = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
+local old = redis.call('HGET', KEYS[1], 'k' .. slot)
+local sealed = redis.call('HGET', KEYS[1], 'digest')
+if old and old ~= key then
+  if sealed and redis.call('EXISTS', outcomes .. sealed) == 1 then return {'scored', sealed, 0, 0} end
+  redis.call('HDEL', KEYS[1], 'digest', 'number')
+elseif not old and sealed then
+  return {'full', sealed, 0, 0}
+end
+redis.call('HSET', KEYS[1], 'k' .. slot, key, 'b' .. slot, ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+local slots = {}
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(name, 1, 1) == 'k' then slots[#slots + 1] = name end
+end
+if #slots > size then
+  redis.call('HDEL', KEYS[1], 'k' .. slot, 'b' .. slot)
+  return {'full', '', #slots - 1, 0}
+end
+if #slots < size then return {'open', '', #slots, 0} end
+local found = redis.call('HGET', KEYS[1], 'digest')
+if found then return {'sealed', found, #slots, 0} end
+table.sort(slots)
+found = redis.sha1hex(table.concat(redis.call('HMGET', KEYS[1], unpack(slots))))
+redis.call('HSET', KEYS[1], 'digest', found)
+return {'sealed', found, #slots, 1}
+"""
+"""KEYS: the group. ARGV: slot, member's key, member, group size, ms, prefix of outcomes. Returns what became of it
+(open, sealed, full, scored), the digest, how many slots there are, and whether this call completed the group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What became of registering a member.
+
+    `open`: others are missing. `sealed`: the group is complete under `digest`; `is_completed_now` for one caller.
+    `full`: there are `group_size` other members. `scored`: another sample was in this slot when the group was scored.
+    """
+
+    state: Literal["open", "sealed", "full", "scored"]
+    digest: str
+    num_members: int
+    is_completed_now: bool
+
+
+class GroupSlots:
+    """The slots of groups that several trainer ranks fill together, in Redis."""
+
+    def __init__(self, redis: Any, run: str, launch: str, ttl_s: float) -> None:
+        self._redis, self._run, self._launch = redis, run, launch
+        self._ttl_ms = round(1000 * ttl_s)
+        self._register = redis.register_script(_REGISTER)
+
+    def key(self, split: str, step: int, fingerprint: str, group: str) -> str:
+        """Where a group's slots are."""
+        return keys.group(self._run, self._launch, split, step, fingerprint, group)
+
+    def register(
+        self, key: str, slot: tuple[int, int], member_key: str, member: SampleRequest, size: int, fingerprint: str
+    ) -> Registered:
+        """Put a member into its slot; the last one seals the group. Putting the same one again changes nothing."""
+        outcomes = keys.outcome(f"{self._run}:{fingerprint}:")
+        args = [_slot_name(slot), member_key, pack(member), size, self._ttl_ms, outcomes]
+        state, found, num_members, is_now = self._register(keys=[key], args=args)
+        return Registered(state.decode(), found.decode(), int(num_members), bool(is_now))
+
+    def digests(self, group_keys: Sequence[str]) -> list[tuple[str, int]]:
+        """Of each group its digest (empty while it is open) and the number of the message sent for it (0: none)."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in group_keys:
+                pipe.hmget(key, "digest", "number")
+            return [((d or b"").decode(), int(n or 0)) for d, n in pipe.execute()]
+
+    def set_number(self, key: str, number: int) -> None:
+        """Tell the other ranks which message was sent for the group."""
+        self._redis.hset(key, "number", number)
+
+    def members(self, key: str) -> dict[tuple[int, int], tuple[str, SampleRequest]]:
+        """The members in slot order, with their keys."""
+        found = self._redis.hgetall(key)
+        slots = sorted(name[1:] for name in found if name[:1] == b"k")
+        return {
+            _slot_of(slot): (found[b"k" + slot].decode(), unpack(SampleRequest, found[b"b" + slot])) for slot in slots
+        }
+
+
+def _slot_name(slot: tuple[int, int]) -> str:
+    """A name whose order as text is the order of slots."""
+    rank, index = slot
+    return f"{rank:08d}:{index:010d}"
+
+
+def _slot_of(name: bytes) -> tuple[int, int]:
+    rank, _, index = name.decode().partition(":")
+    return int(rank), int(index)

@@ -1,0 +1,83 @@
+"""A built-in's options as configured: known names, right types, defaults filled in, files read, no keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from tasks.entries import ModelEntry
+from tasks.errors import ConfigError, UnknownOptionError, nearest
+
+MAX_FILE_BYTES = 256 * 1024
+"""A rubric larger than this is a mistake; its text travels with every request."""
+
+_FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def check_options(
+    model: str, builtin: ModelEntry, given: Mapping[str, Any], keys: tuple[str, ...], where: str, folder: Path
+) -> dict[str, Any]:
+    """Every option of a built-in with its value or default, so that a default written out is the same computation.
+
+    Args:
+        keys: Keys of any reward, to name the nearest of all.
+        where: The place in the config, for errors.
+        folder: What a relative file name starts from.
+
+    Raises:
+        ConfigError: An option is unknown or of a wrong type, or a file cannot be read.
+    """
+    checked = {name: copy.copy(option.default) for name, option in builtin.options.items()}
+    for name, value in given.items():
+        if name not in builtin.options:
+            raise UnknownOptionError(
+                f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
+                f"its options: {', '.join(builtin.options) or 'none'}"
+            )
+        try:
+            needed = _FiniteFloat if builtin.options[name].type is float else builtin.options[name].type
+            checked[name] = TypeAdapter(needed).validate_python(value, strict=True)  # an integer is a float too
+        except ValidationError as error:
+            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
+    _read_files(builtin, checked, where, folder)
+    _check_key(checked, where)
+    return checked
+
+
+def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which a reward may depend."""
+    return {n: v for n, v in options.items() if n not in builtin.options or builtin.options[n].is_answer}
+
+
+def _read_files(builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path) -> None:
+    """Put the text of each file in the place of its name: workers may be on other hosts, and content is identity."""
+    for name, option in builtin.options.items():
+        if not (option.reads and checked[name]):
+            continue
+        if checked[option.reads]:
+            raise ConfigError(f"{where}: both {option.reads} and {name} are given; one of them is the text")
+        path = folder / Path(checked[name]).expanduser()
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ConfigError(f"{where}: option {name}: {path} is larger than {MAX_FILE_BYTES} bytes")
+            checked[option.reads] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: option {name}: cannot read {path}: {error}") from None
+        if not checked[option.reads].strip():
+            raise ConfigError(f"{where}: option {name}: {path} is empty")
+        checked[name] = ""
+
+
+def _check_key(checked: Mapping[str, Any], where: str) -> None:
+    if checked.get("api_key") not in (None, "", "EMPTY"):
+        raise ConfigError(
+            f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
+            "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
+        )
+    key_env = checked.get("api_key_env")
+    if key_env and key_env != "OPENAI_API_KEY" and not key_env.startswith("REWARDQ_KEY_"):
+        raise ConfigError(f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}")

@@ -1,0 +1,1 @@
+"""Delivery that holds: real workers and a real Redis, and what goes wrong with them."""

@@ -1,0 +1,198 @@
+"""Faults on the way: messages that vanish, connections that break, a Redis that is restarted or full."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import redis
+
+from tasks import keys
+from tasks.connections import connect
+from tasks.settings import load_settings
+from tests.delivery.conftest import Bench
+from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
+from tests.pipeline.conftest import samples_of
+from tests.servers import RedisServer, wait_until
+from trainer_client import CollectTimeoutError
+
+
+def lose_popped_message(bench: Bench, *, tries: int) -> Seen:
+    """An idle worker is stopped (SIGSTOP), takes a message all the same, and is killed: the message is nowhere."""
+    supervisor = bench.supervised("gpu")
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path)))
+    seen, numbers = Seen(tries=tries), Numbers()
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(8), seen))
+    with connect(bench.settings.broker_url) as broker:
+        for _ in range(tries):
+            own = numbers.take(8)
+            os.kill(supervisor.worker.pid, signal.SIGSTOP)
+            started = time.monotonic()
+            client.submit(samples_of(own))
+            client.flush()
+            assert broker.llen("gpu") == 0
+            assert broker.hlen("unacked") == 0
+            supervisor.kill()
+            seen.check(client.collect(timeout_s=120, on_failure="nan"), own)
+            seen.added_s.append(time.monotonic() - started - usual_s)
+            supervisor.wait_ready()
+            wait_until(lambda: broker.hlen("unacked") == 0)
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def kill_connections(bench: Bench, *, tries: int, call_s: float) -> Seen:
+    """`CLIENT KILL` of every connection to Redis, in the midst of a call of a judge and of a model."""
+    judge = bench.judges(delay_s=call_s)
+    (gpu, vlm) = bench.workers("gpu", "vlm")
+    asks = {**reward_of("Asks", url=judge.url, batch_size=1, queue="vlm"), "name": "asks"}
+    logs = reward_of("Logged", calls=str(bench.calls.path), seconds=call_s, batch_size=4)
+    client = bench.clients(logs, asks)
+    seen, numbers = Seen(tries=tries), Numbers()
+    for _ in range(tries):
+        own = numbers.take(4)
+        started = time.monotonic()
+        client.submit(samples_of(own))
+        wait_until(lambda last=own[-1]: judge.num_open == 4 and last in bench.calls.begun, 30)
+        time.sleep(0.2 * call_s)
+        with bench.redis.client() as admin:
+            admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        batch = client.collect(timeout_s=60, on_failure="nan")
+        seen.check(batch, own)
+        seen.wrong += batch.rewards["asks"].tolist() != [float(n) for n in own]
+        seen.added_s.append(time.monotonic() - started - call_s)
+    assert gpu.process.poll() is None
+    assert vlm.process.poll() is None
+    seen.again = bench.calls.num_again + len(judge.asked) - len(set(judge.asked))
+    return seen
+
+
+def lose_redis(bench: Bench, *, tries: int, how: str, away_s: float) -> Seen:
+    """Redis cannot be reached by trainer and workers: connections `cut`, or packets lost (`freeze`)."""
+    proxy = bench.proxies(bench.redis)
+    settings = load_settings(**{**bench.settings.model_dump(), "broker_url": proxy.url})
+    bench.workers("gpu", settings=settings)
+    client = bench.clients(
+        reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=4), settings=settings
+    )
+    seen, numbers = Seen(tries=tries), Numbers()
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(32), seen), num_steps=1)
+    for _ in range(tries):
+        own = numbers.take(32)
+        started = time.monotonic()
+        client.submit(samples_of(own[:16]))
+        wait_until(lambda first=own[0]: first in bench.calls.begun, 30)
+        getattr(proxy, how)()
+        client.submit(samples_of(own[16:]))
+        mender = threading.Timer(away_s, proxy.mend)
+        mender.start()
+        seen.check(client.collect(timeout_s=180, on_failure="nan"), own)
+        mender.join()
+        seen.added_s.append(time.monotonic() - started - usual_s - away_s)
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def restart_redis(bench: Bench, *, tries: int, keeps_file: bool) -> Seen:
+    """`kill -9` of Redis with work in queue and in hand, and a start a second later."""
+    options = ("--appendonly", "yes", "--appendfsync", "always") if keeps_file else ()
+    server = bench.private_redis(*options)
+    settings = load_settings(**{**bench.settings.model_dump(), "broker_url": server.url})
+    bench.workers("gpu", settings=settings)
+    client = bench.clients(
+        reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=4), settings=settings
+    )
+    seen, numbers = Seen(tries=tries), Numbers()
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(32), seen), num_steps=1)
+    for _ in range(tries):
+        own = numbers.take(32)
+        started = time.monotonic()
+        client.submit(samples_of(own))
+        wait_until(lambda ninth=own[8]: ninth in bench.calls.begun, 30)
+        server.kill()
+        time.sleep(1)
+        server.start()
+        seen.check(client.collect(timeout_s=120, on_failure="nan"), own)
+        seen.added_s.append(time.monotonic() - started - usual_s)
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def fill_redis(bench: Bench, *, tries: int, full_s: float) -> Seen:
+    """Redis at its maxmemory, with messages queued and a worker that takes one."""
+    server = bench.private_redis("--maxmemory", "32mb", "--maxmemory-policy", "noeviction")
+    settings = load_settings(**{**bench.settings.model_dump(), "broker_url": server.url})
+    (worker,) = bench.workers("gpu", settings=settings)
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4), settings=settings)
+    seen, numbers = Seen(tries=tries), Numbers()
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(32), seen), num_steps=1)
+    for _ in range(tries):
+        own = numbers.take(32)
+        os.kill(worker.pid, signal.SIGSTOP)
+        client.submit(samples_of(own[:16]))
+        client.flush()
+        filler = Filler(server)
+        client.submit(samples_of(own[16:]))
+        os.kill(worker.pid, signal.SIGCONT)
+        try:
+            client.collect(timeout_s=full_s)
+        except CollectTimeoutError as error:
+            assert "Redis is full" in str(error), error  # noqa: PT017
+        started = time.monotonic()
+        filler.make_room()
+        seen.check(client.collect(timeout_s=120, on_failure="nan"), own)
+        seen.added_s.append(time.monotonic() - started - usual_s)
+    assert "OutOfMemoryError" in worker.log_text, "it took no message while Redis was full"
+    assert worker.process.poll() is None
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def queue_much(bench: Bench, *, num_chunks: int) -> tuple[Seen, int]:
+    """Many chunks before one slow worker, with a message taken out by hand; also how many messages were sent."""
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=1))
+    seen, own = Seen(tries=1), Numbers().take(num_chunks)
+    client.submit(samples_of(own))
+    client.flush(timeout_s=120)
+    with connect(bench.settings.broker_url) as broker:
+        queued = broker.lrange("gpu", 0, -1)
+        assert len(queued) == num_chunks
+        assert broker.lrem("gpu", 1, queued[num_chunks // 2]) == 1
+        bench.workers("gpu", concurrency=1)
+        seen.check(client.collect(timeout_s=170, on_failure="nan"), own)
+        num_sent = int(broker.get(keys.sent_number("gpu")))
+    seen.again = bench.calls.num_again
+    return seen, num_sent
+
+
+class Filler:
+    """Fills a Redis to its last byte, and keeps it full."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._client = server.client(7)
+        self._is_full = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        wait_until(lambda: self._is_full)
+
+    def _run(self) -> None:
+        size, i = 1_000_000, 0
+        while not self._ended.is_set():
+            try:
+                self._client.set(f"filler{i}", b"x" * size)
+                i += 1
+            except redis.OutOfMemoryError:
+                self._is_full = size < 1000
+                size = max(100, size // 2)
+                if self._is_full:
+                    time.sleep(0.002)
+
+    def make_room(self) -> None:
+        """Stop, and take everything of it away."""
+        self._ended.set()
+        self._thread.join()
+        self._client.flushdb()
+        self._client.close()

@@ -1,0 +1,81 @@
+"""A Redis that is full, that would drop keys, and that is restarted."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tasks.settings import load_settings
+from tests.delivery.conftest import MODULES
+from tests.delivery.messages_lost import Filler
+from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.servers import WorkerProcess
+from trainer_client import CollectTimeoutError
+
+
+@pytest.fixture
+def full(private_redis):
+    """A Redis of 32 MB with settings for it, and what fills it: `fill()` returns a `Filler`."""
+    server = private_redis("--maxmemory", "32mb", "--maxmemory-policy", "noeviction")
+    fillers = []
+
+    def fill():
+        fillers.append(Filler(server))
+        return fillers[-1]
+
+    yield server, load_settings(broker_url=server.url, claim_ttl_s=2, reconcile_s=0.5), fill
+    for filler in fillers:
+        filler.make_room()
+
+
+def test_a_full_redis_holds_senders_up_says_so_and_the_step_ends_when_there_is_room(full, clients, workers):
+    _server, settings, fill = full
+    (worker,) = workers("gpu", settings=settings)
+    client = clients({"reward_model": "PixelCode", "batch_size": 2}, settings=settings)
+    filler = fill()
+    client.submit(samples_of(range(20)))
+    with pytest.raises(CollectTimeoutError, match=r"20 of 20 samples had no answer after 4 s: .*Redis is full"):
+        client.collect(timeout_s=4)
+    filler.make_room()
+    assert_rewards(client.collect(timeout_s=60), range(20))
+    assert worker.process.poll() is None
+
+
+def test_a_worker_that_takes_a_message_while_redis_is_full_serves_on_when_there_is_room(full, clients, workers):
+    """Celery's consumer fails at what it notes of each message; that must not be the end of it."""
+    _server, settings, fill = full
+    (worker,) = workers("gpu", settings=settings)
+    client = clients({"reward_model": "PixelCode", "batch_size": 2}, settings=settings)
+    os.kill(worker.pid, signal.SIGSTOP)
+    client.submit(samples_of(range(20)))
+    client.flush()
+    filler = fill()
+    os.kill(worker.pid, signal.SIGCONT)
+    with pytest.raises(CollectTimeoutError, match="Redis is full"):
+        client.collect(timeout_s=6)
+    assert "OutOfMemoryError" in worker.log_text, "it took no message, and this test tests nothing"
+    filler.make_room()
+    assert_rewards(client.collect(timeout_s=60), range(20))
+    assert worker.process.poll() is None
+    assert worker.log_text.count("Redis is full") < 10
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_worker_refuses_a_redis_that_drops_keys_in_one_line(private_redis, tmp_path, policy):
+    server = private_redis("--maxmemory", "100mb", "--maxmemory-policy", policy)
+    worker = WorkerProcess("gpu", load_settings(broker_url=server.url), tmp_path, None, MODULES)
+    assert worker.process.wait(30) == os.EX_CONFIG
+    assert f"has maxmemory-policy {policy} and drops keys" in worker.log_text
+    assert "set `maxmemory-policy noeviction`" in worker.log_text
+    assert "Traceback" not in worker.log_text
+
+
+def test_a_redis_that_evicts_nothing_is_taken_whatever_its_policy(private_redis, workers, clients):
+    server = private_redis("--maxmemory-policy", "allkeys-lru")
+    settings = load_settings(broker_url=server.url)
+    workers("gpu", settings=settings)
+    client = clients("PixelCode", settings=settings)
+    client.submit(samples_of(range(4)))
+    assert_rewards(client.collect(timeout_s=60), range(4))

@@ -1,0 +1,179 @@
+"""The fleet's budget: leases in Redis, alone and with three workers of which one is killed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tasks import keys
+from tasks.connections import connect
+from tasks.errors import BusyError
+from tests.judges.scripted import MODEL, says_yes
+from tests.servers import wait_until
+from trainer_client import RewardClient, Sample
+from workers.judges import budget as budgets
+from workers.judges import chat
+from workers.judges.budget import FleetBudget
+
+URL = "http://judge:8000/v1"
+TTL_S = 1.0
+
+
+@pytest.fixture
+def redis(settings):
+    with connect(settings.results) as client:
+        yield client
+
+
+@pytest.fixture
+def new_budget(redis):
+    """Makes the budget of one more process."""
+    made = []
+
+    def make():
+        made.append(FleetBudget(redis, TTL_S))
+        return made[-1]
+
+    yield make
+    for budget in made:
+        budget.close()
+
+
+@pytest.fixture
+def budget(new_budget):
+    return new_budget()
+
+
+def test_no_more_leases_than_the_budget(budget):
+    leases = [budget.acquire(URL, 3) for _ in range(5)]
+    assert [lease is not None for lease in leases] == [True, True, True, False, False]
+    assert not budget.has_room(URL, 3)
+    assert budget.acquire("http://other/v1", 3)
+    budget.release(leases[0])
+    assert budget.has_room(URL, 3)
+    assert budget.acquire(URL, 3)
+
+
+def test_many_threads_and_processes_never_take_more(new_budget):
+    several = [new_budget() for _ in range(3)]
+    with ThreadPoolExecutor(24) as pool:
+        leases = list(pool.map(lambda i: several[i % 3].acquire(URL, 10), range(200)))
+    assert sum(lease is not None for lease in leases) == 10
+
+
+def test_a_lease_lives_as_long_as_its_process_holds_it(budget):
+    assert budget.acquire(URL, 1)
+    ends_at = time.monotonic() + 2.5 * TTL_S
+    while time.monotonic() < ends_at:
+        assert budget.acquire(URL, 1) is None
+        time.sleep(0.05)
+
+
+def test_a_lease_whose_process_is_gone_runs_out(new_budget, budget):
+    gone = new_budget()
+    assert gone.acquire(URL, 1)
+    gone.close()
+    assert budget.acquire(URL, 1) is None
+    wait_until(lambda: budget.acquire(URL, 1), 3 * TTL_S)
+
+
+def test_a_released_lease_is_not_brought_back_by_its_renewal(redis, budget):
+    lease = budget.acquire(URL, 1)
+    budget._renew(keys=[keys.judge_leases(URL)], args=[1000, lease])
+    budget.release(lease)
+    budget._drop_released(URL, [lease])
+    assert redis.zcard(keys.judge_leases(URL)) == 0
+
+
+def test_leases_leave_nothing_behind(redis, budget):
+    budget.release(budget.acquire(URL, 1))
+    assert budget.acquire(URL, 1)
+    assert 0 < redis.pttl(keys.judge_leases(URL)) <= 1000 * TTL_S
+
+
+def test_a_judge_without_a_place_is_busy_and_asks_nothing(judge_server, make_judge, picture, budget, monkeypatch):
+    monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
+    server = judge_server()
+    judge = make_judge("vllm_evaluate", server, fleet_max_concurrent=1)
+    lease = budget.acquire(server.url, 1)
+    with pytest.raises(BusyError, match="fleet_max_concurrent"):
+        judge.admit()
+    (found,) = judge(["x"], image=[picture()]).rewards
+    assert isinstance(found, BusyError)
+    assert not server.questions
+    budget.release(lease)
+    judge.admit()
+    assert judge(["x", "y"], image=[picture(), picture()]).rewards == [0.75] * 2
+    wait_until(lambda: budget.has_room(server.url, 1))
+
+
+def test_a_question_that_is_given_up_gives_its_place_back(judge_server, make_judge, picture, budget, monkeypatch):
+    monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
+    server = judge_server(lambda _: says_yes(0.5, delay_s=30))
+    judge = make_judge("vllm_evaluate", server, fleet_max_concurrent=1, timeout_s=0.5)
+    assert judge(["x"], image=[picture()]).rewards[0].kind == "timeout"
+    wait_until(lambda: budget.has_room(server.url, 1), 2.0)
+
+
+def test_another_server_is_asked_if_one_is_full(judge_server, make_judge, picture, budget, monkeypatch):
+    monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
+    full, free = judge_server(), judge_server()
+    judge = make_judge("vllm_evaluate", full, free, fleet_max_concurrent=1)
+    budget.acquire(full.url, 1)
+    assert judge(["x"] * 3, image=[picture(i) for i in range(3)]).rewards == [0.75] * 3
+    assert (len(full.questions), len(free.questions)) == (0, 3)
+
+
+def test_without_a_budget_redis_is_not_asked(judge_server, make_judge, picture, monkeypatch):
+    monkeypatch.setattr(chat, "fleet_budget", None)
+    judge = make_judge("vllm_evaluate", judge_server())
+    judge.admit()
+    assert judge(["x"], image=[picture()]).rewards == [0.75]
+    assert budgets.fleet_budget.cache_info().currsize == 0
+
+
+BUDGET = 6
+NUM_SAMPLES = 120
+
+
+def test_three_workers_one_of_them_killed_never_pass_the_budget(settings, workers, judge_server, picture):
+    # What a killed worker had in flight goes on at this server for 0.4 s; its leases live for 2 s.
+    server = judge_server(lambda _: says_yes(0.75, delay_s=0.4))
+    fleet = workers("vlm", "vlm", "vlm", concurrency=8)
+    reward = {
+        "reward_model": "vllm_evaluate",
+        "api_base_url": server.url,
+        "vlm_model": MODEL,
+        "fleet_max_concurrent": BUDGET,
+    }
+    with RewardClient.from_dict({"rewards": reward}, run="budget", settings=settings) as client:
+        client.submit([Sample(prompt=f"p{i}", image=picture(i)) for i in range(NUM_SAMPLES)])
+        wait_until(lambda: len(server.questions) > 20, 30.0)
+        fleet[0].kill()
+        batch = client.collect(120, progress=False)
+    assert batch.rewards["vllm_evaluate"].tolist() == [0.75] * NUM_SAMPLES
+    assert batch.failures == ()
+    assert BUDGET - 1 <= server.most_in_flight <= BUDGET
+    twice = len(server.questions) - len({q.text for q in server.questions})
+    assert twice <= BUDGET, "only what the killed worker had in hand is asked again"
+
+
+def test_a_busy_judge_keeps_nobody_else_waiting(settings, workers, judge_server, picture):
+    slow, quick = judge_server(lambda _: says_yes(0.25, delay_s=1.0)), judge_server()
+    workers("vlm", concurrency=4)
+    number = itertools.count()
+    base = {"reward_model": "vllm_evaluate", "vlm_model": MODEL}
+    rewards = [
+        {**base, "name": "slow", "api_base_url": slow.url, "fleet_max_concurrent": 1},
+        {**base, "name": "quick", "api_base_url": quick.url},
+    ]
+    with RewardClient.from_dict({"rewards": rewards}, run="busy", settings=settings) as client:
+        client.submit([Sample(prompt=f"p{next(number)}", image=picture(i)) for i in range(8)])
+        wait_until(lambda: len(quick.questions) == 8, 5.0)
+        assert len(slow.questions) <= 5
+        batch = client.collect(60, progress=False)
+    assert batch.rewards["slow"].tolist() == [0.25] * 8
+    assert slow.most_in_flight == 1

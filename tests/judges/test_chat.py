@@ -1,0 +1,351 @@
+"""What a judge in this process makes of its servers: errors, retries, deadlines, several servers, keys."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tasks.errors import ModelLoadError
+from tests.judges.scripted import Answer, fails, says, says_yes
+from tests.servers import wait_until
+from workers import Unscored
+from workers.judges import client, endpoints
+
+ODD_PROMPT = "a {cat} {prompt} {0} <image> %s \\n \u0000 </s> <|im_end|> 🐈 {"
+
+
+def reason(output) -> Unscored:
+    (found,) = output.rewards
+    assert isinstance(found, Unscored), found
+    return found
+
+
+def ask(judge, picture, **kwargs):
+    return judge(["a cat"], image=[picture(**kwargs)])
+
+
+def test_the_reward_is_the_share_of_yes(judge_server, make_judge, picture):
+    output = ask(make_judge("vllm_evaluate", judge_server(lambda _: says_yes(0.3))), picture)
+    assert output.rewards == [pytest.approx(0.3)]
+    (info,) = output.extra_info["judge"]
+    assert info == {
+        "text": "Yes",
+        "p_yes": pytest.approx(0.27),
+        "p_no": pytest.approx(0.63),
+        "model": "scripted",
+        "num_requests": 1,
+    }
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_a_permanent_error_is_asked_once_and_told_in_the_servers_words(judge_server, make_judge, picture, status):
+    server = judge_server(lambda _: fails(status, "these are the server's words"))
+    found = reason(ask(make_judge("vllm_evaluate", server), picture))
+    assert found.kind == "failed"
+    assert found.message == f"the judge answered {status} after 1 request: these are the server's words"
+    assert len(server.questions) == 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503])
+def test_a_passing_error_is_retried(judge_server, make_judge, picture, status):
+    server = judge_server(lambda q: fails(status, "later") if q.number == 0 else says_yes(0.6))
+    output = ask(make_judge("vllm_evaluate", server), picture)
+    assert output.rewards == [pytest.approx(0.6)]
+    assert output.extra_info["judge"][0]["num_requests"] == 2
+
+
+def test_retries_end_and_the_reason_counts_them(judge_server, make_judge, picture):
+    server = judge_server(lambda _: fails(503, "overloaded"))
+    found = reason(ask(make_judge("vllm_evaluate", server, max_retries=2), picture))
+    assert (found.kind, found.message) == ("failed", "the judge answered 503 after 3 requests: overloaded")
+    assert len(server.questions) == 3
+
+
+def test_the_servers_retry_after_is_honoured(judge_server, make_judge, picture):
+    times = []
+
+    def script(question):
+        times.append(time.monotonic())
+        return fails(429, "slow down", retry_after="2") if question.number == 0 else says_yes(0.5)
+
+    assert ask(make_judge("vllm_evaluate", judge_server(script)), picture).rewards == [pytest.approx(0.5)]
+    assert 2.0 <= times[1] - times[0] < 3.0
+
+
+def test_a_request_that_hangs_is_retried_and_then_a_timeout(judge_server, make_judge, picture):
+    server = judge_server(lambda q: says_yes(0.5, delay_s=60))
+    started = time.monotonic()
+    found = reason(ask(make_judge("vllm_evaluate", server, timeout=0.5, max_retries=1), picture))
+    assert (found.kind, found.message) == (
+        "timeout",
+        "the judge gave no answer within timeout=0.5 seconds after 2 requests",
+    )
+    assert time.monotonic() - started < 4
+
+
+def test_a_sample_ends_at_its_deadline_whatever_is_retried(judge_server, make_judge, picture):
+    server = judge_server(lambda _: fails(429, "slow down", retry_after="60"))
+    started = time.monotonic()
+    found = reason(ask(make_judge("vllm_evaluate", server, timeout_s=1.5), picture))
+    assert (found.kind, found.message) == ("timeout", "no answer within timeout_s=1.5 seconds after 1 request")
+    assert 1.4 < time.monotonic() - started < 2.5
+
+
+@pytest.mark.parametrize("cut_after", [0, 20])
+def test_a_connection_that_is_cut_is_retried(judge_server, make_judge, picture, cut_after):
+    def script(question):
+        answer = says_yes(0.4)
+        answer.cut_after = cut_after if question.number == 0 else None
+        return answer
+
+    output = ask(make_judge("vllm_evaluate", judge_server(script)), picture)
+    assert output.rewards == [pytest.approx(0.4)]
+    assert output.extra_info["judge"][0]["num_requests"] == 2
+
+
+def test_nobody_there_is_a_reason(make_judge, picture):
+    found = reason(ask(make_judge("vllm_evaluate", "http://127.0.0.1:9/v1", max_retries=1), picture))
+    assert found.kind == "failed"
+    assert found.message.startswith("no connection to the judge after 2 requests: ")
+
+
+PAGE = Answer(body=b"<html>welcome</html>", headers={"Content-Type": "text/html"})
+NO_TOKEN = Answer(body=b'{"choices": [{"message": {}, "logprobs": {"content": [{"a": 1}]}}]}')
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (PAGE, "failed", "'<html>welcome</html>'"),
+        (Answer(body=b'{"choices": [{"mess'), "failed", "no chat completion but"),
+        (Answer(body=b""), "failed", "no chat completion but ''"),
+        (Answer(body=b"[]"), "failed", "no chat completion"),
+        (Answer(body=b"null"), "failed", "no chat completion"),
+        (Answer(body=b'{"choices": []}'), "failed", "no chat completion"),
+        (Answer(body=b'{"choices": [{"message": null}]}'), "failed", "no chat completion"),
+        (NO_TOKEN, "failed", "no chat completion"),
+        (Answer(body=b"\xff\xfe\x00garbage"), "failed", "no chat completion"),
+        (Answer(status=400, body=b"plain words"), "failed", "plain words"),
+        (Answer(status=400, body=b'{"detail": "no such field"}'), "failed", "no such field"),
+        (says("Yes"), "unparsable", "no logprobs"),
+        (says(None), "unparsable", "no logprobs"),
+        (says("Maybe", logprobs={"Maybe": 0.9, "Perhaps": 0.1}), "unparsable", "the first are 'Maybe', 'Perhaps'"),
+        (Answer(body=says_yes(0.5).body.replace(b'"logprob": -', b'"logprob": NaN, "was": ')), "unparsable", "neither"),
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_is_a_reason_and_never_a_number(judge_server, make_judge, picture, answer, kind, words):
+    found = reason(ask(make_judge("vllm_evaluate", judge_server(lambda _: answer)), picture))
+    assert found.kind == kind
+    assert words in found.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (says("1. Text Faithfulness:\n## Score: 3\n", finish_reason="length"), "cut at max_tokens"),
+        (says("1. Text Faithfulness:\n## Score: 3\n", finish_reason="content_filter"), "ended by 'content_filter'"),
+        (says("1. Text Faithfulness:\n## Score: 3\n", finish_reason="tool_calls"), "ended by 'tool_calls'"),
+        (says(""), "is empty"),
+        (says(None), "is empty"),
+        (says("  \n"), "is empty"),
+    ],
+)
+def test_a_reply_that_is_not_whole_is_unparsable(judge_server, make_judge, picture, answer, words):
+    judge = make_judge("rational_rewards_t2i", judge_server(lambda _: answer), missing_aspects="skip")
+    found = reason(ask(judge, picture))
+    assert found.kind == "unparsable"
+    assert words in found.message
+
+
+def test_a_model_that_is_not_served_is_said_with_the_names_that_are(judge_server, make_judge, picture):
+    server = judge_server(models=["one", "two"])
+    found = reason(ask(make_judge("vllm_evaluate", server, vlm_model="three"), picture))
+    assert found.kind == "failed"
+    assert found.message == f"{server.url} serves no model 'three' (vlm_model); it lists: one, two"
+    assert not server.questions
+
+
+def test_a_missing_v1_is_said_with_the_url_that_has_it(judge_server, make_judge, picture):
+    server = judge_server()
+    found = reason(ask(make_judge("vllm_evaluate", server.root), picture))
+    assert found.message == f"api_base_url {server.root} has no /v1; the API is at {server.url}"
+
+
+def test_the_only_model_needs_no_name(judge_server, make_judge, picture):
+    server = judge_server(models=["the-only-one"])
+    assert ask(make_judge("vllm_evaluate", server, vlm_model=""), picture).rewards == [pytest.approx(0.75)]
+    assert server.questions[0].body["model"] == "the-only-one"
+
+
+@pytest.mark.parametrize(("models", "words"), [(["one", "two"], "serves several models"), (None, "lists no models")])
+def test_without_a_name_one_of_several_is_not_guessed(judge_server, make_judge, picture, models, words):
+    server = judge_server(models=models)
+    assert words in reason(ask(make_judge("vllm_evaluate", server, vlm_model=""), picture)).message
+    assert not server.questions
+
+
+def test_without_a_name_a_server_that_is_away_is_the_reason(make_judge, picture):
+    judge = make_judge("vllm_evaluate", "http://127.0.0.1:9/v1", vlm_model="", max_retries=0)
+    assert reason(ask(judge, picture)).message.startswith("no connection to the judge")
+
+
+def test_a_server_that_lists_nothing_is_asked_all_the_same(judge_server, make_judge, picture):
+    server = judge_server(models=None)
+    assert ask(make_judge("vllm_evaluate", server), picture).rewards == [pytest.approx(0.75)]
+
+
+def test_the_models_are_listed_once(judge_server, make_judge, picture):
+    server = judge_server()
+    judges = [make_judge("vllm_evaluate", server, timeout=t) for t in (5, 6)]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda i: ask(judges[i % 2], picture, number=i).rewards[0], range(32))) == [0.75] * 32
+    assert server.num_lists == 1
+
+
+def test_a_model_that_comes_later_is_found(judge_server, make_judge, picture, monkeypatch):
+    monkeypatch.setattr(endpoints, "LIST_AGAIN_S", 0.2)
+    server = judge_server(models=["other"])
+    judge = make_judge("vllm_evaluate", server)
+    assert "serves no model" in reason(ask(judge, picture)).message
+    server.models = ["scripted"]
+    time.sleep(0.3)
+    assert ask(judge, picture).rewards == [pytest.approx(0.75)]
+
+
+def test_many_threads_share_one_loop_and_one_client(judge_server, make_judge, picture):
+    server = judge_server(lambda _: says_yes(0.75, delay_s=0.2))
+    judges = [make_judge("vllm_evaluate", server, question=f"{i}?") for i in range(4)]
+    ask(judges[0], picture)
+    started = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        rewards = list(pool.map(lambda i: ask(judges[i % 4], picture, number=i).rewards[0], range(96)))
+    assert rewards == [0.75] * 96
+    assert time.monotonic() - started < 0.2 * 3 * 2.5
+    assert sum(t.name == "rewardq-judges" for t in threading.enumerate()) == 1
+    assert len(client.judge_loop()._endpoints) == 1
+    assert server.most_in_flight > 16
+
+
+def test_a_chunk_is_asked_one_after_another_unless_told_otherwise(judge_server, make_judge, picture):
+    prompts, images = ["a", "b", "c", "d"], [picture(i) for i in range(4)]
+    for max_concurrent, most in ((0, 1), (1, 1), (2, 2), (8, 4)):
+        server = judge_server(lambda _: says_yes(0.75, delay_s=0.3))
+        judge = make_judge("vllm_evaluate", server, max_concurrent=max_concurrent)
+        assert judge(prompts, image=images).rewards == [0.75] * 4
+        assert server.most_in_flight == most
+
+
+def test_one_bad_sample_of_a_chunk_fails_alone(judge_server, make_judge, picture):
+    def script(question):
+        return fails(400, "bad image") if "second" in question.text else says_yes(0.6)
+
+    for max_concurrent in (0, 3):
+        judge = make_judge("vllm_evaluate", judge_server(script), max_concurrent=max_concurrent)
+        first, second, third = judge(["first", "second", "third"], image=[picture()] * 3).rewards
+        assert first == third == pytest.approx(0.6)
+        assert second.kind == "failed"
+
+
+def test_prompts_may_contain_anything(judge_server, make_judge, picture):
+    server = judge_server()
+    judge = make_judge("vllm_evaluate", server, question="<image>About {prompt}: {other} {prompt}?")
+    judge([ODD_PROMPT], image=[picture()])
+    assert server.questions[0].text == f"About {ODD_PROMPT}: {{other}} {ODD_PROMPT}?"
+    assert len(server.questions[0].images) == 1
+
+
+def test_further_fields_of_the_request_are_passed_on(judge_server, make_judge, picture):
+    server = judge_server()
+    ask(make_judge("vllm_evaluate", server, extra_body={"chat_template_kwargs": {"enable_thinking": False}}), picture)
+    body = server.questions[0].body
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (body["max_tokens"], body["temperature"], body["logprobs"], body["top_logprobs"]) == (1, 0.0, True, 20)
+
+
+# --- several servers -----------------------------------------------------------------------------
+
+
+def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
+    slow = judge_server(lambda _: says_yes(0.75, delay_s=1.0))
+    fast = judge_server(lambda _: says_yes(0.75, delay_s=0.05))
+    judge = make_judge("vllm_evaluate", slow, fast)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: ask(judge, picture, number=i).rewards[0], range(40))) == [0.75] * 40
+    assert len(fast.questions) > 3 * len(slow.questions) > 0
+
+
+def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
+    judge_server, make_judge, picture, monkeypatch
+):
+    monkeypatch.setattr(endpoints, "FIRST_REST_S", 1.0)
+    sick = judge_server(lambda _: fails(500, "out of memory"))
+    well = judge_server()
+    judge = make_judge("vllm_evaluate", sick, well)
+    assert [ask(judge, picture, number=i).rewards[0] for i in range(10)] == [0.75] * 10
+    assert len(sick.questions) == 1
+    sick.script = lambda _: says_yes(0.25)
+    time.sleep(1.1)
+    found = [ask(judge, picture, number=i).rewards[0] for i in range(6)]
+    assert pytest.approx(0.25) in found
+    assert len(sick.questions) > 2
+
+
+def test_a_server_that_fails_again_rests_longer(judge_server, make_judge, picture, monkeypatch):
+    monkeypatch.setattr(endpoints, "FIRST_REST_S", 0.5)
+    sick, well = judge_server(lambda _: fails(500, "out of memory")), judge_server()
+    judge = make_judge("vllm_evaluate", sick, well)
+    for pause_s, tries in ((0.0, 1), (0.6, 2), (0.6, 2), (0.6, 3)):
+        time.sleep(pause_s)
+        assert [ask(judge, picture, number=i).rewards[0] for i in range(4)] == [0.75] * 4
+        assert len(sick.questions) == tries
+
+
+def test_a_busy_server_is_followed_by_the_next_one(judge_server, make_judge, picture):
+    full = judge_server(lambda _: fails(429, "full", retry_after="30"))
+    judge = make_judge("vllm_evaluate", full, judge_server())
+    started = time.monotonic()
+    assert ask(judge, picture).rewards == [pytest.approx(0.75)]
+    assert time.monotonic() - started < 5
+
+
+def test_when_all_servers_fail_the_last_one_gets_the_retries(judge_server, make_judge, picture):
+    servers = [judge_server(lambda _: fails(500, "broken")) for _ in range(2)]
+    found = reason(ask(make_judge("vllm_evaluate", *servers, max_retries=2), picture))
+    assert found.message == "the judge answered 500 after 3 requests: broken"
+    assert sorted(len(s.questions) for s in servers) == [1, 2]
+
+
+def test_a_wrong_request_is_not_asked_elsewhere(judge_server, make_judge, picture):
+    servers = [judge_server(lambda _: fails(400, "no such field")) for _ in range(2)]
+    assert "no such field" in reason(ask(make_judge("vllm_evaluate", *servers), picture)).message
+    assert sum(len(s.questions) for s in servers) == 1
+
+
+# --- deadlines and keys --------------------------------------------------------------------------
+
+
+def test_a_call_that_is_given_up_is_cancelled(judge_server, make_judge, picture):
+    server = judge_server(lambda _: says_yes(0.5, delay_s=60))
+    assert reason(ask(make_judge("vllm_evaluate", server, timeout_s=0.5), picture)).kind == "timeout"
+    loop = client.judge_loop()
+    (endpoint,) = loop._endpoints.values()
+    wait_until(lambda: endpoint.num_in_flight == 0, 2.0)
+
+
+def test_a_key_is_sent_to_allowed_hosts_only(judge_server, make_judge, picture, in_env):
+    server = judge_server()
+    in_env(REWARDQ_KEY_MINE="s3cret")
+    with pytest.raises(ModelLoadError, match=r"REWARDQ_HOSTS=127\.0\.0\.1"):
+        make_judge("vllm_evaluate", server, api_key_env="REWARDQ_KEY_MINE")
+    in_env(REWARDQ_HOSTS="127.0.0.1")
+    ask(make_judge("vllm_evaluate", server, api_key_env="REWARDQ_KEY_MINE"), picture)
+    ask(make_judge("vllm_evaluate", server), picture)
+    assert [q.headers["authorization"] for q in server.questions] == ["Bearer s3cret", "Bearer EMPTY"]
+
+
+def test_a_key_that_is_not_set_here_is_said(judge_server, make_judge):
+    with pytest.raises(ModelLoadError, match="REWARDQ_KEY_MINE, which is not set"):
+        make_judge("vllm_evaluate", judge_server(), api_key_env="REWARDQ_KEY_MINE")

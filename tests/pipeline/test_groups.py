@@ -1,0 +1,280 @@
+"""Groupwise rewards: whole groups to one model, ranks by chord, groups over several trainer ranks."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import random
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks import keys
+from tasks.connections import connect
+from tests.pipeline.conftest import assert_rewards, config_of, samples_of
+from tests.reward_models import image_of
+from tests.servers import wait_until
+from trainer_client import CollectTimeoutError, InvalidSampleError, RewardClient, Sample
+
+
+def noisy(seed: int, amount: int) -> np.ndarray:
+    """A picture whose JPEG is larger, the larger `amount` is."""
+    rng = np.random.default_rng(seed)
+    return (100 + rng.integers(0, amount + 1, (48, 48, 3))).astype(np.uint8)
+
+
+def jpeg_bytes(pixels: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return len(buffer.getvalue())
+
+
+def expected_ranks(scores: list[float]) -> list[float]:
+    """By hand: members below, and half of the others that are equal, divided by the number of members."""
+    return [(sum(s < mine for s in scores) + (sum(s == mine for s in scores) - 1) / 2) / len(scores) for mine in scores]
+
+
+def rank_samples(groups: dict[str, list[np.ndarray]]) -> list[Sample]:
+    return [Sample(image=image, group=group) for group, images in groups.items() for image in images]
+
+
+def test_a_groupwise_model_gets_each_group_whole_and_once(clients, workers, tmp_path):
+    calls = tmp_path / "calls"
+    workers("gpu")
+    client = clients({"reward_model": "OrderInGroup", "file": str(calls), "version": "1", "batch_size": 2})
+    a, b = [30, 10, 20, 40], [7, 9, 8, 5]
+    mixed = [s for pair in zip(samples_of(a, group="a"), samples_of(b, group="b"), strict=True) for s in pair]
+    client.submit(mixed[:5], group_size=4)
+    client.submit(mixed[5:], group_size=4)
+    batch = client.collect(timeout_s=60)
+    numbers = [n for pair in zip(a, b, strict=True) for n in pair]
+    group_of = dict.fromkeys(a, a) | dict.fromkeys(b, b)
+    assert_rewards(batch, [sorted(group_of[n]).index(n) for n in numbers], "OrderInGroup")
+    assert calls.read_text().split() == ["4", "4"]
+
+
+def test_a_group_of_unknown_size_is_what_was_submitted_for_it_until_collect(clients, workers):
+    workers("gpu")
+    client = clients("OrderInGroup")
+    client.submit(samples_of([3, 1], group=0))
+    client.submit(samples_of([2], group=0))
+    assert_rewards(client.collect(timeout_s=60), [2, 0, 1], "OrderInGroup")
+
+
+@pytest.mark.parametrize("batch_size", [16, 3])
+def test_ranks_equal_those_by_hand_whether_the_group_is_one_task_or_a_chord(clients, workers, batch_size):
+    workers("gpu")
+    client = clients({"reward_model": "jpeg_incompressibility_Rank", "batch_size": batch_size})
+    groups = {g: [noisy(i, 10 * i) for i in random.Random(g).sample(range(12), 8)] for g in ("x", "y")}
+    groups["x"][3] = groups["x"][6]  # a tie
+    client.submit(rank_samples(groups), group_size=8)
+    batch = client.collect(timeout_s=60)
+    expected = [r for images in groups.values() for r in expected_ranks([jpeg_bytes(i) for i in images])]
+    np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"], np.float32(expected), rtol=0, atol=1e-7)
+    assert batch.info["jpeg_incompressibility_Rank"][0]["score"] == jpeg_bytes(groups["x"][0]) / 1000
+
+
+def test_ties_can_be_ranked_in_their_order_as_flow_factory_does(clients, workers):
+    workers("gpu")
+    client = clients({"reward_model": "jpeg_incompressibility_Rank", "ties": "ordinal"})
+    same, more = noisy(1, 10), noisy(2, 90)
+    client.submit(rank_samples({"g": [more, same, same, same]}), group_size=4)
+    ranks = client.collect(timeout_s=60).rewards["jpeg_incompressibility_Rank"]
+    assert ranks[0] == 0.75
+    assert sorted(ranks[1:]) == [0.0, 0.25, 0.5]
+
+
+def test_a_member_without_a_score_is_nan_and_the_others_are_ranked_among_themselves(clients, workers):
+    workers("gpu")
+    client = clients({"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}, "OrderInGroup")
+    images = [noisy(i, 20 * i + 1) for i in range(5)]
+    samples = rank_samples({"g": images})
+    samples[2].image = np.full((3, 8, 8), np.nan, np.float32)
+    client.submit(samples, group_size=5)
+    batch = client.collect(timeout_s=60, on_failure="nan")
+    valid = [i for i in range(5) if i != 2]
+    expected = expected_ranks([jpeg_bytes(images[i]) for i in valid])
+    assert np.isnan(batch.rewards["jpeg_incompressibility_Rank"][2])
+    np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"][valid], np.float32(expected), atol=1e-7)
+    assert batch.valid["OrderInGroup"].tolist() == [i != 2 for i in range(5)]
+    assert {(f.sample, f.kind) for f in batch.failures} == {(2, "invalid")}
+
+
+def test_a_groupwise_model_that_raises_fails_its_group_and_no_other(clients, workers):
+    workers("gpu")
+    client = clients("OrderInGroup")
+    bad, good = samples_of([1, 2], group="bad"), samples_of([4, 3], group="good")
+    bad[1].metadata = {"raise": True}
+    client.submit([*bad, *good], group_size=2)
+    batch = client.collect(timeout_s=60, on_failure="nan")
+    assert np.isnan(batch.rewards["OrderInGroup"][:2]).all()
+    assert batch.rewards["OrderInGroup"][2:].tolist() == [1.0, 0.0]
+    assert "this group is bad" in batch.failures[0].message
+
+
+def test_a_reward_and_its_rank_score_each_sample_once_and_in_the_same_messages(clients, workers, settings):
+    client = clients(
+        {"reward_model": "jpeg_incompressibility", "batch_size": 3},
+        {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 3},
+    )
+    images = [noisy(i, 15 * i) for i in range(9)]
+    client.submit(rank_samples({"g": images}), group_size=9)
+    client.flush()
+    with connect(settings.broker_url) as broker:
+        assert sum(broker.llen(k) for k in broker.keys("gpu*")) == 3  # the chord's header; nothing twice
+    workers("gpu", "gpu")
+    batch = client.collect(timeout_s=60)
+    sizes = [jpeg_bytes(i) for i in images]
+    np.testing.assert_allclose(batch.rewards["jpeg_incompressibility"], np.float32(sizes) / 1000, rtol=1e-6)
+    np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"], np.float32(expected_ranks(sizes)))
+    with connect(settings.payloads) as store:
+        wait_until(lambda: not store.keys(keys.payload("*")))
+
+
+def test_the_same_group_again_is_answered_from_what_is_there(clients, workers, tmp_path):
+    calls = tmp_path / "calls"
+    workers("gpu")
+    client = clients({"reward_model": "OrderInGroup", "file": str(calls), "version": "1"})
+    for _ in range(2):
+        client.submit(samples_of([5, 6, 4], group="g"), group_size=3)
+        batch = client.collect(timeout_s=60)
+        assert_rewards(batch, [1, 2, 0], "OrderInGroup")
+    assert batch.num_hits == {"OrderInGroup": 3}
+    assert calls.read_text().split() == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "group_size", "message"),
+    [
+        (samples_of([1]), 2, "compares the samples of a group: it needs group=, found None"),
+        (samples_of([1, 2, 3], group="g"), 2, "group 'g' of step 0 would have 3 members, group_size=2"),
+        (samples_of([1], group="g"), 0, "group_size must be at least 1"),
+    ],
+)
+def test_submit_refuses_groups_that_cannot_be(clients, samples, group_size, message):
+    client = clients("OrderInGroup")
+    with pytest.raises(InvalidSampleError, match=message):
+        client.submit(samples, group_size=group_size)
+    assert client.pending() == 0
+
+
+def test_a_group_that_stays_incomplete_says_which_members_are_there(clients, workers):
+    workers("gpu")
+    client = clients("OrderInGroup", "PixelCode")
+    client.submit(samples_of([1, 2, 3], group="g"), group_size=5)
+    with pytest.raises(CollectTimeoutError, match=r"has 3 of 5 members, 2 are missing .rank 0: samples 0, 1, 2 are"):
+        client.collect(timeout_s=3)
+    client.submit(samples_of([4, 5], group="g"), group_size=5)
+    batch = client.collect(timeout_s=60)
+    assert_rewards(batch, [1, 2, 3, 4, 5])
+    assert_rewards(batch, [0, 1, 2, 3, 4], "OrderInGroup")
+
+
+def trainer_rank(settings, rank, plan, pipe, config):
+    """A trainer process: submits its members step by step, in its order, and sends what it collected."""
+    with RewardClient.from_dict(config, "ranks", rank=rank, world_size=4, launch="one", settings=settings) as client:
+        for step, numbers in enumerate(plan):
+            rng = random.Random(rank * 1000 + step)
+            for number, group in numbers:
+                client.submit(samples_of([number], group=group), group_size=8, step=step)
+                time.sleep(rng.random() * 0.01)
+            batch = client.collect(timeout_s=120)
+            pipe.send((rank, step, batch.rewards["OrderInGroup"].tolist()))
+    pipe.send((rank, -1, []))
+
+
+def test_groups_over_four_ranks_are_computed_once_and_each_rank_gets_its_members(workers, settings, tmp_path):
+    calls = tmp_path / "calls"
+    config = config_of({"reward_model": "OrderInGroup", "file": str(calls), "version": "1"})
+    workers("gpu")
+    rng = random.Random(7)
+    num_steps, num_groups = 2, 5
+    plans: list[list[list[tuple[int, str]]]] = [[[] for _ in range(num_steps)] for _ in range(4)]
+    groups = {}
+    for step in range(num_steps):
+        members = []
+        for g in range(num_groups):
+            groups[step, f"g{g}"] = rng.sample(range(step * 10_000, step * 10_000 + 9_000), 8)
+            members += [(n, f"g{g}") for n in groups[step, f"g{g}"]]
+        rng.shuffle(members)
+        for i, member in enumerate(members):
+            plans[i % 4][step].append(member)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    processes = [
+        context.Process(target=trainer_rank, args=(settings, rank, plans[rank], theirs, config)) for rank in range(4)
+    ]
+    for process in processes:
+        process.start()
+    num_ended = 0
+    while num_ended < 4:
+        assert ours.poll(120), "a rank gave no answer"
+        rank, step, rewards = ours.recv()
+        if step < 0:
+            num_ended += 1
+            continue
+        expected = [sorted(groups[step, group]).index(n) for n, group in plans[rank][step]]
+        assert rewards == expected
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert calls.read_text().split() == ["8"] * (num_steps * num_groups)
+
+
+def test_ranks_over_two_trainer_ranks_and_a_slot_beyond_the_group(clients, workers):
+    workers("gpu")
+    config = {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}
+    first = clients(config, rank=0, world_size=2, launch="one")
+    second = clients(config, rank=1, world_size=2, launch="one")
+    images = [noisy(i, 15 * i) for i in (3, 0, 5, 2, 4)]
+    first.submit(rank_samples({"g": images[:3]}), group_size=5, step=0)
+    first.flush()
+    second.submit(rank_samples({"g": images[3:]}), group_size=5, step=0)
+    ranks = expected_ranks([jpeg_bytes(i) for i in images])
+    name = "jpeg_incompressibility_Rank"
+    np.testing.assert_allclose(first.collect(timeout_s=60).rewards[name], np.float32(ranks[:3]))
+    np.testing.assert_allclose(second.collect(timeout_s=60).rewards[name], np.float32(ranks[3:]))
+
+    second.submit(rank_samples({"g": [noisy(9, 9)]}), group_size=5, step=0)
+    batch = second.collect(timeout_s=30, on_failure="nan")
+    assert "the group was scored with another sample in this slot" in batch.failures[0].message
+
+
+def test_a_restarted_rank_with_the_same_samples_gets_the_same_group(clients, workers, tmp_path):
+    calls = tmp_path / "calls"
+    config = {"reward_model": "OrderInGroup", "file": str(calls), "version": "1"}
+    workers("gpu")
+    other = clients(config, rank=0, world_size=2, launch="one")
+    other.submit(samples_of([10, 30], group="g"), group_size=4, step=3)
+    before = clients(config, rank=1, world_size=2, launch="one")
+    before.submit(samples_of([20], group="g"), group_size=4, step=3)
+    before.flush()
+    before.close()  # and its successor draws another second sample
+    after = clients(config, rank=1, world_size=2, launch="one")
+    after.submit(samples_of([25, 40], group="g"), group_size=4, step=3)
+    assert_rewards(other.collect(timeout_s=60), [0, 2], "OrderInGroup")
+    assert_rewards(after.collect(timeout_s=60), [1, 3], "OrderInGroup")
+    assert calls.read_text().split() == ["4"]
+
+
+def test_groups_survive_an_emptied_redis(clients, workers, settings, redis_server):
+    workers("gpu")
+    config = {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}
+    first = clients(config, rank=0, world_size=2, launch="one")
+    second = clients(config, rank=1, world_size=2, launch="one")
+    images = [noisy(i, 15 * i) for i in range(6)]
+    first.submit(rank_samples({"g": images[:3]}), group_size=6, step=0)
+    first.flush()
+    with redis_server.client() as client:
+        client.flushall()
+    second.submit(rank_samples({"g": images[3:]}), group_size=6, step=0)
+    ranks = expected_ranks([jpeg_bytes(i) for i in images])
+    name = "jpeg_incompressibility_Rank"
+    np.testing.assert_allclose(first.collect(timeout_s=60).rewards[name], np.float32(ranks[:3]))
+    np.testing.assert_allclose(second.collect(timeout_s=60).rewards[name], np.float32(ranks[3:]))
+
+
+def test_image_of_carries_its_number():
+    assert image_of(70_000)[0, 0].tolist() == [1, 17, 112]

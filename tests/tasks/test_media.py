@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import io
+import math
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from tasks import media
+from tasks.errors import InvalidSampleError
+
+RNG = np.random.default_rng(7)
+PIXELS = RNG.integers(0, 256, (13, 7, 3), np.uint8)
+
+
+def encode(image) -> np.ndarray:
+    media.check_image(image, "image", 10**8)
+    return media.encode_image(media.hold(image), "image")
+
+
+def encode_video(video) -> np.ndarray:
+    media.check_video(video, "video", 10**8)
+    return media.encode_video(media.hold(video), "video")
+
+
+def problem_of(image) -> str:
+    with pytest.raises(InvalidSampleError) as caught:
+        encode(image)
+    return str(caught.value)
+
+
+def file_of(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def nearest_level(value: float) -> int:
+    """The level of 0..255 that lies nearest, by comparing all of them."""
+    return min(range(256), key=lambda level: abs(level / 255 - value))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        PIXELS,
+        np.asfortranarray(PIXELS),
+        np.repeat(PIXELS, 2, axis=0)[::2],
+        PIXELS[::-1][::-1],
+        Image.fromarray(PIXELS),
+        Image.open(io.BytesIO(file_of(Image.fromarray(PIXELS), "PNG"))),
+        Image.fromarray(PIXELS).convert("RGBA"),
+        PIXELS.transpose(2, 0, 1) / 255,
+        (PIXELS.transpose(2, 0, 1) / 255).astype(np.float32),
+        (PIXELS.transpose(2, 0, 1) / 255).astype(">f8"),
+        np.asfortranarray((PIXELS / 255).transpose(2, 0, 1)),
+    ],
+    ids=str,
+)
+def test_all_forms_of_one_image_are_the_same_pixels(image):
+    pixels = encode(image)
+    assert np.array_equal(pixels, PIXELS)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+
+
+def test_a_contiguous_array_is_not_copied():
+    assert np.shares_memory(encode(PIXELS), PIXELS)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_are_rounded_to_the_nearest_level(dtype):
+    values = RNG.random((3, 11, 5)).astype(dtype)
+    expected = [[[nearest_level(float(v)) for v in row] for row in plane] for plane in values]
+    assert np.array_equal(encode(values), np.transpose(expected, (1, 2, 0)))
+
+
+def test_half_floats_on_the_edge_between_two_levels_are_rounded_as_exactly_as_others():
+    values = np.arange(0, 1, 2.0**-11).astype(np.float16)  # many lie between two levels
+    values = values[values != 0.5]  # as near to 127 as to 128
+    image = np.broadcast_to(values, (3, 1, len(values)))
+    assert encode(image)[0, :, 0].tolist() == [nearest_level(float(v)) for v in values]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_torch_floats_are_rounded_to_the_nearest_level(name):
+    torch = pytest.importorskip("torch")
+    values = torch.rand((3, 9, 4), generator=torch.Generator().manual_seed(3)).to(getattr(torch, name))
+    expected = [[[nearest_level(v) for v in row] for row in plane] for plane in values.tolist()]
+    assert np.array_equal(encode(values), np.transpose(expected, (1, 2, 0)))
+
+
+def test_torch_tensors_of_every_kind_are_taken():
+    torch = pytest.importorskip("torch")
+    pixels = torch.from_numpy(PIXELS.copy())
+    floats = pixels.permute(2, 0, 1).double() / 255
+    for tensor in (pixels, pixels.flip(0).flip(0), floats, floats.clone().requires_grad_(), floats[:, :, :]):
+        assert np.array_equal(encode(tensor), PIXELS)
+
+
+def test_tensors_made_in_inference_mode_are_taken():
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        made = torch.from_numpy(PIXELS.transpose(2, 0, 1) / 255).clone()
+    assert np.array_equal(encode(made), PIXELS)
+
+
+@given(arrays(np.float32, (3, 2, 2), elements=st.floats(0, 1, width=32)))
+def test_every_float_in_range_is_within_half_a_level(values):
+    error = np.abs(encode(values).transpose(2, 0, 1) / 255 - values)
+    assert error.max() <= 0.5 / 255 + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "hint"),
+    [(-1.0, 1.0, True), (-0.2, 0.7, True), (0.0, 1.01, False), (0.0, 255.0, False), (-3.0, 2.0, False)],
+)
+def test_floats_out_of_range_are_refused_and_a_likely_cause_is_named(low, high, hint):
+    image = np.full((3, 4, 5), 0.5, np.float32)
+    image[0, 0, 0], image[1, 2, 3] = low, high
+    message = problem_of(image)
+    assert f"values in [{low:.4g}, {high:.4g}]" in message
+    assert ("(x + 1) / 2" in message) == hint
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_floats_that_are_not_finite_are_refused(dtype, value):
+    image = np.zeros((3, 4, 5), dtype)
+    image[2, 3, 4] = value
+    message = problem_of(image)
+    assert ("1 values are NaN" in message) == math.isnan(value)
+
+
+def test_a_nan_in_a_tensor_is_refused():
+    torch = pytest.importorskip("torch")
+    image = torch.zeros((3, 4, 5), dtype=torch.bfloat16)
+    image[0, 1, 2] = math.nan
+    assert "1 values are NaN" in problem_of(image)
+
+
+def test_grey_black_and_white_and_palette_images_become_rgb():
+    grey = RNG.integers(0, 256, (4, 5), np.uint8)
+    assert np.array_equal(encode(Image.fromarray(grey)), np.stack([grey] * 3, axis=-1))
+    bits = np.array([[True, False], [False, True]])
+    assert encode(Image.fromarray(bits))[..., 1].tolist() == [[255, 0], [0, 255]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([1, 0])
+    assert encode(palette).tolist() == [[[40, 50, 60], [10, 20, 30]]]
+
+
+def test_an_opaque_alpha_channel_is_dropped_and_a_transparent_one_refused():
+    alpha = np.full((13, 7, 1), 255, np.uint8)
+    assert np.array_equal(encode(Image.fromarray(np.concatenate([PIXELS, alpha], axis=-1))), PIXELS)
+    alpha[3, 3] = 254
+    message = problem_of(Image.fromarray(np.concatenate([PIXELS, alpha], axis=-1)))
+    assert "alpha down to 254" in message
+
+
+def palette_file(transparency, kind: str = "PNG") -> Image.Image:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([1, 0])
+    buffer = io.BytesIO()
+    palette.save(buffer, kind, transparency=transparency)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("transparency", [0, 1, b"\x80\xff"])
+def test_a_palette_with_transparent_colours_in_use_is_refused(transparency):
+    assert "transparent" in problem_of(palette_file(transparency))
+
+
+def test_a_palette_with_a_transparent_colour_that_no_pixel_has_is_taken():
+    assert encode(palette_file(b"\xff\xff")).tolist() == [[[40, 50, 60], [10, 20, 30]]]
+
+
+def test_a_transparent_colour_of_an_rgb_file_is_refused_where_a_pixel_has_it():
+    def image_with(transparency):
+        buffer = io.BytesIO()
+        Image.fromarray(PIXELS).save(buffer, "PNG", transparency=transparency)
+        return Image.open(buffer)
+
+    unused = next((r, 0, 0) for r in range(256) if (r, 0, 0) not in {tuple(p) for p in PIXELS.reshape(-1, 3).tolist()})
+    assert np.array_equal(encode(image_with(unused)), PIXELS)
+    assert "transparent" in problem_of(image_with(tuple(int(v) for v in PIXELS[0, 0])))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "I", "F", "LAB", "YCbCr", "LA", "PA", "RGBa"])
+def test_modes_with_no_one_rgb_are_refused(mode):
+    message = problem_of(Image.new(mode, (4, 3)))
+    assert f"mode {mode!r}" in message
+    assert 'convert("RGB")' in message
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
+def test_a_truncated_file_is_refused_with_its_reason(kind, tmp_path):
+    whole = file_of(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)), kind)
+    path = tmp_path / f"image.{kind.lower()}"
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with Image.open(path) as image:
+        assert "cannot be read" in problem_of(image)
+
+
+def test_a_file_that_was_closed_before_it_was_read_is_refused(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as image:
+        held = media.hold(image)
+    with pytest.raises(InvalidSampleError, match="cannot be read"):
+        media.encode_image(held, "image")
+
+
+def test_a_huge_image_is_refused_before_its_pixels_are_read():
+    only_a_header = Image.open(io.BytesIO(b"P6 9000 9000 255\n"))
+    with pytest.raises(InvalidSampleError, match="9000x9000 has 81000000 pixels, more than REWARDQ_MAX_PIXELS=1000"):
+        media.check_image(only_a_header, "image", 1000)
+
+
+def test_one_file_encoded_by_several_threads_is_whole_for_each():
+    big = RNG.integers(0, 256, (300, 300, 3), np.uint8)
+    data = file_of(Image.fromarray(big), "PNG")
+    for _ in range(10):
+        held = media.hold(Image.open(io.BytesIO(data)))
+        start, seen = threading.Barrier(4), []
+
+        def go(held=held, start=start, seen=seen):
+            start.wait()
+            seen.append(media.encode_image(held, "image"))
+
+        threads = [threading.Thread(target=go) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(seen) == 4
+        assert all(np.array_equal(pixels, big) for pixels in seen)
+
+
+def test_a_tensor_changed_after_submit_is_refused_and_no_wrong_reward():
+    torch = pytest.importorskip("torch")
+    tensor = torch.rand(3, 4, 5)
+    held = media.hold(tensor)
+    video = media.hold([tensor, tensor.clone()])
+    media.encode_image(held, "sample 1: image")
+    tensor.mul_(0.5)
+    with pytest.raises(InvalidSampleError, match=r"sample 1: image: the tensor was changed in place after submit\(\)"):
+        media.encode_image(held, "sample 1: image")
+    with pytest.raises(InvalidSampleError, match=r"sample 1: video\[0\]: the tensor was changed"):
+        media.encode_video(video, "sample 1: video")
+
+
+def test_a_tensor_changed_while_it_is_encoded_is_refused(monkeypatch):
+    torch = pytest.importorskip("torch")
+    tensor = torch.rand(3, 4, 5)
+    held = media.hold(tensor)
+    rint = np.rint
+
+    def change_meanwhile(values):
+        tensor.mul_(0.5)
+        return rint(values)
+
+    monkeypatch.setattr(np, "rint", change_meanwhile)
+    with pytest.raises(InvalidSampleError, match="changed in place"):
+        media.encode_image(held, "image")
+
+
+def test_a_view_of_a_changed_tensor_is_refused_too():
+    torch = pytest.importorskip("torch")
+    batch = torch.rand(2, 3, 4, 5)
+    held = [media.hold(image) for image in batch]
+    batch[1].zero_()
+    with pytest.raises(InvalidSampleError, match="changed in place"):
+        media.encode_image(held[1], "image")
+
+
+FRAMES = RNG.integers(0, 256, (3, 6, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        FRAMES,
+        FRAMES[::-1][::-1],
+        list(FRAMES),
+        tuple(Image.fromarray(f) for f in FRAMES),
+        [FRAMES[0], Image.fromarray(FRAMES[1]), FRAMES[2].transpose(2, 0, 1) / 255],
+        FRAMES.transpose(0, 3, 1, 2) / 255,
+        (FRAMES.transpose(0, 3, 1, 2) / 255).astype(np.float32),
+    ],
+    ids=["array", "view", "list", "pil", "mixed", "float64", "float32"],
+)
+def test_all_forms_of_one_video_are_the_same_pixels(video):
+    pixels = encode_video(video)
+    assert np.array_equal(pixels, FRAMES)
+    assert pixels.flags.c_contiguous
+
+
+def test_torch_videos_of_all_forms_are_the_same_pixels():
+    torch = pytest.importorskip("torch")
+    frames = torch.from_numpy(FRAMES.copy())
+    floats = frames.permute(0, 3, 1, 2).double() / 255
+    for video in (frames, floats, list(frames), list(floats)):
+        assert np.array_equal(encode_video(video), FRAMES)
+
+
+def test_a_video_out_of_range_is_refused():
+    with pytest.raises(InvalidSampleError, match="video: floats must be in"):
+        encode_video(np.full((2, 3, 4, 5), 1.5))
+    with pytest.raises(InvalidSampleError, match=r"video\[1\]: floats must be in"):
+        encode_video([np.zeros((3, 4, 5)), np.full((3, 4, 5), 1.5)])
+
+
+def test_audio_becomes_float32_with_channels_first():
+    mono = np.array([0.25, -0.5], np.float64)
+    assert media.encode_audio(media.hold(mono), "audio").tolist() == [[0.25, -0.5]]
+    stereo = np.array([[1.0, 2.0], [3.0, 4.0]], np.float16)
+    encoded = media.encode_audio(media.hold(np.asfortranarray(stereo)), "audio")
+    assert encoded.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert encoded.dtype == np.float32
+    assert encoded.flags.c_contiguous
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_audio_that_is_not_finite_is_refused(value):
+    with pytest.raises(InvalidSampleError, match="NaN or infinite"):
+        media.encode_audio(media.hold(np.array([0.0, value])), "audio")
+
+
+def test_a_jpeg_round_trip_is_near_and_of_the_same_shape():
+    smooth = np.linspace(0, 255, 64 * 48 * 3).reshape(64, 48, 3).astype(np.uint8)
+    again = media.from_jpeg(media.to_jpeg(smooth))
+    assert again.shape == smooth.shape
+    assert np.abs(again.astype(int) - smooth).mean() < 2
+
+
+def test_jpeg_bytes_are_those_of_pillow_at_quality_95(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "image.jpg", quality=95)
+    assert media.to_jpeg(PIXELS) == (tmp_path / "image.jpg").read_bytes()
+
+
+@given(st.lists(st.binary(max_size=300), max_size=5))
+def test_frames_put_together_come_apart_again(frames):
+    assert media.split_frames(media.join_frames(frames)) == frames
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3), (1, 1, 3), (2, 6, 5, 3), (1, 1, 1, 3)])
+def test_a_worker_gets_tensors_with_channels_first_in_unit_range(shape):
+    pytest.importorskip("torch")
+    pixels = RNG.integers(0, 256, shape, np.uint8)
+    read_only = np.frombuffer(pixels.tobytes(), np.uint8).reshape(shape)
+    tensor = media.to_tensor(read_only)
+    expected = [[[v / 255 for v in pixel] for pixel in row] for row in pixels.reshape(-1, *shape[-2:]).tolist()]
+    expected = np.moveaxis(np.reshape(expected, shape), -1, -3)
+    assert tuple(tensor.shape) == expected.shape
+    assert np.allclose(tensor.numpy(), expected, atol=1e-7)
+
+
+def test_a_worker_gets_pil_images_of_the_same_pixels():
+    read_only = np.frombuffer(PIXELS.tobytes(), np.uint8).reshape(PIXELS.shape)
+    assert np.array_equal(np.asarray(media.to_pil(read_only)), PIXELS)
+
+
+def test_a_digest_is_that_of_the_bytes():
+    from hashlib import sha256
+
+    assert media.digest(PIXELS) == sha256(PIXELS.tobytes()).hexdigest()[:32]
+    assert media.digest(PIXELS.tobytes()) == media.digest(PIXELS)

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tasks.errors import RedisUnreachableError, SettingsError
+from tasks.payloads import FileStore, RedisStore, open_store
+from tasks.settings import load_settings
+from tests.servers import wait_until
+
+PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+
+
+@pytest.fixture(params=["redis", "file"])
+def open_one(request, redis_url, tmp_path):
+    """Opens the same store anew at each call."""
+    url = {"redis": redis_url, "file": f"file://{tmp_path}/pay%20loads"}[request.param]
+    stores = []
+
+    def open_it():
+        stores.append(open_store(load_settings(payload_url=url)))
+        return stores[-1]
+
+    yield open_it
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(open_one):
+    return open_one()
+
+
+def test_what_is_put_is_got_in_the_order_asked_for(store):
+    store.put({"c.1": b"one", "c.2": b"two"}, ttl_s=60)
+    assert store.get(["c.2", "none", "c.1", "c.2"]) == [b"two", None, b"one", b"two"]
+    assert store.get([]) == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(range(256)),
+        bytearray(b"abc"),
+        memoryview(b"abc"),
+        memoryview(PIXELS),
+        memoryview(np.ones((2, 3), np.float32)),
+        PIXELS,
+        np.ones((2, 3), np.float32),
+    ],
+    ids=["empty", "bytes", "bytearray", "memoryview", "pixels", "floats", "array", "float array"],
+)
+def test_bytes_of_any_kind_arrive_whole(store, data):
+    store.put({"c.1": data}, ttl_s=60)
+    assert store.get(["c.1"]) == [bytes(data) if isinstance(data, bytes | bytearray) else data.tobytes()]
+    assert store.bytes_in_use() == memoryview(data).nbytes
+
+
+def test_three_megabytes_arrive_whole(store):
+    data = os.urandom(3_000_000)
+    store.put({"c.1": data}, ttl_s=60)
+    assert store.get(["c.1"]) == [data]
+
+
+def test_the_same_name_again_is_harmless_and_counted_once(store):
+    for _ in range(3):
+        store.put({"c.1": b"12345"}, ttl_s=60)
+    assert store.get(["c.1"]) == [b"12345"]
+    assert store.bytes_in_use() == 5
+
+
+def test_putting_and_freeing_nothing_is_no_error(store):
+    store.put({}, ttl_s=60)
+    store.free([])
+    assert store.renew([], ttl_s=60) == []
+    assert store.bytes_in_use() == 0
+
+
+def test_what_is_freed_is_gone_and_not_counted(store):
+    store.put({"c.1": b"12345", "c.2": b"123"}, ttl_s=60)
+    assert store.bytes_in_use() == 8
+    store.free(["c.1", "never.there"])
+    assert store.get(["c.1", "c.2"]) == [None, b"123"]
+    assert store.bytes_in_use() == 3
+    store.free(["c.1", "c.2"])
+    assert store.bytes_in_use() == 0
+
+
+def test_what_expires_is_gone_and_not_counted(store):
+    store.put({"c.1": b"12345"}, ttl_s=0.2)
+    store.put({"c.2": b"123"}, ttl_s=60)
+    assert store.bytes_in_use() == 8
+    wait_until(lambda: store.bytes_in_use() == 3)
+    assert store.get(["c.1", "c.2"]) == [None, b"123"]
+
+
+def test_what_is_renewed_lives_on_and_what_is_gone_is_named(store):
+    store.put({"c.1": b"12345", "c.2": b"123"}, ttl_s=0.5)
+    assert store.renew(["c.1", "none"], ttl_s=60) == ["none"]
+    wait_until(lambda: store.bytes_in_use() == 5)
+    assert store.get(["c.1", "c.2"]) == [b"12345", None]
+    assert store.renew(["c.1", "c.2"], ttl_s=60) == ["c.2"]
+
+
+def test_bytes_of_all_clients_are_counted_by_each(open_one):
+    mine, yours = open_one(), open_one()
+    mine.put({"mine.1": b"12345"}, ttl_s=60)
+    yours.put({"yours.1": b"123"}, ttl_s=60)
+    assert mine.bytes_in_use() == yours.bytes_in_use() == 8
+    assert yours.get(["mine.1"]) == [b"12345"]
+    mine.free(["mine.1"])
+    assert mine.bytes_in_use() == yours.bytes_in_use() == 3
+
+
+def test_payloads_of_a_client_that_died_stop_counting_when_they_expire(open_one):
+    open_one().put({"dead.1": b"12345"}, ttl_s=0.2)
+    other = open_one()
+    assert other.bytes_in_use() == 5
+    wait_until(lambda: other.bytes_in_use() == 0)
+
+
+def test_who_reaches_the_same_store_sees_the_same_identity(open_one):
+    identities = {open_one().identity() for _ in range(3)}
+    assert len(identities) == 1
+    assert open_one().identity() in identities
+
+
+def test_threads_that_ask_first_at_once_see_one_identity(open_one):
+    start, seen = threading.Barrier(8), []
+
+    def ask():
+        store = open_one()
+        start.wait()
+        seen.append(store.identity())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
+
+
+def test_other_stores_have_other_identities(redis_url, tmp_path):
+    urls = [redis_url, redis_url.replace("/0", "/1"), f"file://{tmp_path}/a", f"file://{tmp_path}/b"]
+    stores = [open_store(load_settings(payload_url=url)) for url in urls]
+    assert len({store.identity() for store in stores}) == 4
+    for store in stores:
+        store.close()
+
+
+def test_a_reader_sees_all_of_a_payload_or_nothing(open_one):
+    versions = [bytes([i]) * 200_000 for i in range(8)]
+    writer, reader = open_one(), open_one()
+    done = threading.Event()
+
+    def write():
+        while not done.is_set():
+            for data in versions:
+                writer.put({"c.1": data}, ttl_s=60)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        ends_at, seen = time.monotonic() + 0.5, set()
+        while time.monotonic() < ends_at:
+            (data,) = reader.get(["c.1"])
+            assert data is None or (len(data) == 200_000 and len(set(data)) == 1)
+            seen.add(data)
+    finally:
+        done.set()
+        thread.join()
+    assert len(seen) > 1
+
+
+def test_a_store_that_can_be_used_passes_its_check(store):
+    store.check()
+
+
+def test_a_redis_that_is_away_is_named_without_its_password():
+    store = RedisStore("redis://user:s3cr3t@127.0.0.1:1/0")
+    with pytest.raises(RedisUnreachableError) as caught:
+        store.check()
+    assert "Redis for payloads answers at redis://user:***@127.0.0.1:1/0" in str(caught.value)
+    assert "redis-server" in str(caught.value)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_nothing_of_ours_lives_in_redis_for_ever(redis_server, redis_url):
+    store = RedisStore(redis_url)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    with redis_server.client() as client:
+        assert {k.decode(): client.pttl(k) > 0 for k in client.scan_iter()} == {
+            "rewardq:payload:c.1": True,
+            "rewardq:ledger": True,
+            "rewardq:ledger_bytes": True,
+        }
+    store.free(["c.1"])
+    assert store.bytes_in_use() == 0
+    store.close()
+
+
+def test_bytes_in_use_are_right_after_redis_was_emptied(redis_server, redis_url):
+    store = RedisStore(redis_url)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    with redis_server.client() as client:
+        client.flushall()
+    assert store.bytes_in_use() == 0
+    assert store.renew(["c.1"], ttl_s=60) == ["c.1"]
+    store.free(["c.1"])
+    assert store.bytes_in_use() == 0
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    assert store.bytes_in_use() == 5
+    store.close()
+
+
+def test_many_payloads_that_expire_at_once_are_forgotten(redis_url):
+    store = RedisStore(redis_url)
+    store.put({f"c.{i}": b"x" for i in range(2500)}, ttl_s=0.1)
+    wait_until(lambda: store.bytes_in_use() == 0)
+    store.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "shm"
+
+
+def test_expired_files_are_swept_and_live_ones_are_not(folder):
+    store = FileStore(folder)
+    identity = store.identity()
+    store.put({"c.1": b"12345"}, ttl_s=0.05)
+    store.put({"c.2": b"123"}, ttl_s=60)
+    time.sleep(0.1)
+    assert store.sweep() == 1
+    assert sorted(p.name for p in folder.iterdir()) == ["c.2", "identity"]
+    assert store.identity() == identity
+
+
+def test_a_full_store_is_swept_by_those_who_wait_for_room(folder):
+    FileStore(folder).put({"dead.1": b"12345"}, ttl_s=0.05)
+    time.sleep(0.1)
+    assert FileStore(folder).bytes_in_use() == 0
+    assert not (folder / "dead.1").exists()
+
+
+def test_a_file_that_is_being_written_is_not_swept(folder, monkeypatch):
+    writer, sweeper = FileStore(folder), FileStore(folder)
+    rename = os.rename
+
+    def sweep_first(*args, **kwargs):
+        time.sleep(0.01)
+        sweeper.sweep()
+        return rename(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rename", sweep_first)
+    writer.put({"c.1": b"12345"}, ttl_s=60)
+    sweeper.sweep()
+    assert writer.get(["c.1"]) == [b"12345"]
+
+
+def test_what_a_writer_left_that_died_is_swept_after_a_while(folder):
+    store = FileStore(folder)
+    half = folder / ".c.1.abcd"
+    half.write_bytes(b"12")
+    store.sweep()
+    assert half.exists()
+    an_hour_ago = time.time() - 3600
+    os.utime(half, (an_hour_ago, an_hour_ago))
+    store.sweep()
+    assert not half.exists()
+
+
+def test_nothing_half_written_is_left_behind(folder):
+    store = FileStore(folder)
+    store.put({f"c.{i}": b"x" * 1000 for i in range(20)}, ttl_s=60)
+    store.identity()
+    store.identity()
+    assert len(list(folder.iterdir())) == 21
+
+
+def test_a_folder_that_was_removed_is_made_again(folder):
+    store = FileStore(folder)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    (folder / "c.1").unlink()
+    folder.rmdir()
+    assert store.get(["c.1"]) == [None]
+    assert store.renew(["c.1"], ttl_s=60) == ["c.1"]
+    assert store.bytes_in_use() == 0
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    assert store.get(["c.1"]) == [b"12345"]
+    assert len(store.identity()) == 16
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"REWARDQ_PAYLOAD_URL: cannot make the folder .*/file/below"):
+        FileStore(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "identity"])
+def test_a_name_cannot_leave_the_folder(folder, name):
+    store = FileStore(folder)
+    with pytest.raises(ValueError, match="not a payload name"):
+        store.put({name: b"x"}, ttl_s=60)
+    with pytest.raises(ValueError, match="not a payload name"):
+        store.get([name])

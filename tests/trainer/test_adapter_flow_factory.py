@@ -1,0 +1,283 @@
+"""Flow-Factory's buffer and reward model on real workers, called as its trainer calls them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.errors import ConfigError, ScoringError
+from tasks.settings import Settings
+from tests.reward_models import image_of
+from trainer_client import RewardClient
+from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation, sample_of
+from trainer_client.advantages import gdpo, weighted_sum
+
+CONFIG = {
+    "rewards": [
+        {"name": "number", "reward_model": "tests.reward_models.PixelCode", "batch_size": 4},
+        {"name": "picky", "reward_model": "tests.reward_models.RaisesOn", "weight": 0.5},
+    ],
+    "eval_rewards": {"name": "more", "reward_model": "tests.reward_models.PixelCode", "add": 100},
+}
+
+
+@dataclass
+class TheirSample:
+    """What their samples have and the adapter reads; media are tensors as their constructor makes them."""
+
+    prompt: str | None = None
+    image: Any = None
+    video: Any = None
+    audio: Any = None
+    condition_images: Any = None
+    all_latents: Any = None
+    extra_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unique_id(self) -> int:
+        return 2**60 + len(self.prompt or "")
+
+
+def tensor_of(number: int) -> torch.Tensor:
+    """An image as theirs are: float `(3, H, W)` in [0, 1]."""
+    return torch.from_numpy(image_of(number)).permute(2, 0, 1).float() / 255
+
+
+def samples_of(numbers: list[int], **extra: Any) -> list[TheirSample]:
+    return [TheirSample(f"draw {'x' * (n // 4)}", tensor_of(n), extra_kwargs=dict(extra)) for n in numbers]
+
+
+@pytest.fixture
+def client(settings: Settings, workers: Callable[..., Any]) -> Iterator[RewardClient]:
+    workers("gpu")
+    with RewardClient.from_dict(CONFIG, "flow-factory", settings=settings) as client:
+        yield client
+
+
+def test_the_buffer_returns_their_dict_of_tensors_and_stores_it_in_the_samples(client: RewardClient) -> None:
+    buffer = RewardBuffer(client, 4)
+    for epoch in range(2):
+        buffer.clear()
+        numbers = list(range(100 * epoch, 100 * epoch + 12))
+        samples = [s for start in (0, 5, 8) for s in samples_of(numbers[start : {0: 5, 5: 8, 8: 12}[start]])]
+        for start, stop in ((0, 5), (5, 8), (8, 12)):
+            buffer.add_samples(samples[start:stop])
+        rewards = buffer.finalize(store_to_samples=True, split="all")
+        assert list(rewards) == ["number", "picky"]
+        for values in rewards.values():
+            assert values.dtype == torch.float32
+            assert values.device.type == "cpu"
+            assert values.tolist() == [float(n) for n in numbers]
+        assert [s.extra_kwargs["rewards"]["number"].item() for s in samples] == numbers
+        assert buffer.finalize(store_to_samples=False)["number"].tolist() == rewards["number"].tolist()
+        assert len(buffer.batches[0]) == 12
+
+
+def test_evaluation_has_its_own_rewards_and_may_be_open_at_the_same_time(client: RewardClient) -> None:
+    train, evaluation = RewardBuffer(client, 4), RewardBuffer(client, 1, split="eval")
+    train.add_samples(samples_of([1, 2, 3, 4]))
+    evaluation.add_samples(samples_of([7]))
+    assert {n: v.tolist() for n, v in evaluation.finalize(split="pointwise").items()} == {"more": [107.0]}
+    assert train.finalize()["number"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert train.finalize(split="groupwise") == {}
+
+
+def test_a_sample_without_a_reward_raises_or_is_masked_as_asked(client: RewardClient) -> None:
+    samples = [*samples_of([8, 9]), *samples_of([10], abstain=True), *samples_of([11])]
+    strict = RewardBuffer(client, 4)
+    strict.add_samples(samples)
+    with pytest.raises(ScoringError, match=r"reward 'picky': 1 of 4 samples \(1 abstained\).*no opinion"):
+        strict.finalize()
+    strict.clear()
+    strict.add_samples(samples[:2])
+    assert strict.finalize()["picky"].tolist() == [8.0, 9.0]
+
+    strict.clear()
+    lenient = RewardBuffer(client, 4, on_failure="nan")
+    lenient._step = strict._step
+    lenient.add_samples(samples)
+    rewards = lenient.finalize()
+    assert torch.isnan(rewards["picky"]).tolist() == [False, False, True, False]
+    processor: Any = SimpleNamespace(
+        reward_weights={"number": 1.0, "picky": 0.5},
+        global_std=True,
+        accelerator=SimpleNamespace(num_processes=1, device="cpu"),
+    )
+    groups = [s.unique_id for s in samples]
+    for method, function in (("gdpo", gdpo), ("sum", weighted_sum)):
+        found = aggregation(method)(processor, samples, rewards, True)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found.numpy(), function(rewards, groups, processor.reward_weights))
+        assert torch.isfinite(found).all()
+        assert [s.extra_kwargs["advantage"].item() for s in samples] == found.tolist()
+
+
+def test_clearing_gives_up_what_was_submitted(client: RewardClient) -> None:
+    buffer = RewardBuffer(client, 4)
+    buffer.add_samples(samples_of([1, 2]))
+    buffer.clear()
+    buffer.add_samples(samples_of([3]))
+    assert buffer.finalize()["number"].tolist() == [3.0]
+    buffer.shutdown(wait=False, cancel_futures=True)
+
+
+def test_their_sample_becomes_ours() -> None:
+    theirs = TheirSample(
+        "an edit",
+        image=tensor_of(1),
+        condition_images=(tensor_of(2), tensor_of(3)),
+        extra_kwargs={
+            "metadata": {"target": "cat", "tags": ["a", 1]},
+            "seed": 7,
+            "latents": torch.zeros(3),
+            "nested": {"tensor": torch.zeros(1)},
+            "rewards": {"old": 1.0},
+            "advantage": 0.5,
+        },
+    )
+    ours = sample_of(theirs)
+    assert (ours.prompt, ours.group) == ("an edit", theirs.unique_id)
+    assert ours.image is theirs.image
+    assert isinstance(ours.condition_images, list)
+    assert ours.condition_videos is None
+    assert ours.metadata == {"metadata": {"target": "cat", "tags": ["a", 1]}, "seed": 7}
+
+
+# --- the reward model for their unmodified trainer -------------------------------------------------
+
+
+def arguments(name: str = "number", **extra: Any) -> Any:
+    """Their `RewardArguments` as a reward model reads them: unknown keys are in `extra_kwargs`."""
+    return SimpleNamespace(
+        name=name, dtype=torch.bfloat16, device=torch.device("cuda"), batch_size=4, extra_kwargs=extra
+    )
+
+
+@pytest.fixture
+def their_settings(settings: Settings, workers: Callable[..., Any], in_env: Callable[..., Any]) -> Settings:
+    """The model is made by their loader, which knows no settings: they are in the environment."""
+    workers("gpu")
+    in_env(
+        REWARDQ_BROKER_URL=settings.broker_url,
+        REWARDQ_CLAIM_TTL_S=f"{settings.claim_ttl_s}",
+        REWARDQ_RECONCILE_S=f"{settings.reconcile_s}",
+    )
+    return settings
+
+
+def test_the_reward_model_scores_batches_of_several_threads(their_settings: Settings) -> None:
+    model = QueuedRewardModel(
+        config=arguments(run="ff", model="tests.reward_models.PixelCode", add=1), accelerator=SimpleNamespace()
+    )
+    assert model.device == torch.device("cpu")
+    assert model.to("cuda") is model
+
+    def batch(start: int) -> list[float]:
+        numbers = range(start, start + 4)
+        output = model(prompt=["p"] * 4, image=torch.stack([tensor_of(n) for n in numbers]))
+        return list(output.rewards.tolist())
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(batch, range(0, 40, 4)))
+    assert [reward for rewards in found for reward in rewards] == [float(n + 1) for n in range(40)]
+    model.client.close()
+
+
+def test_the_reward_model_raises_where_there_is_no_reward_or_counts_what_it_was_told(their_settings: Settings) -> None:
+    dotted = "tests.reward_models.NaNModel"
+    strict = QueuedRewardModel(arguments(run="ff", model=dotted), SimpleNamespace())
+    with pytest.raises(ScoringError, match="reward 'number': 1 of 1 samples"):
+        strict(prompt=["p"], image=[tensor_of(1)])
+    strict.client.close()
+    lenient = QueuedRewardModel(arguments(run="ff", model=dotted, on_failure={"value": -1.0}), SimpleNamespace())
+    assert lenient(prompt=["p"], image=[tensor_of(1)]).rewards.tolist() == [-1.0]
+    lenient.client.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "OCR"}, "QueuedRewardModel needs model: and run:"),
+        ({"run": "ff"}, "QueuedRewardModel needs model: and run:"),
+        ({"run": "ff", "model": "OCR", "on_failure": "nan"}, "one NaN makes their advantages NaN"),
+        ({"run": "ff", "model": "OCR_Rank"}, "OCR_Rank compares a whole group; use RewardBuffer"),
+        ({"run": "ff", "model": "OCRR"}, "unknown reward model 'OCRR'"),
+    ],
+)
+def test_a_reward_model_that_cannot_work_is_refused(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QueuedRewardModel(arguments(**extra), SimpleNamespace())
+
+
+def test_their_processor_takes_it_for_one_of_theirs(their_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from abc import ABC
+
+    theirs = type("PointwiseRewardModel", (ABC,), {})
+    monkeypatch.setitem(sys.modules, "flow_factory.rewards.abc", SimpleNamespace(PointwiseRewardModel=theirs))  # type: ignore[arg-type]
+    model = QueuedRewardModel(arguments(run="ff", model="tests.reward_models.Null"), SimpleNamespace())
+    assert isinstance(model, theirs)
+    model.client.close()
+
+
+# --- the real package, where it is installed -------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_async", [False, True])
+def test_their_loader_processor_and_buffer_work_with_it(their_settings: Settings, is_async: bool) -> None:
+    pytest.importorskip("flow_factory", reason="Flow-Factory is not installed here")
+    from accelerate import Accelerator
+    from flow_factory import rewards as theirs
+    from flow_factory.advantage.advantage_processor import AdvantageProcessor
+    from flow_factory.hparams import MultiRewardArguments
+    from flow_factory.samples import I2ISample
+
+    entries = [
+        {
+            "name": name,
+            "reward_model": "trainer_client.adapters.flow_factory.QueuedRewardModel",
+            "model": "tests.reward_models.PixelCode",
+            "run": "ff",
+            "add": add,
+            "batch_size": 3,
+            "async_reward": is_async,
+            "num_workers": 4,
+        }
+        for name, add in (("number", 0), ("more", 100))
+    ]
+    accelerator = Accelerator(cpu=True)
+    loader = theirs.MultiRewardLoader(MultiRewardArguments.from_dict(entries), accelerator).load()
+    processor = theirs.RewardProcessor(
+        accelerator, loader.get_training_reward_models(), loader.get_reward_configs("train"), verbose=False
+    )
+    buffer = theirs.RewardBuffer(processor, 4)
+    samples = [
+        I2ISample(prompt=f"p{n // 4}", image=tensor_of(n), condition_images=[tensor_of(1), tensor_of(2)])
+        for n in range(8)
+    ]
+    for _ in range(2):
+        buffer.clear()
+        buffer.add_samples(samples[:5])
+        buffer.add_samples(samples[5:])
+        found = buffer.finalize()
+        assert found["number"].tolist() == [float(n) for n in range(8)]
+        assert found["more"].tolist() == [float(n + 100) for n in range(8)]
+    buffer.shutdown()
+
+    ours = RewardBuffer(loader.get_training_reward_models()["number"].client, 4)
+    ours.add_samples(samples)
+    rewards = ours.finalize()
+    assert rewards["number"].tolist() == found["number"].tolist()
+    advantages = AdvantageProcessor(accelerator, {"number": 1.0}, 4, sampler_type="group_contiguous")
+    masked = advantages.compute_advantages(samples, rewards, True, aggregation("gdpo"))
+    plain = advantages.compute_advantages(samples, rewards, True, "gdpo")
+    np.testing.assert_allclose(masked.cpu(), plain.cpu(), rtol=1e-4)
+    for model in loader.get_training_reward_models().values():
+        model.client.close()

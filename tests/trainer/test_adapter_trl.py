@@ -1,0 +1,229 @@
+"""TRL's reward functions, called as its trainer calls them, against real workers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.errors import ScoringError
+from tasks.samples import Sample
+from tasks.settings import Settings
+from tests.reward_models import image_of
+from trainer_client import RewardClient
+from trainer_client.adapters.trl import reward_functions, reward_weights, samples_of, text_of
+
+REWARDS = [
+    {"name": "number", "reward_model": "tests.reward_models.PixelCode", "batch_size": 4},
+    {"name": "more", "reward_model": "tests.reward_models.PixelCode", "add": 100, "weight": 0.5},
+    {"name": "picky", "reward_model": "tests.reward_models.RaisesOn"},
+]
+
+
+class CountingClient(RewardClient):
+    """Remembers the steps it was asked for."""
+
+    submitted: list[int | None]
+
+    def submit(self, samples: Any, group_size: int | None = None, **options: Any) -> Any:
+        self.__dict__.setdefault("submitted", []).append(options.get("step"))
+        return super().submit(samples, group_size, **options)
+
+
+@pytest.fixture
+def client(settings: Settings, workers: Callable[..., Any]) -> Iterator[CountingClient]:
+    workers("gpu")
+    with CountingClient.from_dict({"rewards": REWARDS}, "trl", settings=settings) as client:
+        yield client
+
+
+class Trainer:
+    """Calls reward functions as `GRPOTrainer` does: plain ones in turn, coroutine functions together on a loop."""
+
+    def __init__(self, functions: list[Any]) -> None:
+        self.functions = functions
+        self.metrics: list[tuple[str, float]] = []
+
+    def rewards(self, rows: list[dict[str, Any]], completions: list[Any]) -> list[list[float | None]]:
+        given = {
+            "prompts": [row["prompt"] for row in rows],
+            "completions": completions,
+            "completion_ids": [[1, 2]] * len(rows),
+            **{key: [row[key] for row in rows] for key in rows[0] if key != "prompt"},
+            "trainer_state": object(),
+            "log_extra": lambda column, values: None,
+            "log_metric": lambda name, value: self.metrics.append((name, value)),
+        }
+        found: list[Any] = [None] * len(self.functions)
+        waiting = []
+        for i, function in enumerate(self.functions):
+            if inspect.iscoroutinefunction(function):
+                waiting.append(i)
+            else:
+                found[i] = function(**given)
+        if waiting:
+
+            async def together() -> list[Any]:
+                return list(await asyncio.gather(*(self.functions[i](**given) for i in waiting)))
+
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever)
+            thread.start()
+            try:
+                answers = asyncio.run_coroutine_threadsafe(together(), loop).result(60)
+            finally:
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join()
+                loop.run_until_complete(loop.shutdown_default_executor())
+                loop.close()
+            for i, answer in zip(waiting, answers, strict=True):
+                found[i] = answer
+        return found
+
+
+def rows_of(numbers: list[int]) -> list[dict[str, Any]]:
+    return [{"prompt": f"draw {n}", "note": {"abstain": n % 2 == 1}} for n in numbers]
+
+
+def to_samples(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
+    return [
+        Sample(prompt=p, image=c, group=p, metadata=note)
+        for p, c, note in zip(prompts, completions, columns["note"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_each_function_gives_its_rewards_in_order_and_none_where_there_is_none(
+    client: CountingClient, is_async: bool
+) -> None:
+    functions = reward_functions(client, to_samples=to_samples, is_async=is_async, timeout_s=30)
+    assert [function.__name__ for function in functions] == ["number", "more", "picky"]
+    assert [inspect.iscoroutinefunction(function) for function in functions] == [is_async] * 3
+    trainer = Trainer(functions)
+    for step, numbers in enumerate([[3, 4, 5, 6, 7], [8, 9]]):
+        found = trainer.rewards(rows_of(numbers), [image_of(n) for n in numbers])
+        assert found[0] == [float(n) for n in numbers]
+        assert found[1] == [float(n + 100) for n in numbers]
+        assert found[2] == [None if n % 2 else float(n) for n in numbers]
+        assert client.submitted == list(range(step + 1))
+    assert trainer.metrics[:3] == [
+        ("rewards/number/failure_rate", 0.0),
+        ("rewards/more/failure_rate", 0.0),
+        ("rewards/picky/failure_rate", 0.6),
+    ]
+
+
+def test_the_same_completions_asked_again_are_a_new_call(client: CountingClient) -> None:
+    number = reward_functions(client, to_samples=to_samples, timeout_s=30)[0]
+    given = {"prompts": ["a"], "completions": [image_of(5)], "note": [{}]}
+    assert number(**given) == number(**given) == [5.0]
+    assert client.submitted == [0, 1]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_that_must_not_fail_raises_from_every_function(
+    settings: Settings, workers: Callable[..., Any], is_async: bool
+) -> None:
+    workers("gpu")
+    rewards = [REWARDS[0], {**REWARDS[2], "on_failure": "raise"}]
+    with RewardClient.from_dict({"rewards": rewards}, "trl", settings=settings) as client:
+        functions = reward_functions(client, to_samples=to_samples, is_async=is_async, timeout_s=30)
+        rows, images = rows_of([1, 2]), [image_of(1), image_of(2)]
+        with pytest.raises(ScoringError, match="no opinion"):
+            Trainer(functions).rewards(rows, images)
+        assert Trainer(functions[:1]).rewards(rows_of([2]), [image_of(2)]) == [[2.0]]
+
+
+def test_a_wrong_to_samples_leaves_no_step_open(client: CountingClient) -> None:
+    given = {"prompts": ["a", "b"], "completions": [image_of(5), image_of(6)]}
+    number = reward_functions(client, to_samples=lambda prompts, completions, columns: [], timeout_s=30)[0]
+    with pytest.raises(ValueError, match="to_samples must give a sample for each of 2 rows, found 0"):
+        number(**given)
+    assert reward_functions(client, timeout_s=30)[0](**given) == [5.0, 6.0]
+
+
+def test_the_weights_are_those_of_the_functions(client: CountingClient) -> None:
+    assert reward_weights(client) == [1.0, 0.5, 1.0]
+
+
+def test_rows_become_samples() -> None:
+    picture = Image.new("RGB", (4, 4))
+    conversation = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a cat"}]
+    by_image, by_text, by_column = samples_of(
+        ["a dog", conversation, conversation],
+        [np.zeros((4, 4, 3), np.uint8), "meow", [{"role": "assistant", "content": [{"type": "text", "text": "purr"}]}]],
+        {"image": [None, None, picture], "other": [1, 2, 3]},
+    )
+    assert (by_image.prompt, by_image.group, by_image.metadata) == ("a dog", "a dog", {})
+    assert by_image.image.shape == (4, 4, 3)
+    assert (by_text.prompt, by_text.image, by_text.metadata) == ("a cat", None, {"completion": "meow"})
+    assert by_text.group == by_column.group
+    assert by_column.image is picture
+    assert by_column.metadata == {"completion": "purr"}
+    assert text_of([{"role": "assistant", "content": None}]) == ""
+
+
+def test_importing_the_adapters_imports_no_framework() -> None:
+    code = (
+        "import sys, trainer_client.adapters.trl, trainer_client.adapters.flow_factory, trainer_client.advantages\n"
+        "print([m for m in ('torch', 'trl', 'accelerate', 'flow_factory', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool, tmp_path: Any) -> None:
+    trl = pytest.importorskip("trl", reason="the real trainer is not installed here")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(30))])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    seen: list[str] = []
+
+    def drawn(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
+        seen.extend(completions)
+        numbers = [len(set(text.split())) for text in completions]
+        return [
+            Sample(prompt=p, image=image_of(n), group=p, metadata={"abstain": n % 3 == 0})
+            for p, n in zip(prompts, numbers, strict=True)
+        ]
+
+    trainer = trl.GRPOTrainer(
+        model=GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=32, n_embd=16, n_layer=1, n_head=2)),
+        reward_funcs=reward_functions(client, to_samples=drawn, is_async=is_async, num_generations=4, timeout_s=60),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            reward_weights=reward_weights(client),
+            num_generations=4,
+            per_device_train_batch_size=8,
+            max_completion_length=8,
+            max_steps=2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5", "w6"]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/more/mean"] == pytest.approx(first["rewards/number/mean"] + 100)
+    assert len(client.submitted) == 2
+    assert len(seen) == 16
+    shares = [len(set(text.split())) % 3 == 0 for text in seen[:8]]
+    assert first["rewards/picky/failure_rate"] == pytest.approx(np.mean(shares))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from tasks.outcomes import Outcomes, address
+from tasks.payloads import RedisStore
+from tasks.settings import load_settings
+from tests.servers import wait_until
+from workers.heartbeat import HeartbeatThread
+from workers.loading import Models
+
+A, B = address("run", "f", "a"), address("run", "f", "b")
+TTL_S = 0.6
+LATER_MS = 2**43
+
+
+@pytest.fixture
+def beats_of(settings):
+    """Makes heartbeats and ends them."""
+    made = []
+
+    def make(outcomes: Outcomes, url: str = settings.payloads, node: str = "gpu.1@h") -> HeartbeatThread:
+        store = RedisStore(url)
+        beats = HeartbeatThread(node, ("gpu", "mine"), outcomes, store, Models(load_settings()), TTL_S)
+        beats.start()
+        made.append((beats, store))
+        return beats
+
+    yield make
+    for beats, store in made:
+        beats.end()
+        store.close()
+
+
+@pytest.fixture
+def outcomes(outcomes) -> Outcomes:
+    return Outcomes(outcomes.redis, TTL_S, 60)
+
+
+def test_a_worker_says_what_it_serves(outcomes, beats_of, settings):
+    beats_of(outcomes)
+    (worker,) = wait_until(outcomes.workers)
+    assert (worker.node, worker.queues, worker.pid) == ("gpu.1@h", ("gpu", "mine"), os.getpid())
+    assert (worker.state, worker.loading, worker.models) == ("ready", (), ())
+    store = RedisStore(settings.payloads)
+    assert worker.store == store.identity()
+    store.close()
+
+
+def test_a_worker_that_ends_is_off_the_list_at_once_and_stays_off(outcomes, beats_of):
+    beats = beats_of(outcomes)
+    wait_until(outcomes.workers)
+    beats.end()
+    assert outcomes.workers() == []
+    time.sleep(TTL_S / 2)
+    assert outcomes.workers() == []
+    assert not beats.is_alive()
+
+
+def test_a_beat_under_way_when_the_worker_ends_does_not_bring_it_back(outcomes, beats_of, monkeypatch):
+    beat = outcomes.beat
+    is_beating = []
+
+    def slow_beat(*args):
+        is_beating.append(True)
+        time.sleep(0.2)
+        beat(*args)
+
+    monkeypatch.setattr(outcomes, "beat", slow_beat)
+    beats = beats_of(outcomes)
+    wait_until(lambda: is_beating)
+    beats.end()
+    assert outcomes.workers() == []
+
+
+def test_claims_that_are_held_live_on_and_others_expire(outcomes, beats_of):
+    beats = beats_of(outcomes)
+    outcomes.claim([A, B], [1, 1], "mine", LATER_MS)
+    beats.hold([A], "mine")
+    wait_until(lambda: outcomes.claimed([A, B]) == [True, False])
+    time.sleep(TTL_S)
+    assert outcomes.claimed([A]) == [True]
+    assert beats.held == {A: "mine"}
+    beats.drop([A], "mine")
+    wait_until(lambda: outcomes.claimed([A]) == [False])
+
+
+def test_a_task_that_ends_lets_no_claim_of_another_task_go(outcomes, beats_of):
+    """Redis was emptied while a task was scoring, and the same worker took the message that was sent again."""
+    beats = beats_of(outcomes)
+    outcomes.claim([A], [1], "first", LATER_MS)
+    beats.hold([A], "first")
+    outcomes.redis.flushall()
+    outcomes.claim([A], [1], "second", LATER_MS)
+    beats.hold([A], "second")
+    beats.drop([A], "first")
+    time.sleep(2 * TTL_S)
+    assert outcomes.claimed([A]) == [True]
+
+
+def test_a_worker_is_back_on_the_list_after_redis_was_emptied_or_away(private_redis, beats_of):
+    from tasks.connections import connect
+
+    server = private_redis()
+    with connect(server.url) as client:
+        outcomes = Outcomes(client, TTL_S, 60)
+        beats = beats_of(outcomes, server.url)
+        wait_until(outcomes.workers)
+        client.flushall()
+        wait_until(outcomes.workers)
+        server.stop()
+        time.sleep(TTL_S)
+        assert beats.is_alive()
+        server.start()
+        assert wait_until(outcomes.workers)
+        beats.end()
+
+
+def test_a_redis_that_refuses_to_write_does_not_end_the_heartbeat(private_redis, beats_of):
+    from tasks.connections import connect
+
+    server = private_redis()
+    with connect(server.url) as client:
+        outcomes = Outcomes(client, TTL_S, 60)
+        beats = beats_of(outcomes, server.url)
+        wait_until(outcomes.workers)
+        client.config_set("min-replicas-to-write", 1)  # NOREPLICAS, as a master without its replicas answers
+        time.sleep(TTL_S)
+        assert beats.is_alive()
+        client.config_set("min-replicas-to-write", 0)
+        assert wait_until(outcomes.workers)
+        beats.end()

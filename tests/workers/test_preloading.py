@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tasks.errors import ConfigError, ModelLoadError, SettingsError, UnknownRewardError
+from tasks.rewards import RewardConfig
+from tasks.settings import Settings
+from tests.servers import wait_until, worker_env
+from workers import PointwiseRewardModel
+from workers.loading import Models
+from workers.preloading import preload, specs_to_preload
+
+warmed: list[str] = []
+
+
+class Mine(PointwiseRewardModel):
+    def warm_up(self) -> None:
+        warmed.append(self.config.name)
+
+
+@pytest.fixture(autouse=True)
+def nothing_warmed():
+    warmed.clear()
+
+
+def names(value: str, *queues: str) -> list[str]:
+    return [s.reward_model for s in specs_to_preload(value, queues or ("gpu", "vlm"))]
+
+
+def test_nothing_is_preloaded_unless_it_is_named():
+    assert names("") == names("  ") == []
+
+
+def test_names_are_built_ins_with_their_defaults():
+    assert names("OCR, pickscore,OCR") == ["OCR", "PickScore"]
+    (spec,) = specs_to_preload("PickScore", ["gpu"])
+    (trainers,) = RewardConfig.from_dict({"rewards": {"reward_model": "PickScore", "name": "mine"}}).rewards
+    assert spec.call.fingerprint == trainers.call.fingerprint
+
+
+def test_a_yaml_file_preloads_its_rewards_once_and_the_parts_of_its_ranks(tmp_path):
+    config = {
+        "rewards": [
+            {"reward_model": "PickScore", "weight": 2.0},
+            {"reward_model": "PickScore", "name": "again", "batch_size": 4},
+            {"reward_model": "PickScore_Rank"},
+            {"reward_model": "jpeg_compressibility"},
+        ],
+        "eval_rewards": {"reward_model": "CLIP"},
+    }
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
+    assert names(str(tmp_path / "rewards.yaml")) == ["PickScore", "jpeg_compressibility", "CLIP"]
+
+
+def test_models_of_other_queues_are_left_out():
+    assert names("PickScore,vllm_evaluate", "gpu") == ["PickScore"]
+    assert names("PickScore,vllm_evaluate", "vlm") == ["vllm_evaluate"]
+    assert names("PickScore", "mine") == []
+
+
+def test_a_class_without_a_version_is_left_out_since_each_launch_has_its_own(caplog):
+    assert names("my_rewards.Mine") == []
+    assert "not preloaded reward=my_rewards.Mine" in caplog.text
+
+
+def test_what_is_wrong_is_said():
+    with pytest.raises(UnknownRewardError, match="did you mean 'PickScore'"):
+        names("PickScor")
+    with pytest.raises(ConfigError, match="cannot read"):
+        names("/no/such/rewards.yaml")
+
+
+def test_preloaded_models_are_in_memory_and_warm(tmp_path):
+    entry = {"reward_model": f"{__name__}.Mine", "version": "3", "name": "mine"}
+    (tmp_path / "rewards.yml").write_text(yaml.safe_dump({"rewards": [entry]}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yml"))
+    models = Models(settings)
+    preload(settings, ["gpu"], models)
+    assert warmed == ["mine"]
+    assert models.is_loaded(RewardConfig.from_dict({"rewards": entry}).rewards[0].call)
+
+
+def test_more_models_than_may_be_kept_are_refused():
+    settings = Settings(device="cpu", preload="jpeg_compressibility,jpeg_incompressibility", max_models=1)
+    with pytest.raises(SettingsError, match="2 models, more than REWARDQ_MAX_MODELS=1"):
+        preload(settings, ["gpu"], Models(settings))
+    settings = settings.model_copy(update={"max_models": 2})
+    preload(settings, ["gpu"], Models(settings))
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
+    entry = {"reward_model": "my_rewards.Such", "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError, match="REWARDQ_MODULES=my_rewards"):
+        preload(settings, ["gpu"], Models(settings))
+
+
+def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):
+    pytest.importorskip("rapidocr")
+    config = {"rewards": [{"reward_model": "OCR"}, {"reward_model": "jpeg_compressibility", "queue": "other"}]}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
+    (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
+    wait_until(lambda: worker.heartbeat().models == ("OCR",) and worker.heartbeat().state == "ready", timeout_s=30)
+
+
+def test_a_worker_that_cannot_preload_ends_and_says_why(settings, tmp_path):
+    env = worker_env(settings, {"REWARDQ_PRELOAD": "jpeg_compressibilty"})
+    ended = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert "REWARDQ_PRELOAD=jpeg_compressibilty" in ended.stderr
+    assert "did you mean 'jpeg_compressibility'" in ended.stderr

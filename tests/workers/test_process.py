@@ -1,0 +1,52 @@
+"""Real worker processes, started by the two documented commands."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tasks import keys
+from tasks.celery_app import make_app
+from tests.servers import ROOT, clean_env, wait_until
+
+
+@pytest.fixture
+def app(settings):
+    app = make_app(settings)
+    yield app
+    app.close()
+
+
+def test_the_two_commands_on_one_host_give_two_workers_with_names_threads_and_our_tasks_alone(workers, outcomes, app):
+    gpu, vlm = workers("gpu", "vlm")
+    nodes = {w.pid: w for w in outcomes.workers()}
+    names = {pid: w.node for pid, w in nodes.items()}
+    host = socket.gethostname()
+    assert names == {gpu.pid: f"gpu.{gpu.pid}@{host}", vlm.pid: f"vlm.{vlm.pid}@{host}"}
+    assert {w.queues for w in nodes.values()} == {("gpu",), ("vlm",)}
+    inspect = app.control.inspect(timeout=1)
+    stats = wait_until(lambda: (s := inspect.stats()) and len(s) == 2 and s, 20)
+    threads = {node: (s["pool"]["implementation"], s["pool"]["max-concurrency"]) for node, s in stats.items()}
+    pool = "celery.concurrency.thread:TaskPool"
+    assert threads == {names[gpu.pid]: (pool, 2), names[vlm.pid]: (pool, 32)}
+    answers = wait_until(lambda: (r := inspect.registered()) and len(r) == 2 and r, 20)
+    registered = {task.partition(" ")[0] for tasks in answers.values() for task in tasks}
+    assert "rewardq.score" in registered
+    assert all(name.startswith("rewardq.") for name in registered)
+
+    gpu.stop()
+    assert {w.pid for w in outcomes.workers()} == {vlm.pid}
+    vlm.kill()
+    wait_until(lambda: outcomes.workers() == [])
+    assert outcomes.redis.exists(keys.worker(names[vlm.pid])) == 0
+
+
+def test_a_worker_with_a_wrong_variable_says_so_and_does_not_start(tmp_path):
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_DEVISE": "cpu"}
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "did you mean 'REWARDQ_DEVICE'" in done.stderr

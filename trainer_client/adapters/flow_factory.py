@@ -1,0 +1,271 @@
+"""Flow-Factory's trainer on a client: its reward buffer, its advantages with masks, and a reward model of its kind."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tasks.errors import CollectTimeoutError, ConfigError, ScoringError
+from tasks.rewards import RewardConfig, Split
+from tasks.samples import Sample
+from tasks.settings import load_settings
+from trainer_client.advantages import gdpo, weighted_sum
+from trainer_client.client import OnFailure, RewardClient
+from trainer_client.results import RewardBatch
+
+Kind = Literal["pointwise", "groupwise", "all"]
+
+_THEIRS = ("rewards", "advantage")
+"""What their trainer itself leaves in a sample's `extra_kwargs`."""
+
+
+class RewardBuffer:
+    """In the place of their `RewardBuffer`: rewards are computed by workers while the trainer samples.
+
+        trainer.reward_buffer = RewardBuffer(client, group_size)
+        trainer.eval_reward_buffer = RewardBuffer(client, 1, split="eval")
+
+    Each `finalize()` after new samples is one step of the client, which serves this buffer of its split alone.
+
+    Args:
+        group_size: Samples of one prompt, over all ranks; for groupwise rewards.
+        split: `eval` for the rewards of evaluation.
+        timeout_s: Of `collect()` in `finalize()`.
+        on_failure: `raise`, or `nan`: their own advantages turn NaN by a single one; `aggregation` masks it.
+    """
+
+    def __init__(
+        self,
+        client: RewardClient,
+        group_size: int | None = None,
+        *,
+        split: Split = "train",
+        timeout_s: float = 600.0,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        self.client = client
+        self.group_size = group_size
+        self.split: Split = split
+        self.timeout_s = timeout_s
+        self.on_failure: OnFailure = on_failure
+        self.all_samples: list[Any] = []
+        self.batches: list[RewardBatch] = []
+        """What was collected since `clear()`, for metrics and for the reasons of failures."""
+        self._num_submitted = 0
+        self._step = 0
+
+    def add_samples(self, samples: Sequence[Any]) -> None:
+        """Submit samples (theirs) and return at once."""
+        self.client.submit(
+            [sample_of(sample) for sample in samples], self.group_size, split=self.split, step=self._step
+        )
+        self.all_samples.extend(samples)
+        self._num_submitted += len(samples)
+
+    def finalize(self, store_to_samples: bool = True, split: Kind = "all") -> dict[str, Any]:
+        """The rewards of all samples since `clear()`: by name, float32 CPU tensors `(N,)`.
+
+        Args:
+            store_to_samples: Also put them into each sample's `extra_kwargs["rewards"]`.
+            split: Rewards of which kind of model; all are computed in any case.
+
+        Raises:
+            ScoringError: Some samples have no reward, and `on_failure` is `raise`; carries the batch.
+        """
+        import torch
+
+        if self._num_submitted:
+            self._collect()
+        rewards = {
+            spec.name: torch.from_numpy(
+                np.concatenate([np.zeros(0, np.float32), *(batch.rewards[spec.name] for batch in self.batches)])
+            )
+            for spec in self.client.config.of(self.split)
+            if split == "all" or spec.is_groupwise == (split == "groupwise")
+        }
+        if store_to_samples:
+            for i, sample in enumerate(self.all_samples):
+                sample.extra_kwargs["rewards"] = {name: values[i] for name, values in rewards.items()}
+        return rewards
+
+    def clear(self) -> None:
+        """Start over for the next epoch; what was submitted and not collected is given up."""
+        if self._num_submitted:
+            self.client.cancel(self.split)
+            self._next_step()
+        self.all_samples, self.batches = [], []
+
+    def shutdown(self, wait: bool = False, cancel_futures: bool = True) -> None:
+        """Close the client. Never waits for workers; the arguments are those of their buffer."""
+        self.client.close()
+
+    def _collect(self) -> None:
+        try:
+            self.batches.append(self.client.collect(self.timeout_s, on_failure=self.on_failure, split=self.split))
+        except CollectTimeoutError:
+            raise  # the step is still open: finalize() again, or clear()
+        except ScoringError:
+            self._next_step()
+            raise
+        self._next_step()
+
+    def _next_step(self) -> None:
+        self._step, self._num_submitted = self._step + 1, 0
+
+
+def sample_of(theirs: Any) -> Sample:
+    """Our sample of one of theirs; its group is the `unique_id`, its metadata what is plain data in `extra_kwargs`."""
+    return Sample(
+        prompt=theirs.prompt or "",
+        image=theirs.image,
+        video=theirs.video,
+        audio=getattr(theirs, "audio", None),
+        condition_images=_listed(getattr(theirs, "condition_images", None)),
+        condition_videos=_listed(getattr(theirs, "condition_videos", None)),
+        group=theirs.unique_id,
+        metadata={key: value for key, value in theirs.extra_kwargs.items() if key not in _THEIRS and _is_plain(value)},
+    )
+
+
+def aggregation(method: Literal["gdpo", "sum"] = "gdpo", *, noise_floor: bool = True) -> Callable[..., Any]:
+    """Advantages that mask samples without a reward, as a function that their `compute_advantages` takes.
+
+        trainer.training_args.advantage_aggregation = aggregation("gdpo")
+
+    Weights and `global_std` are the trainer's; statistics are exact over all its ranks.
+    """
+
+    def aggregate(processor: Any, samples: Sequence[Any], rewards: Mapping[str, Any], store_to_samples: bool) -> Any:
+        import torch
+
+        gather = _gather if processor.accelerator.num_processes > 1 else None
+        weights = {name: processor.reward_weights[name] for name in rewards}
+        groups = [sample.unique_id for sample in samples]
+        if method == "gdpo":
+            found = gdpo(rewards, groups, weights, gather=gather, noise_floor=noise_floor)
+        else:
+            found = weighted_sum(
+                rewards, groups, weights, global_std=processor.global_std, gather=gather, noise_floor=noise_floor
+            )
+        advantages = torch.from_numpy(found).to(processor.accelerator.device)
+        if store_to_samples:
+            for sample, advantage in zip(samples, advantages, strict=True):
+                sample.extra_kwargs["advantage"] = advantage
+        return advantages
+
+    return aggregate
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What their processor reads of a reward model's answer."""
+
+    rewards: Any
+    extra_info: dict[str, Any] | None = None
+
+
+class QueuedRewardModel:
+    """A reward model for their unmodified trainer; scoring is done by our workers.
+
+        rewards:
+          - name: text
+            reward_model: trainer_client.adapters.flow_factory.QueuedRewardModel
+            model: OCR              # ours, with its options beside it
+            run: flux-ocr-7
+            batch_size: 16
+            async_reward: true
+            num_workers: 8          # batches in flight
+
+    It is pointwise and sees what their processor passes: prompt and media, no metadata. Their trainer has no masks, so
+    a sample without a reward raises, unless `on_failure: {value: x}` says what it counts.
+    """
+
+    required_fields: tuple[str, ...] = ("prompt",)
+    use_tensor_inputs = True
+
+    def __init__(self, config: Any, accelerator: Any) -> None:
+        import torch
+
+        options = dict(config.extra_kwargs)
+        model, run = options.pop("model", None), options.pop("run", None)
+        if not model or not run:
+            raise ConfigError(f"reward {config.name!r}: QueuedRewardModel needs model: and run:")
+        reward = {"name": config.name, "reward_model": model, "dtype": str(config.dtype), **options}
+        parsed = RewardConfig.from_dict({"rewards": {**reward, "batch_size": config.batch_size}})
+        if parsed.rewards[0].on_failure == "nan":
+            raise ConfigError(
+                f"reward {config.name!r}: one NaN makes their advantages NaN; use on_failure: {{value: x}}, or "
+                "RewardBuffer with aggregation"
+            )
+        if parsed.rewards[0].is_groupwise:
+            raise ConfigError(f"reward {config.name!r}: {model} compares a whole group; use RewardBuffer")
+        _count_as_theirs(type(self))
+        self.config, self.accelerator = config, accelerator
+        self.device = torch.device("cpu")  # media come here on their way to the workers
+        self.dtype = config.dtype
+        self.model = None
+        self._name = config.name
+        self.client = RewardClient(parsed, run, settings=load_settings())
+        weakref.finalize(self, self.client.close)
+
+    def to(self, device: Any) -> QueuedRewardModel:
+        """Nothing is here to be moved."""
+        return self
+
+    def __call__(
+        self,
+        prompt: list[str],
+        image: Any = None,
+        video: Any = None,
+        audio: Any = None,
+        condition_images: Any = None,
+        condition_videos: Any = None,
+    ) -> Output:
+        """The rewards of a batch, float32 `(batch_size,)`; called by several threads at once.
+
+        Raises:
+            ScoringError: Some samples have no reward; names the reasons.
+        """
+        media = {
+            "image": image,
+            "video": video,
+            "audio": audio,
+            "condition_images": condition_images and list(map(list, condition_images)),
+            "condition_videos": condition_videos and list(map(list, condition_videos)),
+        }
+        samples = [
+            Sample(prompt=text, **{name: values[i] for name, values in media.items() if values is not None})
+            for i, text in enumerate(prompt)
+        ]
+        batch = self.client.collect(ticket=self.client.submit(samples), progress=False)
+        return Output(batch.to_torch()[self._name])
+
+
+def _count_as_theirs(ours: type) -> None:
+    """Their processor asks `isinstance(model, PointwiseRewardModel)`; theirs is an abstract base class."""
+    abc = sys.modules.get("flow_factory.rewards.abc")
+    if abc is not None:
+        abc.PointwiseRewardModel.register(ours)
+
+
+def _gather(mine: Any) -> Sequence[Any]:
+    from accelerate.utils import gather_object
+
+    return list(gather_object([mine]))
+
+
+def _listed(values: Iterable[Any] | None) -> list[Any] | None:
+    return None if values is None else list(values)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,257 @@
+"""Groups being filled: members of one prompt come together, are sealed under a digest, and go as one entry.
+
+On one rank a group is sealed here, once `group_size` members are there or the step is collected. With several ranks
+its slots are in Redis (`tasks.groups.GroupSlots`), and whichever rank completes it sends it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks import outcomes
+from tasks.groups import GroupSlots, digest, draw_pairs
+from tasks.messages import Failure, SampleRequest
+from tasks.rewards import RewardSpec, Split
+from trainer_client.board import Board, Chunk, Entry, Slot
+
+OVERDUE_S = 1.0
+"""While someone waits, pointwise samples wait at most so long for the group that would carry them."""
+
+SlotPlace = tuple[int, int]
+"""(rank, index in the step of that rank); groups are in this order."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One sample of this rank in a group."""
+
+    slot: Slot
+    key: str
+    request: SampleRequest
+    holder: Entry
+    """Uses its payloads until the group has an entry of its own."""
+    carried: list[Entry] = field(default_factory=list)
+    """Entries of the same sample for the reward that is ranked: they go with the group, not by themselves."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A group of one groupwise reward that is not yet sealed, or not yet answered."""
+
+    spec: RewardSpec
+    split: Split
+    step: int
+    id: Any
+    size: int | None
+    key: str
+    """Where its slots are in Redis; empty on one rank."""
+    members: dict[SlotPlace, Member] = field(default_factory=dict)
+    opened_at: float = field(default_factory=time.monotonic)
+    digest: str = ""
+    entry: Entry | None = None
+
+
+class Groups:
+    """The groups of a client that wait for members. Safe between threads; calls with several ranks ask Redis."""
+
+    def __init__(self, board: Board, run: str, rank: int, slots: GroupSlots | None) -> None:
+        self._board, self._run, self._rank, self._slots = board, run, rank, slots
+        self._lock = threading.Lock()
+        self._groups: dict[tuple[Any, ...], Group] = {}
+
+    @property
+    def may_carry(self) -> bool:
+        """Whether entries of the ranked reward wait for their group: on one rank it is complete soon."""
+        return self._slots is None
+
+    def add(self, spec: RewardSpec, member: Member) -> list[Entry]:
+        """A member has been encoded (or cannot be); returns the group's entry if that seals it."""
+        slot = member.slot
+        with self._lock:
+            group = self._groups.setdefault((slot.split, slot.step, spec.name, slot.group), self._new_group(spec, slot))
+            group.members[self._rank, slot.index] = member
+            is_full = group.size is not None and len(group.members) >= group.size
+        if self._slots is not None:
+            return self._register(group, [member])
+        return self._seal_here([group]) if is_full else []
+
+    def release(self) -> list[Entry]:
+        """Someone waits in `collect()`: groups of unknown size are as large as they are."""
+        if self._slots is not None:
+            return []
+        with self._lock:
+            groups = [g for g in self._groups.values() if g.size is None]
+        return self._seal_here(groups)
+
+    def take_overdue(self) -> list[Entry]:
+        """Carried entries whose group does not get full: they go by themselves."""
+        with self._lock:
+            late = [g for g in self._groups.values() if time.monotonic() - g.opened_at > OVERDUE_S]
+            taken = [e for g in late for m in g.members.values() for e in m.carried]
+            for group in late:
+                for member in group.members.values():
+                    member.carried = []
+            return taken
+
+    def poll(self, *, register: bool) -> list[Entry]:
+        """Several ranks: ask which groups others have sealed; `register` puts our members there again, after a Redis
+        that was emptied. Returns entries that are new here, with the number of the message sent for each."""
+        if self._slots is None:
+            return []
+        with self._lock:
+            groups = [g for g in self._groups.values() if g.members]
+        new = [e for g in groups for e in self._register(g, list(g.members.values()))] if register else []
+        for group, (found, number) in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
+            if found and found != group.digest:
+                new += self._seal_shared(group, found, number)
+        self._forget_answered()
+        return new
+
+    def tell_number(self, chunk: Chunk) -> None:
+        """Tell the other ranks which message was sent for a group."""
+        for entry in chunk.entries:
+            if self._slots is not None and entry.group_key:
+                self._slots.set_number(entry.group_key, chunk.number)
+
+    def why_open(self, slot: Slot, spec: RewardSpec) -> str | None:
+        """Why a slot's group has no entry yet: which of its slots are there."""
+        group = self._groups.get((slot.split, slot.step, spec.name, slot.group))
+        if group is None or group.entry is not None:
+            return None
+        places = sorted(self._slots.members(group.key)) if self._slots is not None else sorted(group.members)
+        ranks: dict[int, list[int]] = {}
+        for rank, index in places:
+            ranks.setdefault(rank, []).append(index)
+        there = "; ".join(f"rank {rank}: samples {', '.join(map(str, found))}" for rank, found in ranks.items())
+        size = group.size or 0
+        return (
+            f"group {group.id!r} of step {group.step} has {len(places)} of {size} members, "
+            f"{size - len(places)} are missing ({there} are there)"
+        )
+
+    def forget(self, slots: Iterable[Slot]) -> None:
+        """These slots are collected, or given up."""
+        gone = set(map(id, slots))
+        with self._lock:
+            for key, group in list(self._groups.items()):
+                left = {p: m for p, m in group.members.items() if id(m.slot) not in gone}
+                for member in group.members.values():
+                    if id(member.slot) in gone:
+                        self._board.release(member.holder)
+                group.members = left
+                if not left:
+                    del self._groups[key]
+
+    # --- private ---------------------------------------------------------------------------------
+
+    def _new_group(self, spec: RewardSpec, slot: Slot) -> Group:
+        key = ""
+        if self._slots is not None:
+            name = hashlib.sha256(repr(slot.group).encode()).hexdigest()[:16]
+            key = self._slots.key(slot.split, slot.step, spec.fingerprint, name)
+        return Group(spec, slot.split, slot.step, slot.group, slot.group_size, key)
+
+    def _seal_here(self, groups: Sequence[Group]) -> list[Entry]:
+        new = []
+        for group in groups:
+            with self._lock:
+                if group.entry is not None:
+                    continue
+                members = dict(sorted(group.members.items()))
+                group.digest = digest([m.key for m in members.values()])
+                group.entry = self._entry(group, {p: (m.key, m.request) for p, m in members.items()})
+                self._groups.pop((group.split, group.step, group.spec.name, group.id), None)
+            new += self._join(group)
+        return new
+
+    def _register(self, group: Group, members: Sequence[Member]) -> list[Entry]:
+        """Put members into their slots; the entry if that completes the group."""
+        assert self._slots is not None
+        for member in members:
+            place = (self._rank, member.slot.index)
+            found = self._slots.register(
+                group.key, place, member.key, member.request, group.size or 0, group.spec.fingerprint
+            )
+            if found.state in ("full", "scored"):
+                self._refuse(group, member, found.state)
+            elif found.state == "sealed" and found.digest != group.digest:
+                return self._seal_shared(group, found.digest, 0)
+        return []
+
+    def _refuse(self, group: Group, member: Member, state: str) -> None:
+        where = f"run {self._run!r}, step {group.step}, group {group.id!r}"
+        message = (
+            f"{where}: it has its {group.size} members already, this sample is one more"
+            if state == "full"
+            else f"{where}: the group was scored with another sample in this slot (rank {self._rank}, "
+            f"sample {member.slot.index}); give this start of the job a launch= of its own"
+        )
+        with self._lock:
+            group.members.pop((self._rank, member.slot.index), None)
+        self._board.fail_reward(member.slot, group.spec, Failure(kind="invalid", message=message))
+        self._board.release(member.holder)
+
+    def _seal_shared(self, group: Group, found: str, number: int) -> list[Entry]:
+        """A group that all ranks together have completed, or completed anew with another member."""
+        assert self._slots is not None
+        members = self._slots.members(group.key)
+        if digest([key for key, _ in members.values()]) != found:
+            return []  # changed between the two questions: the next one tells
+        with self._lock:
+            group.digest = found
+            group.entry = self._entry(group, members)
+            group.entry.sent_number = number
+        return self._join(group)
+
+    def _entry(self, group: Group, members: dict[SlotPlace, tuple[str, SampleRequest]]) -> Entry:
+        spec = group.spec
+        assert group.digest, "a group has its digest before its entry"
+        entry = Entry(outcomes.address(self._run, spec.fingerprint, group.digest), spec)
+        entry.members = tuple(request for _, request in members.values())
+        entry.places = {place: i for i, place in enumerate(members)}
+        entry.group_key = group.key
+        if spec.how == "wins":
+            keys = [key for key, _ in members.values()]
+            fit = [i for i, m in enumerate(entry.members) if m.failure is None]
+            entry.pairs = tuple(
+                (fit[a], fit[b]) for a, b in draw_pairs(group.digest, len(fit), spec.options["opponents"])
+            )
+            entry.comparisons = tuple(
+                _comparison(self._run, spec, entry.members[a], entry.members[b], keys[a], keys[b])
+                for a, b in entry.pairs
+            )
+        return entry
+
+    def _join(self, group: Group) -> list[Entry]:
+        """Give the group's members of this rank its entry; returns it if it is new here."""
+        assert group.entry is not None
+        known = self._board.join_group(group.entry, group.spec.name, group.members, self._rank)
+        is_new = known is group.entry
+        group.entry = known
+        return [known] if is_new else []
+
+    def _forget_answered(self) -> None:
+        with self._lock:
+            for key, group in list(self._groups.items()):
+                if group.entry is not None and group.entry.outcome is not None:
+                    del self._groups[key]
+
+
+def _comparison(
+    run: str, spec: RewardSpec, first: SampleRequest, second: SampleRequest, first_key: str, second_key: str
+) -> SampleRequest:
+    """Two members as one sample of the judge that compares them: each of its media fields has those of both."""
+    key = hashlib.sha256(f"{first_key} {second_key}".encode()).hexdigest()[:32]
+    media: dict[str, Any] = {
+        name: (ref, second.media[name])
+        for name, ref in first.media.items()
+        if name in second.media and not isinstance(ref, tuple)
+    }
+    return SampleRequest(
+        address=outcomes.address(run, spec.fingerprint, key), prompt=first.prompt, media=media, attempt=first.attempt
+    )

@@ -1,0 +1,176 @@
+"""The samples of all ranks as one table: groups as numbers, rewards as columns, NaN where a reward does not vote."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
+
+Gather = Callable[[Any], Sequence[Any]]
+"""Takes one picklable object of this rank, returns those of all ranks in the same order on each."""
+
+T = TypeVar("T")
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Rewards travel as float32; what is beyond it counts as infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What one rank brings; rewards with a weight of 0 are left out."""
+
+    names: tuple[str, ...]
+    """Of the `K` rewards, sorted."""
+    weights: tuple[float, ...]
+    groups: tuple[Hashable, ...]
+    rewards: Floats
+    """`(N, K)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The samples of all ranks."""
+
+    weights: tuple[float, ...]
+    rewards: Floats
+    """`(N, K)`."""
+    groups: Ints
+    """`(N,)`, in `range(num_groups)`."""
+    num_groups: int
+    mine: slice
+    """Which samples are this rank's."""
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def sum_in_groups(self, values: Any) -> Floats:
+        """`(num_groups,)` sums of `(N,)` values."""
+        return np.asarray(np.bincount(self.groups, weights=values, minlength=self.num_groups), dtype=np.float64)
+
+
+def tabulate(
+    rewards: Mapping[str, Any],
+    groups: Sequence[Hashable],
+    weights: Mapping[str, float],
+    valid: Mapping[str, Any] | None,
+    gather: Gather | None,
+) -> Table:
+    """The samples of all ranks; arguments are those of `advantages.weighted_sum`."""
+    everyone, mine = exchange(lambda: _columns(rewards, groups, weights, valid), gather)
+    first = everyone[0]
+    for columns in everyone:
+        if (columns.names, columns.weights) != (first.names, first.weights):
+            raise ValueError(
+                "ranks must have the same rewards and weights, found "
+                f"{dict(zip(first.names, first.weights, strict=True))} and "
+                f"{dict(zip(columns.names, columns.weights, strict=True))}"
+            )
+    group_numbers, num_groups = number(group for columns in everyone for group in columns.groups)
+    start = sum(len(columns.groups) for columns in everyone[:mine])
+    return Table(
+        weights=first.weights,
+        rewards=np.concatenate([columns.rewards for columns in everyone]),
+        groups=group_numbers,
+        num_groups=num_groups,
+        mine=slice(start, start + len(everyone[mine].groups)),
+    )
+
+
+def exchange(make: Callable[[], T], gather: Gather | None) -> tuple[list[T], int]:
+    """What `make` gives on each rank, and which is ours.
+
+    `gather` is called exactly once, also where `make` raises `ValueError` or `TypeError`: then all ranks raise, and
+    none waits for one that has left.
+    """
+    if gather is None:
+        return [make()], 0
+    token = uuid.uuid4().hex
+    made: list[T] = []
+    problem = None
+    try:
+        made.append(make())
+    except (TypeError, ValueError) as error:
+        problem = str(error)
+    answers = list(gather((token, problem, made)))
+    tokens = [answer[0] for answer in answers]
+    if token not in tokens:
+        raise ValueError("gather must return the objects of all ranks, this one's among them")
+    problems = [f"rank {i} of those gathered: {answer[1]}" for i, answer in enumerate(answers) if answer[1] is not None]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return [answer[2][0] for answer in answers], tokens.index(token)
+
+
+def number(groups: Any) -> tuple[Ints, int]:
+    """Group ids as numbers from 0 in order of first sight, and how many there are."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
+
+
+def to_float64(values: Any) -> Floats:
+    """An array, a tensor on any device or a list (None becomes NaN) as float64."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _columns(
+    rewards: Mapping[str, Any],
+    groups: Sequence[Hashable],
+    weights: Mapping[str, float],
+    valid: Mapping[str, Any] | None,
+) -> Columns:
+    ids = _ids(groups)
+    counting = _check_weights(rewards, weights)
+    unknown = sorted(set(valid or ()) - set(rewards))
+    if unknown:
+        raise ValueError(f"valid has {', '.join(unknown)}, rewards are {', '.join(sorted(rewards))}")
+    columns = np.full((len(ids), len(counting)), np.nan)
+    for k, name in enumerate(counting):
+        columns[:, k] = _votes(name, rewards[name], (valid or {}).get(name), len(ids))
+    return Columns(tuple(counting), tuple(counting.values()), ids, columns)
+
+
+def _check_weights(rewards: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights that count (other than 0), sorted by name."""
+    if set(rewards) != set(weights):
+        raise ValueError(
+            f"each reward needs its weight: rewards are {', '.join(sorted(rewards)) or 'none'}, "
+            f"weights are for {', '.join(sorted(weights)) or 'none'}"
+        )
+    for name, weight in weights.items():
+        if not abs(weight) <= LARGEST:
+            raise ValueError(f"the weight of {name!r} must be a finite number, found {weight}")
+    return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 0}
+
+
+def _votes(name: str, values: Any, valid: Any, num_samples: int) -> Floats:
+    """One reward as `(N,)`, NaN where it does not vote."""
+    column = to_float64(values)
+    if column.shape != (num_samples,):
+        raise ValueError(f"the reward {name!r} must have the shape ({num_samples},), found {column.shape}")
+    votes = np.abs(column) <= LARGEST  # False for NaN
+    if valid is not None:
+        mask = np.asarray(valid.detach().cpu() if hasattr(valid, "detach") else valid)
+        if mask.shape != column.shape or (mask.size and mask.dtype != np.bool_):
+            raise ValueError(f"valid[{name!r}] must be bool ({num_samples},), found {mask.dtype} {mask.shape}")
+        votes &= mask.astype(bool)
+    return np.where(votes, column, np.nan)
+
+
+def _ids(groups: Any) -> tuple[Hashable, ...]:
+    """Group ids as plain objects; those in an array or a tensor by value."""
+    ids = tuple(groups.tolist() if hasattr(groups, "tolist") else groups)
+    for i, group in enumerate(ids):
+        try:
+            hash(group)
+        except TypeError:
+            raise ValueError(f"group ids must be hashable, found a {type(group).__name__} at {i}") from None
+    return ids

@@ -1,0 +1,268 @@
+"""One question to a judge: which of its servers is asked, within which budget and deadline, and what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from tasks.connections import LOST
+from tasks.errors import BusyError
+from workers.base import Unscored
+from workers.judges.budget import FleetBudget, fleet_budget
+from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
+from workers.judges.endpoints import Endpoint, least_busy
+
+MAX_WORDS = 500
+"""Characters of a server's answer that a reason repeats."""
+
+COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
+"""Finish reasons of a reply that ended by itself; some servers give none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A chat completion."""
+
+    text: str
+    finish_reason: str | None
+    candidates: tuple[tuple[str, float], ...]
+    """Of the first token: text and log probability, most likely first; empty if the server gave none."""
+    model: str
+    num_requests: int
+
+    def complete_text(self) -> str:
+        """The text, if it is whole.
+
+        Raises:
+            Unscored: `unparsable`; it was cut or is empty. What arrived is kept in its info.
+        """
+        info = {"judge": {"text": self.text, "finish_reason": self.finish_reason}}
+        if self.finish_reason == "length":
+            raise Unscored("unparsable", "the judge's reply was cut at max_tokens; it is not scored on a part", info)
+        if self.finish_reason not in COMPLETE:
+            raise Unscored("unparsable", f"the judge's reply ended by {self.finish_reason!r}, not by itself", info)
+        if not self.text.strip():
+            raise Unscored("unparsable", "the judge's reply is empty", info)
+        return self.text
+
+
+class Chat:
+    """A judge's way to its servers. Used by any thread.
+
+    Args:
+        options: A judge's options.
+        timeout_s: Seconds for one question in all: retries, other servers, and waiting between them.
+    """
+
+    def __init__(self, options: Mapping[str, Any], timeout_s: float) -> None:
+        given = options["api_base_url"]
+        urls = [given] if isinstance(given, str) else given
+        self._loop = judge_loop()
+        self._endpoints = [self._loop.endpoint(url, api_key(url, options["api_key_env"])) for url in urls]
+        self._model: str = options["vlm_model"]
+        self._timeout, self._timeout_s = options["timeout"], timeout_s
+        self._max_retries: int = options["max_retries"]
+        self._fleet_max: int = options["fleet_max_concurrent"]
+        self._at_once: int = max(1, options["max_concurrent"])
+        self._params = {"temperature": options["temperature"], "extra_body": options["extra_body"] or None}
+        self._clients: dict[tuple[Endpoint, int], Any] = {}
+
+    @property
+    def at_once(self) -> int:
+        """How many questions of one call are asked side by side."""
+        return self._at_once
+
+    def admit(self) -> None:
+        """Raise `BusyError` if the fleet's budget is in use at every server."""
+        if not self._fleet_max:
+            return
+        try:
+            if any(fleet_budget().has_room(e.url, self._fleet_max) for e in self._endpoints):
+                return
+        except LOST as error:
+            raise BusyError(f"Redis is away, which holds the budget of the judge: {error}") from None
+        raise self._busy()
+
+    def ask(self, chats: Sequence[list[Any]], **params: Any) -> list[Reply | Unscored | BusyError]:
+        """Ask questions side by side; each has `timeout_s`.
+
+        Returns:
+            For each a reply, the reason that there is none, or that no server could be asked within the budget.
+        """
+        return self._loop.run_all([self._ask_one(messages, params) for messages in chats])
+
+    async def _ask_one(self, messages: list[Any], params: Mapping[str, Any]) -> Reply:
+        count = Requests()
+        requests.set(count)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._ask_somewhere(messages, params, count)
+        except TimeoutError:
+            after = _after(count)
+            raise Unscored("timeout", f"no answer within timeout_s={self._timeout_s:g} seconds{after}") from None
+        except openai.OpenAIError as error:
+            raise _reason(error, self._timeout, count) from None
+
+    async def _ask_somewhere(self, messages: list[Any], params: Mapping[str, Any], count: Requests) -> Reply:
+        """Ask the least busy server; one that fails is followed by the next, the last gets the retries left."""
+        left = list(self._endpoints)
+        while True:
+            async with self._place(left) as endpoint:
+                left.remove(endpoint)
+                others = any(e.is_well for e in left)
+                retries = 0 if others else max(0, self._max_retries - count.num)
+                try:
+                    reply = await self._ask_at(endpoint, retries, messages, params, count)
+                except (openai.APIConnectionError, openai.APIStatusError) as error:
+                    if _is_the_servers(error):
+                        endpoint.failed()
+                    else:
+                        endpoint.answered()
+                    if not (others and _may_help_elsewhere(error)):
+                        raise
+                else:
+                    endpoint.answered()
+                    return reply
+
+    async def _ask_at(
+        self, endpoint: Endpoint, retries: int, messages: list[Any], params: Mapping[str, Any], count: Requests
+    ) -> Reply:
+        uncounted = requests.set(Requests())  # the list of models is no request of this question's
+        try:
+            name = await endpoint.model_name(self._model, self._client(endpoint, retries))
+        finally:
+            requests.reset(uncounted)
+        completions = self._client(endpoint, retries).chat.completions.with_raw_response
+        raw = await completions.create(model=name, messages=messages, **self._params, **params)
+        return read_reply(raw.content, name, count.num)
+
+    def _client(self, endpoint: Endpoint, retries: int) -> Any:
+        if (endpoint, retries) not in self._clients:
+            options = {"timeout": self._timeout, "max_retries": retries}
+            self._clients[endpoint, retries] = endpoint.client.with_options(**options)
+        return self._clients[endpoint, retries]
+
+    @asynccontextmanager
+    async def _place(self, endpoints: Sequence[Endpoint]) -> AsyncIterator[Endpoint]:
+        """The server to ask, with its place in the fleet's budget. Raises `BusyError` if there is none."""
+        left = list(endpoints)
+        while left:
+            endpoint = least_busy(left)
+            with endpoint.asked():
+                if not self._fleet_max:
+                    yield endpoint
+                    return
+                lease = await self._lease(endpoint)
+                if lease is not None:
+                    try:
+                        yield endpoint
+                        return
+                    finally:  # not awaited: it may not hold up a deadline
+                        _give_back(fleet_budget(), lease)
+            left.remove(endpoint)
+        raise self._busy()
+
+    async def _lease(self, endpoint: Endpoint) -> str | None:
+        budget = fleet_budget()
+        asking = asyncio.get_running_loop().run_in_executor(None, budget.acquire, endpoint.url, self._fleet_max)
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:  # the thread goes on: what it still gets is given back
+            asking.add_done_callback(lambda got: None if got.exception() else _give_back(budget, got.result()))
+            raise
+        except LOST as error:
+            raise BusyError(f"Redis is away, which holds the budget of the judge: {error}") from None
+
+    def _busy(self) -> BusyError:
+        urls = ", ".join(e.url for e in self._endpoints)
+        return BusyError(f"all {self._fleet_max} requests that fleet_max_concurrent allows are in flight at {urls}")
+
+
+def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
+    """The reply in the body of an answer.
+
+    Raises:
+        Unscored: `failed`; it is no chat completion, or one without a choice.
+    """
+    try:
+        choice = json.loads(content)["choices"][0]
+        message = choice["message"]
+        return Reply(
+            text=_text(message.get("content")),
+            finish_reason=choice.get("finish_reason"),
+            candidates=_candidates(choice.get("logprobs")),
+            model=model,
+            num_requests=num_requests,
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        words = _cut(content.decode("utf-8", "replace"))
+        raise Unscored("failed", f"the judge's server sent no chat completion but {words!r}") from None
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+def _give_back(budget: FleetBudget, lease: str | None) -> None:
+    if lease is not None:
+        asyncio.get_running_loop().run_in_executor(None, budget.release, lease)
+
+
+def _text(content: Any) -> str:
+    """The text of a message, which is a text or a list of parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return str(content or "")
+
+
+def _candidates(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    tokens = (logprobs or {}).get("content")
+    if not tokens:
+        return ()
+    found = tokens[0].get("top_logprobs") or [tokens[0]]
+    return tuple((str(c["token"]), float(c["logprob"])) for c in found)
+
+
+def _is_the_servers(error: openai.OpenAIError) -> bool:
+    """Whether a server is not well: it cannot be reached, does not answer, or breaks."""
+    return isinstance(error, openai.APIConnectionError | openai.InternalServerError)
+
+
+def _may_help_elsewhere(error: openai.OpenAIError) -> bool:
+    """Whether another server may answer what this one did not: it is not well, or has too much to do."""
+    return _is_the_servers(error) or getattr(error, "status_code", None) in (408, 409, 429)
+
+
+def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unscored:
+    """The reason for an error of the API: what the server said."""
+    after = _after(count)
+    if isinstance(error, openai.APITimeoutError):
+        return Unscored("timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}")
+    if isinstance(error, openai.APIStatusError):
+        return Unscored("failed", f"the judge answered {error.status_code}{after}: {_server_words(error)}")
+    if isinstance(error, openai.APIConnectionError):
+        cause = error.__cause__ or error
+        return Unscored("failed", f"no connection to the judge{after}: {type(cause).__name__}: {cause}")
+    return Unscored("failed", f"{type(error).__name__}{after}: {error}")
+
+
+def _after(count: Requests) -> str:
+    return f" after {count.num} request{'s' if count.num != 1 else ''}"
+
+
+def _server_words(error: Any) -> str:
+    """What the server said, without the key: the message in its error, else its answer as it is."""
+    body = error.body if isinstance(error.body, Mapping) else {}
+    found = [body[name] for name in ("message", "detail", "error") if isinstance(body.get(name), str)]
+    words: str = found[0] if found else error.response.text
+    key = error.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return _cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."

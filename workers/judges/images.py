@@ -1,0 +1,79 @@
+"""Images as judges are sent them: frames of a video, and `data:` URLs encoded once however many rewards ask."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from PIL import Image
+
+from tasks.media import JPEG_QUALITY, digest
+
+CACHE_BYTES = 64 * 2**20
+"""Encoded images of a process that are kept for the next reward that asks for them."""
+
+
+class DataUrls:
+    """The `data:` URLs of images, the least recently used dropped above `max_bytes`. Safe between threads."""
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+        self._urls: OrderedDict[tuple[str, str], Future[str]] = OrderedDict()
+
+    def of(self, image: Image.Image, image_format: str) -> str:
+        """The URL; a thread that asks for one that another encodes waits for that."""
+        key = digest(f"{image.mode} {image.size} ".encode() + image.tobytes()), image_format
+        with self._lock:
+            url = self._urls.get(key)
+            if url is not None:
+                self._urls.move_to_end(key)
+            else:
+                mine = self._urls[key] = Future()
+        if url is not None:
+            return url.result()
+        try:
+            mine.set_result(data_url(image, image_format))
+        except BaseException as error:
+            with self._lock:
+                del self._urls[key]
+            mine.set_exception(error)
+            raise
+        self._count(len(mine.result()))
+        return mine.result()
+
+    def _count(self, num_bytes: int) -> None:
+        with self._lock:
+            self._num_bytes += num_bytes
+            for key in list(self._urls):
+                if self._num_bytes <= self._max_bytes:
+                    break
+                if self._urls[key].done():
+                    self._num_bytes -= len(self._urls.pop(key).result())
+
+
+DATA_URLS = DataUrls()
+"""Those of this process."""
+
+
+def data_url(image: Image.Image, image_format: str) -> str:
+    """The image as a `data:` URL; JPEG and WebP at quality 95, PNG at its fastest."""
+    options: dict[str, Any] = {"compress_level": 1} if image_format == "png" else {"quality": JPEG_QUALITY}
+    buffer = io.BytesIO()
+    image.save(buffer, image_format.upper(), **options)
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def evenly_spaced(frames: Sequence[Any], num_frames: int) -> list[Any]:
+    """`num_frames` of a video from the first to the last, or all if there are fewer; one is the first."""
+    if num_frames == 1:
+        return [frames[0]]
+    last = len(frames) - 1
+    places = dict.fromkeys(round(i * last / (num_frames - 1)) for i in range(num_frames))
+    return [frames[place] for place in places]

@@ -1,0 +1,108 @@
+"""What pointwise judges have in common: options, images to URLs, a question for each sample, reasons for failures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from tasks import catalog
+from tasks.errors import BusyError
+from workers.base import (
+    Accelerator,
+    PointwiseRewardModel,
+    RewardArguments,
+    RewardModelOutput,
+    Unscored,
+    frames_of,
+    this_call,
+)
+from workers.judges.chat import Chat, Reply
+from workers.judges.images import DATA_URLS, evenly_spaced
+
+Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
+"""The reward of a sample or why there is none, and what to keep beside it."""
+
+
+class Judge(PointwiseRewardModel):
+    """Asks a judge one question about each sample. A subclass writes the question and reads the reply.
+
+    `info["judge"]` keeps what was read. The options are those of the built-in `catalog_name`, which a subclass of
+    yours inherits with their defaults.
+    """
+
+    catalog_name: ClassVar[str]
+    required_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+    optional_fields: ClassVar[tuple[str, ...]] = ("image", "video")
+    thread_safe = True
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        entry = catalog.CATALOG[self.catalog_name]
+        self.options = {**{name: o.default for name, o in entry.options.items()}, **config.extra_kwargs}
+        is_named = config.image_format in ("png", "jpeg", "webp")
+        self._image_format = config.image_format if is_named else entry.image_format
+        self.chat = Chat(self.options, config.timeout_s)
+
+    def admit(self) -> None:
+        """Raise `BusyError` if the fleet's budget is in use."""
+        self.chat.admit()
+
+    def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
+        """The question about one sample. `frames` are its image, or the frames of its video to show."""
+        raise NotImplementedError
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the request besides temperature."""
+        raise NotImplementedError
+
+    def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
+        """The reward in a reply, and what to keep. Raises `Unscored`."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        image: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        condition_images: Sequence[Any] | None = None,
+        condition_videos: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> RewardModelOutput:
+        """Rewards `(N,)` in [0, 1], one request after another unless `max_concurrent` is given."""
+        all_frames = frames_of(len(prompt), image, video)
+        samples = zip(prompt, all_frames, condition_images or [()] * len(prompt), strict=True)
+        answers: list[Answer] = []
+        with its_own_deadline():
+            while some := list(itertools.islice(samples, self.chat.at_once)):
+                chats = [self.messages(p, evenly_spaced(f, self.options["frames"]), c or ()) for p, f, c in some]
+                answers += [self._answer(reply) for reply in self.chat.ask(chats, **self.params)]
+        return RewardModelOutput(
+            rewards=[reward for reward, _ in answers], extra_info={"judge": [info for _, info in answers]}
+        )
+
+    def urls(self, images: Sequence[Any]) -> list[str]:
+        """The images as `data:` URLs."""
+        return [DATA_URLS.of(image, self._image_format) for image in images]
+
+    def _answer(self, reply: Reply | Unscored | BusyError) -> Answer:
+        if not isinstance(reply, Reply):
+            return reply, {}
+        try:
+            reward, info = self.read(reply)
+        except Unscored as reason:
+            return reason, {}
+        return reward, {**info, "model": reply.model, "num_requests": reply.num_requests}
+
+
+@contextmanager
+def its_own_deadline() -> Iterator[None]:
+    """Meanwhile the worker's watchdog does not count: a judge keeps `timeout_s` by itself, a sample at a time."""
+    clock = getattr(this_call, "clock", None)
+    if clock is not None:
+        clock.pause()
+    yield
+    if clock is not None:
+        clock.restart()

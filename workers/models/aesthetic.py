@@ -1,0 +1,74 @@
+"""The LAION aesthetic predictor: how people rate an image, whatever its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tasks.errors import ModelLoadError
+from workers.base import Accelerator, RewardArguments
+from workers.models.checkpoints import find_file, loading
+from workers.models.clip_towers import FrameReward, load_preprocessing, load_transformers, pooled
+
+HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
+HEAD_LAYERS = (0, 2, 4, 6, 7)
+"""Where the head's five affine layers are in its checkpoint; dropout, which does nothing here, is between them."""
+
+
+class Aesthetic(FrameReward):
+    """A head of five affine layers (768-1024-128-64-16-1) on the L2-normalised image embedding of CLIP ViT-L/14.
+
+    Schuhmann, "improved-aesthetic-predictor" (2022), the head `sac+logos+ava1-l14-linearMSE` of LAION aesthetics v2:
+    ratings from 1 to 10, most images between 4 and 7. The head computes in float32. A video's reward is the mean over
+    its frames. Version 1.
+    """
+
+    required_fields = ()
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        options = config.extra_kwargs
+        self.tower = _ImageTower(options, self.device, self.dtype)
+        path = find_file("checkpoint_path", options["checkpoint_path"], options["checkpoint_file"])
+        with loading("checkpoint_path", path):
+            self._head = load_head(path).to(self.device)
+
+    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+        """`(F,)`."""
+        ratings: torch.Tensor = self._head(embedded)
+        return ratings.squeeze(-1)
+
+
+class _ImageTower:
+    def __init__(self, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        name, revision = options["model_name_or_path"], options["revision"]
+        self.preprocessing = load_preprocessing(name, revision, options["preprocessing"])
+        model = load_transformers(name, revision)
+        del model.text_model, model.text_projection
+        self._model = model.to(device, dtype)
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        return pooled(self._model.get_image_features(pixel_values=inputs))
+
+
+def load_head(path: str) -> torch.nn.Module:
+    """The head in a checkpoint of keys `layers.0.weight` to `layers.7.bias`.
+
+    Raises:
+        ModelLoadError: Its layers are others.
+    """
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    layers = []
+    for at, wide, narrow in zip(HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False):
+        weight, bias = (weights.get(f"layers.{at}.{part}") for part in ("weight", "bias"))
+        if weight is None or bias is None or tuple(weight.shape) != (narrow, wide):
+            raise ModelLoadError(
+                f"{path} is no LAION aesthetic head: layers.{at} needs a weight ({narrow}, {wide}) and a bias, "
+                f"found {'none' if weight is None else tuple(weight.shape)}"
+            )
+        layer = torch.nn.Linear(wide, narrow)
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layers.append(layer)
+    return torch.nn.Sequential(*layers).eval()

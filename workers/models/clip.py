@@ -1,0 +1,48 @@
+"""CLIP: how well an image matches its prompt."""
+
+from __future__ import annotations
+
+from tasks.errors import ModelLoadError
+from workers.base import Accelerator, RewardArguments
+from workers.models.clip_towers import OpenClipTowers, TextImageReward, TransformersTowers
+
+
+class CLIP(TextImageReward):
+    """`cos(text, image)`, in [-1, 1]; 0.15 to 0.35 with OpenAI's weights.
+
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The weights are any
+    transformers CLIP's (`backend: transformers`) or any open_clip model's (`backend: open_clip`). Text is padded and
+    cut at the model's context length, 77. A video is judged by its first frame, as in Flow-Factory, or by the mean over
+    its frames (`frames: mean`). Version 1.
+    """
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        self.first_frame_only = config.extra_kwargs["frames"] == "first"
+        self.tower = self._open_clip() if config.extra_kwargs["backend"] == "open_clip" else self._transformers()
+
+    def _transformers(self) -> TransformersTowers:
+        options = self.config.extra_kwargs
+        name = options["model_name_or_path"]
+        if options["pretrained"]:
+            raise ModelLoadError(f"pretrained={options['pretrained']!r} is an option of backend: open_clip")
+        return TransformersTowers(
+            name,
+            options["processor_name_or_path"] or name,
+            options["revision"],
+            self.device,
+            self.dtype,
+            options["preprocessing"],
+        )
+
+    def _open_clip(self) -> OpenClipTowers:
+        options = self.config.extra_kwargs
+        for name in ("revision", "processor_name_or_path"):
+            if options[name]:
+                raise ModelLoadError(
+                    f"{name}={options[name]!r} is an option of backend: transformers; pin an open_clip model by "
+                    "model_name_or_path: local-dir:<directory>"
+                )
+        return OpenClipTowers(
+            options["model_name_or_path"], options["pretrained"], self.device, self.dtype, options["preprocessing"]
+        )

@@ -1,0 +1,154 @@
+"""How a CLIP sees an image: resized, cut or padded to its square, normalised; by PIL on the CPU, or on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+Backend = Literal["pil", "tensor"]
+"""Who resizes. `pil`: Pillow on the CPU, the reference of CLIP. `tensor`: torch on the model's device, antialiased, in
+float32 rounded once, as torchvision does on CUDA; 0.15 of 256 levels a pixel apart, a few where colours saturate."""
+
+_PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """One way from an RGB image to the `(3, H, W)` a tower was trained on.
+
+    Attributes:
+        fit: `shortest` makes the shorter edge `edge` and `longest` the longer one, both keep the shape;
+            `squash` makes both edges so long; None leaves the size.
+        edge: `(height, width)` to resize to; equal unless squashed.
+        size: `(height, width)` that the middle is cut to, or padded to with black.
+        halves: Half of an odd margin is rounded `down` (transformers), or to the `nearest`, ties to even (torchvision).
+        to_levels: Whether the tensor backend rounds to 256 levels as an image file would.
+    """
+
+    fit: Literal["shortest", "longest", "squash"] | None
+    edge: tuple[int, int]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    halves: Literal["down", "nearest"] = "down"
+    backend: Backend = "pil"
+    to_levels: bool = True
+
+    def pixels(self, images: Sequence[Image.Image], device: Any) -> torch.Tensor:
+        """Levels 0 to 255 of `N` images, `(N, 3, H, W)`: uint8 on the CPU (`pil`) or float32 on `device` (`tensor`)."""
+        if self.backend == "tensor":
+            return torch.stack([self._resized_tensor(image, device) for image in images])
+        levels_NHWC = np.stack([np.asarray(self._resized_image(image)) for image in images])
+        return torch.from_numpy(levels_NHWC).permute(0, 3, 1, 2)
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What a tower takes: `(pixels / 255 - mean) / std`, float32."""
+        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255.0 - mean) / std
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """`(height, width)` of an image of this size after the resize."""
+        if self.fit is None:
+            return height, width
+        if self.fit == "squash":
+            return self.edge
+        if self.fit == "longest":
+            scale = self.edge[0] / max(height, width)
+            return round(height * scale), round(width * scale)
+        short, long = sorted((height, width))
+        scaled = int(self.edge[0] * long / short)
+        return (self.edge[0], scaled) if height <= width else (scaled, self.edge[0])
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, bottom, right of the middle in a resized image; outside of it where it is to be padded."""
+        top, left = self._half(height - self.size[0]), self._half(width - self.size[1])
+        return top, left, top + self.size[0], left + self.size[1]
+
+    def _half(self, margin: int) -> int:
+        if margin < 0:
+            return -(-margin // 2)
+        return margin // 2 if self.halves == "down" else round(margin / 2)
+
+    def _resized_image(self, image: Image.Image) -> Image.Image:
+        image = _rgb(image)
+        height, width = self.resized_size(image.height, image.width)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), _PIL_FILTERS[self.interpolation])
+        top, left, bottom, right = self.box(height, width)
+        return image.crop((left, top, right, bottom))
+
+    def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
+        levels = torch.from_numpy(np.array(_rgb(image))).to(device).permute(2, 0, 1).float()
+        height, width = self.resized_size(image.height, image.width)
+        if (height, width) != (image.height, image.width):
+            resized = torch.nn.functional.interpolate(
+                levels[None], (height, width), mode=self.interpolation, antialias=True, align_corners=False
+            )[0]
+            levels = resized.clamp(0.0, 255.0).round() if self.to_levels else resized
+        top, left, bottom, right = self.box(height, width)
+        return torch.nn.functional.pad(levels, (-left, right - width, -top, bottom - height))
+
+
+def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
+    """The preprocessing that a transformers CLIP image processor describes. Raises ValueError for another kind."""
+    size, cut = _sizes(processor.size), _sizes(processor.crop_size)
+    fit: Any = None
+    edge = (0, 0)
+    if processor.do_resize:
+        fit = "shortest" if "shortest_edge" in size else "squash"
+        edge = (size["shortest_edge"],) * 2 if fit == "shortest" else (size["height"], size["width"])
+    if not processor.do_center_crop and fit != "squash":
+        raise ValueError(f"the image processor neither crops nor resizes to one size: {size}")
+    filters = {int(pil): name for name, pil in _PIL_FILTERS.items()}
+    if int(processor.resample) not in filters:
+        raise ValueError(f"the image processor resizes by filter {processor.resample}; known are {filters}")
+    return Preprocessing(
+        fit=fit,
+        edge=edge,
+        size=(cut["height"], cut["width"]) if processor.do_center_crop else edge,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        interpolation=filters[int(processor.resample)],
+        backend=backend,
+    )
+
+
+def of_open_clip(config: Mapping[str, Any], backend: Backend) -> Preprocessing:
+    """The preprocessing in an open_clip model's `preprocess_cfg`. Raises ValueError for another kind."""
+    size = config["size"]
+    edge = (size, size) if isinstance(size, int) else (size[0], size[1])
+    if config["interpolation"] not in _PIL_FILTERS or config.get("fill_color"):
+        raise ValueError(f"its images are preprocessed in a way unknown here: {dict(config)}")
+    if edge[0] != edge[1] and config["resize_mode"] != "squash":
+        raise ValueError(f"its images are not square and not squashed, which is unknown here: {dict(config)}")
+    return Preprocessing(
+        fit=config["resize_mode"],
+        edge=edge,
+        size=edge,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        halves="nearest",
+        backend=backend,
+    )
+
+
+def as_hps(preprocessing: Preprocessing) -> Preprocessing:
+    """The same as the package `hpsv2` does it: the whole image on black, resized as a float tensor, never rounded."""
+    return replace(preprocessing, fit="longest", backend="tensor", to_levels=False)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _sizes(size: Any) -> dict[str, int]:
+    """`{"shortest_edge": n}` or `{"height": h, "width": w}`, of a dict (transformers 4) or an object (5)."""
+    items = size if isinstance(size, Mapping) else vars(size)
+    return {name: int(value) for name, value in items.items() if value}

@@ -1,0 +1,253 @@
+"""A CLIP's two towers, of transformers or open_clip, and what the rewards made of their embeddings share."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import open_clip
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+from tasks.errors import ModelLoadError
+from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
+from workers.models import clip_pixels
+from workers.models.checkpoints import loading, local_or_hub, without_initialising
+from workers.models.clip_pixels import Backend, Preprocessing
+
+OPEN_CLIP_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}
+
+
+class ImageTower(Protocol):
+    """Embeds images."""
+
+    preprocessing: Preprocessing
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(N, D)` of `(N, 3, H, W)`, which are normalised and of the tower's dtype."""
+
+
+class Towers(ImageTower, Protocol):
+    """Embeds texts and images into one space."""
+
+    def tokenise(self, texts: Sequence[str]) -> Any:
+        """Tokens of `P` texts, padded and cut at the context length; a special token's name in a text is text."""
+
+    def embed_texts(self, tokens: Any) -> torch.Tensor:
+        """Embeddings `(P, D)`."""
+
+
+class TransformersTowers:
+    """A `CLIPModel` of transformers 4.50 or later, 5 too, with the tokenizer and image processor of `processor`.
+
+    Args:
+        name: Directory or hub id of the model, the value of the option `model_name_or_path`.
+        processor: The same of tokenizer and image processor, the option `processor_name_or_path`.
+        revision: Of `name` on the hub; of `processor` too where it is the same repository.
+    """
+
+    def __init__(
+        self, name: str, processor: str, revision: str, device: torch.device, dtype: torch.dtype, backend: Backend
+    ) -> None:
+        of_processor = revision if processor == name else ""
+        self.preprocessing = load_preprocessing(processor, of_processor, backend)
+        self._tokenizer = load_tokenizer(processor, of_processor)
+        self._one_tokenises = threading.Lock()  # a fast tokenizer borrowed by two threads raises
+        model = load_transformers(name, revision)
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self._context_length: int = model.config.text_config.max_position_embeddings
+        self._model = model.to(device, dtype)
+
+    def tokenise(self, texts: Sequence[str]) -> Any:
+        """Tokens, padded to the context length so that a reward does not depend on its neighbours' prompts."""
+        with self._one_tokenises:
+            return self._tokenizer(
+                list(texts),
+                padding="max_length",
+                truncation=True,
+                max_length=self._context_length,
+                split_special_tokens=True,
+                return_tensors="pt",
+            )
+
+    def embed_texts(self, tokens: Any) -> torch.Tensor:
+        """Embeddings `(P, D)`, pooled at the first end-of-text token (also under the legacy `eos_token_id: 2`)."""
+        inputs = {name: tokens[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+        return pooled(self._model.get_text_features(**inputs))
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(N, D)`."""
+        return pooled(self._model.get_image_features(pixel_values=inputs))
+
+
+class OpenClipTowers:
+    """A model of open_clip: a built-in architecture with a `pretrained` tag or file, `local-dir:` or `hf-hub:`."""
+
+    def __init__(
+        self, name: str, pretrained: str, device: torch.device, dtype: torch.dtype, backend: Backend = "pil"
+    ) -> None:
+        with loading("model_name_or_path", _checkpoint_of(name, pretrained)), without_initialising():
+            self._model = open_clip.create_model(
+                name,
+                pretrained=pretrained or None,
+                precision=OPEN_CLIP_PRECISIONS[dtype],
+                device=device,
+                require_pretrained=True,
+            )
+            config = open_clip.get_model_preprocess_cfg(self._model)
+            self.preprocessing = clip_pixels.of_open_clip(config, backend)
+            self._tokenizer = open_clip.get_tokenizer(name)
+        take_special_tokens_as_text(self._tokenizer)
+        self._one_tokenises = threading.Lock()
+        self._device = device
+        self._model.eval()
+
+    def tokenise(self, texts: Sequence[str]) -> Any:
+        """Tokens `(P, L)`, after open_clip's own cleaning."""
+        with self._one_tokenises:
+            return self._tokenizer(list(texts))
+
+    def embed_texts(self, tokens: Any) -> torch.Tensor:
+        """Embeddings `(P, D)`."""
+        embeddings: torch.Tensor = self._model.encode_text(tokens.to(self._device))
+        return embeddings
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(N, D)`."""
+        embeddings: torch.Tensor = self._model.encode_image(inputs)
+        return embeddings
+
+
+class FrameReward(PointwiseRewardModel):
+    """Scores single frames by a CLIP's embeddings; the reward of a video is the mean over its frames.
+
+    Decoding and preprocessing run beside another thread's forward. Frames go through the tower as many at a time as
+    there are samples, so that halving a batch that did not fit halves what is on the device, for videos too.
+    Embeddings are normalised, and rewards computed, in float32.
+    """
+
+    optional_fields = ("image", "video")
+    thread_safe = True
+    first_frame_only = False
+    tower: ImageTower
+
+    def __call__(
+        self,
+        prompt: Sequence[str],
+        image: Sequence[Any] | None = None,
+        video: Sequence[Any] | None = None,
+        condition_images: Sequence[Any] | None = None,
+        condition_videos: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> RewardModelOutput:
+        """Rewards `(N,)`, float32."""
+        frames = [f[:1] if self.first_frame_only else f for f in frames_of(len(prompt), image, video)]
+        counts = [len(f) for f in frames]
+        texts = self.tokens_of(prompt)
+        with torch.inference_mode():
+            pixels = self.tower.preprocessing.pixels(list(itertools.chain(*frames)), self.device)
+            with self.forward():
+                embedded = torch.cat([self._embed(part) for part in pixels.split(len(prompt))])
+                scores = self.scores(embedded, texts, counts).cpu()
+        return RewardModelOutput(torch.stack([part.mean() for part in scores.split(counts)]))
+
+    def warm_up(self) -> None:
+        """Score a grey image, which loads the device's kernels."""
+        self(["a photo"], image=[Image.new("RGB", (512, 512), (128, 128, 128))])
+
+    def tokens_of(self, prompts: Sequence[str]) -> Any:
+        """What `scores` needs of the prompts; computed beside another thread's forward."""
+
+    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+        """Scores `(F,)`, float32, of frames whose embeddings `(F, D)` are normalised; `counts` of them a sample."""
+        raise NotImplementedError
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        inputs = self.tower.preprocessing.normalised(pixels.to(self.device, non_blocking=True))
+        return normalised(self.tower.embed_images(inputs.to(self.dtype)))
+
+
+class TextImageReward(FrameReward):
+    """`scale * cos(text, frame)`. Each distinct prompt of a call is encoded once."""
+
+    required_fields = ("prompt",)
+    tower: Towers
+    scale = 1.0
+
+    def tokens_of(self, prompts: Sequence[str]) -> Any:
+        """Tokens of the distinct prompts, and which of them is each sample's."""
+        distinct = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+        return self.tower.tokenise(list(distinct)), [distinct[p] for p in prompts]
+
+    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+        """`(F,)`."""
+        distinct, index = tokens
+        which = torch.tensor(index).repeat_interleave(torch.tensor(counts)).to(embedded.device)
+        texts = normalised(self.tower.embed_texts(distinct))
+        return self.scale * (texts[which] * embedded).sum(dim=-1)
+
+
+def load_transformers(name: str, revision: str) -> Any:
+    """A `CLIPModel` in float32 on the CPU, for inference.
+
+    Raises:
+        ModelLoadError: There is none of that name, or its checkpoint lacks weights (they would be random).
+    """
+    path = local_or_hub("model_name_or_path", name)
+    with loading("model_name_or_path", name, revision):
+        model, found = CLIPModel.from_pretrained(
+            path, revision=revision or "main", torch_dtype=torch.float32, output_loading_info=True
+        )
+        lacking = sorted({*found["missing_keys"], *(str(k) for k in found["mismatched_keys"])})
+        if lacking:
+            raise ModelLoadError(
+                f"model_name_or_path: {name!r} is no CLIPModel: its checkpoint lacks {len(lacking)} of the "
+                f"weights, {lacking[0]} first"
+            )
+    return model.eval()
+
+
+def load_preprocessing(name: str, revision: str, backend: Backend) -> Preprocessing:
+    """The preprocessing in a directory or hub repository. Raises `ModelLoadError`."""
+    path = local_or_hub("processor_name_or_path", name)
+    with loading("processor_name_or_path", name, revision):
+        processor = CLIPImageProcessor.from_pretrained(path, revision=revision or "main")
+        return clip_pixels.of_transformers(processor, backend)
+
+
+def load_tokenizer(name: str, revision: str) -> Any:
+    """The tokenizer in a directory or hub repository. Raises `ModelLoadError`."""
+    path = local_or_hub("processor_name_or_path", name)
+    with loading("processor_name_or_path", name, revision):
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+
+
+def _checkpoint_of(name: str, pretrained: str) -> str:
+    """Where open_clip takes weights from: a path, a repository on the hub, or an architecture's tag."""
+    _, colon, place = name.partition(":")
+    if colon:
+        return place
+    return pretrained if Path(pretrained).is_file() else f"{name} {pretrained}".strip()
+
+
+def take_special_tokens_as_text(tokenizer: Any) -> None:
+    """Let an open_clip tokenizer read `<end_of_text>` in a prompt as the characters that it is."""
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        tokenizer.cache.clear()  # where it maps special tokens to themselves; words are merged from characters
+    else:
+        tokenizer.tokenizer.split_special_tokens = True
+
+
+def normalised(embeddings: torch.Tensor) -> torch.Tensor:
+    """Float32 embeddings of length 1."""
+    return torch.nn.functional.normalize(embeddings.float(), dim=-1)
+
+
+def pooled(output: Any) -> torch.Tensor:
+    """The embeddings in what transformers returns: a tensor before version 5, an object since."""
+    embeddings: torch.Tensor = getattr(output, "pooler_output", output)
+    return embeddings

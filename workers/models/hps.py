@@ -1,0 +1,31 @@
+"""HPSv2: human preference between images for a prompt, without the package of that name."""
+
+from __future__ import annotations
+
+from workers.base import Accelerator, RewardArguments
+from workers.models import clip_pixels
+from workers.models.checkpoints import find_file
+from workers.models.clip_towers import OpenClipTowers, TextImageReward
+
+HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+"""Files of `xswu/HPSv2` on the hub, by the score's version."""
+
+
+class HPSv2(TextImageReward):
+    """`cos(text, image)`, in [-1, 1]; 0.2 to 0.35 for generated images.
+
+    Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image
+    Synthesis" (2023): open_clip's ViT-H-14 with the weights of `xswu/HPSv2`, v2.0 or v2.1. The image is seen as by the
+    package `hpsv2` 1.2 on torchvision 0.17 or later: whole, its longer edge 224, on black, resized as a float tensor. A
+    video's reward is the mean over its frames. Version 1.
+    """
+
+    architecture = "ViT-H-14"
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        options = config.extra_kwargs
+        file = HPS_FILES[options["hps_version"]]
+        checkpoint = find_file("checkpoint_path", options["checkpoint_path"], file, options["revision"])
+        self.tower = OpenClipTowers(self.architecture, checkpoint, self.device, self.dtype)
+        self.tower.preprocessing = clip_pixels.as_hps(self.tower.preprocessing)
