@@ -7,6 +7,8 @@ when a slot is free, threads instead of forks, and timeouts on every socket.
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 from typing import Any
 
 from celery import Celery
@@ -82,6 +84,9 @@ def outcomes_of(app: Any) -> Outcomes:
     return Outcomes(app.backend.client, settings.claim_ttl_s, settings.result_ttl_s)
 
 
+if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unless told
+    os.environ.setdefault("FLOWER_TASKS_COLUMNS", "name,args,result,state,received,runtime,worker")
+
 app: Any = make_app(load_settings())
 app.set_default()
 
@@ -94,7 +99,9 @@ def _name_node(sender: str, instance: Any, options: dict[str, Any], **_: Any) ->
         return
     queues = options.get("queues") or [GPU]
     names = queues.split(",") if isinstance(queues, str) else queues
-    instance.hostname = f"{'+'.join(names)}.{os.getpid()}@{host}"
+    # In a container every worker may be process 1 of a host name that others have too.
+    process = str(os.getpid()) if os.getpid() > 1 else secrets.token_hex(3)
+    instance.hostname = f"{'+'.join(names)}.{process}@{host}"
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

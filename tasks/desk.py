@@ -158,11 +158,11 @@ def _note_missing(desk: Desk, message: Message, what: str) -> str:
     ours = lasting(desk.store.identity)
     if ours != message.store:
         detail = f"its payload store {ours} is not the client's {message.store}; set REWARDQ_PAYLOAD_URL alike on both"
-        return _leave_note(desk, message, "store", detail)
+        return _leave_note(desk, message, "store", detail, ours)
     return _leave_note(desk, message, "gone", what)
 
 
-def _leave_note(desk: Desk, message: Message, reason: Any, detail: str) -> str:
-    note = Note(reason=reason, worker=desk.node, detail=detail)
+def _leave_note(desk: Desk, message: Message, reason: Any, detail: str, store: str = "") -> str:
+    note = Note(reason=reason, worker=desk.node, detail=detail, store=store)
     lasting(lambda: desk.outcomes.leave_note(message.request_id, note))
     return f"not read: {reason}"

@@ -6,7 +6,6 @@ RewardError
 |   |-- UnknownRewardError  no reward model of that name; names the nearest
 |   `-- UnknownOptionError  a built-in has no such option; names the nearest
 |-- InvalidSampleError      the caller's: wrong shape, dtype, missing field; nothing was sent
-|-- ShadowedImportError     the caller's: another file is imported under our name
 |-- MissingExtraError       the operator's: an optional dependency is not installed
 |-- ModelLoadError          the worker's: a reward model cannot be loaded; every sample of the chunk gets the reason
 |-- RedisUnreachableError   the operator's: no server answers; trying again helps once it does
@@ -16,8 +15,9 @@ RewardError
 |-- TicketError             the caller's: a ticket of another run or of other rewards
 |-- RankTakenError          the caller's: another live process is this rank of this launch
 |-- EvictionError           the operator's: a Redis would drop keys when it is full; names the setting
-|-- ScoringError            some samples have no reward; carries every reason and the batch
-`-- CollectTimeoutError     late, not lost: the ticket stays valid; carries what is there
+|-- StartError              the operator's: a process that `rewardq up` starts did not come up
+`-- ScoringError            some samples have no reward; carries every reason and the batch
+    `-- CollectTimeoutError late, not lost: the ticket stays valid; carries what is there
 """
 
 from __future__ import annotations
@@ -58,10 +58,6 @@ class UnknownOptionError(ConfigError):
 
 class InvalidSampleError(RewardError, ValueError):
     """A sample's field is missing or of a wrong shape, dtype or range. Nothing was sent."""
-
-
-class ShadowedImportError(RewardError, ImportError):
-    """A file of the user's is imported under the name of one of our packages."""
 
 
 class MissingExtraError(RewardError, ImportError):
@@ -142,6 +138,10 @@ class EvictionError(RewardError):
     """A Redis drops keys when it is full; rewards and claims would vanish unseen."""
 
 
+class StartError(RewardError):
+    """A child process did not come up; the message says how it ended and where its log is."""
+
+
 class ScoringError(RewardError):
     """Some samples have no reward.
 
@@ -163,7 +163,7 @@ class CollectTimeoutError(ScoringError, TimeoutError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, or an empty text."""
+    """` (did you mean 'x'?)` for the known name closest to `name`, or an empty text."""
     by_lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

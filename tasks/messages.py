@@ -20,6 +20,12 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class _Answer(_Message):
+    """What workers tell clients. A field that a newer worker adds is no reason to wait for another answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class MediaRef(_Message):
     """One image, video or waveform in the payload store."""
 
@@ -136,7 +142,7 @@ class GroupRequest(_Message):
         )
 
 
-class Note(_Message):
+class Note(_Answer):
     """What keeps a worker from reading a request: no outcome, the client acts on it. Made by a worker."""
 
     reason: Literal["gone", "store", "wire", "busy"]
@@ -144,9 +150,11 @@ class Note(_Message):
     a judge's budget is in use (send it again after a pause)."""
     worker: Text
     detail: str
+    store: str = ""
+    """Identity of the worker's payload store."""
 
 
-class Outcome(_Message):
+class Outcome(_Answer):
     """A finite reward, or the reason there is none; exactly one of them. Made by a worker, read by clients.
 
     A group's outcome has those of its members, in slot order, instead.

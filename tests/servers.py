@@ -155,9 +155,7 @@ class WorkerProcess:
         self.queue = queue
         self.settings = settings
         self.log = folder / f"worker-{queue}-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", queue]
-        if concurrency is not None:
-            command += ["--concurrency", str(concurrency)]
+        command = self.command(queue, concurrency)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*ends_with_us("KILL"), *command],
@@ -169,6 +167,12 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self._was_killed = False
+
+    @staticmethod
+    def command(queue: str, concurrency: int | None) -> list[str]:
+        """The documented command, by this interpreter."""
+        threads = [] if concurrency is None else ["--concurrency", str(concurrency)]
+        return [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", queue, *threads]
 
     @property
     def pid(self) -> int:

@@ -95,7 +95,7 @@ def test_a_wrong_variable_is_said_at_import_in_one_line(tmp_path):
     command = [sys.executable, "-c", "import trainer_client"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "unknown variable REWARDQ_BROKER; did you mean 'REWARDQ_BROKER_URL'?" in done.stderr.splitlines()[-1]
+    assert "unknown variable REWARDQ_BROKER (did you mean 'REWARDQ_BROKER_URL'?)" in done.stderr.splitlines()[-1]
 
 
 def test_worker_modules_load_heavy_libraries_only_where_a_model_needs_them(tmp_path):

@@ -131,7 +131,13 @@ class Outgoing:
         body = _Post(COMBINE, chunk.label, chunk.request, spec.queue)
         for start in range(0, len(parts), size):
             own = parts[start : start + size]
-            header = self._score_request(f"{chunk.request}.{start}", f"{chunk.label} part", spec.part, own, times)
+            header = self._score_request(
+                f"{chunk.request}.{start}",
+                f"{spec.part.reward_model} x {len(own)} of {chunk.label}",
+                spec.part,
+                own,
+                times,
+            )
             requests[header.id] = pack(header)
             body.header.append(_Post(SCORE, header.label, header.id, spec.queue))
         chunk.more_requests = tuple(post.request for post in body.header)

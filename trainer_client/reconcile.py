@@ -147,9 +147,11 @@ class Reconciler:
         return len(new)
 
     def _act_on(self, chunk: Chunk, note: Note) -> None:
-        if note.reason == "gone" and chunk.is_adopted:
+        # A worker that has our store, but not the identity it had before it was emptied: gone as well.
+        is_gone = note.reason == "gone" or (note.reason == "store" and note.store == self._store.identity())
+        if is_gone and chunk.is_adopted:
             self._give_up(list(chunk.entries))
-        elif note.reason == "gone":
+        elif is_gone:
             self._send_again(chunk, list(chunk.entries))
         elif note.reason == "busy":
             self._board.trouble = note.detail

@@ -213,9 +213,14 @@ def test_thousands_are_found_as_well(outcomes):
 
 def test_what_is_no_outcome_is_none_and_does_not_keep_others_from_being_found(outcomes):
     outcomes.write({B: reward(1.0)}, "one")
-    for junk in (b"junk", b"R;junk", b"", b"R;" + msgpack.packb({"reward": 1.0, "of_the_future": 1})):
+    for junk in (b"junk", b"R;junk", b"", b"R;" + msgpack.packb({"reward": "high"})):
         outcomes.redis.set(keys.outcome(A), junk)
         assert [o and o.reward for o in outcomes.look_up([A, B])] == [None, 1.0]
+
+
+def test_an_outcome_of_a_newer_worker_is_read_without_what_it_adds(outcomes):
+    outcomes.redis.set(keys.outcome(A), b"R;" + msgpack.packb({"reward": 1.5, "of_the_future": 1}))
+    assert [o and o.reward for o in outcomes.look_up([A])] == [1.5]
 
 
 def test_outcomes_claims_and_starts_have_a_time_to_live(outcomes, settings):

@@ -120,7 +120,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 def test_an_unknown_reward_is_refused_and_the_nearest_is_named(found, meant):
     with pytest.raises(UnknownRewardError) as caught:
         spec_of(reward_model=found)
-    assert f"unknown reward model {found!r}; did you mean {meant!r}?" in str(caught.value)
+    assert f"unknown reward model {found!r} (did you mean {meant!r}?)" in str(caught.value)
 
 
 def test_an_unknown_reward_with_no_neighbour_is_told_the_built_ins():
@@ -140,7 +140,7 @@ def test_an_unknown_reward_with_no_neighbour_is_told_the_built_ins():
 def test_an_unknown_option_of_a_built_in_is_refused_and_the_nearest_is_named(model, option, meant):
     with pytest.raises(UnknownOptionError) as caught:
         spec_of(reward_model=model, **{option: 1})
-    assert f"has no option {option!r}; did you mean {meant!r}?" in str(caught.value)
+    assert f"has no option {option!r} (did you mean {meant!r}?)" in str(caught.value)
     with pytest.raises(UnknownOptionError):
         spec_of(reward_model=model, extra_kwargs={option: 1})
 

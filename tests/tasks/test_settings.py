@@ -28,7 +28,7 @@ def test_an_unknown_variable_is_refused_and_the_nearest_is_named(in_env, variabl
     in_env(**{variable: "1"})
     with pytest.raises(SettingsError) as caught:
         load_settings()
-    assert f"unknown variable {variable}; did you mean '{meant}'?" in str(caught.value)
+    assert f"unknown variable {variable} (did you mean '{meant}'?)" in str(caught.value)
 
 
 def test_an_unknown_argument_is_refused():

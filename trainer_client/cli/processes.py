@@ -21,7 +21,7 @@ import redis
 
 from tasks.catalog import VLM
 from tasks.celery_app import make_app, outcomes_of
-from tasks.errors import MissingExtraError, RewardError
+from tasks.errors import MissingExtraError, StartError
 from tasks.outcomes import Outcomes
 from tasks.settings import Settings
 
@@ -55,10 +55,6 @@ if os.getppid() == int(sys.argv[1]):
 """
 """Becomes a command that the kernel kills when the thread that started it is gone. It is a program of its own, not a
 `preexec_fn`, since Python code between fork and exec may hang when there are threads."""
-
-
-class StartError(RewardError):
-    """A child process did not come up; the message says how it ended and where its log is."""
 
 
 @dataclass(slots=True)
