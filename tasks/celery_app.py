@@ -1,7 +1,8 @@
 """The Celery app and its settings.
 
-The settings are those under which Celery on Redis was measured to behave: late acknowledgement, a message taken only
-when a slot is free, threads instead of forks, and timeouts on every socket.
+The settings are those under which Celery on Redis was measured to behave: a message is taken only when a slot is free,
+and then for good (claims and reconciliation do what acknowledgements would); threads instead of forks, and timeouts on
+every socket.
 """
 
 from __future__ import annotations
@@ -30,9 +31,6 @@ COMBINE = "rewardq.combine"
 
 PRIORITY_FIRST, PRIORITY_USUAL = 0, 6
 """Of messages: what only combines goes before what still has to be scored. (On Redis 0 is the highest.)"""
-
-VISIBILITY_TIMEOUT_S = 12 * 3600
-"""After this Redis gives unacknowledged messages back to the queue. Long, since clients send again what is missing."""
 
 WORKER_MODULES = ("tasks.score", "tasks.combine", "workers.serving")
 """What a worker imports when it starts; a trainer never does."""
@@ -63,7 +61,7 @@ def make_app(settings: Settings) -> Any:
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a Redis that is full: the worker waits for room, and serves on
         broker_transport_options={
-            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "ack_emulation": False,  # a message that is taken is gone; clients send again what is missing
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": True,

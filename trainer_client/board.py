@@ -52,7 +52,6 @@ class Slot:
     """By name of a groupwise reward: which member of its group this is."""
     problem: Failure | None = None
     """Why it cannot be scored at all; then there are no entries."""
-    num_open: int = 0
 
     @property
     def addresses(self) -> dict[str, tuple[str, int, int]] | None:
@@ -64,7 +63,7 @@ class Slot:
     @property
     def is_done(self) -> bool:
         """Whether every reward has its outcome."""
-        return self.problem is not None or (self.entries is not None and self.num_open == 0)
+        return all(self.is_done_for(spec.name) for spec in self.rewards)
 
     def is_done_for(self, reward: str) -> bool:
         """Whether this reward has its outcome."""
@@ -184,7 +183,6 @@ class Board:
                     entry.slots.append(slot)
                 entries[name] = entry
             slot.entries = entries
-            slot.num_open = len(slot.rewards)
             return new
 
     def join_group(self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any], rank: int) -> Entry:
@@ -200,6 +198,9 @@ class Board:
                 if slot.entries is None or slot.problem is not None:
                     continue
                 before = slot.entries.get(name)
+                if before is not None and before.outcome is not None:
+                    self._end(member.holder)
+                    continue
                 if before is not None and before is not known:
                     before.slots = [s for s in before.slots if s is not slot]
                     if not before.slots:
@@ -237,7 +238,6 @@ class Board:
                     slot.entries[name] = known
                     if not any(s is slot for s in known.slots):
                         known.slots.append(slot)
-                slot.num_open = sum(e.outcome is None for e in (slot.entries or {}).values())
             for chunk in chunks:
                 chunk.entries = [e for e in (self._entries.get(e.address) for e in chunk.entries) if e is not None]
             self.send(chunks)
@@ -258,8 +258,7 @@ class Board:
                 entry.outcome, entry.is_hit, entry.answered_at = outcome, is_hit, time.monotonic()
                 self._end(entry)
                 for slot in entry.slots:
-                    slot.num_open -= sum(e is entry for e in (slot.entries or {}).values())
-                    if slot.num_open == 0:
+                    if slot.is_done:
                         self._close(slot)
             self.changed.notify_all()
 

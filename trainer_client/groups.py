@@ -107,7 +107,7 @@ class Groups:
             groups = [g for g in self._groups.values() if g.members]
         new = [e for g in groups for e in self._register(g, list(g.members.values()))] if register else []
         for group, (found, number) in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
-            if found and found != group.digest:
+            if found and (found != group.digest or _is_unjoined(group, group.members.values())):
                 new += self._seal_shared(group, found, number)
         self._forget_answered()
         return new
@@ -179,7 +179,7 @@ class Groups:
             )
             if found.state in ("full", "scored"):
                 self._refuse(group, member, found.state)
-            elif found.state == "sealed" and found.digest != group.digest:
+            elif found.state == "sealed" and (found.digest != group.digest or _is_unjoined(group, [member])):
                 return self._seal_shared(group, found.digest, 0)
         return []
 
@@ -240,6 +240,11 @@ class Groups:
             for key, group in list(self._groups.items()):
                 if group.entry is not None and group.entry.outcome is not None:
                     del self._groups[key]
+
+
+def _is_unjoined(group: Group, members: Iterable[Member]) -> bool:
+    """Whether some came after the group had its entry: it was sealed with what a process before this one submitted."""
+    return any(group.spec.name not in (m.slot.entries or {}) for m in list(members) if m.slot.problem is None)
 
 
 def _comparison(

@@ -69,11 +69,11 @@ class Outgoing:
         self._publish(posts)
         return chunks
 
-    def send_same(self, chunk: Chunk) -> None:
-        """Publish the message of a chunk again as it was; what was a chord goes as one task."""
+    def send_same(self, chunk: Chunk, request: str) -> None:
+        """Publish the message of one of a chunk's requests again as it was; what was a chord goes as one task."""
         chunk.number = self._outcomes.number(chunk.spec.queue, 1)
-        task = GROUP if chunk.spec.how in ("rank", "wins") else SCORE
-        self._publish([_Post(task, chunk.label, chunk.request, chunk.spec.queue, chunk.number)])
+        is_group = chunk.spec.how in ("rank", "wins") and request == chunk.request
+        self._publish([_Post(GROUP if is_group else SCORE, chunk.label, request, chunk.spec.queue, chunk.number)])
 
     def disconnect(self) -> None:
         """Give back the broker's connection; the next call makes a new one."""

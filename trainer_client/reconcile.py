@@ -16,7 +16,7 @@ from tasks.outcomes import Outcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
 from trainer_client.board import Board, Chunk, Entry
-from trainer_client.busy import BusyChunks
+from trainer_client.busy import BusyMessages
 from trainer_client.groups import Groups
 from trainer_client.sender import AWAY, Sender
 
@@ -43,7 +43,7 @@ class Reconciler:
         self._outcomes, self._board, self._sender, self._groups = results, board, sender, groups
         self._connection: Any = None
         self._warned: set[str] = set()
-        self._busy = BusyChunks(sender.send_same)
+        self._busy = BusyMessages(sender.send_same)
 
     def poll(self, *, everything: bool) -> int:
         """Ask for the outcomes of what has left its queue (or for everything awaited); returns how many were new."""
@@ -61,11 +61,11 @@ class Reconciler:
 
     def read_notes(self) -> None:
         """Act on what workers say of requests that they could not read."""
-        chunks = self._taken()
-        for chunk, note in zip(chunks, self._outcomes.notes([c.request for c in chunks]), strict=True):
+        requests = [(c, r) for c in self._taken() for r in (c.request, *c.more_requests)]
+        for (chunk, request), note in zip(requests, self._outcomes.notes([r for _, r in requests]), strict=True):
             if note is not None:
-                self._outcomes.drop_notes([chunk.request])
-                self._act_on(chunk, note)
+                self._outcomes.drop_notes([request])
+                self._act_on(chunk, request, note)
 
     def send_missing(self) -> None:
         """Send again what is neither answered, claimed, queued, nor waiting for its model to load.
@@ -146,7 +146,7 @@ class Reconciler:
             self._busy.count_answers(new)
         return len(new)
 
-    def _act_on(self, chunk: Chunk, note: Note) -> None:
+    def _act_on(self, chunk: Chunk, request: str, note: Note) -> None:
         # A worker that has our store, but not the identity it had before it was emptied: gone as well.
         is_gone = note.reason == "gone" or (note.reason == "store" and note.store == self._store.identity())
         if is_gone and chunk.is_adopted:
@@ -155,7 +155,7 @@ class Reconciler:
             self._send_again(chunk, list(chunk.entries))
         elif note.reason == "busy":
             self._board.trouble = note.detail
-            self._busy.add(chunk)
+            self._busy.add(chunk, request)
         else:  # another worker of this queue may do better; not at once, or the two play ball
             words = f"worker {note.worker} on queue {chunk.spec.queue}: {note.detail}"
             self._board.trouble = words
@@ -172,7 +172,7 @@ class Reconciler:
         elif self._store.renew([chunk.request], self._settings.payload_ttl_s):
             self._give_up(entries)
         else:
-            self._sender.send_same(chunk)
+            self._sender.send_same(chunk, chunk.request)
 
     def _give_up(self, entries: Sequence[Entry]) -> None:
         """Media that another process submitted are gone."""

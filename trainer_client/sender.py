@@ -115,9 +115,9 @@ class Sender:
         """Send entries whose message was lost, after storing what is gone of their media."""
         self._do(functools.partial(self._restore, entries))
 
-    def send_same(self, chunk: Chunk) -> None:
-        """Send the message of a chunk again as it was, for a successor that does not hold its media."""
-        self._do(functools.partial(self._patiently, functools.partial(self._outgoing.send_same, chunk)))
+    def send_same(self, chunk: Chunk, request: str) -> None:
+        """Send the message of one of a chunk's requests again as it was."""
+        self._do(functools.partial(self._patiently, functools.partial(self._outgoing.send_same, chunk, request)))
 
     def send_sealed(self, entries: Sequence[Entry]) -> None:
         """Send groups that this or another rank has completed, unless they are answered or another rank sent them."""

@@ -21,9 +21,6 @@ from tasks.celery_app import outcomes_of
 from tasks.connections import FULL, LOST, check_eviction
 from tasks.errors import EvictionError
 
-# When the connection to the broker is lost, running tasks go on; claims keep their copies from being scored as well.
-warnings.filterwarnings("ignore", r"\s*In Celery 5.1 we introduced an optional", CPendingDeprecationWarning)
-
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
@@ -70,6 +67,23 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing is held open."""
 
 
+class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
+    """A message that was taken stays taken when the connection breaks or the worker stops.
+
+    Kombu would put it back, while its task goes on or has ended: clients send again what is missing, and nothing else.
+    It would also fail at that, and end the worker, while Redis is away (kombu 5.7: its channel has no connection left).
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, parent: Any) -> None:
+        """Set it for the channel that tasks come by."""
+        parent.task_consumer.channel.qos.restore_at_shutdown = False
+
+    def stop(self, parent: Any) -> None:
+        """Nothing is held open."""
+
+
 def _wait_for_room(client: Any) -> None:
     pause_s, say_at = FIRST_PAUSE_S, 0.0
     while True:
@@ -83,6 +97,11 @@ def _wait_for_room(client: Any) -> None:
                 say_at = time.monotonic() + SAY_EVERY_S
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+
+def hush_known_warnings() -> None:
+    """Running tasks go on when the connection to the broker is lost, whatever Celery 6 will do; claims guard them."""
+    warnings.filterwarnings("ignore", r"\s*In Celery 5.1 we introduced an optional", CPendingDeprecationWarning)
 
 
 def end_in_time(hand_back: Callable[[], None], grace_s: float) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from celery.signals import celeryd_after_setup, worker_init
+from celery.signals import after_setup_logger, celeryd_after_setup, worker_init
 from PIL import Image
 
 from tasks.celery_app import outcomes_of
@@ -18,7 +19,7 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import HeartbeatThread
-from workers.lifetime import AwaitRedis, end_in_time
+from workers.lifetime import AwaitRedis, TakeForGood, end_in_time, hush_known_warnings
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
@@ -28,9 +29,16 @@ KEPT_BLOCKS = 32
 fresh memory takes three times as long."""
 
 
+@after_setup_logger.connect  # type: ignore[untyped-decorator]
+def _say_what_we_do(**_: Any) -> None:
+    """Our own lines (a model loaded, a worker that ends) are shown at Celery's default level too, which is WARNING."""
+    for name in ("workers", "tasks"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
 @worker_init.connect  # type: ignore[untyped-decorator]
-def _await_redis(sender: Any, **_: Any) -> None:
-    sender.app.steps["consumer"].add(AwaitRedis)
+def _add_steps(sender: Any, **_: Any) -> None:
+    sender.app.steps["consumer"] |= {AwaitRedis, TakeForGood}
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
@@ -54,6 +62,7 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
     beats.start()
     watchdog.start()
     atexit.register(beats.end)
+    hush_known_warnings()
     end_in_time(lambda: _hand_back(outcomes, beats), settings.stop_grace_s)
     try:
         preload(settings, queues, runner.models)

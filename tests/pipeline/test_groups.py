@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import random
+import signal
 import time
 
 import numpy as np
@@ -172,25 +174,28 @@ def test_a_group_that_stays_incomplete_says_which_members_are_there(clients, wor
     assert_rewards(batch, [0, 1, 2, 3, 4], "OrderInGroup")
 
 
-def trainer_rank(settings, rank, plan, pipe, config):
+def trainer_rank(settings, rank, plan, pipe, config, first_step, dies_in_step):
     """A trainer process: submits its members step by step, in its order, and sends what it collected."""
     with RewardClient.from_dict(config, "ranks", rank=rank, world_size=4, launch="one", settings=settings) as client:
-        for step, numbers in enumerate(plan):
+        for step in range(first_step, len(plan)):
             rng = random.Random(rank * 1000 + step)
-            for number, group in numbers:
+            for i, (number, group) in enumerate(plan[step]):
                 client.submit(samples_of([number], group=group), group_size=8, step=step)
                 time.sleep(rng.random() * 0.01)
+                if step == dies_in_step and i == len(plan[step]) // 2:
+                    client.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
             batch = client.collect(timeout_s=120)
             pipe.send((rank, step, batch.rewards["OrderInGroup"].tolist()))
     pipe.send((rank, -1, []))
 
 
-def test_groups_over_four_ranks_are_computed_once_and_each_rank_gets_its_members(workers, settings, tmp_path):
+def test_fifty_groups_over_four_ranks_one_of_them_killed_are_computed_once_each(workers, settings, tmp_path):
     calls = tmp_path / "calls"
     config = config_of({"reward_model": "OrderInGroup", "file": str(calls), "version": "1"})
-    workers("gpu")
+    workers("gpu", "gpu")
     rng = random.Random(7)
-    num_steps, num_groups = 2, 5
+    num_steps, num_groups, killed = 5, 10, 2
     plans: list[list[list[tuple[int, str]]]] = [[[] for _ in range(num_steps)] for _ in range(4)]
     groups = {}
     for step in range(num_steps):
@@ -198,28 +203,38 @@ def test_groups_over_four_ranks_are_computed_once_and_each_rank_gets_its_members
         for g in range(num_groups):
             groups[step, f"g{g}"] = rng.sample(range(step * 10_000, step * 10_000 + 9_000), 8)
             members += [(n, f"g{g}") for n in groups[step, f"g{g}"]]
-        rng.shuffle(members)
-        for i, member in enumerate(members):
-            plans[i % 4][step].append(member)
+        for member in members:
+            plans[rng.randrange(4)][step].append(member)
+        for plan in plans:
+            rng.shuffle(plan[step])
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    processes = [
-        context.Process(target=trainer_rank, args=(settings, rank, plans[rank], theirs, config)) for rank in range(4)
-    ]
-    for process in processes:
+
+    def start(rank, first_step=0, dies_in_step=-1):
+        args = (settings, rank, plans[rank], theirs, config, first_step, dies_in_step)
+        process = context.Process(target=trainer_rank, args=args)
         process.start()
-    num_ended = 0
-    while num_ended < 4:
-        assert ours.poll(120), "a rank gave no answer"
+        return process
+
+    processes = [start(rank, dies_in_step=2 if rank == killed else -1) for rank in range(4)]
+    ended, collected = set(), set()
+    deadline = time.monotonic() + 150
+    while len(ended) < 4:
+        assert time.monotonic() < deadline, f"only {sorted(collected)} were collected"
+        if processes[killed].exitcode == -signal.SIGKILL:
+            processes[killed] = start(killed, first_step=2)
+        if not ours.poll(1):
+            continue
         rank, step, rewards = ours.recv()
         if step < 0:
-            num_ended += 1
+            ended.add(rank)
             continue
-        expected = [sorted(groups[step, group]).index(n) for n, group in plans[rank][step]]
-        assert rewards == expected
+        collected.add((rank, step))
+        assert rewards == [sorted(groups[step, group]).index(n) for n, group in plans[rank][step]]
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
+    assert len(collected) == 4 * num_steps
     assert calls.read_text().split() == ["8"] * (num_steps * num_groups)
 
 

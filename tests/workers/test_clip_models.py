@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +53,15 @@ def rewards(model: Any, prompts: Sequence[str], **media: Any) -> np.ndarray:
     assert found.dtype == torch.float32
     assert found.shape == (len(prompts),)
     return found.numpy()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_tensor():
+    """Small tensors are slower on several cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +359,8 @@ def test_preprocessing_unknown_here_is_refused():
         of_open_clip(asdict(open_clip.transform.PreprocessCfg(size=(224, 160))), "pil")
     with pytest.raises(ValueError, match="filter 1"):
         of_transformers(transformers.CLIPImageProcessor(resample=1), "pil")
+    with pytest.raises(ValueError, match="does not rescale and normalise"):
+        of_transformers(transformers.CLIPImageProcessor(do_normalize=False), "pil")
     with pytest.raises(ValueError, match="neither crops"):
         of_transformers(transformers.CLIPImageProcessor(do_center_crop=False), "pil")
 
@@ -551,14 +564,29 @@ def test_dotted_paths_of_flow_factory_are_the_built_ins(path, name):
 # --- true size -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def large_folder(tmp_path):
+    """A folder whose gigabytes do not outlive the test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def all_cores(one_thread_a_tensor):
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_pickscore_at_its_true_size_is_transformers_logit_over_26(tmp_path):
+@pytest.mark.usefixtures("all_cores")
+def test_pickscore_at_its_true_size_is_transformers_logit_over_26(large_folder):
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     huge = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     gelu = {"hidden_act": "gelu"}
     folder = save_clip(
-        tmp_path / "vit-h-14",
+        large_folder / "vit-h-14",
         seed=10,
         eos_token_id=2,
         projection_dim=1024,
@@ -578,9 +606,10 @@ def test_pickscore_at_its_true_size_is_transformers_logit_over_26(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_hps_at_its_true_size_loads_a_checkpoint_as_published(tmp_path):
+@pytest.mark.usefixtures("all_cores")
+def test_hps_at_its_true_size_loads_a_checkpoint_as_published(large_folder):
     direct = open_clip.create_model("ViT-H-14").eval()
-    torch.save({"state_dict": direct.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": direct.state_dict()}, large_folder / "HPS_v2.1_compressed.pt")
     square = IMAGES[0]  # already 224 x 224: nothing to resize
     _, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32")
     with torch.no_grad():
@@ -588,5 +617,5 @@ def test_hps_at_its_true_size_loads_a_checkpoint_as_published(tmp_path):
         texts = direct.encode_text(open_clip.get_tokenizer("ViT-H-14")(PROMPTS[:2]), normalize=True)
         expected = (texts @ image[0]).numpy()
     del direct
-    found = rewards(load("HPSv2", checkpoint_path=tmp_path), PROMPTS[:2], image=[square] * 2)
+    found = rewards(load("HPSv2", checkpoint_path=large_folder), PROMPTS[:2], image=[square] * 2)
     np.testing.assert_allclose(found, expected, **EXACT)

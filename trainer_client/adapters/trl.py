@@ -22,7 +22,7 @@ RewardFunction = Callable[..., Any]
 """`(prompts, completions, **columns) -> list[float | None]`, or the same as a coroutine function."""
 
 ToSamples = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Sample]]
-"""Prompts, completions and the data set's columns, `N` of each, to `N` samples."""
+"""Prompts, completions and the data set's columns, `N` of each, to `N` samples. A group may be left to us."""
 
 _NO_COLUMNS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 """What the trainer passes besides the columns of the data set."""
@@ -66,7 +66,7 @@ def reward_weights(client: RewardClient, split: Split = "train") -> list[float]:
 def samples_of(
     prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> list[Sample]:
-    """A sample for each row, grouped by prompt.
+    """A sample for each row.
 
     The image is the completion if it is one, else that of the column `image`. The text of a completion is
     `metadata["completion"]`, for a reward model of your own that declares `metadata`.
@@ -79,7 +79,6 @@ def samples_of(
             Sample(
                 prompt=text_of(prompt),
                 image=completion if is_image else image,
-                group=text_of(prompt),
                 metadata={} if is_image else {"completion": text_of(completion)},
             )
         )
@@ -150,12 +149,22 @@ class _Rounds:
         samples = self._to_samples(prompts, current.completions, columns)
         if len(samples) != len(prompts):
             raise ValueError(f"to_samples must give a sample for each of {len(prompts)} rows, found {len(samples)}")
+        for sample, group in zip(samples, self._groups(prompts), strict=True):
+            sample.group = group if sample.group is None else sample.group
         try:
             self._client.submit(samples, group_size=self._num_generations, split=self._split, step=current.number)
             return self._client.collect(self._timeout_s, on_failure="nan", split=self._split, progress=False)
         except BaseException:
             self._client.cancel(self._split)  # Ctrl-C in a notebook must not leave the step open
             raise
+
+    def _groups(self, prompts: Sequence[Any]) -> list[str]:
+        """Where the rows are whole groups one after another, their number; else a group is what has the same prompt."""
+        texts = [text_of(prompt) for prompt in prompts]
+        size = self._num_generations
+        if not size or len(texts) % size or any(len(set(texts[i : i + size])) > 1 for i in range(0, len(texts), size)):
+            return texts
+        return [f"{self._client.rank}.{i // size}" for i in range(len(texts))]
 
 
 def _function(rounds: _Rounds, name: str) -> RewardFunction:

@@ -9,6 +9,7 @@ import click
 from tasks.errors import RewardError
 from tasks.version import __version__
 from trainer_client.cli.demo import demo
+from trainer_client.cli.schema import schema
 from trainer_client.cli.up import up
 
 __all__ = ["main"]
@@ -35,3 +36,4 @@ def main() -> None:
 
 main.add_command(up)
 main.add_command(demo)
+main.add_command(schema)

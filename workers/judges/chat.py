@@ -95,7 +95,7 @@ class Chat:
         Returns:
             For each a reply, the reason that there is none, or that no server could be asked within the budget.
         """
-        return self._loop.run_all([self._ask_one(messages, params) for messages in chats])
+        return self._loop.run_all([self._ask_one(messages, params) for messages in chats], self._timeout_s)
 
     async def _ask_one(self, messages: list[Any], params: Mapping[str, Any]) -> Reply:
         count = Requests()

@@ -27,6 +27,9 @@ OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"
 """What servers without authentication are sent in the place of a key."""
 
+LOOP_GRACE_S = 30.0
+"""So long after its deadline a call is waited for; only a loop that hangs is later."""
+
 T = TypeVar("T")
 
 
@@ -72,12 +75,18 @@ class JudgeLoop:
                 self._endpoints[url, key] = Endpoint(url, client)
             return self._endpoints[url, key]
 
-    def run_all(self, calls: Sequence[Coroutine[Any, Any, T]]) -> list[T | Unscored | BusyError]:
-        """Await `calls` side by side on the loop, and wait here for what they return.
+    def run_all(self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float) -> list[T | Unscored | BusyError]:
+        """Await `calls`, each of which ends within `timeout_s` by itself, side by side on the loop; wait for them here.
 
         A reason that one raises stands in its place; anything else that one raises is raised here.
         """
-        found = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop)
+        try:
+            found = future.result(timeout_s + LOOP_GRACE_S)
+        except TimeoutError:
+            future.cancel()
+            reason = f"this worker's event loop for judges hangs: no end within timeout_s={timeout_s:g} seconds"
+            return [Unscored("timeout", reason)] * len(calls)
         results: list[T | Unscored | BusyError] = []
         for one in found:
             if isinstance(one, BaseException) and not isinstance(one, Unscored | BusyError):

@@ -105,6 +105,8 @@ def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
         edge = (size["shortest_edge"],) * 2 if fit == "shortest" else (size["height"], size["width"])
     if not processor.do_center_crop and fit != "squash":
         raise ValueError(f"the image processor neither crops nor resizes to one size: {size}")
+    if not (processor.do_rescale and processor.do_normalize):
+        raise ValueError("the image processor does not rescale and normalise")
     filters = {int(pil): name for name, pil in _PIL_FILTERS.items()}
     if int(processor.resample) not in filters:
         raise ValueError(f"the image processor resizes by filter {processor.resample}; known are {filters}")
