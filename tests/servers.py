@@ -166,7 +166,7 @@ class WorkerProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        self._was_killed = False
+        self._was_killed = self._was_asked = False
 
     @staticmethod
     def command(queue: str, concurrency: int | None) -> list[str]:
@@ -207,8 +207,9 @@ class WorkerProcess:
         self.process.wait()
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to its own process."""
-        if self.process.poll() is None:
+        """SIGTERM to its own process, once: a second one, while Python ends, would end it as such."""
+        if self.process.poll() is None and not self._was_asked:
+            self._was_asked = True
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
 
@@ -229,6 +230,13 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, 0)
             raise AssertionError(f"worker for {self.queue} left processes behind\n{self.log_text}")
+
+
+def messages_in(broker: redis.Redis, queue: str) -> list[bytes]:
+    """The messages that wait in a queue; kombu keeps a list for each of its four steps of priority."""
+    return [
+        m for step in ("", "3", "6", "9") for m in broker.lrange(f"{queue}\x06\x16{step}" if step else queue, 0, -1)
+    ]
 
 
 def clean_env() -> dict[str, str]:

@@ -20,7 +20,7 @@ from tasks.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of
 from tests.reward_models import image_of
-from tests.servers import ROOT, clean_env, wait_until
+from tests.servers import ROOT, clean_env, messages_in, wait_until
 from trainer_client import CollectTimeoutError, RewardClient, Sample, ScoringError, Ticket
 
 
@@ -109,7 +109,7 @@ def test_messages_are_small_whatever_the_images_and_no_payload_is_left_after_col
     client.submit([Sample(prompt="p" * 5000, image=image) for image in images])
     client.flush()
     with connect(settings.broker_url) as broker:
-        messages = broker.lrange("gpu", 0, -1)
+        messages = messages_in(broker, "gpu")
     assert len(messages) == 3
     assert max(map(len, messages)) < 64 * 1024
     body = json.loads(messages[0])
@@ -238,7 +238,7 @@ def test_rewards_that_are_not_async_wait_for_collect(clients, settings, workers)
     client.submit(samples_of(range(20)))
     client.flush()
     with connect(settings.broker_url) as broker:
-        assert broker.llen("gpu") == 2  # those of Null
+        assert len(messages_in(broker, "gpu")) == 2  # those of Null
     workers("gpu")
     assert_rewards(client.collect(timeout_s=60), range(20))
 
