@@ -47,15 +47,18 @@ def draw_pairs(group_digest: str, num_members: int, opponents: Literal["all"] | 
 
     Args:
         group_digest: Seeds the draw, so that a repeated task compares the same pairs.
-        opponents: `all`, or how many others each member is compared with (at least; one more where the numbers do not
-            divide evenly): the members are shuffled onto a circle and compared with their next neighbours on it.
+        opponents: `all`, or how many others each member is compared with; one member meets one more where that does
+            not come out even. The members are shuffled onto a circle and meet their nearest there, for an odd number
+            also the one opposite, so that no part of the group is cut off from the rest.
     """
     if opponents == "all" or opponents >= num_members - 1:
         return [(i, j) for i in range(num_members) for j in range(i + 1, num_members)]
-    order = np.random.default_rng(int(group_digest[:16], 16)).permutation(num_members).tolist()
-    steps = (opponents + 1) // 2
-    circle = ((order[i], order[(i + step) % num_members]) for i in range(num_members) for step in range(1, steps + 1))
-    return sorted({(min(a, b), max(a, b)) for a, b in circle})
+    circle = np.random.default_rng(int(group_digest[:16], 16)).permutation(num_members).tolist()
+    seats = [(at, (at + step) % num_members) for step in range(1, opponents // 2 + 1) for at in range(num_members)]
+    if opponents % 2:
+        half = num_members // 2
+        seats += [(at, at + half) for at in range(num_members - half)]
+    return sorted({(min(circle[a], circle[b]), max(circle[a], circle[b])) for a, b in seats})
 
 
 def combine(request: GroupRequest, found: Mapping[str, Outcome]) -> Outcome:
