@@ -14,6 +14,7 @@ RewardError
 |-- WireError               a message of another wire version, or not one of ours
 |-- TicketError             the caller's: a ticket of another run or of other rewards
 |-- RankTakenError          the caller's: another live process is this rank of this launch
+|-- RanksMissingError       late: other ranks of this step have not come as far; names them
 |-- EvictionError           the operator's: a Redis would drop keys when it is full; names the setting
 |-- StartError              the operator's: a process that `rewardq up` starts did not come up
 `-- ScoringError            some samples have no reward; carries every reason and the batch
@@ -132,6 +133,23 @@ class RankTakenError(RewardError):
             f"{self.place} is taken by {self.holder}, which is alive; stop it, or give this start of the job "
             "a launch= of its own"
         )
+
+
+class RanksMissingError(RewardError, TimeoutError):
+    """Other ranks have not answered at the deadline.
+
+    Args:
+        topic: What they were asked.
+        missing: The ranks.
+    """
+
+    def __init__(self, topic: str, missing: list[int]) -> None:
+        super().__init__(topic, missing)
+        self.topic, self.missing = topic, missing
+
+    def __str__(self) -> str:
+        ranks = ", ".join(map(str, self.missing))
+        return f"rank {ranks} did not report on {self.topic} in time; did it stop, or is its timeout_s longer?"
 
 
 class EvictionError(RewardError):

@@ -45,6 +45,11 @@ def group(run: str, launch: str, split: str, step: int, fingerprint: str, group:
     return f"{ROOT}group:{run}:{launch}:{split}:{step}:{fingerprint}:{group}"
 
 
+def answer(run: str, launch: str, topic: str, count: int, rank: int) -> str:
+    """What one rank tells the others about a topic of a step."""
+    return f"{ROOT}answer:{run}:{launch}:{topic}:{count}:{rank}"
+
+
 def trainer(run: str, launch: str, rank: int) -> str:
     """Which trainer process is this rank; kept alive by it."""
     return f"{ROOT}trainer:{run}:{launch}:{rank}"

@@ -73,6 +73,8 @@ class Chunk:
         self.left = {s.address for s, _ in claimed}
         self.desk.claims.hold(self.left, self.token)
         try:
+            if _place_for_a_suspect.locked() and all(starts > USUAL_STARTS for _, starts in claimed):
+                return "suspects, sent back: another is being scored alone"
             payloads, self.fetch_s = self._fetch([s for s, _ in claimed])
             self._run(model, [s for s, starts in claimed if starts <= USUAL_STARTS], payloads)
             for sample in [s for s, starts in claimed if starts > USUAL_STARTS]:

@@ -11,10 +11,11 @@ formulas and equal its results where every sample has its rewards: standard devi
   there; divided by its own deviation, rounding would look like a reward of full size. `noise_floor=False` takes every
   difference at its word, as Flow-Factory does.
 
-Over several ranks, pass `gather`: it takes one picklable object and returns those of all ranks, in the same order on
-each. A function that only sums arrays cannot do this work: a group may have members on several ranks, and its id is
-any hashable, so that ranks cannot agree on places in an array. It is called exactly once, also on a rank whose
-arguments are wrong, and then all ranks raise; so no rank waits for one that has left.
+Over several ranks, pass `gather`: it takes this rank's object and returns those of all ranks, in the same order on
+each. But for the group ids the object is plain data, so that any way of sending it will do. A function that only sums
+arrays could not do this work: a group may have members on several ranks, and its id is any hashable, so that ranks
+cannot agree on places in an array. It is called exactly once, also on a rank whose arguments are wrong, and then all
+ranks raise; so no rank waits for one that has left.
 
     def gather(mine):                                    # torch.distributed
         everyone = [None] * torch.distributed.get_world_size()

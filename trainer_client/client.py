@@ -25,6 +25,7 @@ from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
     InvalidSampleError,
+    RanksMissingError,
     RedisUnreachableError,
     RewardError,
     ScoringError,
@@ -37,20 +38,27 @@ from tasks.payloads import PayloadStore, open_store
 from tasks.rewards import ConstantOnFailure, RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings, without_password
+from trainer_client.advantages import Advantages, Method, advantages_of
 from trainer_client.board import Board, Chunk, Entry, Payload, Slot
 from trainer_client.groups import Groups
 from trainer_client.lease import KEEP_EVERY_S, Lease
 from trainer_client.outgoing import Outgoing
 from trainer_client.progress import bars
+from trainer_client.ranks import Ranks
 from trainer_client.reconcile import Reconciler
 from trainer_client.results import Failed, RewardBatch
 from trainer_client.sender import Sender
+from trainer_client.table import Gather
 from trainer_client.ticket import SlotRecord, Ticket
 from trainer_client.watcher import Watcher
 
 OnFailure = Literal["raise", "nan"]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}")
+
+RANKS_MARGIN_S = 5.0
+"""With several ranks a rank stops waiting for its own samples so long before the deadline of `collect()` (a quarter of
+the time at most), and the ranks use the rest to come to one verdict."""
 
 NO_WORKER_AFTER_S = 2.0
 """Heartbeats are asked for when `collect()` has waited for this long, to say early that a queue has no worker."""
@@ -335,16 +343,46 @@ class RewardClient:
         with self._lock:
             session = self._open_session()
             slots, step = self._slots_to_collect(session, ticket, split)
-        is_complete = self._wait(session, slots, started + timeout_s, progress)
+        # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
+        margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if self.world_size > 1 and ticket is None else 0.0
+        is_complete = self._wait(session, slots, started + timeout_s - margin_s, progress)
         self._raise_if_broken(session)
         failure = None if is_complete else self._why_late(session, slots, timeout_s)
         submit_s = step.submit_s if step else 0.0
         batch = self._batch(session, slots, failure, split, submit_s, time.monotonic() - started)
-        if not is_complete and on_failure == "raise":
-            raise CollectTimeoutError(f"{failure.message if failure else ''}\n{batch.describe_failures()}", batch)
-        self._close_step(session, slots, ticket, split)
-        self._raise_for(batch, slots, on_failure)
+        error = self._error_for(batch, slots, on_failure, failure)
+        if self.world_size > 1 and ticket is None:
+            error = self._verdict_of_ranks(session, split, step, error, batch, started + timeout_s)
+        if not isinstance(error, CollectTimeoutError):
+            self._close_step(session, slots, ticket, split)
+        if error is not None:
+            raise error
         return batch
+
+    def advantages(
+        self,
+        batch: RewardBatch,
+        method: Method | None = None,
+        *,
+        gather: Gather | None = None,
+        timeout_s: float = 60.0,
+    ) -> Advantages:
+        """The advantages of a batch, float32 `(N,)` in its order, never NaN; see `trainer_client.advantages`.
+
+        Args:
+            method: `gdpo`, `sum`, or a function of one's own; as the config's `train:` block says, else `gdpo`.
+            gather: Exchanges objects between ranks, `torch.distributed`'s for example. With `world_size > 1` they go
+                through Redis unless given; all ranks must call this then.
+            timeout_s: How long the other ranks are waited for, through Redis.
+
+        Raises:
+            ValueError: The method is unknown, or one's own returns what are no advantages; on all ranks.
+            RanksMissingError: Other ranks did not call this in time.
+        """
+        if gather is None and self.world_size > 1:
+            gather = self._ranks.gatherer("advantages", timeout_s)
+        chosen = self.config.advantage_aggregation if method is None else method
+        return advantages_of(batch, batch.weights, chosen, global_std=self.config.global_std, gather=gather)
 
     # --- private: sessions -----------------------------------------------------------------------
 
@@ -355,6 +393,7 @@ class RewardClient:
         self._steps = {}
         self._numbers = {}
         self._adopted = {}
+        self._ranks = Ranks(outcomes_of(self._app).redis, self.run, self.launch, self.rank, self.world_size)
 
     def _open_session(self) -> _Session:
         if self._session is None:
@@ -551,7 +590,17 @@ class RewardClient:
             "store_s": times.store_s,
             "send_s": times.send_s,
         }
-        return RewardBatch(rewards, valid, tuple(failures), info, tuple(s.group for s in slots), timings, hits)
+        return RewardBatch(
+            rewards,
+            valid,
+            tuple(failures),
+            info,
+            tuple(s.group for s in slots),
+            timings,
+            hits,
+            weights={spec.name: spec.weight for spec in specs},
+            latency_s={spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32) for spec in specs},
+        )
 
     def _close_step(self, session: _Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:
         session.board.abandon([slot for slot in slots if not slot.is_done])
@@ -573,16 +622,45 @@ class RewardClient:
                     collected = set(slots)
                     step.slots = [s for s in step.slots if s not in collected]
 
-    def _raise_for(self, batch: RewardBatch, slots: Sequence[Slot], on_failure: OnFailure) -> None:
-        if not batch.failures:
-            return
+    def _error_for(
+        self, batch: RewardBatch, slots: Sequence[Slot], on_failure: OnFailure, late: Failure | None
+    ) -> ScoringError | None:
+        """What `collect()` raises for this rank's own samples, or None."""
+        if late is not None and on_failure == "raise":
+            return CollectTimeoutError(f"{late.message}\n{batch.describe_failures()}", batch)
         policies = {spec.name: spec.on_failure for spec in (slots[0].rewards if slots else ())}
-        fatal = [f for f in batch.failures if (policies.get(f.reward) or on_failure) == "raise"]
-        if fatal:
-            raise ScoringError(batch.describe_failures(), batch)
-        if batch.failure_rate > self.max_failure_rate:
+        if any((policies.get(f.reward) or on_failure) == "raise" for f in batch.failures):
+            return ScoringError(batch.describe_failures(), batch)
+        if batch.failures and batch.failure_rate > self.max_failure_rate:
             rate = f"{batch.failure_rate:.1%} failed, more than max_failure_rate={self.max_failure_rate:.1%}"
-            raise ScoringError(f"{rate}\n{batch.describe_failures()}", batch)
+            return ScoringError(f"{rate}\n{batch.describe_failures()}", batch)
+        return None
+
+    def _verdict_of_ranks(
+        self,
+        session: _Session,
+        split: Split,
+        step: _Step | None,
+        error: ScoringError | None,
+        batch: RewardBatch,
+        deadline: float,
+    ) -> ScoringError | None:
+        """All ranks of a step return, or all raise: one that raised alone would hang the next collective.
+
+        Deadlines weigh more than failures: after them the step stays open, on every rank.
+        """
+        number = step.number if step is not None else self._numbers.get(split, 0)
+        mine = ["late" if isinstance(error, CollectTimeoutError) else "failed", str(error)] if error else ["ok", ""]
+        try:
+            verdicts = self._ranks.gather(f"{split} step {number}", mine, deadline)
+        except RanksMissingError as missing:
+            return CollectTimeoutError(f"{missing}\n{error or ''}".rstrip(), batch)
+        others = [f"rank {r}: {words}" for r, (kind, words) in enumerate(verdicts) if kind != "ok" and r != self.rank]
+        if any(kind == "late" for kind, _ in verdicts):
+            return CollectTimeoutError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
+        if others:
+            return ScoringError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
+        return error
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()
@@ -613,6 +691,12 @@ def _launch(world_size: int) -> str:
     if world_size > 1:
         raise ConfigError("with world_size > 1 give launch=, one text for this start of the job, the same on all ranks")
     return uuid.uuid4().hex[:12]
+
+
+def _latency_s(slot: Slot, reward: str) -> float:
+    """Seconds from the submit to the outcome; NaN where there is none."""
+    entry = (slot.entries or {}).get(reward)
+    return entry.answered_at - slot.submitted_at if entry is not None and entry.outcome is not None else float("nan")
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tasks.errors import FAILURE_KINDS
 from trainer_client.results import RewardBatch
-from trainer_client.table import Floats, Gather, Ints, exchange, number, to_float64
+from trainer_client.table import Floats, Gather, Ints, exchange, floats_of, ids_of, number, to_float64
 
 ZERO_STD = 1e-6
 """A group whose standard deviation is below this counts as having none, as in Flow-Factory."""
@@ -29,6 +29,30 @@ class _Seen:
     """By reward and kind."""
     num_hits: Mapping[str, int]
     advantages: Floats
+
+    def to_plain(self) -> list[Any]:
+        """As it goes to other ranks."""
+        return [
+            list(self.groups),
+            {name: values.tobytes() for name, values in self.rewards.items()},
+            {name: values.tobytes() for name, values in self.latency_s.items()},
+            [[*which, count] for which, count in self.failures.items()],
+            dict(self.num_hits),
+            self.advantages.tobytes(),
+        ]
+
+    @classmethod
+    def of_plain(cls, plain: list[Any]) -> _Seen:
+        """As it comes from other ranks."""
+        groups, rewards, latency_s, failures, num_hits, advantages = plain
+        return cls(
+            groups=ids_of(groups),
+            rewards={name: floats_of(values) for name, values in rewards.items()},
+            latency_s={name: floats_of(values) for name, values in latency_s.items()},
+            failures=Counter({(name, kind): count for name, kind, count in failures}),
+            num_hits=num_hits,
+            advantages=floats_of(advantages),
+        )
 
 
 def metrics(
@@ -51,8 +75,8 @@ def metrics(
         prefix: `train` or `eval`.
         gather: As for `advantages.weighted_sum`: the numbers are those of all ranks. Call it on all of them.
     """
-    ranks, _ = exchange(lambda: _look(batch, advantages), gather)
-    seen = ranks[0] if len(ranks) == 1 else _join(ranks)
+    ranks, _ = exchange(lambda: _look(batch, advantages).to_plain(), gather)
+    seen = _join([_Seen.of_plain(one) for one in ranks])
     groups, num_groups = number(seen.groups)
     found: dict[str, float] = {}
     for name in sorted(seen.rewards):

@@ -98,7 +98,7 @@ class Outgoing:
             number=0,
             entries=list(entries),
             sent_at=now,
-            look_at=now + pause_s,
+            look_at=now + self._settings.reconcile_s,
             pause_s=pause_s,
         )
 

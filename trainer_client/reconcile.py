@@ -78,7 +78,8 @@ class Reconciler:
         self._look_up([e for lost in missing.values() for e in lost])  # an answer may have ended its claim meanwhile
         for chunk in due:
             lost = [e for e in missing.get(chunk, ()) if e.outcome is None]
-            if lost and (chunk.is_missed or chunk.was_claimed):
+            is_due = chunk.is_missed and now >= chunk.sent_at + chunk.pause_s
+            if lost and (is_due or chunk.was_claimed):
                 log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(lost), chunk.request)
                 self._send_again(chunk, lost)
             else:
@@ -164,9 +165,11 @@ class Reconciler:
             chunk.look_at = time.monotonic() + chunk.pause_s
 
     def _send_again(self, chunk: Chunk, entries: list[Entry]) -> None:
+        # Pauses grow where messages lead nowhere; where a worker took it and died, the next one is looked after as soon.
+        chunk.pause_s = self._settings.reconcile_s if chunk.was_claimed else min(2 * chunk.pause_s, MAX_PAUSE_S)
         chunk.is_missed = chunk.was_claimed = False
-        chunk.pause_s = min(2 * chunk.pause_s, MAX_PAUSE_S)
-        chunk.look_at = time.monotonic() + chunk.pause_s
+        chunk.sent_at = time.monotonic()
+        chunk.look_at = chunk.sent_at + self._settings.reconcile_s
         if not chunk.is_adopted:
             self._sender.send_again(entries)
         elif self._store.renew([chunk.request], self._settings.payload_ttl_s):

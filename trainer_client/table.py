@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
 Gather = Callable[[Any], Sequence[Any]]
-"""Takes one picklable object of this rank, returns those of all ranks in the same order on each."""
+"""Takes this rank's object, returns those of all ranks in the same order on each.
 
-T = TypeVar("T")
+The object is a list of plain data (text, numbers, bytes, lists, mappings, None) and the group ids as they are.
+"""
 
 LARGEST = float(np.finfo(np.float32).max)
 """Rewards travel as float32; what is beyond it counts as infinite."""
@@ -32,6 +33,17 @@ class Columns:
     groups: tuple[Hashable, ...]
     rewards: Floats
     """`(N, K)`."""
+
+    def to_plain(self) -> list[Any]:
+        """As it goes to other ranks."""
+        return [list(self.names), list(self.weights), list(self.groups), self.rewards.tobytes()]
+
+    @classmethod
+    def of_plain(cls, plain: Sequence[Any]) -> Columns:
+        """As it comes from other ranks."""
+        names, weights, groups, rewards = plain
+        values = floats_of(rewards).reshape(len(groups), len(names))
+        return cls(tuple(names), tuple(weights), ids_of(groups), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +75,8 @@ def tabulate(
     gather: Gather | None,
 ) -> Table:
     """The samples of all ranks; arguments are those of `advantages.weighted_sum`."""
-    everyone, mine = exchange(lambda: _columns(rewards, groups, weights, valid), gather)
+    plain, mine = exchange(lambda: _columns(rewards, groups, weights, valid).to_plain(), gather)
+    everyone = [Columns.of_plain(one) for one in plain]
     first = everyone[0]
     for columns in everyone:
         if (columns.names, columns.weights) != (first.names, first.weights):
@@ -83,7 +96,7 @@ def tabulate(
     )
 
 
-def exchange(make: Callable[[], T], gather: Gather | None) -> tuple[list[T], int]:
+def exchange(make: Callable[[], list[Any]], gather: Gather | None) -> tuple[list[list[Any]], int]:
     """What `make` gives on each rank, and which is ours.
 
     `gather` is called exactly once, also where `make` raises `ValueError` or `TypeError`: then all ranks raise, and
@@ -92,26 +105,36 @@ def exchange(make: Callable[[], T], gather: Gather | None) -> tuple[list[T], int
     if gather is None:
         return [make()], 0
     token = uuid.uuid4().hex
-    made: list[T] = []
+    made: list[Any] | None = None
     problem = None
     try:
-        made.append(make())
+        made = make()
     except (TypeError, ValueError) as error:
         problem = str(error)
-    answers = list(gather((token, problem, made)))
+    answers = list(gather([token, problem, made]))
     tokens = [answer[0] for answer in answers]
     if token not in tokens:
         raise ValueError("gather must return the objects of all ranks, this one's among them")
     problems = [f"rank {i} of those gathered: {answer[1]}" for i, answer in enumerate(answers) if answer[1] is not None]
     if problems:
         raise ValueError("; ".join(problems))
-    return [answer[2][0] for answer in answers], tokens.index(token)
+    return [answer[2] for answer in answers], tokens.index(token)
 
 
 def number(groups: Any) -> tuple[Ints, int]:
     """Group ids as numbers from 0 in order of first sight, and how many there are."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
+
+
+def ids_of(plain: Any) -> tuple[Hashable, ...]:
+    """Group ids as they come from other ranks; a tuple may have become a list on its way."""
+    return tuple(ids_of(one) if isinstance(one, list | tuple) else one for one in plain)
+
+
+def floats_of(data: bytes) -> Floats:
+    """Float64 values of their bytes."""
+    return np.frombuffer(data, dtype=np.float64)
 
 
 def to_float64(values: Any) -> Floats:
@@ -167,7 +190,8 @@ def _votes(name: str, values: Any, valid: Any, num_samples: int) -> Floats:
 
 def _ids(groups: Any) -> tuple[Hashable, ...]:
     """Group ids as plain objects; those in an array or a tensor by value."""
-    ids = tuple(groups.tolist() if hasattr(groups, "tolist") else groups)
+    listed = groups.tolist() if hasattr(groups, "tolist") else groups
+    ids = tuple(one.item() if isinstance(one, np.generic) else one for one in listed)
     for i, group in enumerate(ids):
         try:
             hash(group)

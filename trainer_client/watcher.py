@@ -36,6 +36,9 @@ had the same scored."""
 POLL_SHARE = 5
 """Between two polls at least so many times the time that one takes, so that polling is no load for Redis."""
 
+LONGEST_PAUSE_S = 1.0
+"""But no longer: a poll may also have taken long since Redis could not be reached."""
+
 
 class _Every:
     """Something due every so many seconds."""
@@ -127,7 +130,7 @@ class Watcher:
         if not self._num_waiting:
             return IDLE_PACE_S
         self._pace_s = FASTEST_S if num_new else min(1.5 * self._pace_s, SLOWEST_S)
-        return max(self._pace_s, POLL_SHARE * (time.monotonic() - started))
+        return max(self._pace_s, min(LONGEST_PAUSE_S, POLL_SHARE * (time.monotonic() - started)))
 
     def _pause_away(self, error: BaseException) -> float:
         self._reconciler.disconnect()

@@ -11,7 +11,7 @@ import pytest
 from tasks import keys
 from tasks.connections import connect
 from tasks.errors import BusyError
-from tests.judges.scripted import MODEL, says_yes
+from tests.judges.scripted import MODEL, says, says_yes
 from tests.servers import wait_until
 from trainer_client import RewardClient, Sample
 from workers.judges import budget as budgets
@@ -177,3 +177,23 @@ def test_a_busy_judge_keeps_nobody_else_waiting(settings, workers, judge_server,
         batch = client.collect(60, progress=False)
     assert batch.rewards["slow"].tolist() == [0.25] * 8
     assert slow.most_in_flight == 1
+
+
+def test_comparisons_of_groups_keep_within_the_budget(settings, workers, judge_server, picture):
+    server = judge_server(lambda _: says("Verdict: tie", delay_s=0.1))
+    workers("vlm")
+    reward = {
+        "reward_model": "pairwise_judge",
+        "api_base_url": server.url,
+        "vlm_model": MODEL,
+        "fleet_max_concurrent": 2,
+        "opponents": 2,
+    }
+    with RewardClient.from_dict({"rewards": reward}, run="pairs", settings=settings) as client:
+        for group in range(3):
+            images = [picture(10 * group + i) for i in range(6)]
+            client.submit([Sample(prompt=f"p{group}", image=i, group=group) for i in images], group_size=6)
+        batch = client.collect(60, progress=False)
+    assert batch.rewards["pairwise_judge"].tolist() == [0.5] * 18
+    assert server.most_in_flight == 2
+    assert len(server.questions) < 1.2 * 3 * 6 * 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import yaml
 from tasks.catalog import VLM
 from tasks.judges import JUDGES
 from tasks.rewards import RewardConfig
+from tests.judges.scripted import MODEL, fails, says_yes
+from tests.servers import worker_env
 
 FOLDER = Path(__file__).parents[2] / "examples" / "judges"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -94,3 +98,22 @@ def test_a_rubric_is_cut_to_no_size_but_refused_when_it_is_a_mistake(tmp_path):
     for name, words in (("huge.txt", "is larger than"), ("empty.txt", "is empty")):
         with pytest.raises(ValueError, match=words):
             RewardConfig.from_dict({"rewards": {"reward_model": "pairwise_judge", "rubric_file": name}}, tmp_path)
+
+
+def test_the_script_prints_rewards_and_reasons(settings, workers, judge_server, picture, tmp_path):
+    server = judge_server(lambda q: says_yes(0.75) if q.number != 1 else fails(400, "no such picture"))
+    workers("vlm")
+    reward = {"reward_model": "vllm_evaluate", "name": "good", "api_base_url": server.url, "vlm_model": MODEL}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": reward}))
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    command = [sys.executable, FOLDER / "score.py", "rewards.yaml", "a cat", "0.png", "1.png"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=worker_env(settings, {}), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    lines = sorted(line for line in run.stdout.splitlines() if "  good  " in line)
+    assert sorted(line.split("  good  ")[1] for line in lines) == [
+        "0.7500",
+        "failed: the judge answered 400 after 1 request: no such picture",
+    ]

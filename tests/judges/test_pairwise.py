@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-
 import pytest
 
 from tasks.errors import BusyError
 from tests.judges.scripted import fails, says
+from trainer_client import RewardClient, Sample
 from workers import Unscored
 from workers.judges.chat import Reply
-from workers.judges.pairwise import Comparison, comparison_of, draw_pairs, read_verdict, win_rates
+from workers.judges.pairwise import comparison_of, read_verdict
 
 TIED_UP = BusyError("full")
 NO = Unscored("failed", "no connection")
@@ -79,63 +77,6 @@ def test_a_comparison_that_cannot_be_asked_now_is_no_abstention():
         comparison_of(reply("first"), TIED_UP)
 
 
-@pytest.mark.parametrize("num_members", range(2, 12))
-def test_with_all_opponents_each_pair_meets_once(num_members):
-    everyone = list(itertools.combinations(range(num_members), 2))
-    assert draw_pairs(num_members, "all", "digest") == everyone
-    assert draw_pairs(num_members, num_members - 1, "digest") == everyone
-    assert draw_pairs(num_members, 100, "digest") == everyone
-
-
-@pytest.mark.parametrize(("num_members", "k"), [(n, k) for n in range(3, 14) for k in range(1, n - 1)])
-def test_each_member_meets_k_others(num_members, k):
-    pairs = draw_pairs(num_members, k, "digest")
-    assert len(set(pairs)) == len(pairs)
-    assert all(0 <= i < j < num_members for i, j in pairs)
-    met = Counter(member for pair in pairs for member in pair)
-    extra = num_members * k % 2
-    assert sorted(met.values()) == [k] * (num_members - extra) + [k + 1] * extra
-
-
-def test_pairs_depend_on_the_groups_digest_and_on_nothing_else():
-    assert draw_pairs(12, 3, "a") == draw_pairs(12, 3, "a")
-    assert len({tuple(draw_pairs(12, 3, f"digest {i}")) for i in range(20)}) > 15
-    # Written down: pairs may not change between versions, or a repeated task would compare others.
-    assert draw_pairs(5, 2, "digest") == PAIRS_OF_FIVE
-
-
-PAIRS_OF_FIVE = [(0, 2), (0, 3), (1, 2), (1, 4), (3, 4)]
-
-
-@pytest.mark.parametrize("num_members", [0, 1])
-def test_nobody_to_meet_is_no_pair(num_members):
-    assert draw_pairs(num_members, "all", "digest") == draw_pairs(num_members, 3, "digest") == []
-
-
-def test_the_reward_is_the_share_of_wins_with_half_for_a_tie():
-    found = {(0, 1): Comparison(1.0), (0, 2): Comparison(0.5), (1, 2): Comparison(0.0)}
-    assert win_rates(3, found) == [0.75, 0.0, 0.75]
-
-
-def test_comparisons_that_abstain_count_for_neither():
-    found = {(0, 1): Comparison(None, NO), (0, 2): Comparison(1.0), (1, 2): Comparison(None, NO)}
-    first, second, third = win_rates(3, found)
-    assert (first, third) == (1.0, 0.0)
-    assert second.kind == "failed"
-    assert second.message == "none of its 2 comparisons was answered; most often: no connection"
-
-
-def test_a_group_of_one_abstains():
-    (only,) = win_rates(1, {})
-    assert only.kind == "abstained"
-
-
-def test_win_rates_over_all_pairs_add_up_to_half_the_group():
-    points = itertools.cycle([1.0, 0.5, 0.0, 0.0, 1.0])
-    found = {pair: Comparison(next(points)) for pair in draw_pairs(7, "all", "x")}
-    assert sum(win_rates(7, found)) == pytest.approx(3.5)
-
-
 def number_of(data: bytes) -> int:
     """Which picture it is, told by its size."""
     import io
@@ -150,33 +91,44 @@ def by_size(question):
     return says(f"Because.\nVerdict: {'first' if first > second else 'second' if second > first else 'tie'}")
 
 
-def test_a_group_is_compared_in_both_orders(judge_server, make_judge, picture):
+def test_each_pair_is_compared_in_both_orders(judge_server, make_judge, picture):
     server = judge_server(by_size)
-    judge = make_judge("pairwise_judge", server)
-    output = judge(["a cat"] * 4, image=[picture(0, size) for size in (16, 48, 32, 32)])
-    assert output.rewards == [0.0, 1.0, 0.5, 0.5]
-    shown = Counter(tuple(number_of(data) for _, data in q.images) for q in server.questions)
-    assert len(server.questions) == 12
-    assert shown[16, 48] == shown[48, 16] == 1
+    small, large, other = picture(0, 16), picture(0, 48), picture(1, 48)
+    pairs = [(small, large), (large, small), (large, other)]
+    output = make_judge("pairwise_judge", server)(["a cat"] * 3, image=[list(pair) for pair in pairs])
+    assert output.rewards == [0.0, 1.0, 0.5]
+    shown = [tuple(number_of(data) for _, data in q.images) for q in server.questions]
+    assert shown == [(16, 48), (48, 16), (48, 16), (16, 48), (48, 48), (48, 48)]
     assert server.questions[0].body["max_tokens"] == 512
+    assert server.most_in_flight == 1
 
 
-def test_a_judge_that_only_likes_the_first_place_finds_ties(judge_server, make_judge, picture):
-    judge = make_judge("pairwise_judge", judge_server(lambda _: says("Verdict: first")), max_concurrent=2)
-    assert judge(["a cat"] * 3, image=[picture(i) for i in range(3)]).rewards == [0.5] * 3
+def test_both_orders_may_be_asked_side_by_side(judge_server, make_judge, picture):
+    server = judge_server(lambda _: says("Verdict: first", delay_s=0.2))
+    judge = make_judge("pairwise_judge", server, max_concurrent=2)
+    assert judge(["a cat"], image=[[picture(1), picture(2)]]).rewards == [0.5]
+    assert server.most_in_flight == 2
 
 
-def test_a_picture_that_cannot_be_judged_leaves_the_others_their_rank(judge_server, make_judge, picture):
+def test_a_comparison_that_fails_abstains_alone(judge_server, make_judge, picture):
     def script(question):
-        if 16 in [number_of(data) for _, data in question.images]:
-            return fails(400, "bad image")
-        return by_size(question)
+        sizes = [number_of(data) for _, data in question.images]
+        return fails(400, "bad image") if 16 in sizes else by_size(question)
 
+    bad, large, small = picture(0, 16), picture(0, 48), picture(0, 32)
     judge = make_judge("pairwise_judge", judge_server(script))
-    bad, best, worst = judge(["a cat"] * 3, image=[picture(0, size) for size in (16, 48, 32)]).rewards
-    assert (best, worst) == (1.0, 0.0)
-    assert bad.kind == "failed"
-    assert "bad image" in bad.message
+    lost, won = judge(["a cat"] * 2, image=[[bad, large], [large, small]]).rewards
+    assert won == 1.0
+    assert (lost.kind, "bad image" in lost.message) == ("failed", True)
+
+
+def test_videos_are_compared_by_frames(judge_server, make_judge, picture):
+    server = judge_server(by_size)
+    small, large = ([picture(i, size) for i in range(5)] for size in (16, 24))
+    judge = make_judge("pairwise_judge", server, frames=3)
+    server.script = lambda _: says("Verdict: tie")
+    assert judge(["a cat"], video=[[small, large]]).rewards == [0.5]
+    assert [number_of(data) for _, data in server.questions[0].images] == [16] * 3 + [24] * 3
 
 
 def test_its_rubric_can_be_replaced(judge_server, make_judge, picture):
@@ -186,3 +138,31 @@ def test_its_rubric_can_be_replaced(judge_server, make_judge, picture):
     assert found.points == 0.0
     assert set(found.info) == {"as_given", "swapped"}
     assert server.questions[0].text.startswith("a cat:")
+
+
+@pytest.mark.parametrize(("opponents", "num_pairs"), [("all", 15), (2, 6)])
+def test_a_group_is_ranked_by_the_share_of_comparisons_won(
+    settings, workers, judge_server, picture, opponents, num_pairs
+):
+    server = judge_server(by_size)
+    workers("vlm")
+    reward = {
+        "name": "preferred",
+        "reward_model": "pairwise_judge",
+        "api_base_url": server.url,
+        "vlm_model": "scripted",
+        "opponents": opponents,
+    }
+    sizes = (16, 24, 32, 40, 48, 56)
+    with RewardClient.from_dict({"rewards": reward}, run="pairs", settings=settings) as client:
+        samples = [Sample(prompt="a cat", image=picture(size, size), group="cats") for size in sizes]
+        client.submit(samples, group_size=len(sizes))
+        batch = client.collect(60, progress=False)
+    rewards = batch.rewards["preferred"].tolist()
+    assert len(server.questions) == 2 * num_pairs
+    met = [{number_of(data) for _, data in q.images} for q in server.questions]
+    for size, reward_found in zip(sizes, rewards, strict=True):
+        own = [max(pair) == size for pair in met if size in pair]
+        assert reward_found == pytest.approx(sum(own) / len(own))
+    if opponents == "all":
+        assert rewards == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])

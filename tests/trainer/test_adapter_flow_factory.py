@@ -87,7 +87,22 @@ def test_evaluation_has_its_own_rewards_and_may_be_open_at_the_same_time(client:
     evaluation.add_samples(samples_of([7]))
     assert {n: v.tolist() for n, v in evaluation.finalize(split="pointwise").items()} == {"more": [107.0]}
     assert train.finalize()["number"].tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert train.finalize(split="groupwise") == {}
+
+
+def test_rewards_of_either_kind_are_given_when_asked_for(settings: Settings, workers: Callable[..., Any]) -> None:
+    workers("gpu")
+    names = ("jpeg_incompressibility", "jpeg_incompressibility_Rank")
+    config = {"rewards": [{"name": name, "reward_model": name} for name in names]}
+    with RewardClient.from_dict(config, "flow-factory", settings=settings) as client:
+        buffer = RewardBuffer(client, 2)
+        pictures = [torch.rand(3, size, size) for size in (8, 64, 64, 8)]
+        buffer.add_samples([TheirSample("xx"[: i // 2], picture) for i, picture in enumerate(pictures)])
+        assert list(buffer.finalize(split="pointwise")) == ["jpeg_incompressibility"]
+        ranks = buffer.finalize(split="groupwise")
+        assert {name: values.tolist() for name, values in ranks.items()} == {
+            "jpeg_incompressibility_Rank": [0.0, 0.5, 0.5, 0.0]
+        }
+        assert list(buffer.finalize()) == list(names)
 
 
 def test_a_sample_without_a_reward_raises_or_is_masked_as_asked(client: RewardClient) -> None:
@@ -148,9 +163,6 @@ def test_their_sample_becomes_ours() -> None:
     assert isinstance(ours.condition_images, list)
     assert ours.condition_videos is None
     assert ours.metadata == {"metadata": {"target": "cat", "tags": ["a", 1]}, "seed": 7}
-
-
-# --- the reward model for their unmodified trainer -------------------------------------------------
 
 
 def arguments(name: str = "number", **extra: Any) -> Any:
@@ -224,9 +236,6 @@ def test_their_processor_takes_it_for_one_of_theirs(their_settings: Settings, mo
     model = QueuedRewardModel(arguments(run="ff", model="tests.reward_models.Null"), SimpleNamespace())
     assert isinstance(model, theirs)
     model.client.close()
-
-
-# --- the real package, where it is installed -------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -121,6 +121,19 @@ def test_each_function_gives_its_rewards_in_order_and_none_where_there_is_none(
     ]
 
 
+def test_completions_of_a_prompt_are_compared_also_where_a_prompt_comes_twice(
+    settings: Settings, workers: Callable[..., Any]
+) -> None:
+    workers("gpu")
+    rewards = {"name": "rank", "reward_model": "jpeg_incompressibility_Rank"}
+    pictures = [image_of(1, size, size) for size in (8, 64, 32, 16)]
+    with RewardClient.from_dict({"rewards": rewards}, "trl", settings=settings) as client:
+        in_pairs = reward_functions(client, num_generations=2, timeout_s=30)[0]
+        assert in_pairs(prompts=["a"] * 4, completions=pictures) == [0.0, 0.5, 0.5, 0.0]
+        at_once = reward_functions(client, timeout_s=30)[0]
+        assert at_once(prompts=["a"] * 4, completions=list(pictures)) == [0.0, 0.75, 0.5, 0.25]
+
+
 def test_the_same_completions_asked_again_are_a_new_call(client: CountingClient) -> None:
     number = reward_functions(client, to_samples=to_samples, timeout_s=30)[0]
     given = {"prompts": ["a"], "completions": [image_of(5)], "note": [{}]}
@@ -162,10 +175,9 @@ def test_rows_become_samples() -> None:
         [np.zeros((4, 4, 3), np.uint8), "meow", [{"role": "assistant", "content": [{"type": "text", "text": "purr"}]}]],
         {"image": [None, None, picture], "other": [1, 2, 3]},
     )
-    assert (by_image.prompt, by_image.group, by_image.metadata) == ("a dog", "a dog", {})
+    assert (by_image.prompt, by_image.metadata) == ("a dog", {})
     assert by_image.image.shape == (4, 4, 3)
     assert (by_text.prompt, by_text.image, by_text.metadata) == ("a cat", None, {"completion": "meow"})
-    assert by_text.group == by_column.group
     assert by_column.image is picture
     assert by_column.metadata == {"completion": "purr"}
     assert text_of([{"role": "assistant", "content": None}]) == ""

@@ -7,7 +7,7 @@ import pytest
 from tasks.rewards import RewardConfig
 from trainer_client import busy
 from trainer_client.board import Chunk, Entry
-from trainer_client.busy import BusyChunks
+from trainer_client.busy import BusyMessages
 
 LOOK_AFTER_S = 2.0
 
@@ -27,15 +27,15 @@ def sent() -> list[str]:
 
 
 @pytest.fixture
-def waiting(sent, monkeypatch) -> BusyChunks:
-    monkeypatch.setattr(busy, "TRICKLE_EVERY_S", 0.1)
-    return BusyChunks(lambda chunk: sent.append(chunk.request))
+def waiting(sent, monkeypatch) -> BusyMessages:
+    monkeypatch.setattr(busy, "EVERY_S", 0.1)
+    return BusyMessages(lambda chunk, request: sent.append(request))
 
 
 def test_one_goes_for_each_answer_of_its_reward_first_come_first_sent(waiting, sent):
     some = chunks_of("a", 5)
     for chunk in some:
-        waiting.add(chunk)
+        waiting.add(chunk, chunk.request)
     waiting.send_some(LOOK_AFTER_S)
     assert sent == []
     waiting.count_answers(chunks_of("b", 1)[0].entries)
@@ -46,18 +46,40 @@ def test_one_goes_for_each_answer_of_its_reward_first_come_first_sent(waiting, s
     assert sent == ["a0", "a1"]
 
 
-def test_a_few_go_without_an_answer_since_others_free_places_too(waiting, sent):
-    for chunk in chunks_of("a", 5):
-        waiting.add(chunk)
-    for num_sent in (2, 4, 5):
+def test_more_go_while_none_comes_back_and_fewer_when_one_does(waiting, sent):
+    some = chunks_of("a", 40)
+    for chunk in some:
+        waiting.add(chunk, chunk.request)
+    for num_sent in (2, 6, 14):
         time.sleep(0.11)
         waiting.send_some(LOOK_AFTER_S)
         assert len(sent) == num_sent
+    waiting.add(some[0], some[0].request)
+    for num_sent in (18, 26):
+        time.sleep(0.11)
+        waiting.send_some(LOOK_AFTER_S)
+        assert len(sent) == num_sent
+    assert sent[:26] == [c.request for c in some[:26]]
+
+
+def test_the_parts_of_a_group_go_one_by_one_and_the_group_is_looked_after_when_all_are_sent(waiting, sent):
+    (chunk,) = chunks_of("a", 1)
+    chunk.more_requests = ("part 0", "part 1", "part 2")
+    for request in chunk.more_requests:
+        waiting.add(chunk, request)
+    time.sleep(0.11)
+    waiting.send_some(LOOK_AFTER_S)
+    assert (sent, chunk.look_at) == (["part 0", "part 1"], float("inf"))
+    time.sleep(0.11)
+    waiting.send_some(LOOK_AFTER_S)
+    assert sent == ["part 0", "part 1", "part 2"]
+    assert chunk.look_at <= time.monotonic() + LOOK_AFTER_S
+    assert chunk.is_missed, "the parts' answers are not awaited one by one"
 
 
 def test_what_waits_is_not_looked_after_until_it_is_sent(waiting):
     (chunk,) = chunks_of("a", 1)
-    waiting.add(chunk)
+    waiting.add(chunk, chunk.request)
     assert chunk.look_at == float("inf")
     time.sleep(0.11)
     waiting.send_some(LOOK_AFTER_S)
@@ -67,7 +89,7 @@ def test_what_waits_is_not_looked_after_until_it_is_sent(waiting):
 def test_one_that_is_answered_meanwhile_or_noted_twice_is_not_sent_twice(waiting, sent):
     first, second = chunks_of("a", 2)
     for chunk in (first, first, second, first):
-        waiting.add(chunk)
+        waiting.add(chunk, chunk.request)
     second.entries = []
     time.sleep(0.11)
     waiting.send_some(LOOK_AFTER_S)

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.trainer.test_advantages import Ranks
+from tests.trainer.batches import NAN, Ranks, batch_of
 from trainer_client.advantages import gdpo
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.results import Failed, RewardBatch
-
-NAN = math.nan
-
-
-def batch_of(
-    rewards: dict[str, list[float]],
-    groups: list[Any],
-    failures: tuple[Failed, ...] = (),
-    weights: dict[str, float] | None = None,
-    **more: Any,
-) -> RewardBatch:
-    arrays = {name: np.array(values, np.float32) for name, values in rewards.items()}
-    return RewardBatch(
-        rewards=arrays,
-        valid={name: np.isfinite(values) for name, values in arrays.items()},
-        failures=failures,
-        info={},
-        groups=tuple(groups),
-        timings={},
-        num_hits=more.pop("num_hits", {}),
-        weights=weights or {},
-        **more,
-    )
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Serves a judge with vLLM's OpenAI-compatible API. Further arguments go to `vllm serve` as they are:
+#
+#   CUDA_VISIBLE_DEVICES=0,1 docker/start_vllm_judge.sh --max-model-len 8192
+#   MODEL_PATH=TIGER-Lab/RationalRewards-8B-Edit PORT=8001 docker/start_vllm_judge.sh
+#
+# MODEL_PATH               checkpoint: an id on the hub or a folder (TIGER-Lab/RationalRewards-8B-T2I)
+# SERVED_MODEL_NAME        what `vlm_model` in the rewards file says (the last part of MODEL_PATH)
+# HOST, PORT               where it listens (127.0.0.1, 8000); HOST=0.0.0.0 for workers on other machines
+# TENSOR_PARALLEL_SIZE     GPUs that share one copy of the model (1)
+# DATA_PARALLEL_SIZE       copies of the model (as many as CUDA_VISIBLE_DEVICES has room for; 1 if that is not set)
+# GPU_MEMORY_UTILIZATION   share of each GPU's memory that vLLM takes (0.9)
+# VLLM_BIN                 the vllm command (vllm)
+set -euo pipefail
+
+MODEL_PATH=${MODEL_PATH:-TIGER-Lab/RationalRewards-8B-T2I}
+HOST=${HOST:-127.0.0.1}
+PORT=${PORT:-8000}
+TENSOR_PARALLEL_SIZE=${TENSOR_PARALLEL_SIZE:-1}
+GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.9}
+VLLM_BIN=${VLLM_BIN:-vllm}
+
+if [[ -z ${SERVED_MODEL_NAME:-} ]]; then
+  SERVED_MODEL_NAME=${MODEL_PATH%/}
+  SERVED_MODEL_NAME=${SERVED_MODEL_NAME##*/}
+fi
+
+if [[ -z ${DATA_PARALLEL_SIZE:-} ]]; then
+  IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-0}"
+  DATA_PARALLEL_SIZE=$((${#devices[@]} / TENSOR_PARALLEL_SIZE))
+  ((DATA_PARALLEL_SIZE >= 1)) || DATA_PARALLEL_SIZE=1
+fi
+
+if ! command -v "$VLLM_BIN" >/dev/null; then
+  echo "no command $VLLM_BIN: install vLLM (pip install vllm) or name it as VLLM_BIN" >&2
+  exit 127
+fi
+
+exec "$VLLM_BIN" serve "$MODEL_PATH" \
+  --served-model-name "$SERVED_MODEL_NAME" \
+  --host "$HOST" \
+  --port "$PORT" \
+  --tensor-parallel-size "$TENSOR_PARALLEL_SIZE" \
+  --data-parallel-size "$DATA_PARALLEL_SIZE" \
+  --gpu-memory-utilization "$GPU_MEMORY_UTILIZATION" \
+  "$@"

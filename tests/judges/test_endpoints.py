@@ -1,0 +1,78 @@
+"""Several servers for one judge: the least busy is asked, one that fails is left alone and tried again."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.judges.scripted import fails, says_yes
+from workers import Unscored
+from workers.judges import endpoints
+
+
+def reason(output) -> Unscored:
+    (found,) = output.rewards
+    assert isinstance(found, Unscored), found
+    return found
+
+
+def ask(judge, picture, **kwargs):
+    return judge(["a cat"], image=[picture(**kwargs)])
+
+
+def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
+    slow = judge_server(lambda _: says_yes(0.75, delay_s=1.0))
+    fast = judge_server(lambda _: says_yes(0.75, delay_s=0.05))
+    judge = make_judge("vllm_evaluate", slow, fast)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: ask(judge, picture, number=i).rewards[0], range(40))) == [0.75] * 40
+    assert len(fast.questions) > 3 * len(slow.questions) > 0
+
+
+def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
+    judge_server, make_judge, picture, monkeypatch
+):
+    monkeypatch.setattr(endpoints, "FIRST_REST_S", 1.0)
+    sick = judge_server(lambda _: fails(500, "out of memory"))
+    well = judge_server()
+    judge = make_judge("vllm_evaluate", sick, well)
+    assert [ask(judge, picture, number=i).rewards[0] for i in range(10)] == [0.75] * 10
+    assert len(sick.questions) == 1
+    sick.script = lambda _: says_yes(0.25)
+    time.sleep(1.1)
+    found = [ask(judge, picture, number=i).rewards[0] for i in range(6)]
+    assert pytest.approx(0.25) in found
+    assert len(sick.questions) > 2
+
+
+def test_a_server_that_fails_again_rests_longer(judge_server, make_judge, picture, monkeypatch):
+    monkeypatch.setattr(endpoints, "FIRST_REST_S", 0.5)
+    sick, well = judge_server(lambda _: fails(500, "out of memory")), judge_server()
+    judge = make_judge("vllm_evaluate", sick, well)
+    for pause_s, tries in ((0.0, 1), (0.6, 2), (0.6, 2), (0.6, 3)):
+        time.sleep(pause_s)
+        assert [ask(judge, picture, number=i).rewards[0] for i in range(4)] == [0.75] * 4
+        assert len(sick.questions) == tries
+
+
+def test_a_busy_server_is_followed_by_the_next_one(judge_server, make_judge, picture):
+    full = judge_server(lambda _: fails(429, "full", retry_after="30"))
+    judge = make_judge("vllm_evaluate", full, judge_server())
+    started = time.monotonic()
+    assert ask(judge, picture).rewards == [pytest.approx(0.75)]
+    assert time.monotonic() - started < 5
+
+
+def test_when_all_servers_fail_the_last_one_gets_the_retries(judge_server, make_judge, picture):
+    servers = [judge_server(lambda _: fails(500, "broken")) for _ in range(2)]
+    found = reason(ask(make_judge("vllm_evaluate", *servers, max_retries=2), picture))
+    assert found.message == "the judge answered 500 after 3 requests: broken"
+    assert sorted(len(s.questions) for s in servers) == [1, 2]
+
+
+def test_a_wrong_request_is_not_asked_elsewhere(judge_server, make_judge, picture):
+    servers = [judge_server(lambda _: fails(400, "no such field")) for _ in range(2)]
+    assert "no such field" in reason(ask(make_judge("vllm_evaluate", *servers), picture)).message
+    assert sum(len(s.questions) for s in servers) == 1
