@@ -38,7 +38,9 @@ def test_the_snippet_runs_against_a_worker_started_from_another_directory(worker
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert len(re.findall(r"-\d", done.stdout)) == 3 * 16
+    numbers = re.findall(r"-?\d+\.\d*(?:e-?\d+)?", done.stdout)
+    assert len(numbers) == 3 * (16 + 16)
+    assert all(float(n) < 0 for n in numbers[:16])
 
 
 def test_the_worker_commands_are_those_the_tests_start():

@@ -89,14 +89,16 @@ def test_half_floats_on_the_edge_between_two_levels_are_rounded_as_exactly_as_ot
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_torch_floats_are_rounded_to_the_nearest_level(name):
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = torch.rand((3, 9, 4), generator=torch.Generator().manual_seed(3)).to(getattr(torch, name))
     expected = [[[nearest_level(v) for v in row] for row in plane] for plane in values.tolist()]
     assert np.array_equal(encode(values), np.transpose(expected, (1, 2, 0)))
 
 
 def test_torch_tensors_of_every_kind_are_taken():
-    torch = pytest.importorskip("torch")
+    import torch
+
     pixels = torch.from_numpy(PIXELS.copy())
     floats = pixels.permute(2, 0, 1).double() / 255
     for tensor in (pixels, pixels.flip(0).flip(0), floats, floats.clone().requires_grad_(), floats[:, :, :]):
@@ -104,7 +106,8 @@ def test_torch_tensors_of_every_kind_are_taken():
 
 
 def test_tensors_made_in_inference_mode_are_taken():
-    torch = pytest.importorskip("torch")
+    import torch
+
     with torch.inference_mode():
         made = torch.from_numpy(PIXELS.transpose(2, 0, 1) / 255).clone()
     assert np.array_equal(encode(made), PIXELS)
@@ -138,7 +141,8 @@ def test_floats_that_are_not_finite_are_refused(dtype, value):
 
 
 def test_a_nan_in_a_tensor_is_refused():
-    torch = pytest.importorskip("torch")
+    import torch
+
     image = torch.zeros((3, 4, 5), dtype=torch.bfloat16)
     image[0, 1, 2] = math.nan
     assert "1 values are NaN" in problem_of(image)
@@ -243,7 +247,8 @@ def test_one_file_encoded_by_several_threads_is_whole_for_each():
 
 
 def test_a_tensor_changed_after_submit_is_refused_and_no_wrong_reward():
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensor = torch.rand(3, 4, 5)
     held = media.hold(tensor)
     video = media.hold([tensor, tensor.clone()])
@@ -256,7 +261,8 @@ def test_a_tensor_changed_after_submit_is_refused_and_no_wrong_reward():
 
 
 def test_a_tensor_changed_while_it_is_encoded_is_refused(monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensor = torch.rand(3, 4, 5)
     held = media.hold(tensor)
     rint = np.rint
@@ -271,7 +277,8 @@ def test_a_tensor_changed_while_it_is_encoded_is_refused(monkeypatch):
 
 
 def test_a_view_of_a_changed_tensor_is_refused_too():
-    torch = pytest.importorskip("torch")
+    import torch
+
     batch = torch.rand(2, 3, 4, 5)
     held = [media.hold(image) for image in batch]
     batch[1].zero_()
@@ -302,7 +309,8 @@ def test_all_forms_of_one_video_are_the_same_pixels(video):
 
 
 def test_torch_videos_of_all_forms_are_the_same_pixels():
-    torch = pytest.importorskip("torch")
+    import torch
+
     frames = torch.from_numpy(FRAMES.copy())
     floats = frames.permute(0, 3, 1, 2).double() / 255
     for video in (frames, floats, list(frames), list(floats)):
@@ -351,7 +359,8 @@ def test_frames_put_together_come_apart_again(frames):
 
 @pytest.mark.parametrize("shape", [(6, 5, 3), (1, 1, 3), (2, 6, 5, 3), (1, 1, 1, 3)])
 def test_a_worker_gets_tensors_with_channels_first_in_unit_range(shape):
-    pytest.importorskip("torch")
+    import torch  # noqa: F401
+
     pixels = RNG.integers(0, 256, shape, np.uint8)
     read_only = np.frombuffer(pixels.tobytes(), np.uint8).reshape(shape)
     tensor = media.to_tensor(read_only)

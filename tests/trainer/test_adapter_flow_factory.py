@@ -238,10 +238,10 @@ def test_their_processor_takes_it_for_one_of_theirs(their_settings: Settings, mo
     model.client.close()
 
 
+@pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_async", [False, True])
 def test_their_loader_processor_and_buffer_work_with_it(their_settings: Settings, is_async: bool) -> None:
-    pytest.importorskip("flow_factory", reason="Flow-Factory is not installed here")
     from accelerate import Accelerator
     from flow_factory import rewards as theirs
     from flow_factory.advantage.advantage_processor import AdvantageProcessor

@@ -192,10 +192,11 @@ def test_importing_the_adapters_imports_no_framework() -> None:
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_async", [False, True])
 def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool, tmp_path: Any) -> None:
-    trl = pytest.importorskip("trl", reason="the real trainer is not installed here")
+    import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

@@ -4,17 +4,15 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub.constants as constants
 import pytest
+import torch
 
 from tasks.errors import ModelLoadError
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
 from workers.loading import build
-
-torch = pytest.importorskip("torch")
-constants = pytest.importorskip("huggingface_hub.constants")
-
-from workers.models.checkpoints import find_file, loading, local_or_hub, without_initialising  # noqa: E402
+from workers.models.checkpoints import find_file, loading, local_or_hub, without_initialising
 
 
 def why_not(model: str, **options: str) -> str:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from tasks.errors import ConfigError, ModelLoadError
@@ -25,10 +28,6 @@ from tests.workers.checkpoints import (
     save_head,
 )
 from workers.loading import build
-
-torch = pytest.importorskip("torch")
-open_clip = pytest.importorskip("open_clip")
-transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a red cat", "two dogs on a beach", "a red cat", "Ein Haus, groß & blau!", "fog", "a red cat", "", "fog"]
 IMAGES = pictures(8)

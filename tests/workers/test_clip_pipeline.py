@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from tests.workers.checkpoints import Reference, pictures
 from trainer_client import RewardClient, Sample
-
-pytest.importorskip("transformers")
 
 PROMPTS = ["a red cat", "<|endoftext|> fog", "a red cat"]
 

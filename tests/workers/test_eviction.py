@@ -107,7 +107,6 @@ def test_the_model_that_is_not_in_use_goes_though_it_was_used_later():
 
 
 def test_a_judge_takes_no_place():
-    pytest.importorskip("openai")
     models = models_of(max_models=1)
     judge = RewardConfig.from_dict({"rewards": {"reward_model": "vllm_evaluate"}}).rewards[0].call
     use(models, 0)

@@ -45,7 +45,8 @@ def test_a_class_in_an_allowed_module_is_loaded_with_its_configuration(models):
 
 
 def test_a_model_knows_its_device_and_dtype(models):
-    torch = pytest.importorskip("torch")
+    import torch
+
     model = load(models, reward_model=f"{OURS}PixelCode", dtype="half").model
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float16

@@ -101,7 +101,6 @@ def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
 
 
 def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):
-    pytest.importorskip("rapidocr")
     config = {"rewards": [{"reward_model": "OCR"}, {"reward_model": "jpeg_compressibility", "queue": "other"}]}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
     (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})

@@ -68,7 +68,8 @@ def test_rewards_of_every_form_are_rewards(requests, rewards, wrapped):
 
 
 def test_tensors_of_every_form_are_rewards(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = torch.tensor([0.5, -1.0, 3.0])
     forms = [
         values,
@@ -87,7 +88,8 @@ def test_tensors_of_every_form_are_rewards(requests):
 
 
 def test_a_reward_keeps_the_digits_it_came_with(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     value = 0.1234567890123456
     for form in ([value], np.array([value]), torch.tensor([value], dtype=torch.float64)):
         (outcome,) = outcomes_for(requests, lambda n, form=form: RewardModelOutput(form), num=1)
@@ -103,7 +105,8 @@ def test_what_is_no_finite_number_is_a_reason_for_its_sample_alone(requests, bad
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nan_in_a_tensor_or_array_is_a_reason_for_its_sample_alone(requests, bad):
-    torch = pytest.importorskip("torch")
+    import torch
+
     for form in (np.array([1.0, bad, 2.0]), torch.tensor([1.0, bad, 2.0]), torch.tensor([1.0, bad, 2.0]).bfloat16()):
         outcomes = outcomes_for(requests, lambda n, form=form: RewardModelOutput(form))
         assert plain(outcomes) == [1.0, "failed", 2.0]
@@ -111,7 +114,8 @@ def test_a_nan_in_a_tensor_or_array_is_a_reason_for_its_sample_alone(requests, b
 
 
 def test_truth_values_are_no_rewards_whatever_holds_them(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     for form in ([True, False, True], np.array([True, False, True]), torch.tensor([True, False, True])):
         outcomes = outcomes_for(requests, lambda n, form=form: RewardModelOutput(form))
         assert plain(outcomes) == ["failed"] * 3
@@ -142,7 +146,8 @@ def test_a_wrong_number_or_shape_is_a_reason_for_all(requests, rewards, words):
 
 
 def test_a_tensor_of_a_wrong_shape_is_a_reason_for_all(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     for form in (torch.zeros(3, 1), torch.tensor(1.0), torch.zeros(2)):
         outcomes = outcomes_for(requests, lambda n, form=form: RewardModelOutput(form))
         assert plain(outcomes) == ["failed"] * 3
@@ -318,7 +323,8 @@ def test_information_that_is_one_value_is_given_to_all(requests):
 
 
 def test_information_in_tensors_becomes_plain(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = {
         "score": torch.tensor([1.5, 2.5, 3.5]),
         "embedding": torch.eye(3).bfloat16(),
@@ -439,7 +445,8 @@ def test_a_field_that_no_sample_has_is_none_and_one_that_some_lack_has_gaps(requ
 
 
 def test_tensors_have_the_documented_shapes_and_values(requests):
-    torch = pytest.importorskip("torch")
+    import torch
+
     same = {**ALL, "condition_images": [IMAGES[0], IMAGES[1]], "condition_videos": [VIDEOS[0], VIDEOS[1]]}
     samples = [requests.sample(**same), requests.sample(**{**same, "image": IMAGES[2]})]
     seen = seen_by(requests, samples, required_fields=(), optional_fields=tuple(same), use_tensor_inputs=True)
@@ -454,7 +461,6 @@ def test_tensors_have_the_documented_shapes_and_values(requests):
 
 
 def test_conditions_of_several_sizes_arrive_as_lists_of_tensors(requests):
-    pytest.importorskip("torch")
     sample = requests.sample(condition_images=[IMAGES[0], IMAGES[2]], condition_videos=[VIDEOS[0], VIDEOS[2]])
     fields = ("condition_images", "condition_videos")
     seen = seen_by(requests, [sample], required_fields=fields, use_tensor_inputs=True)
@@ -463,7 +469,6 @@ def test_conditions_of_several_sizes_arrive_as_lists_of_tensors(requests):
 
 
 def test_no_conditions_arrive_as_an_empty_list(requests):
-    pytest.importorskip("torch")
     samples = [requests.sample(condition_images=[]), requests.sample(condition_images=[IMAGES[0]])]
     for as_tensor in (False, True):
         fields = {"required_fields": (), "optional_fields": ("condition_images",), "use_tensor_inputs": as_tensor}
@@ -479,7 +484,6 @@ def test_jpeg_payloads_arrive_as_pixels(requests):
 
 
 def test_a_model_may_change_what_it_is_given(requests):
-    pytest.importorskip("torch")
 
     class Rude(PointwiseRewardModel):
         required_fields = ("image",)
