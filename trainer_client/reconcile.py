@@ -165,7 +165,7 @@ class Reconciler:
             chunk.look_at = time.monotonic() + chunk.pause_s
 
     def _send_again(self, chunk: Chunk, entries: list[Entry]) -> None:
-        # Pauses grow where messages lead nowhere; where a worker took it and died, the next one is looked after as soon.
+        # Pauses grow where messages lead nowhere; where a worker took one and died, the next is looked after as soon.
         chunk.pause_s = self._settings.reconcile_s if chunk.was_claimed else min(2 * chunk.pause_s, MAX_PAUSE_S)
         chunk.is_missed = chunk.was_claimed = False
         chunk.sent_at = time.monotonic()

@@ -12,7 +12,18 @@ from typing import Any, ClassVar
 from tasks.errors import FailureKind
 
 this_call = threading.local()
-"""`clock` is this thread's call of a model under a worker's watch (`workers.watchdog`)."""
+"""`clock` is this thread's call of a model under a worker's watch (`workers.watchdog`); `group` the request of the
+group that it scores, if the model takes groups."""
+
+
+@contextlib.contextmanager
+def whole(group: Any) -> Iterator[None]:
+    """Within, this thread scores the members of a group: what becomes of the call becomes of the whole group."""
+    this_call.group = group
+    try:
+        yield
+    finally:
+        this_call.group = None
 
 
 class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
@@ -136,7 +147,7 @@ class RewardModel:
         """
         clock = getattr(this_call, "clock", None)
         if clock is not None:
-            clock.pause()
+            clock.pause(waits=True)
         with self._forward_lock:
             if clock is not None:
                 clock.restart()

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import redis
 
@@ -30,7 +30,11 @@ LAST_BEAT_S = 5.0
 
 
 class HeartbeatThread(threading.Thread):
-    """Extends the claims that tasks hold, and writes this worker's heartbeat. Lives as long as its process."""
+    """Extends the claims that tasks hold, and writes this worker's heartbeat. Lives as long as its process.
+
+    A second thread writes the heartbeat: it asks the payload store for its identity, and a store that hangs must not
+    keep claims from being extended.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,12 @@ class HeartbeatThread(threading.Thread):
         self._extending = threading.Lock()
         self._tokens: dict[str, str] = {}
         self._ended = threading.Event()
+        self._speaker = threading.Thread(target=self._speak, name="rewardq-speaker", daemon=True)
+
+    def start(self) -> None:
+        """Start both threads."""
+        super().start()
+        self._speaker.start()
 
     def hold(self, addresses: Iterable[str], token: str) -> None:
         """Keep these claims alive until they are dropped."""
@@ -71,13 +81,19 @@ class HeartbeatThread(threading.Thread):
             return dict(self._tokens)
 
     def run(self) -> None:
-        """Beat until `end`."""
+        """Extend claims until `end`."""
+        self._repeat(self._extend, "claims not extended")
+
+    def _speak(self) -> None:
+        self._repeat(self._beat, "heartbeat failed")
+
+    def _repeat(self, call: Callable[[], None], failed: str) -> None:
         while True:
             started = time.monotonic()
             try:
-                self._beat()
+                call()
             except TROUBLE as error:
-                log.warning("heartbeat failed error=%s", error)
+                log.warning("%s error=%s", failed, error)
             pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started)
             if self._ended.wait(max(0.1, pause_s)):
                 return
@@ -85,16 +101,18 @@ class HeartbeatThread(threading.Thread):
     def end(self) -> None:
         """Take this worker off the list and stop."""
         self._ended.set()
-        if self.is_alive():
-            self.join(timeout=LAST_BEAT_S)  # a beat under way would put it on the list again
+        if self._speaker.is_alive():
+            self._speaker.join(timeout=LAST_BEAT_S)  # a beat under way would put it on the list again
         try:
             self._outcomes.end_beat(self._node)
         except TROUBLE as error:
             log.warning("heartbeat not ended error=%s", error)
 
-    def _beat(self) -> None:
+    def _extend(self) -> None:
         with self._extending:
             self._outcomes.extend(self.held)
+
+    def _beat(self) -> None:
         loading = self._models.loading
         heartbeat = Heartbeat(
             wire=WIRE_VERSION,

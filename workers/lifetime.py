@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import redis
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
@@ -18,24 +17,24 @@ from celery.worker.state import maybe_shutdown
 
 from tasks import keys
 from tasks.celery_app import outcomes_of
-from tasks.connections import FULL, LOST, check_eviction
+from tasks.connections import LOST, check_eviction, why_away
 from tasks.errors import EvictionError
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
-"""Pauses between looks whether a Redis that is full has room again."""
+"""Pauses between looks whether a Redis is back, or has room again."""
 
 SAY_EVERY_S = 60.0
 """How often the log says that this is waited for."""
 
 
 class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
-    """What a worker's consumer does first, at its start and whenever it was disconnected.
+    """What a worker's consumer does first, at its start and whenever it was disconnected: wait for its Redis.
 
-    A Redis that drops keys is refused: the process ends with status EX_CONFIG. One that is full is waited for: Celery's
-    consumer writes to it while it starts, and would try several times a second, with a traceback each. One that is
-    away is left to Celery, which waits for it.
+    Celery would wait up to 30 s between two looks at one that is away, and try several times a second, with a traceback
+    each, at one that is full, since its consumer writes to it while it starts. One that drops keys is refused: the
+    process ends with status EX_CONFIG.
     """
 
     def include(self, parent: Any) -> bool:
@@ -48,23 +47,33 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Return once the broker takes writes.
 
         Raises:
-            WorkerShutdown: A Redis drops keys.
+            WorkerShutdown: A Redis drops keys, or the worker was asked to stop meanwhile.
         """
-        settings = parent.app.settings
-        try:
-            with parent.app.connection_for_write() as connection:
-                broker = connection.default_channel.client
-                check_eviction(broker, settings.broker_url)
-                check_eviction(outcomes_of(parent.app).redis, settings.results)
-                _wait_for_room(broker)
-        except EvictionError as error:
-            log.critical("worker refuses to start: %s", error)
-            raise WorkerShutdown(os.EX_CONFIG) from None
-        except (*LOST, *parent.connection_errors):
-            return
+        pause_s, say_at = FIRST_PAUSE_S, 0.0
+        while True:
+            maybe_shutdown()
+            try:
+                return _look(parent.app)
+            except EvictionError as error:
+                log.critical("worker refuses to start: %s", error)
+                raise WorkerShutdown(os.EX_CONFIG) from None
+            except (*LOST, *parent.connection_errors) as error:
+                if time.monotonic() > say_at:
+                    log.warning("worker waits: %s", why_away(error))
+                    say_at = time.monotonic() + SAY_EVERY_S
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
     def stop(self, parent: Any) -> None:
         """Nothing is held open."""
+
+
+def _look(app: Any) -> None:
+    with app.connection_for_write() as connection:
+        broker = connection.channel().client
+        check_eviction(broker, app.settings.broker_url)
+        check_eviction(outcomes_of(app).redis, app.settings.results)
+        broker.set(keys.ROOM, b"", px=1000)
 
 
 class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -82,21 +91,6 @@ class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def stop(self, parent: Any) -> None:
         """Nothing is held open."""
-
-
-def _wait_for_room(client: Any) -> None:
-    pause_s, say_at = FIRST_PAUSE_S, 0.0
-    while True:
-        maybe_shutdown()
-        try:
-            client.set(keys.ROOM, b"", px=1000)
-            return
-        except redis.OutOfMemoryError:
-            if time.monotonic() > say_at:
-                log.warning("worker waits: %s", FULL)
-                say_at = time.monotonic() + SAY_EVERY_S
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
 
 def hush_known_warnings() -> None:

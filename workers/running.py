@@ -17,7 +17,7 @@ from tasks.errors import BusyError
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.samples import MEDIA_FIELDS
 from tasks.settings import Settings
-from workers.base import GroupwiseRewardModel, RewardModel
+from workers.base import GroupwiseRewardModel, RewardModel, whole
 from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory
 from workers.outputs import Scored, failed, outcome_of, outcomes_of
 
@@ -61,7 +61,8 @@ class ModelRunner:
             yield {s.address: Outcome(failure=_unfit(call, is_groupwise)) for s in unfit}
         for group in (s for s in samples if s.members and is_groupwise):
             members = [m for m in group.members if m.failure is None]
-            outcomes = self._batch(model, call, members, payloads) if members else []
+            with whole(group):
+                outcomes = self._batch(model, call, members, payloads) if members else []
             scored = {id(m): o for m, o in zip(members, outcomes, strict=True)}
             yield {group.address: Outcome(members=tuple(_member(m, scored) for m in group.members))}
         singles = [s for s in samples if not s.members and not is_groupwise]

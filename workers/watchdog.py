@@ -24,22 +24,25 @@ GRACE_S = 30.0
 
 LOOK_EVERY_S = 0.5
 
+IDLE_LOOKS = 2
+"""No healthy call at so many looks: whatever is still claimed waits for what hangs."""
+
 
 class Call:
-    """A call of a model that may take `timeout_s` for each of its samples."""
+    """A call of a model with these samples (or this group) that may take `timeout_s`."""
 
     def __init__(self, samples: Sequence[SampleRequest], timeout_s: float) -> None:
         self.samples = samples
-        self.timeout_s = timeout_s * len(samples)
+        self.timeout_s = timeout_s
         self.restart()
 
-    def pause(self) -> None:
-        """It waits for another thread: that does not count."""
-        self.deadline = float("inf")
+    def pause(self, *, waits: bool = False) -> None:
+        """From now on its time does not count; `waits` says that another thread holds it up."""
+        self.deadline, self.waits = float("inf"), waits
 
     def restart(self) -> None:
         """It computes from now on."""
-        self.deadline = time.monotonic() + self.timeout_s
+        self.deadline, self.waits = time.monotonic() + self.timeout_s, False
 
 
 class Watchdog(threading.Thread):
@@ -65,7 +68,8 @@ class Watchdog(threading.Thread):
     @contextlib.contextmanager
     def calling(self, samples: Sequence[SampleRequest], timeout_s: float) -> Iterator[None]:
         """This thread calls a model with these samples; it may take `timeout_s` for each."""
-        call = this_call.clock = Call(samples, timeout_s)
+        group = getattr(this_call, "group", None)
+        call = this_call.clock = Call(samples if group is None else [group], timeout_s * len(samples))
         with self._lock:
             self._calls.add(call)
         try:
@@ -88,6 +92,12 @@ class Watchdog(threading.Thread):
         with self._lock:
             return [call for call in self._calls if call.deadline < now]
 
+    def _healthy(self) -> list[Call]:
+        """Calls that are in time and wait for no other."""
+        now = time.monotonic()
+        with self._lock:
+            return [call for call in self._calls if call.deadline >= now and not call.waits]
+
     def _end_process(self, late: Sequence[Call]) -> None:
         try:
             worker_state.should_stop = os.EX_OK  # no further task is taken
@@ -95,12 +105,13 @@ class Watchdog(threading.Thread):
                 log.error("model hangs num_samples=%d timeout_s=%g", len(call.samples), call.timeout_s)
                 self._time_out(
                     call.samples,
-                    f"the model's call did not return within {call.timeout_s:g} s "
-                    f"(timeout_s for each of {len(call.samples)} samples); its worker was ended",
+                    f"the model's call did not return within {call.timeout_s:g} s (timeout_s for each of its samples); "
+                    "its worker was ended",
                 )
-            ends_at = time.monotonic() + GRACE_S
-            while self._num_busy() and time.monotonic() < ends_at:
+            ends_at, num_idle_looks = time.monotonic() + GRACE_S, 0
+            while self._num_busy() and num_idle_looks < IDLE_LOOKS and time.monotonic() < ends_at:
                 time.sleep(LOOK_EVERY_S)
+                num_idle_looks = 0 if self._healthy() else num_idle_looks + 1
             self._hand_back()
         finally:
             log.error("worker ends status=%d", EXIT_HUNG)

@@ -63,13 +63,13 @@ def bench(
     settings: Settings,
     redis_server: RedisServer,
     calls: Calls,
-    clients: Callable[..., RewardClient],  # noqa: F811
+    private_redis: Callable[..., RedisServer],
+    proxies: Callable[[RedisServer], TcpProxy],
+    judges: Callable[..., Judge],
     workers: Callable[..., list[WorkerProcess]],
     supervised: Callable[..., Supervisor],
-    judges: Callable[..., Judge],
-    proxies: Callable[[RedisServer], TcpProxy],
     trainers: Callable[..., TrainerProcess],
-    private_redis: Callable[..., RedisServer],
+    clients: Callable[..., RewardClient],  # noqa: F811
 ) -> Bench:
     def start_workers(*queues: str, env: Mapping[str, str] | None = None, **options: Any) -> list[WorkerProcess]:
         return workers(*queues, env={**MODULES, **(env or {})}, **options)

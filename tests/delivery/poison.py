@@ -1,0 +1,81 @@
+"""Samples that end their process, calls that never return, exceptions that are none."""
+
+from __future__ import annotations
+
+import time
+
+from tests.delivery.conftest import Bench
+from tests.delivery.models import HARM
+from tests.delivery.seen import Numbers, Seen, reward_of, step
+from tests.pipeline.conftest import samples_of
+from workers.watchdog import EXIT_HUNG
+
+
+def poison_sample(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
+    """One sample of 64 in 4 chunks that run at once ends its process (as the kernel does for want of memory)."""
+    supervisor = bench.supervised("gpu", concurrency=4)
+    seen, numbers = Seen(tries=tries), Numbers()
+    for _ in range(tries):
+        own = numbers.take(64)
+        harm = {"how": "kill", "on": own[7:8], "timeout_s": timeout_s}
+        reward = reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=0.2, batch_size=16, **harm)
+        client = bench.clients(reward, run=f"poison{own[0]}")
+        started, num_ends = time.monotonic(), len(supervisor.statuses)
+        client.submit(samples_of(own))
+        batch = client.collect(timeout_s=timeout_s + 300, on_failure="nan")
+        seen.check(batch, own, without=own[7:8])
+        seen.added_s.append(time.monotonic() - started)
+        (failure,) = batch.failures
+        assert (failure.sample, failure.kind) == (7, "failed")
+        assert "its worker process ended without an answer each of the 3 times it was scored alone" in failure.message
+        assert supervisor.statuses[num_ends:] == [-9] * 5
+        client.close()
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def hang(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
+    """A model's call never returns, while another reward is computed in the same process and queue."""
+    supervisor = bench.supervised("gpu", concurrency=4)
+    seen, numbers = Seen(tries=tries), Numbers()
+    for _ in range(tries):
+        own = numbers.take(16)
+        harm = {"how": "hang", "on": own[2:3], "timeout_s": timeout_s, "batch_size": 4}
+        hangs = reward_of("Logged", calls=str(bench.calls.path), **harm)
+        other = {**reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=2.0, batch_size=4), "name": "other"}
+        client = bench.clients(hangs, other, run=f"hang{own[0]}")
+        started, num_ends = time.monotonic(), len(supervisor.statuses)
+        client.submit(samples_of(own))
+        batch = client.collect(timeout_s=120, on_failure="nan")
+        seen.added_s.append(time.monotonic() - started)
+        # The call was for 4 samples: the model alone knows which of them it hangs on.
+        late = {f.sample for f in batch.failures}
+        assert {f.kind for f in batch.failures} == {"timeout"}
+        assert 2 in late
+        assert len(late) <= 4
+        seen.check(batch, own, without=[own[i] for i in late])
+        seen.wrong += batch.rewards["other"].tolist() != [float(n) for n in own]
+        assert supervisor.statuses[num_ends:] == [EXIT_HUNG]
+        client.close()
+    return seen
+
+
+def exceptions_that_are_none(bench: Bench) -> Seen:
+    """Out of a model: what would end a thread of Celery's pool for good, and leave the worker to take nothing."""
+    bench.workers("gpu", concurrency=1)
+    seen, numbers = Seen(tries=len(HARM)), Numbers()
+    for how in HARM:
+        own = numbers.take(16)
+        reward = reward_of("Logged", calls=str(bench.calls.path), how=how, on=own[5:6])
+        client = bench.clients(reward, run=how)
+        client.submit(samples_of(own))
+        batch = client.collect(timeout_s=60, on_failure="nan")
+        failed = [own[f.sample] for f in batch.failures]
+        assert own[5] in failed
+        assert all(f.kind == "failed" and f.message.startswith(how) for f in batch.failures), batch.failures
+        # Ctrl-C is not to be swallowed by halving: the whole batch has this reason.
+        assert how == "KeyboardInterrupt" or failed == own[5:6]
+        seen.check(batch, own, without=failed)
+        step(client, numbers.take(4), seen)  # the slot, the only one, is not lost
+        client.close()
+    return seen

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from tests.delivery import poison
+
+
+def test_a_sample_that_ends_its_process_each_time_fails_alone_among_63_others(bench):
+    seen = poison.poison_sample(bench, tries=1, timeout_s=5)
+    print(seen)
+    seen.assert_held()
+
+
+def test_a_model_that_hangs_times_out_and_its_worker_is_replaced(bench):
+    seen = poison.hang(bench, tries=1, timeout_s=1)
+    print(seen)
+    seen.assert_held()
+
+
+def test_what_is_no_usual_exception_costs_a_sample_and_not_a_slot(bench):
+    seen = poison.exceptions_that_are_none(bench)
+    seen.assert_held()

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import io
+import os
+import platform
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.connections import connect
+from tasks.errors import RankTakenError
+from tasks.settings import load_settings
+from tests.delivery import trainers_die
+from tests.delivery.seen import reward_of
+from tests.delivery.trainers_die import LEASE_S, job
+from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.reward_models import image_of
+from tests.servers import wait_until
+from trainer_client import Sample
+
+
+def test_a_successor_collects_the_ticket_of_a_trainer_that_was_killed(bench):
+    seen = trainers_die.kill_between_submit_and_collect(bench, tries=1)
+    seen.assert_held()
+    assert seen.again == 0
+
+
+def test_what_a_killed_trainer_had_not_sent_is_failed_with_that_reason(bench):
+    seen = trainers_die.kill_between_two_chunks(bench, tries=1)
+    seen.assert_held()
+
+
+def test_a_job_started_again_is_answered_from_what_was_scored(bench):
+    seen = trainers_die.start_again(bench, tries=1)
+    seen.assert_held()
+    assert seen.again <= 8  # what was in hand when it died, if it was claimed but not answered yet
+
+
+def test_a_second_trainer_of_the_same_rank_is_refused_with_the_name_of_the_first(bench):
+    first = job(bench, reward_of("Logged", calls="unused"), "time.sleep(600)", launch="one")
+    started = time.monotonic()
+    with pytest.raises(RankTakenError, match=f"process {first.pid} on {platform.node()} .*, which is alive"):
+        bench.clients(reward_of("Logged", calls="unused"), run="job", launch="one")
+    assert time.monotonic() - started < LEASE_S
+    bench.clients(reward_of("Logged", calls="unused"), run="job", launch="two")
+    bench.clients(reward_of("Logged", calls="unused"), run="job", launch="one", rank=1, world_size=2)
+
+
+def test_a_trainer_that_was_paused_and_replaced_stops_instead_of_mixing_its_steps(bench):
+    waited_s, words = trainers_die.pause_trainer(bench)
+    assert waited_s < LEASE_S + 3
+    assert words.startswith("RankTakenError: run 'job', launch 'one', rank 0 is taken by process")
+    assert f"process {os.getpid()} on" in words
+
+
+def test_a_killed_trainers_keys_are_gone_after_their_time(bench, redis_url):
+    times = load_settings(broker_url=redis_url, claim_ttl_s=1, reconcile_s=0.5, result_ttl_s=6, payload_ttl_s=3)
+    (worker,) = bench.workers("gpu", settings=times, env={"REWARDQ_RESULT_TTL_S": "6"})
+    what = "client.submit(samples_of(range(40)))\nclient.flush()\nsay('sent')\ntime.sleep(600)"
+    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=4)
+    env = {"REWARDQ_RESULT_TTL_S": "6", "REWARDQ_PAYLOAD_TTL_S": "3"}
+    trainer = job(bench, reward, what, launch="one", env=env)
+    assert trainer.line() == "sent"
+    wait_until(lambda: len(bench.calls.begun) >= 8, 30)
+    trainer.kill()
+    assert len(own_keys(redis_url)) > 40
+    wait_until(lambda: not own_keys(redis_url), 30, pace_s=0.2)
+    assert worker.process.poll() is None
+    with connect(redis_url) as broker:
+        assert broker.keys("gpu*") == []
+
+
+def own_keys(url):
+    """Keys that belong to a run: all but a worker's, counters of queues, and what marks a store as itself."""
+    kept = (b"rewardq:worker", b"rewardq:sent:", b"rewardq:taken:", b"rewardq:store", b"rewardq:room")
+    found = []
+    for database in ("0", "1"):
+        with connect(url.removesuffix("0") + database) as client:
+            found += [k for k in client.keys("rewardq:*") if not k.startswith(kept)]
+    return found
+
+
+def test_groups_of_a_job_started_again_do_not_mix_with_those_of_the_one_that_died(bench):
+    """Rank 0 of the first launch left half a group; the second launch submits other images under the same names."""
+    reward = {"name": "rank", "reward_model": "jpeg_incompressibility_Rank"}
+    bench.workers("gpu")
+    old, new = [image(n) for n in range(4)], [image(n) for n in range(100, 104)]
+
+    def submit_half(rank, launch, images):
+        client = bench.clients(reward, run="job", launch=launch, rank=rank, world_size=2)
+        client.submit([Sample(image=i, group="g") for i in images], group_size=4, step=0)
+        client.flush()
+        return client
+
+    submit_half(0, "one", old[:2])._session.watcher.close()  # as if it had died here
+    first, second = submit_half(0, "two", new[:2]), submit_half(1, "two", new[2:])
+    rewards = [*first.collect(timeout_s=60).rewards["rank"], *second.collect(timeout_s=60).rewards["rank"]]
+    sizes = [jpeg_bytes(one) for one in new]
+    assert len(set(sizes)) == 4
+    np.testing.assert_array_equal(rewards, [sorted(sizes).index(size) / 4 for size in sizes])
+
+
+def image(number):
+    return image_of(number, 32 + number % 7 * 8, 48)
+
+
+def jpeg_bytes(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.tell()
+
+
+def test_what_is_left_of_a_cancelled_step_costs_a_worker_no_more_than_a_look(bench):
+    bench.workers("gpu")
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=1))
+    client.submit(samples_of(range(200)))
+    client.flush()
+    wait_until(lambda: bench.calls.begun, 30)
+    client.cancel()
+    num_begun = len(bench.calls.begun)
+    time.sleep(1.0)  # the client frees what it gave up
+    started = time.monotonic()
+    client.submit(samples_of(range(1000, 1004)))
+    assert_rewards(client.collect(timeout_s=60), range(1000, 1004), "reward")
+    assert time.monotonic() - started < 15  # 200 of them would take 100 s
+    assert len(bench.calls.begun) - num_begun - 4 <= 4
+
+
+def test_messages_whose_time_is_over_are_dropped_and_a_later_collect_sends_anew(bench, redis_url):
+    times = load_settings(broker_url=redis_url, claim_ttl_s=1, reconcile_s=0.5, result_ttl_s=2)
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4), settings=times)
+    client.submit(samples_of(range(8)))
+    client.flush()
+    time.sleep(2.5)
+    bench.workers("gpu", settings=times, env={"REWARDQ_RESULT_TTL_S": "30"})
+    with connect(redis_url) as broker:
+        wait_until(lambda: broker.keys("gpu*") == [])
+    assert bench.calls.begun == []
+    assert_rewards(client.collect(timeout_s=60), range(8), "reward")
+    assert sorted(bench.calls.begun) == list(range(8))
