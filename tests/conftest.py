@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 for _name in [n for n in os.environ if n.startswith(("REWARDQ_", "OPENAI_"))]:
     del os.environ[_name]  # whoever runs the tests may have a pipeline of their own configured
+for _ignored in (signal.SIGINT, signal.SIGHUP):  # as a job in the background of a shell has them, and its children too
+    signal.signal(_ignored, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tasks.connections import connect  # noqa: E402
 from tasks.outcomes import Outcomes  # noqa: E402

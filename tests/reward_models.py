@@ -55,6 +55,14 @@ class SlowToLoad(PixelCode):
         time.sleep(config.extra_kwargs.get("seconds", 1.0))
 
 
+class Large(SlowToLoad):
+    """`SlowToLoad` with 200 MB of weights."""
+
+    def __init__(self, config: Any, accelerator: Any) -> None:
+        super().__init__(config, accelerator)
+        self.weights = np.ones(200 << 20, np.uint8)
+
+
 class FailsToLoad(PixelCode):
     """Cannot be made."""
 

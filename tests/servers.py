@@ -182,6 +182,12 @@ class WorkerProcess:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def memory_MB(self) -> float:  # noqa: N802
+        """Resident memory of its process."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
     def heartbeat(self) -> Heartbeat | None:
         """What it says of itself, or None."""
         app = make_app(self.settings)

@@ -181,6 +181,7 @@ class RewardClient:
             raise RedisUnreachableError(f"{without_password(self.settings.results)}: {why_away(error)}") from None
         self._start_fresh()
         _live_clients.add(self)
+        self._open_session()  # whose watcher keeps the lease, however long the first submit() is away
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], run: str, **options: Any) -> Self:
@@ -318,6 +319,7 @@ class RewardClient:
         on_failure: OnFailure = "raise",
         progress: bool | None = None,
         split: Split = "train",
+        step: int | None = None,
     ) -> RewardBatch:
         """Wait for the rewards of everything submitted in the open step (or of a ticket), and close it.
 
@@ -327,6 +329,7 @@ class RewardClient:
             on_failure: `nan` returns a batch with NaN and its `failures` instead of raising.
             progress: A bar for each reward on standard error; None shows them on a terminal.
             split: Which open step.
+            step: Its number; with `world_size > 1` a rank that submitted nothing says so in which step the others are.
 
         Returns:
             The rewards in submit order. At the deadline with `on_failure="nan"`, what is missing is NaN with kind
@@ -338,21 +341,24 @@ class RewardClient:
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
                 that is away). The step stays open: call again, or `cancel()`.
             TicketError: The ticket is of another run or of other rewards.
+            InvalidSampleError: Another step than `step` is open.
         """
         started = time.monotonic()
         with self._lock:
             session = self._open_session()
-            slots, step = self._slots_to_collect(session, ticket, split)
+            if step is not None and ticket is None:
+                self._step(split, step)
+            slots, open_step = self._slots_to_collect(session, ticket, split)
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if self.world_size > 1 and ticket is None else 0.0
         is_complete = self._wait(session, slots, started + timeout_s - margin_s, progress)
         self._raise_if_broken(session)
         failure = None if is_complete else self._why_late(session, slots, timeout_s)
-        submit_s = step.submit_s if step else 0.0
+        submit_s = open_step.submit_s if open_step else 0.0
         batch = self._batch(session, slots, failure, split, submit_s, time.monotonic() - started)
         error = self._error_for(batch, slots, on_failure, failure)
         if self.world_size > 1 and ticket is None:
-            error = self._verdict_of_ranks(session, split, step, error, batch, started + timeout_s)
+            error = self._verdict_of_ranks(session, split, open_step, error, batch, started + timeout_s)
         if not isinstance(error, CollectTimeoutError):
             self._close_step(session, slots, ticket, split)
         if error is not None:

@@ -59,10 +59,12 @@ class Ranks:
                 if decided is None and (is_late or not missing):
                     self._redis.set(decision, msgpack.packb(missing), ex=TTL_S, nx=True)
                     decided = self._redis.get(decision)
+                if decided is not None and missing:  # the last of them may have answered, and decided, meanwhile
+                    found = self._redis.mget(names)
             except LOST:
                 found, decided, missing = [None] * self._world_size, None, [self._rank]
             if decided is not None:
-                missing = msgpack.unpackb(decided)
+                missing = msgpack.unpackb(decided) or [rank for rank, f in enumerate(found) if f is None]
                 if missing:
                     raise RanksMissingError(topic, missing)
                 return [msgpack.unpackb(f, strict_map_key=False) for f in found]

@@ -15,7 +15,7 @@ from tasks.settings import load_settings
 from tests.delivery import trainers_die
 from tests.delivery.seen import reward_of
 from tests.delivery.trainers_die import LEASE_S, job
-from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.pipeline.conftest import assert_rewards, samples_of, together
 from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import Sample
@@ -96,7 +96,8 @@ def test_groups_of_a_job_started_again_do_not_mix_with_those_of_the_one_that_die
 
     submit_half(0, "one", old[:2])._session.watcher.close()  # as if it had died here
     first, second = submit_half(0, "two", new[:2]), submit_half(1, "two", new[2:])
-    rewards = [*first.collect(timeout_s=60).rewards["rank"], *second.collect(timeout_s=60).rewards["rank"]]
+    batches = together(lambda: first.collect(timeout_s=60), lambda: second.collect(timeout_s=60))
+    rewards = np.concatenate([batch.rewards["rank"] for batch in batches])
     sizes = [jpeg_bytes(one) for one in new]
     assert len(set(sizes)) == 4
     np.testing.assert_array_equal(rewards, [sorted(sizes).index(size) / 4 for size in sizes])

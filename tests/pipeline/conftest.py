@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,3 +54,21 @@ def assert_rewards(batch: Any, numbers: Sequence[int], name: str = "PixelCode") 
     """Every reward is there and is its own sample's."""
     np.testing.assert_array_equal(batch.rewards[name], np.array(numbers, np.float32), batch.describe_failures())
     assert batch.valid[name].all()
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Run each call in a thread of its own; their results or what they raised."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(i: int, call: Callable[[], Any]) -> None:
+        try:
+            found[i] = call()
+        except Exception as error:  # looked at by the test
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i, call)) for i, call in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

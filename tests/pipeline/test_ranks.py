@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import numpy as np
 import pytest
 
-from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.pipeline.conftest import assert_rewards, samples_of, together
 from tests.servers import wait_until
 from trainer_client import CollectTimeoutError, RewardClient, ScoringError
 from trainer_client.advantages import gdpo
-
-
-def together(*calls):
-    """Run each call in a thread of its own; their results or what they raised."""
-    found: list = [None] * len(calls)
-
-    def run(i, call):
-        try:
-            found[i] = call()
-        except Exception as error:  # looked at by the test
-            found[i] = error
-
-    threads = [threading.Thread(target=run, args=(i, call)) for i, call in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 @pytest.fixture

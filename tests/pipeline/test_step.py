@@ -356,6 +356,34 @@ def test_the_two_documented_commands_run_on_one_host_and_serve_their_queues(clie
     assert {i["origin"]["worker"].split(".")[0] for i in batch.info["on_vlm"]} == {"vlm"}
 
 
+def test_two_rewards_of_one_fingerprint_asked_for_at_once_share_one_model(clients, workers):
+    """By the worker's log, and by its memory: the model weighs 200 MB."""
+    (worker,) = workers("gpu", concurrency=4)
+    bare_MB = worker.memory_MB
+    large = {"reward_model": "Large", "seconds": 2, "version": "1", "batch_size": 1}
+    client = clients(large, {**large, "name": "again"})
+    other = clients({**large, "name": "third"}, run="other")
+    client.submit(samples_of(range(4)))
+    other.submit(samples_of(range(4, 8)))
+    batch = client.collect(timeout_s=60)
+    assert_rewards(batch, range(4), "Large")
+    assert_rewards(batch, range(4), "again")
+    assert_rewards(other.collect(timeout_s=60), range(4, 8), "third")
+    assert worker.log_text.count("loaded reward=") == 1
+    assert 200 < worker.memory_MB - bare_MB < 350
+
+
+def test_an_emptied_redis_in_the_midst_of_a_step_costs_no_reward(clients, workers, redis_server):
+    workers("gpu")
+    client = clients({"reward_model": "Slow", "seconds": 0.5, "batch_size": 2})
+    client.submit(samples_of(range(24)))
+    client.flush()
+    wait_until(lambda: client.pending() < 24)
+    with redis_server.client() as redis:
+        redis.flushall()
+    assert_rewards(client.collect(timeout_s=60), range(24), "Slow")
+
+
 def test_a_client_of_one_run_leaves_another_alone(clients, workers, settings):
     workers("gpu")
     first, second = clients("PixelCode", run="first"), clients("PixelCode", run="second")
