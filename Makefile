@@ -24,6 +24,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.judges
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/pytest -m soak tests/soak
