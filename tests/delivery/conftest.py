@@ -37,6 +37,11 @@ class Calls:
         return [int(number) for number, by, _when in lines if int(by) == pid]
 
     @property
+    def times(self) -> list[float]:
+        """When each sample was begun, by the clock of who began it."""
+        return [float(line.split()[2]) for line in self.path.read_text().splitlines()]
+
+    @property
     def num_again(self) -> int:
         """How often a sample was begun that had been before."""
         return sum(times - 1 for times in Counter(self.begun).values())

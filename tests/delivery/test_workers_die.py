@@ -44,3 +44,14 @@ def test_a_stopped_worker_gives_back_what_takes_too_long_and_another_takes_it_wi
     seen.assert_held()
     assert 0 < seen.again <= 8
     assert max(seen.added_s) < 12
+
+
+def test_a_worker_starts_scores_and_stops_with_every_warning_as_an_error(bench):
+    strict = {"PYTHONWARNINGS": "error,ignore:You're running the worker"}  # as root, in a container of CI
+    (worker,) = bench.workers("gpu", env=strict)
+    client = bench.clients(workers_die.reward_of("Logged", calls=str(bench.calls.path)))
+    seen = workers_die.Seen(tries=1)
+    workers_die.step(client, range(8), seen)
+    worker.stop()
+    seen.assert_held()
+    assert "Traceback" not in worker.log_text

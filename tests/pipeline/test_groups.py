@@ -295,5 +295,45 @@ def test_groups_survive_an_emptied_redis(clients, workers, settings, redis_serve
     np.testing.assert_allclose([*batches[0].rewards[name], *batches[1].rewards[name]], np.float32(ranks))
 
 
+def test_messages_that_arrive_twice_change_nothing(clients, workers, settings, redis_server, tmp_path):
+    """Headers and bodies of chords, groups in one task and whole groups: each is there twice, and once more later."""
+    calls = tmp_path / "calls"
+    rank = {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}
+    within = {**rank, "name": "within", "batch_size": 16, "ties": "ordinal"}
+    whole = {"reward_model": "OrderInGroup", "file": str(calls), "version": "1"}
+    client = clients(rank, within, whole)
+    images = [noisy(i, 15 * i) for i in range(6)]
+    client.submit(rank_samples({"g": images}), group_size=6)
+    client.flush()
+    with redis_server.client() as broker:
+        lists = [(name, messages) for name in broker.keys("gpu*") if (messages := list_in(broker, name))]
+        assert sum(len(messages) for _, messages in lists) >= 4
+
+        def send_again():
+            for name, messages in lists:
+                broker.rpush(name, *messages)
+
+        def outcomes():
+            return {name: broker.get(name) for name in broker.keys(keys.outcome("*"))}
+
+        send_again()
+        workers("gpu")
+        batch = client.collect(timeout_s=60)
+        wait_until(lambda: not any(list_in(broker, name) for name, _ in lists))
+        before = outcomes()
+        send_again()
+        wait_until(lambda: not any(list_in(broker, name) for name, _ in lists))
+        time.sleep(1)  # the last of them is at work, and any body they would send
+        assert outcomes() == before
+    ranks = np.float32(expected_ranks([jpeg_bytes(i) for i in images]))
+    np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"], ranks)
+    np.testing.assert_allclose(batch.rewards["within"], ranks)
+    assert calls.read_text().split() == ["6"]
+
+
+def list_in(broker, name):
+    return broker.lrange(name, 0, -1) if broker.type(name) == b"list" else []
+
+
 def test_image_of_carries_its_number():
     assert image_of(70_000)[0, 0].tolist() == [1, 17, 112]
