@@ -13,8 +13,8 @@ from tests.servers import ROOT
 AHEAD_S = 300
 
 SLEEP = "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
-"""libfaketime 0.9.10 fails at what Python 3.11 sleeps with (clock_nanosleep), where it leaves the monotonic clock alone;
-where it does not, waiting for a lock takes five minutes longer."""
+"""libfaketime fails at what Python sleeps with (clock_nanosleep) where it leaves the monotonic clock alone; where it
+does not, waiting for a lock takes five minutes longer."""
 
 
 @pytest.mark.system
