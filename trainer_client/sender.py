@@ -45,6 +45,9 @@ MESSAGES_A_BATCH = 200
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 """Pauses between tries while a server is away."""
 
+SAY_EVERY_S = 60.0
+"""How often the log says that senders wait."""
+
 STORE_LOOK_S = 0.2
 """How often senders look at the bytes in the store."""
 
@@ -93,6 +96,7 @@ class Sender:
         """Bytes in the payload store, and when to ask it again (monotonic)."""
         self._hurrying = threading.Lock()
         self._num_hurries = self._num_releases = self._num_jobs = 0
+        self._say_at = 0.0
         self._ended = threading.Event()
         self.times = Times()
         self._threads = [
@@ -436,7 +440,7 @@ class Sender:
                 result = call()
             except AWAY as error:
                 self._board.trouble = f"sending waits: {why_away(error)}"
-                log.warning("sending waits for redis error=%s", type(error).__name__)
+                self._say_that_it_waits(error)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -448,6 +452,12 @@ class Sender:
             if self._ended.wait(pause_s):
                 raise _EndedError
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+    def _say_that_it_waits(self, error: BaseException) -> None:
+        """In the log, now and then: a Redis that is nearly full refuses some calls and takes others."""
+        if time.monotonic() >= self._say_at:
+            log.warning("sending waits for redis error=%s", type(error).__name__)
+            self._say_at = time.monotonic() + SAY_EVERY_S
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:

@@ -143,7 +143,6 @@ def fill_redis(bench: Bench, *, tries: int, full_s: float) -> Seen:
         filler.make_room()
         seen.check(client.collect(timeout_s=120, on_failure="nan"), own)
         seen.added_s.append(time.monotonic() - started - usual_s)
-    assert "OutOfMemoryError" in worker.log_text, "it took no message while Redis was full"
     assert worker.process.poll() is None
     seen.again = bench.calls.num_again
     return seen

@@ -95,7 +95,7 @@ Path({str(path)!r}).write_bytes(pickle.dumps(ticket))
 say(ticket.num_sent)
 time.sleep(600)
 """
-        trainer = job(bench, reward, what, launch=f"launch{i}", env={"REWARDQ_MAX_STORE_BYTES": "6000"})
+        trainer = job(bench, reward, what, launch=f"launch{i}", env={"REWARDQ_MAX_STORE_BYTES": f"{6000 * (i + 1)}"})
         trainer.line()
         trainer.kill()
         ticket = read(path)
