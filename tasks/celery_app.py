@@ -61,12 +61,14 @@ def make_app(settings: Settings) -> Any:
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a Redis that is full: the worker waits for room, and serves on
         broker_transport_options={
+            "master_name": settings.sentinel_master,
             "ack_emulation": False,  # a message that is taken is gone; clients send again what is missing
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": True,
             "health_check_interval": HEALTH_CHECK_S,
         },
+        result_backend_transport_options={"master_name": settings.sentinel_master},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_socket_keepalive=True,

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import redis
-from redis.connection import PythonRespSerializer
+from redis.connection import PythonRespSerializer, parse_url
+from redis.sentinel import Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
 from tasks.settings import without_password
@@ -16,6 +17,7 @@ from tasks.settings import without_password
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_CHECK_S = 10
+SENTINEL_PORT = 26379
 
 MEDIA_READ_BYTES = 256 * 1024
 """Read from a socket at once where media come; with redis-py's 32 KiB it takes half as long again."""
@@ -42,26 +44,44 @@ FULL = (
 T = TypeVar("T")
 
 
-def connect(url: str, **options: Any) -> redis.Redis:
-    """A client (a pool of connections, made at first use; safe between threads and after a fork)."""
-    client: redis.Redis = redis.Redis.from_url(
-        url,
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_keepalive=True,
-        health_check_interval=HEALTH_CHECK_S,
+def connect(url: str, sentinel_master: str = "mymaster", **options: Any) -> redis.Redis:
+    """A client (a pool of connections, made at first use; safe between threads and after a fork).
+
+    Args:
+        url: `redis://`, `rediss://`, or `sentinel://host:26379/0;sentinel://...` with the server's user and password.
+        sentinel_master: What the sentinels call the server.
+        options: Of its connections.
+    """
+    options = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
         **options,
+    }
+    if not url.startswith("sentinel://"):
+        client: redis.Redis = redis.Redis.from_url(url, **options)
+        return client
+    given = [parse_url(one.replace("sentinel://", "redis://", 1)) for one in url.split(";")]  # type: ignore[no-untyped-call]
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        [(one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given],
+        socket_timeout=CONNECT_TIMEOUT_S,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
     )
-    return client
+    account = {name: given[0][name] for name in ("db", "username", "password") if name in given[0]}
+    master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+        sentinel_master, **options, **account
+    )
+    return master
 
 
-def connect_for_media(url: str) -> redis.Redis:
+def connect_for_media(url: str, sentinel_master: str = "mymaster") -> redis.Redis:
     """As `connect`, for values of megabytes: a buffer is sent from where it lies.
 
     redis-py with hiredis copies a value twice to send it; its other packer, written in Python, does not.
     """
     packer = PythonRespSerializer(JOINED_BYTES, _encode)
-    return connect(url, socket_read_size=MEDIA_READ_BYTES, command_packer=packer)
+    return connect(url, sentinel_master, socket_read_size=MEDIA_READ_BYTES, command_packer=packer)
 
 
 def _encode(value: bytes | memoryview | str | int) -> bytes | memoryview:

@@ -54,7 +54,7 @@ def open_store(settings: Settings) -> PayloadStore:
     parts = urlsplit(settings.payloads)
     if parts.scheme == "file":
         return FileStore(Path(unquote(parts.path)))
-    return RedisStore(settings.payloads)
+    return RedisStore(settings.payloads, settings.sentinel_master)
 
 
 _LEDGER = """
@@ -86,9 +86,9 @@ return redis.call('GET', KEYS[2])
 class RedisStore:
     """Payloads as Redis strings with an expiry, counted in a ledger that forgets what expired."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, sentinel_master: str = "mymaster") -> None:
         self._url = url
-        self._redis = connect_for_media(url)
+        self._redis = connect_for_media(url, sentinel_master)
         self._sizes: dict[str, int] = {}
 
     def identity(self) -> str:

@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     production a second Redis without persistence, since a full broker stops its workers) or
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
 
+    sentinel_master: str = "mymaster"
+    """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
+
     result_ttl_s: Seconds = 86_400.0
     """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
 
@@ -90,7 +93,7 @@ class Settings(BaseSettings):
     def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
         is_optional, may_be_folder = info.field_name != "broker_url", info.field_name == "payload_url"
         if (is_optional and not url) or _is_redis(url) or (may_be_folder and _is_folder(url)):
-            return url
+            return _with_checked_certificate(url)
         raise ValueError(
             f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
             "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
@@ -166,6 +169,13 @@ def _is_redis(url: str) -> bool:
     except ValueError:  # no number
         return False
     return all(re.match(r"(redis|rediss|sentinel)://", part) for part in parts)
+
+
+def _with_checked_certificate(url: str) -> str:
+    """A `rediss://` URL that says so: the certificate is checked, which Celery wants to be told."""
+    if not url.startswith("rediss://") or "ssl_cert_reqs=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
 
 
 def _is_folder(url: str) -> bool:

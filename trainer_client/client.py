@@ -410,8 +410,8 @@ class RewardClient:
         results = outcomes_of(self._app).redis
         check_reachable(results, self.settings.results, "Redis for results")
         check_eviction(results, self.settings.results)
-        if self.settings.results != self.settings.broker_url and self.settings.broker_url.startswith("redis"):
-            broker = connect(self.settings.broker_url)
+        if self.settings.results != self.settings.broker_url:
+            broker = connect(self.settings.broker_url, self.settings.sentinel_master)
             check_reachable(broker, self.settings.broker_url, "Redis for queues")
             check_eviction(broker, self.settings.broker_url)
             broker.close()

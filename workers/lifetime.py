@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import redis
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
@@ -19,6 +20,7 @@ from tasks import keys
 from tasks.celery_app import outcomes_of
 from tasks.connections import LOST, check_eviction, why_away
 from tasks.errors import EvictionError
+from tasks.settings import without_password
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
     """What a worker's consumer does first, at its start and whenever it was disconnected: wait for its Redis.
 
     Celery would wait up to 30 s between two looks at one that is away, and try several times a second, with a traceback
-    each, at one that is full, since its consumer writes to it while it starts. One that drops keys is refused: the
-    process ends with status EX_CONFIG.
+    each, at one that is full, since its consumer writes to it while it starts. One that drops keys, or does not know
+    this user, is refused: the process ends with status EX_CONFIG.
     """
 
     def include(self, parent: Any) -> bool:
@@ -47,7 +49,7 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Return once the broker takes writes.
 
         Raises:
-            WorkerShutdown: A Redis drops keys, or the worker was asked to stop meanwhile.
+            WorkerShutdown: A Redis drops keys or refuses this user, or the worker was asked to stop meanwhile.
         """
         pause_s, say_at = FIRST_PAUSE_S, 0.0
         while True:
@@ -56,6 +58,10 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
                 return _look(parent.app)
             except EvictionError as error:
                 log.critical("worker refuses to start: %s", error)
+                raise WorkerShutdown(os.EX_CONFIG) from None
+            except redis.AuthenticationError as error:
+                url = without_password(parent.app.settings.broker_url)
+                log.critical("worker refuses to start: the Redis at %s refuses this user: %s", url, error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
                 if time.monotonic() > say_at:
