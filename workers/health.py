@@ -1,0 +1,28 @@
+"""Whether a worker of this host lives, for a container's health check: `python -m workers.health`, status 0 or 1."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import redis
+
+from tasks.celery_app import app, outcomes_of
+
+
+def main() -> int:
+    """Say which workers of this host have a heartbeat in Redis; 1 if there is none or Redis is away."""
+    try:
+        found = [w for w in outcomes_of(app).workers() if w.host == platform.node()]
+    except (redis.RedisError, OSError) as error:
+        sys.stderr.write(f"Redis is away: {error}\n")
+        return 1
+    for worker in found:
+        sys.stdout.write(f"{worker.node} {worker.state}, queues {', '.join(worker.queues)}\n")
+    if not found:
+        sys.stderr.write(f"no worker of {platform.node()} has a heartbeat\n")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
