@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,9 +40,17 @@ def test_up_starts_a_redis_and_a_worker_for_each_queue_by_the_documented_command
     assert re.search(r"^  export REWARDQ_BROKER_URL=redis://127\.0\.0\.1:\d+/0$", run.output, re.MULTILINE)
 
 
-def test_more_gpu_workers_serve_the_same_queue(rewardq, tmp_path):
-    run = start_up(rewardq, tmp_path, "--gpu-workers", "2")
-    assert worker_commands(run).count("-m celery -A tasks worker -Q gpu") == 2
+def test_more_gpu_workers_serve_the_same_queue_on_a_gpu_each(rewardq, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    run = start_up(rewardq, tmp_path, "--gpu-workers", "3")
+    assert worker_commands(run).count("-m celery -A tasks worker -Q gpu") == 3
+    gpus = [gpu_of(pid) for pid in run.children() if command_of(pid)[-1] == "gpu"]
+    assert sorted(gpus) == ["2", "2", "5"]
+
+
+def gpu_of(pid):
+    variables = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
+    return dict(v.split("=", 1) for v in variables if v)["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -20,13 +22,18 @@ from tasks.settings import Settings, load_settings, without_password
 from trainer_client.cli.processes import Fleet, stop_signals, worker_command
 
 BROKER_URL = "REWARDQ_BROKER_URL"
+GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @click.command()
 @click.argument("rewards_yaml", type=click.Path(path_type=Path))
 @click.option("--redis", "redis_url", metavar="URL", help=f"Use this Redis; else {BROKER_URL}, else one is started.")
 @click.option(
-    "--gpu-workers", type=click.IntRange(min=1), default=1, show_default=True, help="Workers on the queue gpu."
+    "--gpu-workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Workers on the queue gpu, one for each GPU in turn.",
 )
 def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     """Start what REWARDS_YAML needs on this machine.
@@ -71,9 +78,22 @@ def _check_redis(settings: Settings) -> None:
 
 def _start_workers(fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str) -> None:
     env = {**os.environ, BROKER_URL: url}
+    gpus = _gpus() if gpu_workers > 1 else []
     for queue in queues:
-        for name in _worker_names(queue, gpu_workers):
-            fleet.start_worker(name, queue, env, Path.cwd())
+        for i, name in enumerate(_worker_names(queue, gpu_workers)):
+            own = {GPUS: gpus[i % len(gpus)]} if queue == GPU and gpus else {}
+            fleet.start_worker(name, queue, {**env, **own}, Path.cwd())
+
+
+def _gpus() -> list[str]:
+    """The GPUs that workers here may use: those that the environment names, else all that there are."""
+    given = os.environ.get(GPUS)
+    if given is not None:
+        return [gpu for gpu in given.split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
 
 def _worker_names(queue: str, gpu_workers: int) -> list[str]:
