@@ -9,6 +9,7 @@ from tasks.clips import CLIPS
 from tasks.entries import GPU, IMAGE_OR_VIDEO, VLM, ModelEntry, Option
 from tasks.errors import UnknownRewardError, nearest
 from tasks.judges import JUDGES
+from tasks.remotes import REMOTES
 
 __all__ = ["ALIASES", "CATALOG", "GPU", "VLM", "ModelEntry", "Option", "find"]
 
@@ -37,7 +38,7 @@ _POINTWISE: dict[str, ModelEntry] = {
         doc="kilobytes (1000 bytes) of the image as JPEG at quality 95",
     ),
     **CLIPS,
-    **{name: entry for name, entry in JUDGES.items() if entry.how == "each"},
+    **{name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how == "each"},
 }
 
 _TIES = Option(
@@ -59,7 +60,7 @@ def _rank_of(name: str, entry: ModelEntry) -> ModelEntry:
 CATALOG: dict[str, ModelEntry] = {
     **_POINTWISE,
     **{f"{name}_Rank": _rank_of(name, entry) for name, entry in _POINTWISE.items()},
-    **{name: entry for name, entry in JUDGES.items() if entry.how != "each"},
+    **{name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how != "each"},
 }
 
 ALIASES: dict[str, str] = {
@@ -71,6 +72,8 @@ ALIASES: dict[str, str] = {
     "flow_factory.rewards.vllm_evaluate.VLMEvaluateRewardModel": "vllm_evaluate",
     "flow_factory.rewards.rational_rewards_t2i.RationalRewardsT2IRewardModel": "rational_rewards_t2i",
     "flow_factory.rewards.rational_rewards_edit.RationalRewardsEditRewardModel": "rational_rewards_edit",
+    "flow_factory.rewards.my_reward_remote.RemotePointwiseRewardModel": "RemotePointwiseRewardModel",
+    "flow_factory.rewards.my_reward_remote.RemoteGroupwiseRewardModel": "RemoteGroupwiseRewardModel",
 }
 """Dotted paths of Flow-Factory's built-ins to ours."""
 

@@ -31,6 +31,8 @@ class Option:
     """Whether the reward may depend on it. What only says how a server is asked is no part of the fingerprint."""
     reads: str = ""
     """It names a file on the trainer's host; its text goes into the option of this name, and so into the message."""
+    is_needed: bool = False
+    """Whether a config must give it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,18 @@ class ModelEntry:
     uses_dtype: bool = False
     sampled: str | None = None
     """Name of the option that makes answers random when above 0 (a judge's temperature)."""
+    is_yours: bool = False
+    """Whether code of the user's computes it, whose edits `version` does not count."""
 
     @property
     def is_judge(self) -> bool:
         """Whether it asks an API, in an image format of its own."""
         return self.image_format != ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the worker's own device computes it."""
+        return self.queue == GPU
 
     @property
     def fields(self) -> tuple[str, ...]:

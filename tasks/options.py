@@ -29,7 +29,7 @@ def check_options(
         folder: What a relative file name starts from.
 
     Raises:
-        ConfigError: An option is unknown or of a wrong type, or a file cannot be read.
+        ConfigError: An option is unknown, missing or of a wrong type, or a file cannot be read.
     """
     checked = {name: copy.copy(option.default) for name, option in builtin.options.items()}
     for name, value in given.items():
@@ -43,6 +43,9 @@ def check_options(
             checked[name] = TypeAdapter(needed).validate_python(value, strict=True)  # an integer is a float too
         except ValidationError as error:
             raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
+    for name, option in builtin.options.items():
+        if option.is_needed and name not in given:
+            raise ConfigError(f"{where}: {model} needs {name}: {option.doc}")
     _read_files(builtin, checked, where, folder)
     _check_key(checked, where)
     return checked

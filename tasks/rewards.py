@@ -100,7 +100,7 @@ class RewardSpec(BaseModel):
     fields: tuple[str, ...] = SAMPLE_FIELDS
     """What travels."""
     launch: str = ""
-    """Set where edited code must not be answered with old rewards: a dotted path without `version`."""
+    """Set where edited code must not be answered with old rewards: `counts_launch`."""
 
     @field_validator("name")
     @classmethod
@@ -120,6 +120,16 @@ class RewardSpec(BaseModel):
     def is_builtin(self) -> bool:
         """Whether the model is in the catalog."""
         return self.reward_model in catalog.CATALOG
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the worker's own device computes it; a class of the user's counts as such."""
+        return not self.is_builtin or catalog.CATALOG[self.reward_model].is_local
+
+    @property
+    def counts_launch(self) -> bool:
+        """Whether it is another computation in each launch: the user's own code, without `version`."""
+        return not self.version and (not self.is_builtin or catalog.CATALOG[self.reward_model].is_yours)
 
     @property
     def is_groupwise(self) -> bool:
@@ -189,9 +199,7 @@ class RewardSpec(BaseModel):
 
     def for_launch(self, launch: str) -> RewardSpec:
         """This reward as it stands in `launch`."""
-        if self.is_builtin or self.version:
-            return self
-        return self.model_copy(update={"launch": launch})
+        return self.model_copy(update={"launch": launch}) if self.counts_launch else self
 
 
 class RewardConfig(BaseModel):
@@ -337,16 +345,18 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
     else:
         canonical, builtin = found
         for key in ("kind", "required_fields"):
-            if key in known:
+            if key in known and key not in builtin.options:
                 raise ConfigError(f"{where}: {key} is for a class of your own; {canonical} has its own")
+        options |= {key: known.pop(key) for key in tuple(known) if key in builtin.options}
         known["how"] = builtin.how
         known.setdefault("queue", builtin.queue)
         known.setdefault("batch_size", builtin.batch_size)
         known.setdefault("timeout_s", builtin.timeout_s)
         known["reward_model"] = canonical
         known["options"] = check_options(canonical, builtin, options, _KEYS, where, folder)
-        known["required"] = builtin.required
-        known["fields"] = builtin.fields
+        named = known["options"].get("required_fields")
+        known["required"] = builtin.required if not named else tuple((f,) for f in named if f != "metadata")
+        known["fields"] = tuple(named or builtin.fields)
     _check_image_format(known, found[1] if found else None, where)
     try:
         spec = RewardSpec(**known)

@@ -99,10 +99,17 @@ def _reward() -> dict[str, Any]:
 def _builtin(entry: ModelEntry) -> dict[str, Any]:
     options = {name: _option(option) for name, option in entry.options.items()}
     nested = {"type": ["object", "null"], "properties": options, "additionalProperties": False}
+    needed = [name for name, option in entry.options.items() if option.is_needed]
+    by_itself, within = {"required": needed}, {"type": "object", "required": needed}
     return {
         "description": entry.doc,
         "properties": {**_keys(entry), **options, "extra_kwargs": nested},
         "additionalProperties": False,
+        **(
+            {"anyOf": [by_itself, {"required": ["extra_kwargs"], "properties": {"extra_kwargs": within}}]}
+            if needed
+            else {}
+        ),
     }
 
 

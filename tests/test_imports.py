@@ -12,7 +12,18 @@ import pytest
 
 from tests.servers import ROOT, clean_env
 
-HEAVY = {"torch", "torchvision", "transformers", "open_clip", "openai", "onnxruntime", "rapidocr", "cv2", "fastapi"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip",
+    "openai",
+    "onnxruntime",
+    "rapidocr",
+    "cv2",
+    "fastapi",
+    "httpx2",
+}
 
 
 def imported_by(file: Path) -> set[str]:

@@ -28,7 +28,7 @@ RETRY_LOAD_S = 60.0
 
 
 Instance = tuple[str, str]
-"""What an instance of a model is kept under: its fingerprint and, of a judge, how it asks, which is no part of that."""
+"""What an instance of a model is kept under: its fingerprint, which does not say how a server is asked, and that."""
 
 
 _OUT_OF_MEMORY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -195,7 +195,7 @@ def reward_class(model: str, settings: Settings) -> type[RewardModel]:
 
 def _instance(call: RewardCall) -> Instance:
     builtin = catalog.CATALOG.get(call.model)
-    if builtin is None or not builtin.is_judge:
+    if builtin is None or builtin.is_local:
         return call.fingerprint, ""
     return call.fingerprint, f"{call.timeout_s} {sorted(call.options.items())}"
 

@@ -23,7 +23,7 @@ def preload(settings: Settings, queues: Sequence[str], models: Models) -> None:
         ModelLoadError: One cannot be loaded.
     """
     specs = specs_to_preload(settings.preload, queues)
-    num_local = sum(not s.is_judge for s in specs)
+    num_local = sum(s.is_local for s in specs)
     if settings.max_models and num_local > settings.max_models:
         raise SettingsError(f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}")
     for spec in specs:
@@ -45,7 +45,7 @@ def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
         config = RewardConfig.from_dict({"rewards": [{"name": name, "reward_model": name} for name in names]})
     found: dict[str, RewardSpec] = {}
     for spec in (s.part for s in (*config.rewards, *config.eval_rewards) if s.queue in queues):
-        if not spec.is_builtin and not spec.version:
+        if spec.counts_launch:
             log.warning("not preloaded reward=%s reason=it has no version", spec.reward_model)
             continue
         found.setdefault(spec.fingerprint, spec)

@@ -50,9 +50,9 @@ def make_judge(settings: Any) -> Iterator[Callable[..., Any]]:
         return reward_class(model, settings)(config, Accelerator())
 
     yield make
-    if client.judge_loop.cache_info().currsize:
-        client.judge_loop().close()
-        client.judge_loop.cache_clear()
+    loop = client.judge_loop.take()
+    if loop is not None:
+        loop.close()
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_without_a_budget_redis_is_not_asked(judge_server, make_judge, picture, 
     judge = make_judge("vllm_evaluate", judge_server())
     judge.admit()
     assert judge(["x"], image=[picture()]).rewards == [0.75]
-    assert budgets.fleet_budget.cache_info().currsize == 0
+    assert budgets.fleet_budget.take() is None
 
 
 BUDGET = 6

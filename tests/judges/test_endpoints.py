@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.judges.scripted import fails, says_yes
-from workers import Unscored
-from workers.judges import endpoints
+from workers import Unscored, network
 
 
 def reason(output) -> Unscored:
@@ -34,7 +33,7 @@ def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
 def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
     judge_server, make_judge, picture, monkeypatch
 ):
-    monkeypatch.setattr(endpoints, "FIRST_REST_S", 1.0)
+    monkeypatch.setattr(network, "FIRST_REST_S", 1.0)
     sick = judge_server(lambda _: fails(500, "out of memory"))
     well = judge_server()
     judge = make_judge("vllm_evaluate", sick, well)
@@ -48,7 +47,7 @@ def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
 
 
 def test_a_server_that_fails_again_rests_longer(judge_server, make_judge, picture, monkeypatch):
-    monkeypatch.setattr(endpoints, "FIRST_REST_S", 0.5)
+    monkeypatch.setattr(network, "FIRST_REST_S", 0.5)
     sick, well = judge_server(lambda _: fails(500, "out of memory")), judge_server()
     judge = make_judge("vllm_evaluate", sick, well)
     for pause_s, tries in ((0.0, 1), (0.6, 2), (0.6, 2), (0.6, 3)):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from functools import cache
 from typing import Any
 
 from tasks import keys
 from tasks.connections import LOST
+from workers.network import Once
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class FleetBudget:
             self._redis.zrem(keys.judge_leases(endpoint), *released)
 
 
-@cache
+@Once
 def fleet_budget() -> FleetBudget:
     """The budget of this process, in the result backend of its Celery app."""
     from tasks import app

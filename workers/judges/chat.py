@@ -16,7 +16,8 @@ from tasks.errors import BusyError
 from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
-from workers.judges.endpoints import Endpoint, least_busy
+from workers.judges.endpoints import Endpoint
+from workers.network import least_busy
 
 MAX_WORDS = 500
 """Characters of a server's answer that a reason repeats."""

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import threading
-from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 
-from tasks.errors import BusyError, ModelLoadError
+from tasks.errors import ModelLoadError
 from tasks.settings import Settings, load_settings
-from workers.base import Unscored
 from workers.judges.endpoints import Endpoint
-
-for _name in ("httpx", "httpx2"):  # one line a request at INFO, of which there are thousands
-    logging.getLogger(_name).setLevel(logging.WARNING)
+from workers.network import NetworkLoop, Once
 
 OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"
 """What servers without authentication are sent in the place of a key."""
-
-LOOP_GRACE_S = 30.0
-"""So long after its deadline a call is waited for; only a loop that hangs is later."""
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -54,15 +41,12 @@ class CountingClient(openai.AsyncOpenAI):  # type: ignore[misc]
             count.num += 1
 
 
-class JudgeLoop:
-    """The event loop of judge calls, in a thread of its own, and the endpoints that are asked on it."""
+class JudgeLoop(NetworkLoop):
+    """The event loop of judge calls, and the endpoints that are asked on it."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        super().__init__("rewardq-judges")
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rewardq-judges", daemon=True)
-        self._thread.start()
 
     def endpoint(self, url: str, key: str) -> Endpoint:
         """The one endpoint at this URL, with the one client that has this key."""
@@ -72,46 +56,15 @@ class JudgeLoop:
                 # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
                 headers = {"Authorization": f"Bearer {key}"}
                 client = CountingClient(base_url=url, api_key=key, default_headers=headers)
-                self._endpoints[url, key] = Endpoint(url, client)
+                self._endpoints[url, key] = Endpoint(url, client=client)
             return self._endpoints[url, key]
-
-    def run_all(self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float) -> list[T | Unscored | BusyError]:
-        """Await `calls`, each of which ends within `timeout_s` by itself, side by side on the loop; wait for them here.
-
-        A reason that one raises stands in its place; anything else that one raises is raised here.
-        """
-        future = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop)
-        try:
-            found = future.result(timeout_s + LOOP_GRACE_S)
-        except TimeoutError:
-            future.cancel()
-            reason = f"this worker's event loop for judges hangs: no end within timeout_s={timeout_s:g} seconds"
-            return [Unscored("timeout", reason)] * len(calls)
-        results: list[T | Unscored | BusyError] = []
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, Unscored | BusyError):
-                raise one
-            results.append(one)
-        return results
-
-    def close(self) -> None:
-        """Close all connections and end the thread."""
-        asyncio.run_coroutine_threadsafe(self._close_clients(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     async def _close_clients(self) -> None:
         for endpoint in self._endpoints.values():
             await endpoint.client.close()
-        await self._loop.shutdown_default_executor()
 
 
-async def _gather(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
-    return list(await asyncio.gather(*calls, return_exceptions=True))
-
-
-@cache
+@Once
 def judge_loop() -> JudgeLoop:
     """The loop of this process."""
     return JudgeLoop()

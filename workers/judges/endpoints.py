@@ -1,16 +1,10 @@
-"""Servers that judges are asked at: how busy each is, whether it is well, and the names of the models it serves.
-
-Everything here happens on the judges' event loop, so nothing is locked.
-"""
+"""Servers that judges are asked at, and the names of the models that each serves."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,11 +12,7 @@ from urllib.parse import urlsplit
 import openai
 
 from workers.base import Unscored
-
-log = logging.getLogger(__name__)
-
-FIRST_REST_S, LONGEST_REST_S = 5.0, 120.0
-"""A server that failed is left alone for so long, then asked one real question; each further failure doubles it."""
+from workers.network import Server
 
 LIST_TIMEOUT_S = 10.0
 LIST_AGAIN_S = 15.0
@@ -30,48 +20,15 @@ LIST_AGAIN_S = 15.0
 
 
 @dataclass(slots=True, eq=False)
-class Endpoint:
-    """One server."""
+class Endpoint(Server):
+    """An OpenAI-compatible API."""
 
-    url: str
-    client: Any
+    client: Any = field(kw_only=True)
     """Its `AsyncOpenAI`."""
-    num_in_flight: int = 0
-    """Questions of this process that it has in hand."""
-    num_asked: int = 0
-    rest_s: float = 0.0
-    """How long it is left alone after its last failure; 0 while it is well."""
-    rests_until: float = 0.0
     names: tuple[str, ...] | None = None
     """Models it lists; None if it was not asked or lists none."""
     listed_at: float = float("-inf")
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def is_well(self) -> bool:
-        """Whether to ask it: it did not fail lately, or has rested and is not being tried by a question now."""
-        return not self.rest_s or (time.monotonic() >= self.rests_until and not self.num_in_flight)
-
-    @contextmanager
-    def asked(self) -> Iterator[None]:
-        """A question is with it meanwhile."""
-        self.num_in_flight += 1
-        self.num_asked += 1
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-
-    def answered(self) -> None:
-        """It gave an answer: it is well."""
-        self.rest_s = 0.0
-
-    def failed(self) -> None:
-        """It could not be reached or broke: leave it alone for a while."""
-        if not self.rest_s or time.monotonic() >= self.rests_until:  # not again for those that failed together
-            self.rest_s = min(max(FIRST_REST_S, 2 * self.rest_s), LONGEST_REST_S)
-            self.rests_until = time.monotonic() + self.rest_s
-            log.warning("judge left alone url=%s rest_s=%g", self.url, self.rest_s)
 
     async def model_name(self, wanted: str, client: Any) -> str:
         """The name of the model to ask for: `wanted`, or the only one that the server lists if that is empty.
@@ -126,11 +83,3 @@ async def _names_at(client: Any) -> tuple[str, ...] | None:
         return tuple(str(model["id"]) for model in json.loads(raw.content)["data"])
     except (openai.NotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-def least_busy(endpoints: Sequence[Endpoint]) -> Endpoint:
-    """The one to ask: the well one with the fewest questions in hand; if none is well, the one rested first."""
-    well = [e for e in endpoints if e.is_well]
-    if well:
-        return min(well, key=lambda e: (e.num_in_flight, e.num_asked))
-    return min(endpoints, key=lambda e: (e.rests_until, e.num_in_flight))

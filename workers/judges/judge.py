@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tasks import catalog
@@ -16,10 +15,10 @@ from workers.base import (
     RewardModelOutput,
     Unscored,
     frames_of,
-    this_call,
 )
 from workers.judges.chat import Chat, Reply
 from workers.judges.images import DATA_URLS, evenly_spaced
+from workers.network import its_own_deadline
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
 """The reward of a sample or why there is none, and what to keep beside it."""
@@ -95,14 +94,3 @@ class Judge(PointwiseRewardModel):
         except Unscored as reason:
             return reason, {}
         return reward, {**info, "model": reply.model, "num_requests": reply.num_requests}
-
-
-@contextmanager
-def its_own_deadline() -> Iterator[None]:
-    """Meanwhile the worker's watchdog does not count: a judge keeps `timeout_s` by itself, a sample at a time."""
-    clock = getattr(this_call, "clock", None)
-    if clock is not None:
-        clock.pause()
-    yield
-    if clock is not None:
-        clock.restart()

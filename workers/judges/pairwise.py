@@ -12,9 +12,10 @@ from workers.base import Accelerator, RewardArguments, RewardModelOutput, Unscor
 from workers.judges import rubrics
 from workers.judges.chat import Reply
 from workers.judges.images import evenly_spaced
-from workers.judges.judge import Judge, its_own_deadline
+from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
 from workers.judges.template import Template
+from workers.network import its_own_deadline
 
 Verdict = Literal["first", "second", "tie"]
 Answered = Reply | Unscored | BusyError

@@ -1,0 +1,169 @@
+"""The event loop on which a process waits for servers, and which of them to ask: how busy and how well each is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tasks.errors import BusyError
+from tasks.settings import without_password
+from workers.base import Unscored, this_call
+
+log = logging.getLogger(__name__)
+
+for _name in ("httpx", "httpx2"):  # one line a request at INFO, of which there are thousands
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+FIRST_REST_S, LONGEST_REST_S = 5.0, 120.0
+"""A server that failed is left alone for so long, then asked one real question; each further failure doubles it."""
+
+LOOP_GRACE_S = 30.0
+"""So long after its deadline a call is waited for; only a loop that hangs is later."""
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Server")
+
+
+class Once(Generic[T]):
+    """What a process has one of: made at the first call, by one of the threads that come then; the others wait.
+
+    (`functools.cache` would have each of them make one.)
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: list[T] = []
+
+    def __call__(self) -> T:
+        """The one there is."""
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
+
+    def take(self) -> T | None:
+        """The one there is, if there is one, which the next call does not give any more."""
+        with self._lock:
+            return self._made.pop() if self._made else None
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """A server that several threads ask. Used on the event loop only, so nothing is locked."""
+
+    url: str
+    num_in_flight: int = 0
+    """Questions of this process that it has in hand."""
+    num_asked: int = 0
+    rest_s: float = 0.0
+    """How long it is left alone after its last failure; 0 while it is well."""
+    rests_until: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Its URL for people."""
+        return without_password(self.url)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether to ask it: it did not fail lately, or has rested and is not being tried by a question now."""
+        return not self.rest_s or (time.monotonic() >= self.rests_until and not self.num_in_flight)
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """A question is with it meanwhile."""
+        self.num_in_flight += 1
+        self.num_asked += 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+
+    def answered(self) -> None:
+        """It gave an answer: it is well."""
+        self.rest_s = 0.0
+
+    def failed(self) -> None:
+        """It could not be reached or broke: leave it alone for a while."""
+        if not self.rest_s or time.monotonic() >= self.rests_until:  # not again for those that failed together
+            self.rest_s = min(max(FIRST_REST_S, 2 * self.rest_s), LONGEST_REST_S)
+            self.rests_until = time.monotonic() + self.rest_s
+            log.warning("server left alone url=%s rest_s=%g", self.name, self.rest_s)
+
+
+def least_busy(servers: Sequence[S]) -> S:
+    """The one to ask: the well one with the fewest questions in hand; if none is well, the one rested first."""
+    well = [s for s in servers if s.is_well]
+    if well:
+        return min(well, key=lambda s: (s.num_in_flight, s.num_asked))
+    return min(servers, key=lambda s: (s.rests_until, s.num_in_flight))
+
+
+class NetworkLoop:
+    """An event loop in a thread of its own, for all threads of the process that wait on the network.
+
+    Args:
+        name: The thread's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run_all(self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float) -> list[T | Unscored | BusyError]:
+        """Await `calls`, each of which ends within `timeout_s` by itself, side by side on the loop; wait for them here.
+
+        A reason that one raises stands in its place; anything else that one raises is raised here.
+        """
+        future = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop)
+        try:
+            found = future.result(timeout_s + LOOP_GRACE_S)
+        except TimeoutError:
+            future.cancel()
+            name = self._thread.name
+            reason = f"this worker's event loop {name} hangs: no end within timeout_s={timeout_s:g} seconds"
+            return [Unscored("timeout", reason)] * len(calls)
+        results: list[T | Unscored | BusyError] = []
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, Unscored | BusyError):
+                raise one
+            results.append(one)
+        return results
+
+    def close(self) -> None:
+        """Close all connections and end the thread."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        await self._close_clients()
+        await self._loop.shutdown_default_executor()
+
+    async def _close_clients(self) -> None:
+        raise NotImplementedError
+
+
+async def _gather(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
+    return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+@contextmanager
+def its_own_deadline() -> Iterator[None]:
+    """Meanwhile the worker's watchdog does not count: who waits on the network keeps `timeout_s` by itself."""
+    clock = getattr(this_call, "clock", None)
+    if clock is not None:
+        clock.pause()
+    yield
+    if clock is not None:
+        clock.restart()

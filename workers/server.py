@@ -1,0 +1,408 @@
+"""A reward model behind HTTP, for an environment in which nothing else of rewardq can live. One file: copy it there.
+
+It runs on Python 3.9 and needs fastapi, uvicorn, pillow and msgpack. Subclass `RewardServer`, implement
+`compute_reward`, call `run()`. Its wire is the JSON of Flow-Factory's remote rewards:
+
+    POST /compute   {"prompt": [text, ...], "image": [PNG in base64, ...], "video": [[frame, ...], ...],
+                     "condition_images": [[image, ...], ...], "condition_videos": [[[frame, ...], ...], ...],
+                     "metadata": [{...}, ...]}; what is null or absent is not given
+        200         {"rewards": [number, ...]}, one for each prompt
+        4xx, 5xx    {"error": text, "detail": text}; with "errors": {"3": text} where the samples to blame are known,
+                    and with "rewards" if the others have theirs: null in the places of those
+        503         too much in hand; Retry-After says for how many seconds to stay away
+    GET  /health    {"status": "ok", ...}: what bodies it takes, how many requests it has in hand
+
+Our own client sends the same as msgpack, an image as {"size": [width, height], "rgb": bytes}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import io
+import json
+import logging
+import math
+import numbers
+import queue
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import msgpack
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+
+log = logging.getLogger(__name__)
+
+MEDIA_DEPTHS = {"image": 0, "video": 1, "condition_images": 1, "condition_videos": 2}
+"""Media fields of a request, and how deep the images of one sample lie in lists."""
+
+FIELDS = ("prompt", *MEDIA_DEPTHS, "metadata")
+"""Fields of a request, which `compute_reward` may take."""
+
+OTHER_NAMES = {"prompts": "prompt", "images": "image", "videos": "video"}
+"""What Flow-Factory's guide calls some of them."""
+
+MSGPACK = "application/msgpack"
+
+LONGEST_PAUSE_S = 60
+"""The most that a busy server asks a client to stay away."""
+
+
+class RewardServer:
+    """Subclass it: load the model in `__init__`, implement `compute_reward`, and `run()`.
+
+    Its attributes are bounds, for a subclass to replace.
+    """
+
+    thread_safe = False
+    """Whether several threads may call `compute_reward` at once; if not, all calls are made by one thread."""
+    num_threads = 8
+    """Requests computed at once where it is thread-safe."""
+    max_waiting = 32
+    """Requests in hand, above which the next is answered 503. Each holds its media in memory; a worker with 32 threads
+    sends up to 32."""
+    max_body_bytes = 1 << 30
+    """A larger request is answered 413; send fewer samples at once."""
+    max_pixels = 64 * 1024 * 1024
+    """Pixels of one image or frame, above which it is refused."""
+    stop_grace_s = 8
+    """Seconds that requests in hand may take after SIGTERM or Ctrl-C; a second Ctrl-C ends the server at once."""
+    host = "127.0.0.1"
+    port = 8000
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 8000) -> None:
+        self.host, self.port = host, port
+
+    def compute_reward(self, *args: Any, **kwargs: Any) -> Any:
+        """Rewards of `N` samples; `def compute_reward(self, prompt, image=None)` for example.
+
+        Arguments are passed by name, and only those that it declares:
+            prompt (or prompts): `N` texts.
+            image (or images): `N` RGB images of PIL.
+            video (or videos): `N` lists of frames, RGB images of PIL.
+            condition_images, condition_videos: `N` lists of images or of videos.
+            metadata: `N` mappings.
+        Each is None if the request has none, and so is one sample's; a request without one that has no default is
+        refused. `**kwargs` takes all but metadata.
+
+        Returns:
+            `N` finite numbers in order: a list, an array or a tensor. In the place of a number an exception says why
+            that sample has no reward. What it raises is the reason for all samples of the call.
+        """
+        raise NotImplementedError
+
+    def run(self, host: str | None = None, port: int | None = None) -> None:
+        """Serve until SIGTERM or Ctrl-C; then answer what is in hand and return.
+
+        Args:
+            host: The address to listen on, unless the constructor's; 0.0.0.0 for requests from other hosts. Nobody is
+                asked for a password, so only trusted hosts should reach it.
+            port: The port to listen on, unless the constructor's.
+        """
+        if not logging.getLogger().handlers:
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        config = uvicorn.Config(
+            self.make_app(),
+            host=self.host if host is None else host,
+            port=self.port if port is None else port,
+            access_log=False,
+            timeout_graceful_shutdown=self.stop_grace_s,
+        )
+        is_main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        before = {number: signal.signal(number, _stop) for number in signals}
+        try:
+            uvicorn.Server(config).run()  # when it is done it sends on the signal that stopped it
+        except _Stopped:
+            log.info("stopped")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def make_app(self) -> FastAPI:
+        """The ASGI app, for a process that is not `run()`'s."""
+        return _Desk(self).app()
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+class _Stopped(BaseException):
+    """SIGTERM or Ctrl-C."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stopped
+
+
+class _RequestError(Exception):
+    """A request that is answered by an error: its status, its text, and more of the body."""
+
+    def __init__(self, status: int, text: str, **more: Any) -> None:
+        super().__init__(status, text, more)
+        self.status, self.body = status, {"error": text, "detail": text, **more}
+
+
+class _Desk:
+    """Takes requests, decodes them, has one after another computed, and answers."""
+
+    def __init__(self, server: RewardServer) -> None:
+        self._server = server
+        self._arguments, self._needed = _declared_by(server)
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Mapping[str, Any]]] = queue.SimpleQueue()
+        self._num_in_hand = 0
+        self._compute_s = 0.0
+        """What the last call took."""
+        for _ in range(server.num_threads if server.thread_safe else 1):
+            threading.Thread(target=self._compute, name="compute_reward", daemon=True).start()
+
+    def app(self) -> FastAPI:
+        app = FastAPI(title=type(self._server).__name__)
+
+        @app.get("/health", response_model=None)
+        async def health() -> Any:
+            return {
+                "status": "ok",
+                "takes": ["application/json", MSGPACK],
+                "max_body_bytes": self._server.max_body_bytes,
+                "num_in_hand": self._num_in_hand,
+            }
+
+        @app.post("/compute", response_model=None)
+        async def compute(request: Request) -> Any:
+            try:
+                return JSONResponse({"rewards": await self._rewards(request)})
+            except _RequestError as error:
+                log.warning("no rewards status=%d", error.status)
+                pause = {"Retry-After": str(self._pause_s())} if error.status == 503 else None
+                return JSONResponse(error.body, error.status, pause)
+            except Exception as error:  # what compute_reward returned may be anything
+                log.exception("no rewards status=500")
+                return JSONResponse(_RequestError(500, _words(error)).body, 500)
+
+        return app
+
+    def _pause_s(self) -> int:
+        """When there may be room for another request."""
+        return min(LONGEST_PAUSE_S, max(1, math.ceil(self._compute_s)))
+
+    async def _rewards(self, request: Request) -> list[float]:
+        num_in_hand, most = self._num_in_hand, self._server.max_waiting
+        if num_in_hand >= most:
+            await _body_of(request, 0)
+            raise _RequestError(503, f"{num_in_hand} requests are in hand, the most is {most}")
+        self._num_in_hand += 1
+        try:
+            body = await _body_of(request, self._server.max_body_bytes)
+            if body is None:
+                raise _RequestError(413, f"more than {self._server.max_body_bytes} bytes; send fewer samples at once")
+            kind = request.headers.get("content-type", "")
+            given = await asyncio.to_thread(self._decode, body, kind)
+            num_samples = len(given["prompt"])
+            if not num_samples:
+                return []
+            call: Future[Any] = Future()
+            self._calls.put((call, given))
+            found, error = await _unless_gone(asyncio.wrap_future(call), request)
+        finally:
+            self._num_in_hand -= 1
+        if error is not None:
+            raise _failed(error, num_samples)
+        return _checked(found, num_samples)
+
+    def _decode(self, body: bytes, kind: str) -> dict[str, Any]:
+        """The fields that compute_reward takes, and the prompts."""
+        fields: Any = _parsed(body, kind)
+        lacking = [name for name in FIELDS if name in self._needed and fields.get(name) is None]
+        if lacking:
+            raise _RequestError(400, f"compute_reward needs {' and '.join(lacking)}, which the request has not")
+        given: dict[str, Any] = {name: fields.get(name) for name in ("prompt", *self._arguments.values())}
+        problems: dict[str, str] = {}
+        for name, depth in MEDIA_DEPTHS.items():
+            if given.get(name) is not None:
+                given[name] = [self._media(name, depth, i, one, problems) for i, one in enumerate(given[name])]
+        if problems:
+            raise _RequestError(422, _first(problems), errors=problems)
+        return given
+
+    def _media(self, name: str, depth: int, sample: int, value: Any, problems: dict[str, str]) -> Any:
+        """One sample's media of a field; what is wrong with it is noted."""
+        try:
+            return _images(value, depth, self._server.max_pixels)
+        except Exception as error:  # Pillow raises whatever its decoders do
+            problems.setdefault(str(sample), f"{name}: {_words(error)}")
+            return None
+
+    def _compute(self) -> None:
+        """Make calls one after another, for as long as the process lives."""
+        while True:
+            call, given = self._calls.get()
+            if call.set_running_or_notify_cancel():
+                call.set_result(self._call(given))
+            del call, given  # its media, while the next is waited for
+
+    def _call(self, given: Mapping[str, Any]) -> tuple[Any, BaseException | None]:
+        """What compute_reward returns and what it raises."""
+        arguments = {argument: given.get(field) for argument, field in self._arguments.items()}
+        started = time.monotonic()
+        try:
+            return self._server.compute_reward(**arguments), None
+        except BaseException as error:  # the user's code may raise anything, SystemExit too
+            log.exception("compute_reward raised")
+            return None, error
+        finally:
+            self._compute_s = time.monotonic() - started
+            log.info("computed num_samples=%d compute_s=%.3f", len(given["prompt"]), self._compute_s)
+
+
+def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
+    """The arguments of compute_reward with the field that each takes, and the fields that it cannot do without."""
+    if type(server).compute_reward is RewardServer.compute_reward:
+        raise TypeError(f"{type(server).__name__} has no compute_reward; implement it")
+    arguments, needed, takes_rest = {}, set(), False
+    for name, parameter in inspect.signature(server.compute_reward).parameters.items():
+        field = OTHER_NAMES.get(name, name)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_rest = True
+        elif field in FIELDS and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            arguments[name] = field
+            if parameter.default is parameter.empty:
+                needed.add(field)
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+            raise TypeError(f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}")
+    rest = [f for f in FIELDS if f not in arguments.values() and f != "metadata"] if takes_rest else []
+    return {**arguments, **{field: field for field in rest}}, needed
+
+
+async def _body_of(request: Request, max_bytes: int) -> bytes | None:
+    """The body, or None if it is larger. It is read to its end: a client that still sends would miss the answer."""
+    parts: list[bytes] = []
+    num_bytes, is_more = 0, True
+    while is_more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise _RequestError(400, "the client left before it had sent all")
+        part, is_more = message.get("body", b""), message.get("more_body", False)
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            parts.clear()
+        else:
+            parts.append(part)
+    return b"".join(parts) if num_bytes <= max_bytes else None
+
+
+async def _unless_gone(call: asyncio.Future[Any], request: Request) -> Any:
+    """The call's result; if the client leaves first, a call that has not begun is dropped."""
+    gone = asyncio.ensure_future(_is_gone(request))
+    try:
+        await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if call.done():
+            return call.result()
+        call.cancel()
+        raise _RequestError(400, "the client left before there was an answer")
+    finally:
+        gone.cancel()
+
+
+async def _is_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parsed(body: bytes, kind: str) -> Any:
+    """The fields of a request, each with a value for each prompt."""
+    try:
+        fields = msgpack.unpackb(body) if kind.startswith(MSGPACK) else json.loads(body)
+    except Exception as error:  # msgpack raises many kinds
+        raise _RequestError(400, f"the body cannot be read as {kind or 'JSON'}: {_words(error)}") from None
+    prompts = fields.get("prompt") if isinstance(fields, dict) else None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise _RequestError(400, "the body needs 'prompt', a list of texts")
+    for name in FIELDS:
+        value = fields.get(name)
+        if value is not None and not (isinstance(value, list) and len(value) == len(prompts)):
+            found = f"{len(value)} values" if isinstance(value, list) else f"a {type(value).__name__}"
+            raise _RequestError(
+                400, f"{name!r} has {found} for {len(prompts)} prompts; it needs a list of one for each"
+            )
+    return fields
+
+
+def _images(value: Any, depth: int, max_pixels: int) -> Any:
+    """The images in `value`, which lie `depth` lists deep."""
+    if value is None:
+        return None
+    if depth:
+        if not isinstance(value, list):
+            raise ValueError(f"needs a list, found a {type(value).__name__}")
+        return [_images(one, depth - 1, max_pixels) for one in value]
+    if isinstance(value, str):
+        image = Image.open(io.BytesIO(base64.b64decode(value)))
+        _check_size(image.size, max_pixels)
+        return image.convert("RGB")
+    if isinstance(value, dict) and {"size", "rgb"} <= value.keys():
+        _check_size(value["size"], max_pixels)
+        return Image.frombytes("RGB", tuple(value["size"]), value["rgb"])
+    raise ValueError(f"needs an image as a text in base64, found a {type(value).__name__}")
+
+
+def _check_size(size: Any, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} are more than {max_pixels} pixels")
+
+
+def _checked(found: Any, num_samples: int) -> list[Any]:
+    """The rewards that compute_reward returned. Raises the answer that names each sample without one."""
+    values = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(values, (list, tuple)) or len(values) != num_samples:
+        number = len(values) if isinstance(values, (list, tuple)) else f"a {type(found).__name__} instead of"
+        text = f"compute_reward returned {number} rewards for {num_samples} samples"
+        errors = {str(i): text for i in range(num_samples)}
+        raise _RequestError(500, f"{_named(num_samples)}: {text}", errors=errors)
+    rewards = [_number(value) for value in values]
+    problems = {
+        str(i): _words(value) if isinstance(value, BaseException) else f"compute_reward returned {value!r:.200}"
+        for i, value in enumerate(values)
+        if rewards[i] is None
+    }
+    if problems:
+        raise _RequestError(500, _first(problems), errors=problems, rewards=rewards)
+    return rewards
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None if it is none. Arrays and tensors of one number are taken."""
+    try:
+        found = value.item() if hasattr(value, "item") else value
+        is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
+        return float(found) if is_number and math.isfinite(found) else None
+    except (ValueError, RuntimeError, OverflowError):  # of several numbers, or larger than a float
+        return None
+
+
+def _failed(error: BaseException, num_samples: int) -> _RequestError:
+    errors = {"errors": {"0": _words(error)}} if num_samples == 1 else {}
+    return _RequestError(500, f"{_named(num_samples)}: {_words(error)}", **errors)
+
+
+def _named(num_samples: int) -> str:
+    return "sample 0" if num_samples == 1 else f"samples 0 to {num_samples - 1}"
+
+
+def _first(problems: Mapping[str, str]) -> str:
+    """The first of the problems, and how many there are."""
+    sample, reason = next(iter(problems.items()))
+    return f"sample {sample}: {reason}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
