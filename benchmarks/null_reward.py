@@ -14,14 +14,6 @@ class NullReward(PointwiseRewardModel):
 
     required_fields = ("prompt", "image")
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def __call__(self, prompt: Sequence[str], **kwargs: Any) -> RewardModelOutput:
         """Rewards of `N` images."""
         return RewardModelOutput([1.0] * len(prompt), {"called_at": time.monotonic()})

@@ -12,7 +12,7 @@ from redis.connection import PythonRespSerializer, parse_url
 from redis.sentinel import Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.settings import without_password
+from tasks.settings import SENTINEL_MASTER, several_urls, without_password
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -44,7 +44,7 @@ FULL = (
 T = TypeVar("T")
 
 
-def connect(url: str, sentinel_master: str = "mymaster", **options: Any) -> redis.Redis:
+def connect(url: str, sentinel_master: str = SENTINEL_MASTER, **options: Any) -> redis.Redis:
     """A client (a pool of connections, made at first use; safe between threads and after a fork).
 
     Args:
@@ -62,7 +62,7 @@ def connect(url: str, sentinel_master: str = "mymaster", **options: Any) -> redi
     if not url.startswith("sentinel://"):
         client: redis.Redis = redis.Redis.from_url(url, **options)
         return client
-    given = [parse_url(one.replace("sentinel://", "redis://", 1)) for one in url.split(";")]  # type: ignore[no-untyped-call]
+    given = [parse_url(one.replace("sentinel://", "redis://", 1)) for one in several_urls(url)]  # type: ignore[no-untyped-call]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         [(one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given],
         socket_timeout=CONNECT_TIMEOUT_S,
@@ -75,7 +75,7 @@ def connect(url: str, sentinel_master: str = "mymaster", **options: Any) -> redi
     return master
 
 
-def connect_for_media(url: str, sentinel_master: str = "mymaster") -> redis.Redis:
+def connect_for_media(url: str, sentinel_master: str = SENTINEL_MASTER) -> redis.Redis:
     """As `connect`, for values of megabytes: a buffer is sent from where it lies.
 
     redis-py with hiredis copies a value twice to send it; its other packer, written in Python, does not.
@@ -97,12 +97,17 @@ def check_reachable(client: Any, url: str, role: str) -> None:
     try:
         client.ping()
     except redis.AuthenticationError as error:
-        raise RedisUnreachableError(f"{role} at {without_password(url)} refuses this user: {error}") from None
+        raise RedisUnreachableError(refusal(role, url, error)) from None
     except (redis.RedisError, OSError) as error:
         raise RedisUnreachableError(
             f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
             "rewards.yaml`) or point REWARDQ_BROKER_URL at the one you have"
         ) from None
+
+
+def refusal(role: str, url: str, error: redis.AuthenticationError) -> str:
+    """What is said of a server that refuses this user; trying again would not help."""
+    return f"{role} at {without_password(url)} refuses this user: {error}"
 
 
 def check_eviction(client: Any, url: str) -> None:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from tasks import keys
 from tasks.connections import check_reachable, connect_for_media
 from tasks.errors import RedisUnreachableError, SettingsError
-from tasks.settings import Settings
+from tasks.settings import SENTINEL_MASTER, Settings
 
 
 class PayloadStore(Protocol):
@@ -86,7 +86,7 @@ return redis.call('GET', KEYS[2])
 class RedisStore:
     """Payloads as Redis strings with an expiry, counted in a ledger that forgets what expired."""
 
-    def __init__(self, url: str, sentinel_master: str = "mymaster") -> None:
+    def __init__(self, url: str, sentinel_master: str = SENTINEL_MASTER) -> None:
         self._url = url
         self._redis = connect_for_media(url, sentinel_master)
         self._sizes: dict[str, int] = {}

@@ -16,6 +16,9 @@ PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"
 """Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
 
+SENTINEL_MASTER = "mymaster"
+"""What sentinels call their server unless told otherwise."""
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
 
@@ -36,7 +39,7 @@ class Settings(BaseSettings):
     production a second Redis without persistence, since a full broker stops its workers) or
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
 
-    sentinel_master: str = "mymaster"
+    sentinel_master: str = SENTINEL_MASTER
     """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
 
     result_ttl_s: Seconds = 86_400.0
@@ -145,13 +148,18 @@ def _shown(error: Any) -> str:
     return without_password(str(error.get("input")))
 
 
-_SEVERAL_URLS = re.compile(r";(?=\w+://)")
+_BETWEEN_URLS = re.compile(r";(?=\w+://)")
 _PASSWORD_IN_QUERY = re.compile(r"([?&]password=)[^&]*")
+
+
+def several_urls(url: str) -> list[str]:
+    """The URLs in one text: those of several sentinels stand with `;` between them."""
+    return _BETWEEN_URLS.split(url)
 
 
 def without_password(url: str) -> str:
     """`url` with `***` for each password in it; safe for logs and errors."""
-    return ";".join(_without_password(part) for part in _SEVERAL_URLS.split(url))
+    return ";".join(_without_password(part) for part in several_urls(url))
 
 
 def _without_password(url: str) -> str:
@@ -162,7 +170,7 @@ def _without_password(url: str) -> str:
 
 
 def _is_redis(url: str) -> bool:
-    parts = _SEVERAL_URLS.split(url)
+    parts = several_urls(url)
     try:
         for part in parts:
             _ = urlsplit(part).port

@@ -18,9 +18,8 @@ from celery.worker.state import maybe_shutdown
 
 from tasks import keys
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, why_away
+from tasks.connections import LOST, check_eviction, refusal, why_away
 from tasks.errors import EvictionError
-from tasks.settings import without_password
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +59,8 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
                 log.critical("worker refuses to start: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except redis.AuthenticationError as error:
-                url = without_password(parent.app.settings.broker_url)
-                log.critical("worker refuses to start: the Redis at %s refuses this user: %s", url, error)
+                words = refusal("the Redis", parent.app.settings.broker_url, error)
+                log.critical("worker refuses to start: %s", words)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
                 if time.monotonic() > say_at:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import io
 import os
 import platform
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tasks.connections import connect
 from tasks.errors import RankTakenError
@@ -15,7 +13,7 @@ from tasks.settings import load_settings
 from tests.delivery import trainers_die
 from tests.delivery.seen import reward_of
 from tests.delivery.trainers_die import LEASE_S, job
-from tests.pipeline.conftest import assert_rewards, samples_of, together
+from tests.pipeline.conftest import assert_rewards, jpeg_bytes, samples_of, together
 from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import Sample
@@ -105,12 +103,6 @@ def test_groups_of_a_job_started_again_do_not_mix_with_those_of_the_one_that_die
 
 def image(number):
     return image_of(number, 32 + number % 7 * 8, 48)
-
-
-def jpeg_bytes(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    return buffer.tell()
 
 
 def test_what_is_left_of_a_cancelled_step_costs_a_worker_no_more_than_a_look(bench):

@@ -35,10 +35,25 @@ def test_payloads_on_a_second_redis(private_redis, workers, clients):  # noqa: F
     assert_rewards(client.collect(timeout_s=60), range(8))
 
 
+class GuardedRedis(RedisServer):
+    """A Redis that wants a password."""
+
+    def client_of(self):
+        return connect(f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0")
+
+    def _answers(self):
+        with contextlib.suppress(redis.RedisError), self.client_of() as client:
+            return client.ping()
+        return False
+
+    def _is_ours(self):
+        return self._answers()
+
+
 # --- TLS -----------------------------------------------------------------------------------------
 
 
-class TlsRedis(RedisServer):
+class TlsRedis(GuardedRedis):
     """A Redis that speaks TLS only, with an ACL user and no default user."""
 
     def __init__(self, folder, certificates):
@@ -57,13 +72,8 @@ class TlsRedis(RedisServer):
         where = f"127.0.0.1:{self.tls_port}/0?ssl_ca_certs={self.certificates / ca}"
         return f"rediss://{user}:{password}@{where}"
 
-    def _answers(self):
-        with contextlib.suppress(redis.RedisError), connect(self.url_of()) as client:
-            return client.ping()
-        return False
-
-    def _is_ours(self):
-        return self._answers()
+    def client_of(self):
+        return connect(self.url_of())
 
 
 @pytest.fixture(scope="module")
@@ -172,21 +182,6 @@ class Sentinels:
         for process in self._processes:
             process.terminate()
             process.wait(10)
-
-
-class GuardedRedis(RedisServer):
-    """A Redis that wants a password."""
-
-    def client_of(self):
-        return connect(f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0")
-
-    def _answers(self):
-        with contextlib.suppress(redis.RedisError), self.client_of() as client:
-            return client.ping()
-        return False
-
-    def _is_ours(self):
-        return self._answers()
 
 
 @pytest.fixture

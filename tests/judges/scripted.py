@@ -87,13 +87,10 @@ def fails(status: int, words: str, **headers: str) -> Answer:
     return Answer(status, json.dumps(body).encode(), named)
 
 
-class JudgeServer:
-    """The server. `script` may be replaced while it runs."""
+class ScriptedServer:
+    """A server of the standard library; `get` and `post` of a subclass answer what comes."""
 
-    def __init__(self, script: Script, models: Sequence[str] | None = (MODEL,), prefix: str = "/v1") -> None:
-        self.script, self.models, self.prefix = script, models, prefix
-        self.questions: list[Question] = []
-        self.num_lists = self.num_in_flight = self.most_in_flight = 0
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.is_stopping = threading.Event()
         owner = self
@@ -102,10 +99,10 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                owner.list_models(self)
+                owner.get(self)
 
             def do_POST(self) -> None:
-                owner.answer(self)
+                owner.post(self)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -121,13 +118,15 @@ class JudgeServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
+    def get(self, handler: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
+    def post(self, handler: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
     @property
     def root(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @property
-    def url(self) -> str:
-        return self.root + self.prefix
 
     def stop(self) -> None:
         """End all answers that are waiting, and the server."""
@@ -136,7 +135,21 @@ class JudgeServer:
         self._server.server_close()
         self._thread.join()
 
-    def list_models(self, handler: BaseHTTPRequestHandler) -> None:
+
+class JudgeServer(ScriptedServer):
+    """The server. `script` may be replaced while it runs."""
+
+    def __init__(self, script: Script, models: Sequence[str] | None = (MODEL,), prefix: str = "/v1") -> None:
+        self.script, self.models, self.prefix = script, models, prefix
+        self.questions: list[Question] = []
+        self.num_lists = self.num_in_flight = self.most_in_flight = 0
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        return self.root + self.prefix
+
+    def get(self, handler: BaseHTTPRequestHandler) -> None:
         with self._lock:
             self.num_lists += 1
         if handler.path != f"{self.prefix}/models" or self.models is None:
@@ -145,7 +158,7 @@ class JudgeServer:
         listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
         send(handler, Answer(body=json.dumps(listed).encode()))
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def post(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         if handler.path != f"{self.prefix}/chat/completions":
             send(handler, Answer(404, b"no such page"))

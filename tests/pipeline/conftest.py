@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tasks.settings import Settings
 from tests.reward_models import image_of
@@ -72,3 +75,40 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     return found
+
+
+def noisy(seed: int, amount: int) -> np.ndarray:
+    """A picture whose JPEG is larger, the larger `amount` is."""
+    rng = np.random.default_rng(seed)
+    return (100 + rng.integers(0, amount + 1, (48, 48, 3))).astype(np.uint8)
+
+
+def jpeg_bytes(pixels: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return len(buffer.getvalue())
+
+
+def expected_ranks(scores: list[float]) -> list[float]:
+    """By hand: members below, and half of the others that are equal, divided by the number of members."""
+    return [(sum(s < mine for s in scores) + (sum(s == mine for s in scores) - 1) / 2) / len(scores) for mine in scores]
+
+
+def spread_over_ranks(
+    rng: random.Random, num_ranks: int, num_steps: int, num_groups: int, group_size: int
+) -> tuple[list[list[list[tuple[int, str]]]], dict[tuple[int, str], list[int]]]:
+    """Groups of samples whose members are spread over trainer ranks by chance.
+
+    Returns:
+        For each rank and step its members as (number, group), in its own order; and by step and group its numbers.
+    """
+    plans: list[list[list[tuple[int, str]]]] = [[[] for _ in range(num_steps)] for _ in range(num_ranks)]
+    groups = {}
+    for step in range(num_steps):
+        for g in range(num_groups):
+            groups[step, f"g{g}"] = numbers = rng.sample(range(step * 10_000, step * 10_000 + 9_000), group_size)
+            for number in numbers:
+                plans[rng.randrange(num_ranks)][step].append((number, f"g{g}"))
+        for plan in plans:
+            rng.shuffle(plan[step])
+    return plans, groups

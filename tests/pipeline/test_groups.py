@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import random
@@ -11,31 +10,22 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tasks import keys
 from tasks.connections import connect
-from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
+from tests.pipeline.conftest import (
+    assert_rewards,
+    config_of,
+    expected_ranks,
+    jpeg_bytes,
+    noisy,
+    samples_of,
+    spread_over_ranks,
+    together,
+)
 from tests.reward_models import image_of
 from tests.servers import messages_in, wait_until
 from trainer_client import CollectTimeoutError, InvalidSampleError, RewardClient, Sample
-
-
-def noisy(seed: int, amount: int) -> np.ndarray:
-    """A picture whose JPEG is larger, the larger `amount` is."""
-    rng = np.random.default_rng(seed)
-    return (100 + rng.integers(0, amount + 1, (48, 48, 3))).astype(np.uint8)
-
-
-def jpeg_bytes(pixels: np.ndarray) -> int:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    return len(buffer.getvalue())
-
-
-def expected_ranks(scores: list[float]) -> list[float]:
-    """By hand: members below, and half of the others that are equal, divided by the number of members."""
-    return [(sum(s < mine for s in scores) + (sum(s == mine for s in scores) - 1) / 2) / len(scores) for mine in scores]
 
 
 def rank_samples(groups: dict[str, list[np.ndarray]]) -> list[Sample]:
@@ -194,19 +184,8 @@ def test_fifty_groups_over_four_ranks_one_of_them_killed_are_computed_once_each(
     calls = tmp_path / "calls"
     config = config_of({"reward_model": "OrderInGroup", "file": str(calls), "version": "1"})
     workers("gpu", "gpu")
-    rng = random.Random(7)
     num_steps, num_groups, killed = 5, 10, 2
-    plans: list[list[list[tuple[int, str]]]] = [[[] for _ in range(num_steps)] for _ in range(4)]
-    groups = {}
-    for step in range(num_steps):
-        members = []
-        for g in range(num_groups):
-            groups[step, f"g{g}"] = rng.sample(range(step * 10_000, step * 10_000 + 9_000), 8)
-            members += [(n, f"g{g}") for n in groups[step, f"g{g}"]]
-        for member in members:
-            plans[rng.randrange(4)][step].append(member)
-        for plan in plans:
-            rng.shuffle(plan[step])
+    plans, groups = spread_over_ranks(random.Random(7), 4, num_steps, num_groups, group_size=8)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
 

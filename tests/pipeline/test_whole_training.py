@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from tests.judges.scripted import MODEL, JudgeServer, says_yes
-from tests.pipeline.conftest import config_of, samples_of
-from tests.pipeline.test_groups import expected_ranks, jpeg_bytes
+from tests.pipeline.conftest import config_of, expected_ranks, jpeg_bytes, samples_of, spread_over_ranks
 from tests.reward_models import image_of
 from trainer_client import RewardClient
 
@@ -73,14 +72,7 @@ def test_thirty_steps_of_four_ranks_with_every_kind_of_reward(workers, settings)
         {"reward_model": JUDGE, "api_base_url": server.url, "vlm_model": MODEL, "question": "Is it {prompt}?"},
     )["rewards"]
     config = {"rewards": rewards, "eval_rewards": config_of({"reward_model": "PixelCode", "add": 7})["rewards"]}
-    rng, plans, groups = random.Random(3), [[[] for _ in range(NUM_STEPS)] for _ in range(NUM_RANKS)], {}
-    for step in range(NUM_STEPS):
-        for g in range(NUM_GROUPS):
-            groups[step, f"g{g}"] = members = rng.sample(range(step * 10_000, step * 10_000 + 9_000), GROUP_SIZE)
-            for number in members:
-                plans[rng.randrange(NUM_RANKS)][step].append((number, f"g{g}"))
-        for plan in plans:
-            rng.shuffle(plan[step])
+    plans, groups = spread_over_ranks(random.Random(3), NUM_RANKS, NUM_STEPS, NUM_GROUPS, GROUP_SIZE)
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(NUM_RANKS)]
     ranks = [

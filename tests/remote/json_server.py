@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tests.judges.scripted import Answer, send
+from tests.judges.scripted import Answer, ScriptedServer, send
 
 FIELDS = {"prompt", "image", "video", "condition_images", "condition_videos"}
 
@@ -53,52 +52,24 @@ def says_error(status: int, body: Any, **headers: str) -> Answer:
     return Answer(status, body if isinstance(body, bytes) else json.dumps(body).encode(), named)
 
 
-class JsonServer:
+class JsonServer(ScriptedServer):
     """The server. `script` may be replaced while it runs; `health` is what it answers at /health."""
 
     def __init__(self, script: Script, health: Answer | None = None) -> None:
         self.script, self.health = script, health or Answer(body=b'{"status": "ok"}')
         self.asked: list[Asked] = []
         self.num_health = 0
-        self._lock = threading.Lock()
-        self._is_stopping = threading.Event()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                owner.num_health += 1
-                send(self, owner.health if self.path == "/health" else Answer(404, b"no such page"))
-
-            def do_POST(self) -> None:
-                owner.answer(self)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 256
-
-            def handle_error(self, *_: Any) -> None:
-                pass  # a client that went away
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        super().__init__()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self.root
 
-    def stop(self) -> None:
-        self._is_stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def get(self, handler: BaseHTTPRequestHandler) -> None:
+        self.num_health += 1
+        send(handler, self.health if handler.path == "/health" else Answer(404, b"no such page"))
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+    def post(self, handler: BaseHTTPRequestHandler) -> None:
         raw = handler.rfile.read(int(handler.headers["Content-Length"]))
         if handler.path != "/compute" or handler.headers["Content-Type"] != "application/json":
             send(handler, says_error(422, {"detail": [{"msg": "not a JSON request to /compute"}]}))
@@ -109,5 +80,5 @@ class JsonServer:
             asked = Asked(len(self.asked), body, dict(handler.headers))
             self.asked.append(asked)
         answer = self.script(asked)
-        self._is_stopping.wait(answer.delay_s)
+        self.is_stopping.wait(answer.delay_s)
         send(handler, answer)
