@@ -36,6 +36,9 @@ LOST = (
 )
 """What a server raises that is away, on its way back, or full; trying again helps."""
 
+NEARLY = 0.99
+"""Share of its maxmemory from which a server may refuse a write."""
+
 FULL = (
     "Redis is full: it has reached its maxmemory and refuses to write; give it more, or make room "
     "(payloads belong on a server of their own: REWARDQ_PAYLOAD_URL)"
@@ -116,10 +119,7 @@ def check_eviction(client: Any, url: str) -> None:
     Raises:
         EvictionError: Says the policy found, and the setting to change.
     """
-    try:
-        memory = client.info("memory")
-    except redis.ResponseError:  # this user may not ask: nothing is known
-        return
+    memory = _memory_of(client)
     policy = memory.get("maxmemory_policy", "noeviction")
     if memory.get("maxmemory", 0) and policy != "noeviction":
         raise EvictionError(
@@ -127,6 +127,22 @@ def check_eviction(client: Any, url: str) -> None:
             "set `maxmemory-policy noeviction` in its configuration (or `redis-cli config set maxmemory-policy "
             "noeviction`), so that senders wait instead"
         )
+
+
+def is_nearly_full(client: Any) -> bool:
+    """Whether a server is within a hundredth of its maxmemory, where it takes some writes and refuses others."""
+    memory = _memory_of(client)
+    most = memory.get("maxmemory", 0)
+    return bool(most) and memory["used_memory"] > NEARLY * most
+
+
+def _memory_of(client: Any) -> dict[str, Any]:
+    """What a server says of its memory; nothing if this user may not ask."""
+    try:
+        memory: dict[str, Any] = client.info("memory")
+    except redis.ResponseError:
+        return {}
+    return memory
 
 
 def why_away(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from kombu.exceptions import ChannelError
 
 from tasks.catalog import VLM
-from tasks.connections import why_away
+from tasks.connections import FULL, is_nearly_full, why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tasks.outcomes import Outcomes, QueueState
 from tasks.payloads import PayloadStore
@@ -95,6 +95,8 @@ class Reconciler:
         except AWAY as error:
             return why_away(error)
         reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
+        if reasons and is_nearly_full(self._outcomes.redis):  # it may have refused the heartbeats alone
+            reasons.insert(0, FULL)
         return "; ".join(reasons) or None
 
     def warn_of_idle_queues(self) -> None:

@@ -62,6 +62,20 @@ def test_a_worker_that_takes_a_message_while_redis_is_full_serves_on_when_there_
     assert worker.log_text.count("Redis is full") < 10
 
 
+def test_a_queue_without_a_heartbeat_on_a_redis_that_is_nearly_full_may_be_that_ones_fault(private_redis, clients):
+    """It takes some writes and refuses others: the heartbeats may be what it refused."""
+    server = private_redis("--maxmemory", "256mb", "--maxmemory-policy", "noeviction")
+    with server.client(7) as filler:
+        i = 0
+        while filler.info("memory")["used_memory"] < 0.992 * 256 * 2**20:
+            filler.set(f"filler{i}", b"x" * 200_000)
+            i += 1
+    client = clients("PixelCode", settings=load_settings(broker_url=server.url))
+    client.submit(samples_of(range(2)))
+    with pytest.raises(CollectTimeoutError, match=r"Redis is full: .*; queue 'gpu' has no worker"):
+        client.collect(timeout_s=2)
+
+
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 def test_a_worker_refuses_a_redis_that_drops_keys_in_one_line(private_redis, tmp_path, policy):
     server = private_redis("--maxmemory", "100mb", "--maxmemory-policy", policy)
