@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ REWARDQ = Path(sys.executable).with_name("rewardq")
 class CommandLine:
     """One run of `rewardq`, its output in a file."""
 
-    def __init__(self, arguments: tuple[str, ...], cwd: Path) -> None:
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, more_env: Mapping[str, str]) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("REWARDQ_")}
         self.output_path = cwd / "output.txt"
         with self.output_path.open("wb") as output:
@@ -27,7 +27,7 @@ class CommandLine:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**env, "COLUMNS": "160", "TMPDIR": str(cwd)},
+                env={**env, "COLUMNS": "160", "TMPDIR": str(cwd), **more_env},
                 start_new_session=True,
             )
 
@@ -79,11 +79,11 @@ def _parents() -> dict[int, int]:
 
 @pytest.fixture
 def rewardq(tmp_path: Path) -> Iterator[Callable[..., CommandLine]]:
-    """Starts `rewardq` with arguments in an empty folder; what a test leaves running is killed."""
+    """Starts `rewardq` with arguments in an empty folder, `env=` adds variables; what a test leaves is killed."""
     runs: list[CommandLine] = []
 
-    def start(*arguments: str) -> CommandLine:
-        runs.append(CommandLine(arguments, tmp_path))
+    def start(*arguments: str, env: Mapping[str, str] | None = None) -> CommandLine:
+        runs.append(CommandLine(arguments, tmp_path, env or {}))
         return runs[-1]
 
     yield start

@@ -7,9 +7,18 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from tasks.settings import load_settings
 from tests.cli.conftest import command_of, running, wait_until
+from tests.delivery.conftest import MODULES
+from tests.delivery.seen import reward_of
+from tests.pipeline.conftest import assert_rewards, config_of, samples_of
+from tests.servers import ROOT
+from trainer_client import RewardClient
+from workers.watchdog import EXIT_HUNG
 
 REWARDS = """
 rewards:
@@ -92,6 +101,24 @@ def test_a_worker_that_was_started_again_dies_with_a_killed_up_as_well(rewardq, 
     assert killed not in after
     run.process.kill()
     wait_until(lambda: not running(after), 10)
+
+
+def test_a_worker_whose_model_hangs_is_replaced_and_the_next_step_is_scored(rewardq, tmp_path):
+    reward = reward_of("Logged", calls=str(tmp_path / "calls"), batch_size=1, how="hang", on=[2], timeout_s=1)
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config_of(reward)))
+    times = {"REWARDQ_CLAIM_TTL_S": "2", "REWARDQ_RECONCILE_S": "0.5"}
+    run = rewardq("up", "rewards.yaml", env={**times, **MODULES, "PYTHONPATH": str(ROOT)})
+    run.wait_for("Ready.")
+    url = re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1]
+    settings = load_settings(broker_url=url, claim_ttl_s=2, reconcile_s=0.5)
+    with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
+        client.submit(samples_of(range(6)))
+        batch = client.collect(timeout_s=60, on_failure="nan")
+        assert [(f.sample, f.kind) for f in batch.failures] == [(2, "timeout")]
+        assert np.delete(batch.rewards["reward"], 2).tolist() == [0, 1, 3, 4, 5]
+        run.wait_for(f"worker-gpu ended by itself (exit status {EXIT_HUNG}); starting it again")
+        client.submit(samples_of(range(10, 14)))
+        assert_rewards(client.collect(timeout_s=60), range(10, 14), "reward")
 
 
 def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):

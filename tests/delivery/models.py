@@ -27,8 +27,9 @@ HARM = {
 class Logged(PointwiseRewardModel):
     """The number in the image, after `options["seconds"]` of sleep. What it begins with is in `options["calls"]`.
 
-    A number in `options["on"]` does harm: `options["how"]` is `kill` (as the kernel does for want of memory), `hang`,
-    `hold_gil` (a C call of `options["hold_s"]` that keeps the interpreter's lock), or the name of an exception.
+    A number in `options["on"]` does harm, and so does a call with more than `options["most"]` of them:
+    `options["how"]` is `kill` (as the kernel does for want of memory), `hang`, `hold_gil` (a C call of
+    `options["hold_s"]` that keeps the interpreter's lock), or the name of an exception.
     """
 
     required_fields = ("image",)
@@ -38,7 +39,7 @@ class Logged(PointwiseRewardModel):
         numbers = [number_in(one) for one in image]
         begin(options["calls"], numbers)
         time.sleep(options.get("seconds", 0.0))
-        if set(numbers) & set(options.get("on", ())):
+        if set(numbers) & set(options.get("on", ())) or len(numbers) > options.get("most", len(numbers)):
             do_harm(options["how"], options.get("hold_s", 0.0))
         return RewardModelOutput([float(n) for n in numbers])
 

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
+from tasks.score import USUAL_STARTS
 from tests.delivery.conftest import Bench
 from tests.delivery.models import HARM
-from tests.delivery.seen import Numbers, Seen, reward_of, step
+from tests.delivery.processes import SilentJudge
+from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
 from tests.pipeline.conftest import samples_of
+from tests.servers import wait_until
 from workers.watchdog import EXIT_HUNG
+
+
+def usual_step_s(
+    bench: Bench, reward: Mapping[str, Any], numbers: Numbers, num_samples: int, seen: Seen, *others: Mapping[str, Any]
+) -> float:
+    """Seconds of a step of rewards that do no harm."""
+    client = bench.clients(reward, *others, run="usual")
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(num_samples), seen), num_steps=1)
+    client.close()
+    return usual_s
 
 
 def poison_sample(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
     """One sample of 64 in 4 chunks that run at once ends its process (as the kernel does for want of memory)."""
     supervisor = bench.supervised("gpu", concurrency=4)
     seen, numbers = Seen(tries=tries), Numbers()
+    gentle = reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=0.2, batch_size=16)
+    usual_s = usual_step_s(bench, gentle, numbers, 64, seen)
     for _ in range(tries):
         own = numbers.take(64)
         harm = {"how": "kill", "on": own[7:8], "timeout_s": timeout_s}
-        reward = reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=0.2, batch_size=16, **harm)
-        client = bench.clients(reward, run=f"poison{own[0]}")
+        client = bench.clients({**gentle, **harm}, run=f"poison{own[0]}")
         started, num_ends = time.monotonic(), len(supervisor.statuses)
         client.submit(samples_of(own))
         batch = client.collect(timeout_s=timeout_s + 300, on_failure="nan")
         seen.check(batch, own, without=own[7:8])
-        seen.added_s.append(time.monotonic() - started)
+        seen.added_s.append(time.monotonic() - started - usual_s)
         (failure,) = batch.failures
         assert (failure.sample, failure.kind) == (7, "failed")
         assert "its worker process ended without an answer each of the 3 times it was scored alone" in failure.message
@@ -34,20 +51,38 @@ def poison_sample(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
     return seen
 
 
+def large_batch(bench: Bench, *, tries: int) -> Seen:
+    """A batch that the host has no memory for: the kernel ends the process, though each sample by itself would fit."""
+    supervisor = bench.supervised("gpu")
+    seen, numbers = Seen(tries=tries), Numbers()
+    gentle = reward_of("Logged", calls=str(bench.calls.path), batch_size=8)
+    usual_s = usual_step_s(bench, gentle, numbers, 8, seen)
+    for _ in range(tries):
+        own = numbers.take(8)
+        client = bench.clients({**gentle, "how": "kill", "most": 1}, run=f"large{own[0]}")
+        num_ends = len(supervisor.statuses)
+        seen.added_s.append(step(client, own, seen) - usual_s)
+        assert supervisor.statuses[num_ends:] == [-9] * USUAL_STARTS
+        client.close()
+    seen.again = bench.calls.num_again
+    return seen
+
+
 def hang(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
     """A model's call never returns, while another reward is computed in the same process and queue."""
     supervisor = bench.supervised("gpu", concurrency=4)
     seen, numbers = Seen(tries=tries), Numbers()
+    gentle = reward_of("Logged", calls=str(bench.calls.path), batch_size=4)
+    other = {**reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=2.0, batch_size=4), "name": "other"}
+    usual_s = usual_step_s(bench, gentle, numbers, 16, seen, other)
     for _ in range(tries):
         own = numbers.take(16)
-        harm = {"how": "hang", "on": own[2:3], "timeout_s": timeout_s, "batch_size": 4}
-        hangs = reward_of("Logged", calls=str(bench.calls.path), **harm)
-        other = {**reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=2.0, batch_size=4), "name": "other"}
-        client = bench.clients(hangs, other, run=f"hang{own[0]}")
+        harm = {"how": "hang", "on": own[2:3], "timeout_s": timeout_s}
+        client = bench.clients({**gentle, **harm}, other, run=f"hang{own[0]}")
         started, num_ends = time.monotonic(), len(supervisor.statuses)
         client.submit(samples_of(own))
         batch = client.collect(timeout_s=120, on_failure="nan")
-        seen.added_s.append(time.monotonic() - started)
+        seen.added_s.append(time.monotonic() - started - usual_s)
         # The call was for 4 samples: the model alone knows which of them it hangs on.
         late = {f.sample for f in batch.failures}
         assert {f.kind for f in batch.failures} == {"timeout"}
@@ -57,6 +92,32 @@ def hang(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
         seen.wrong += batch.rewards["other"].tolist() != [float(n) for n in own]
         assert supervisor.statuses[num_ends:] == [EXIT_HUNG]
         client.close()
+    return seen
+
+
+def hang_judge(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
+    """A judge takes questions and never answers, while another is asked by the same two threads."""
+    (worker,) = bench.workers("vlm", concurrency=2)
+    judge = bench.judges()
+    answers = reward_of("Asks", url=judge.url, batch_size=1, queue="vlm")
+    seen, numbers = Seen(tries=tries), Numbers()
+    usual_s = usual_step_s(bench, answers, numbers, 8, seen)
+    with contextlib.closing(SilentJudge()) as silent:
+        hangs = {"reward_model": "vllm_evaluate", "name": "hangs", "vlm_model": "any", "timeout_s": timeout_s}
+        for _ in range(tries):
+            own = numbers.take(8)
+            client = bench.clients({**hangs, "api_base_url": silent.url}, answers, run=f"silent{own[0]}")
+            started = time.monotonic()
+            client.submit(samples_of(own))
+            batch = client.collect(timeout_s=120, on_failure="nan")
+            seen.added_s.append(time.monotonic() - started - usual_s)
+            seen.check(batch, own)
+            assert [(f.reward, f.kind) for f in batch.failures] == [("hangs", "timeout")] * len(own)
+            assert silent.num_asked >= len(own)
+            wait_until(lambda: silent.num_given_up == silent.num_asked, 5)
+            client.close()
+    assert worker.process.poll() is None
+    seen.again = len(judge.asked) - len(set(judge.asked))
     return seen
 
 

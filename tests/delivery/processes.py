@@ -213,6 +213,45 @@ class Judge:
         self._server.server_close()
 
 
+class SilentJudge:
+    """A judge of OpenAI's API that takes each question and never answers, until whoever asked gives it up."""
+
+    def __init__(self) -> None:
+        self.num_asked = self.num_given_up = 0
+        self._lock = threading.Lock()
+        judge = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                with judge._lock:
+                    judge.num_asked += 1
+                with contextlib.suppress(OSError):
+                    self.connection.recv(1)  # returns when the connection is closed
+                with judge._lock:
+                    judge.num_given_up += 1
+                self.close_connection = True
+
+            def log_message(self, *_: Any) -> None:
+                """Quiet."""
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
 class TrainerProcess:
     """A trainer in a process of its own. It prints a JSON value a line; `line()` reads the next."""
 

@@ -15,6 +15,17 @@ def test_a_model_that_hangs_times_out_and_its_worker_is_replaced(bench):
     seen.assert_held()
 
 
+def test_a_batch_too_large_for_its_host_is_scored_one_by_one_in_the_end(bench):
+    seen = poison.large_batch(bench, tries=1)
+    seen.assert_held()
+
+
+def test_a_judge_that_never_answers_is_given_up_and_its_worker_serves_on(bench):
+    seen = poison.hang_judge(bench, tries=1, timeout_s=1)
+    seen.assert_held()
+    assert seen.again == 0
+
+
 def test_what_is_no_usual_exception_costs_a_sample_and_not_a_slot(bench):
     seen = poison.exceptions_that_are_none(bench)
     seen.assert_held()

@@ -13,7 +13,7 @@ from tasks.settings import load_settings
 from tests.delivery import trainers_die
 from tests.delivery.seen import reward_of
 from tests.delivery.trainers_die import LEASE_S, job
-from tests.pipeline.conftest import assert_rewards, jpeg_bytes, samples_of, together
+from tests.pipeline.conftest import jpeg_bytes, together
 from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import Sample
@@ -103,33 +103,3 @@ def test_groups_of_a_job_started_again_do_not_mix_with_those_of_the_one_that_die
 
 def image(number):
     return image_of(number, 32 + number % 7 * 8, 48)
-
-
-def test_what_is_left_of_a_cancelled_step_costs_a_worker_no_more_than_a_look(bench):
-    bench.workers("gpu")
-    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=1))
-    client.submit(samples_of(range(200)))
-    client.flush()
-    wait_until(lambda: bench.calls.begun, 30)
-    client.cancel()
-    num_begun = len(bench.calls.begun)
-    time.sleep(1.0)  # the client frees what it gave up
-    started = time.monotonic()
-    client.submit(samples_of(range(1000, 1004)))
-    assert_rewards(client.collect(timeout_s=60), range(1000, 1004), "reward")
-    assert time.monotonic() - started < 15  # 200 of them would take 100 s
-    assert len(bench.calls.begun) - num_begun - 4 <= 4
-
-
-def test_messages_whose_time_is_over_are_dropped_and_a_later_collect_sends_anew(bench, redis_url):
-    times = load_settings(broker_url=redis_url, claim_ttl_s=1, reconcile_s=0.5, result_ttl_s=2)
-    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4), settings=times)
-    client.submit(samples_of(range(8)))
-    client.flush()
-    time.sleep(2.5)
-    bench.workers("gpu", settings=times, env={"REWARDQ_RESULT_TTL_S": "30"})
-    with connect(redis_url) as broker:
-        wait_until(lambda: broker.keys("gpu*") == [])
-    assert bench.calls.begun == []
-    assert_rewards(client.collect(timeout_s=60), range(8), "reward")
-    assert sorted(bench.calls.begun) == list(range(8))

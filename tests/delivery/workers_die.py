@@ -87,13 +87,15 @@ def hold_gil(bench: Bench, *, tries: int, hold_s: float) -> Seen:
     """A C call that keeps the interpreter's lock: no heartbeat, no signal, nothing."""
     seen, numbers = Seen(tries=tries), Numbers()
     bench.workers("gpu", "gpu", concurrency=1)
+    gentle = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4))
+    usual_s = undisturbed_s(lambda: step(gentle, numbers.take(8), seen))
     for _ in range(tries):
         own = numbers.take(8)
         harm = {"how": "hold_gil", "on": own[:1], "hold_s": hold_s}
         client = bench.clients(
             reward_of("Logged", calls=str(bench.calls.path), batch_size=4, **harm), run=f"held{own[0]}"
         )
-        seen.added_s.append(step(client, own, seen))
+        seen.added_s.append(step(client, own, seen) - usual_s)
         time.sleep(hold_s)  # the one that held it, or its twin, ends too
         client.submit(samples_of(own))
         seen.check(client.collect(timeout_s=60, on_failure="nan"), own)
@@ -108,9 +110,11 @@ def stop_worker(bench: Bench, *, tries: int, chunk_s: float, grace_s: float | No
     env = {} if grace_s is None else {"REWARDQ_STOP_GRACE_S": str(grace_s)}
     bench.workers("gpu", concurrency=1)
     client = bench.clients(reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=chunk_s, batch_size=4))
-    usual_s = undisturbed_s(lambda: step(client, numbers.take(8), seen), num_steps=2) if grace_s is not None else 0.0
-    for _ in range(tries):
-        (worker,) = bench.workers("gpu", concurrency=2, env=env)
+    (worker,) = bench.workers("gpu", concurrency=2, env=env)
+    usual_s = undisturbed_s(lambda: step(client, numbers.take(16), seen), num_steps=1)
+    for i in range(tries):
+        if i:
+            (worker,) = bench.workers("gpu", concurrency=2, env=env)
         own = numbers.take(16)
         started = time.monotonic()
         client.submit(samples_of(own))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import multiprocessing
 import os
 import random
+import re
 import signal
+import threading
 import time
 
+import msgpack
 import numpy as np
 import pytest
 
 from tasks import keys
+from tasks.celery_app import make_app
 from tasks.connections import connect
 from tests.pipeline.conftest import (
     assert_rewards,
@@ -284,13 +291,17 @@ def test_messages_that_arrive_twice_change_nothing(clients, workers, settings, r
     images = [noisy(i, 15 * i) for i in range(6)]
     client.submit(rank_samples({"g": images}), group_size=6)
     client.flush()
-    with redis_server.client() as broker:
+    with redis_server.client() as broker, results_of_tasks(settings) as (app, results):
         lists = [(name, messages) for name in broker.keys("gpu*") if (messages := list_in(broker, name))]
         assert sum(len(messages) for _, messages in lists) >= 4
+        bodies = [body for _, messages in lists for m in messages if (body := body_in(m)) is not None]
+        assert bodies
 
         def send_again():
             for name, messages in lists:
                 broker.rpush(name, *messages)
+            for body in bodies:
+                app.send_task(body["task"], args=body["args"], queue="gpu", ignore_result=True)
 
         def outcomes():
             return {name: broker.get(name) for name in broker.keys(keys.outcome("*"))}
@@ -304,10 +315,36 @@ def test_messages_that_arrive_twice_change_nothing(clients, workers, settings, r
         wait_until(lambda: not any(list_in(broker, name) for name, _ in lists))
         time.sleep(1)  # the last of them is at work, and any body they would send
         assert outcomes() == before
+        wait_until(lambda: len(results) >= 3 * sum(len(messages) for _, messages in lists))
+        num_scored = sum(int(number) for words in results for number in re.findall(r"(\d+) scored", words))
+        assert num_scored == len(images) + len(images), "6 for both ranks together, 6 for the groupwise model"
     ranks = np.float32(expected_ranks([jpeg_bytes(i) for i in images]))
     np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"], ranks)
     np.testing.assert_allclose(batch.rewards["within"], ranks)
     assert calls.read_text().split() == ["6"]
+
+
+@contextlib.contextmanager
+def results_of_tasks(settings):
+    """An app, and what workers say that each task came to while this is open."""
+    app, results = make_app(settings), []
+    with app.connection_for_read() as connection:
+        handlers = {"task-succeeded": lambda event: results.append(event["result"])}
+        receiver = app.events.Receiver(connection, handlers=handlers)
+        listener = threading.Thread(target=receiver.capture, kwargs={"wakeup": False})
+        listener.start()
+        try:
+            yield app, results
+        finally:
+            receiver.should_stop = True
+            listener.join()
+            app.close()
+
+
+def body_in(message):
+    """The task that a chord's header carries along, to be sent when all of them are done; None where there is none."""
+    _args, _kwargs, embedded = msgpack.unpackb(base64.b64decode(json.loads(message)["body"]))
+    return embedded["chord"]
 
 
 def list_in(broker, name):

@@ -21,7 +21,9 @@ FAULTS: dict[str, Callable[[Bench], Seen]] = {
     "SIGSTOP of a worker for 30 s, another answers": lambda bench: workers_die.pause_worker(
         bench, tries=2, pause_s=30, chunk_s=0.5
     ),
-    "a C call holds the interpreter for 20 s": lambda bench: workers_die.hold_gil(bench, tries=2, hold_s=20),
+    "a C call holds the interpreter for 20 s, in whichever worker scores the sample": lambda bench: (
+        workers_die.hold_gil(bench, tries=2, hold_s=20)
+    ),
     "SIGTERM with work in hand": lambda bench: workers_die.stop_worker(bench, tries=5, chunk_s=1.0),
     "SIGTERM with work that takes longer than the grace": lambda bench: workers_die.stop_worker(
         bench, tries=3, chunk_s=3.0, grace_s=0.5
@@ -51,7 +53,11 @@ FAULTS: dict[str, Callable[[Bench], Seen]] = {
     "a sample ends its process each time, 63 others beside it": lambda bench: poison.poison_sample(
         bench, tries=1, timeout_s=5
     ),
+    "a batch ends its process, each of its samples alone would not": lambda bench: poison.large_batch(bench, tries=2),
     "a model's call hangs, another reward beside it": lambda bench: poison.hang(bench, tries=3, timeout_s=1),
+    "a judge takes questions and never answers, another reward beside it": lambda bench: poison.hang_judge(
+        bench, tries=3, timeout_s=2
+    ),
     "SystemExit, KeyboardInterrupt, MemoryError and others": poison.exceptions_that_are_none,
 }
 

@@ -10,8 +10,8 @@ HEAD = """# Reliability: what faults cost
 
 Written by `make soak` from its own run ({about}), with real processes, a real Redis on loopback and the default times.
 *Lost*: samples that ended without their reward and should have one. *Scored twice*: samples begun again, or questions
-asked a second time. *Added*: seconds longer than without the fault, median and worst of the tries. What each fault is
-and how it mends: [delivery.md](delivery.md).
+asked a second time. *Added*: seconds longer than without the fault, median and worst of the tries; where Redis cannot
+be reached or is full, after the end of that. What happens at each fault: [delivery.md](delivery.md).
 
 | fault | tries | rewards checked | wrong | lost | scored twice | added, s: median | worst |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -6,6 +6,9 @@ import pytest
 
 from tests.soak.faults import FAULTS
 
+IN_FLIGHT = 32
+"""Samples that a worker has in hand: two chunks of 16 on the gpu queue, 32 questions on vlm."""
+
 ADDED_BY_A_KILL_S = 15.0
 """The aim for every kill of a worker, against an undisturbed run."""
 
@@ -20,3 +23,4 @@ def test_no_reward_is_wrong_or_lost(bench, report, fault):
     seen.assert_held()
     if fault.startswith("`kill -9` of the only"):
         assert max(seen.added_s) < ADDED_BY_A_KILL_S
+        assert seen.again <= IN_FLIGHT * seen.tries
