@@ -28,7 +28,7 @@ class Ranks:
     """
 
     def __init__(self, redis: Any, run: str, launch: str, rank: int, world_size: int) -> None:
-        self._redis, self._rank, self._world_size = redis, rank, world_size
+        self._redis, self.rank, self._world_size = redis, rank, world_size
         self._place = (run, launch)
         self._counts: Counter[str] = Counter()
 
@@ -52,8 +52,8 @@ class Ranks:
         while True:
             is_late = time.monotonic() > deadline
             try:
-                if found[self._rank] is None:  # not told yet, or Redis was emptied
-                    self._redis.set(names[self._rank], packed, ex=TTL_S)
+                if found[self.rank] is None:  # not told yet, or Redis was emptied
+                    self._redis.set(names[self.rank], packed, ex=TTL_S)
                 *found, decided = self._redis.mget(*names, decision)
                 missing = [rank for rank, f in enumerate(found) if f is None]
                 if decided is None and (is_late or not missing):
@@ -62,7 +62,7 @@ class Ranks:
                 if decided is not None and missing:  # the last of them may have answered, and decided, meanwhile
                     found = self._redis.mget(names)
             except LOST:
-                found, decided, missing = [None] * self._world_size, None, [self._rank]
+                found, decided, missing = [None] * self._world_size, None, [self.rank]
             if decided is not None:
                 missing = msgpack.unpackb(decided) or [rank for rank, f in enumerate(found) if f is None]
                 if missing:

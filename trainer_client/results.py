@@ -1,9 +1,9 @@
-"""What `collect()` returns: rewards, what is valid, the reasons for the rest, and where the time went."""
+"""What `collect()` returns, made of its slots: rewards, what is valid, reasons for the rest, where the time went."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.errors import FailureKind
+from tasks.messages import Failure, Outcome
+from tasks.rewards import ConstantOnFailure, RewardSpec
+from trainer_client.board import Slot
 
 REASONS_SHOWN = 5
 """An error's message names so many failures of a reward; `RewardBatch.failures` has them all."""
@@ -89,3 +92,73 @@ class RewardBatch:
                 more = f"; and {len(failures) - REASONS_SHOWN} more" if len(failures) > REASONS_SHOWN else ""
                 lines.append(f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {shown}{more}")
         return "\n".join(lines)
+
+
+def batch_of(
+    slots: Sequence[Slot],
+    rewards: Sequence[RewardSpec],
+    late: Failure | None,
+    why_open: Callable[[Slot, RewardSpec], str | None],
+    times: Mapping[str, float],
+) -> RewardBatch:
+    """The batch of these slots, in their order.
+
+    Args:
+        late: The reason of those that have no answer, at a deadline; None if all have.
+        why_open: Why the group of a slot has no entry yet, if that is so.
+        times: `timings` as far as the client knows them by itself, in seconds.
+    """
+    outcomes = {spec.name: [_outcome(slot, spec, late, why_open) for slot in slots] for spec in rewards}
+    failures = [
+        Failed(i, name, o.failure.kind, o.failure.message, o.attempt)
+        for name, found in outcomes.items()
+        for i, o in enumerate(found)
+        if o.failure is not None
+    ]
+    entries = {spec.name: [e for s in slots if (e := (s.entries or {}).get(spec.name))] for spec in rewards}
+    return RewardBatch(
+        rewards={spec.name: _rewards(outcomes[spec.name], spec) for spec in rewards},
+        valid={n: np.array([o.reward is not None for o in found], dtype=bool) for n, found in outcomes.items()},
+        failures=tuple(failures),
+        info={n: tuple({**o.info, "origin": o.origin} for o in found) for n, found in outcomes.items()},
+        groups=tuple(s.group for s in slots),
+        timings={**times, **_span(slots, times["wait_s"])},
+        num_hits={name: sum(e.is_hit for e in found) for name, found in entries.items()},
+        weights={spec.name: spec.weight for spec in rewards},
+        latency_s={spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32) for spec in rewards},
+    )
+
+
+def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.float32]:
+    constant = spec.on_failure.value if isinstance(spec.on_failure, ConstantOnFailure) else np.nan
+    return np.array([constant if o.reward is None else o.reward for o in outcomes], dtype=np.float32)
+
+
+def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
+    last_answer = max((e.answered_at for s in slots for e in (s.entries or {}).values()), default=0.0)
+    span_s = max(0.0, last_answer - min(s.submitted_at for s in slots)) if last_answer else 0.0
+    return {"span_s": span_s, "hidden_s": max(0.0, span_s - wait_s)}
+
+
+def _latency_s(slot: Slot, reward: str) -> float:
+    """Seconds from the submit to the outcome; NaN where there is none."""
+    entry = (slot.entries or {}).get(reward)
+    return entry.answered_at - slot.submitted_at if entry is not None and entry.outcome is not None else float("nan")
+
+
+def _outcome(
+    slot: Slot, spec: RewardSpec, late: Failure | None, why_open: Callable[[Slot, RewardSpec], str | None]
+) -> Outcome:
+    """The outcome of a slot for a reward as its caller sees it; of a group's, its own place."""
+    if slot.problem is not None:
+        return Outcome(failure=slot.problem)
+    entry = (slot.entries or {}).get(spec.name)
+    if entry is not None and entry.outcome is not None:
+        whole = entry.outcome
+        if not whole.members:
+            return whole
+        own = whole.members[slot.places[spec.name]]
+        return own.model_copy(update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}})
+    assert late is not None, "a complete batch has an outcome for every sample"
+    reason = why_open(slot, spec) if spec.is_groupwise and entry is None else None
+    return Outcome(failure=Failure(kind="timeout", message=reason) if reason else late)

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kombu.exceptions import BatchPublishError, OperationalError
@@ -65,6 +65,10 @@ class Times:
     encode_s: float = 0.0
     store_s: float = 0.0
     send_s: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, as in a batch's `timings`."""
+        return asdict(self)
 
 
 class Sender:

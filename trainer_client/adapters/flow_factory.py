@@ -15,8 +15,9 @@ from tasks.rewards import RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import load_settings
 from trainer_client.advantages import gdpo, weighted_sum
-from trainer_client.client import OnFailure, RewardClient
+from trainer_client.client import RewardClient
 from trainer_client.results import RewardBatch
+from trainer_client.verdict import OnFailure
 
 Kind = Literal["pointwise", "groupwise", "all"]
 

@@ -1,0 +1,171 @@
+"""What a client has in one process: connections, threads and the board, and how the trainer waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tasks.celery_app import outcomes_of
+from tasks.connections import LOST, check_eviction, check_reachable, connect
+from tasks.errors import CollectTimeoutError, RewardError
+from tasks.groups import GroupSlots
+from tasks.messages import Failure
+from tasks.outcomes import Outcomes
+from tasks.payloads import PayloadStore, open_store
+from tasks.settings import Settings
+from trainer_client.board import Board, Slot
+from trainer_client.groups import Groups
+from trainer_client.lease import KEEP_EVERY_S, Lease
+from trainer_client.outgoing import Outgoing
+from trainer_client.progress import bars
+from trainer_client.reconcile import Reconciler
+from trainer_client.sender import Sender
+from trainer_client.watcher import Watcher
+
+NO_WORKER_AFTER_S = 2.0
+"""Heartbeats are asked for when `collect()` has waited for this long, to say early that a queue has no worker."""
+
+LOOK_EVERY_S = 0.25
+"""How often a wait in `collect()` looks at the clock, and shows how far it is."""
+
+
+def check_servers(app: Any) -> None:
+    """Raises `RedisUnreachableError` or `EvictionError` unless every server of `app.settings` can be used."""
+    settings: Settings = app.settings
+    results = outcomes_of(app).redis
+    check_reachable(results, settings.results, "Redis for results")
+    check_eviction(results, settings.results)
+    if settings.results != settings.broker_url:
+        broker = connect(settings.broker_url, settings.sentinel_master)
+        check_reachable(broker, settings.broker_url, "Redis for queues")
+        check_eviction(broker, settings.broker_url)
+        broker.close()
+    store = open_store(settings)
+    store.check()
+    store.close()
+
+
+class Session:
+    """A client in one process. A forked child gets its own.
+
+    Args:
+        app: Celery's; `app.settings` says where the servers are.
+        lease: The place of this rank, kept while the session lives.
+    """
+
+    def __init__(self, app: Any, run: str, launch: str, rank: int, world_size: int, lease: Lease) -> None:
+        settings: Settings = app.settings
+        with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
+            lease.take()
+        self.pid = os.getpid()
+        self.outcomes: Outcomes = outcomes_of(app)
+        self.store: PayloadStore = open_store(settings)
+        self.board = Board(client_id=uuid.uuid4().hex[:12])
+        slots = GroupSlots(self.outcomes.redis, run, launch, settings.result_ttl_s) if world_size > 1 else None
+        self.groups = Groups(self.board, run, rank, slots)
+        outgoing = Outgoing(app, settings, self.store, self.outcomes, self.board, run)
+        self.sender = Sender(
+            settings, self.store, self.outcomes, self.board, run, rank, groups=self.groups, outgoing=outgoing
+        )
+        self.reconciler = Reconciler(
+            app, settings, self.store, self.outcomes, self.board, self.sender, groups=self.groups
+        )
+        self.lease = lease
+        self.watcher = Watcher(settings, self.store, self.board, self.reconciler, lease.keep, KEEP_EVERY_S)
+
+    def close(self) -> None:
+        """End the threads and give back the connections."""
+        self.sender.close()
+        self.watcher.close()
+        self.store.close()
+
+    def raise_if_broken(self) -> None:
+        """Raise what ended a background thread."""
+        broken = self.board.broken
+        if isinstance(broken, RewardError):  # none of ours: another process took this rank
+            raise broken
+        if broken is not None:
+            raise RewardError(f"a background thread ended by a bug: {broken!r}") from broken
+
+    def wait_for_backlog(self, max_backlog: int) -> None:
+        """Wait while more than `max_backlog` samples are accepted and not yet sent."""
+        board = self.board
+        with board.changed:
+            if board.num_unsent <= max_backlog:
+                return
+        with self.sender.hurry(held=True), board.changed:
+            board.changed.wait_for(lambda: board.broken or board.num_unsent <= max_backlog)
+        self.raise_if_broken()
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything submitted has been encoded and sent. Raises `CollectTimeoutError`."""
+        board = self.board
+        with self.sender.hurry(held=False), board.changed:
+            done = board.changed.wait_for(lambda: board.broken or board.num_unsent == 0, timeout_s)
+        self.raise_if_broken()
+        if not done:
+            raise CollectTimeoutError(
+                f"{board.num_unsent} samples were not sent within {timeout_s:g} s{_because(board.trouble)}", None
+            )
+
+    def wait(self, slots: Sequence[Slot], deadline: float, progress: bool | None) -> bool:
+        """Wait until all slots are done or the deadline (monotonic); whether they are."""
+        board = self.board
+        names = tuple(dict.fromkeys(spec.name for slot in slots for spec in slot.rewards))
+        left = list(slots)
+        look_for_workers_at = time.monotonic() + NO_WORKER_AFTER_S
+        with self.sender.hurry(held=True), self._watching(), bars(names, len(slots), progress) as report:
+            while True:
+                with board.changed:
+                    left_s = deadline - time.monotonic()
+                    board.changed.wait_for(lambda: _are_done(left) or board.broken, max(0.0, min(left_s, LOOK_EVERY_S)))
+                    is_complete = not left
+                if report is not None:
+                    report({name: sum(slot.is_done_for(name) for slot in slots) for name in names})
+                if is_complete or board.broken is not None or left_s <= 0:
+                    break
+                if time.monotonic() > look_for_workers_at:
+                    look_for_workers_at = float("inf")
+                    self.watcher.ask_about_workers()
+        self.raise_if_broken()
+        return is_complete
+
+    def why_late(self, slots: Sequence[Slot], timeout_s: float) -> Failure:
+        """The client's own reason for what is missing at the deadline; never stored."""
+        late = sum(not slot.is_done for slot in slots)
+        queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
+        why = self.reconciler.idle_queues(queues) or self.board.trouble
+        return Failure(
+            kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
+        )
+
+    def give_up(self, slots: Sequence[Slot]) -> None:
+        """Wait for these slots no more."""
+        self.board.abandon([slot for slot in slots if not slot.is_done])
+        self.groups.forget(slots)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        self.watcher.hurry(is_waiting=True)
+        try:
+            yield
+        finally:
+            self.watcher.hurry(is_waiting=False)
+
+
+def _are_done(left: list[Slot]) -> bool:
+    """Whether every slot has its outcomes; takes those from the end that have, so that no slot is looked at in vain.
+
+    The board changes with every sample: to look at all of them each time would take the square of their number.
+    """
+    while left and left[-1].is_done:
+        left.pop()
+    return not left
+
+
+def _because(why: str | None) -> str:
+    return f": {why}" if why else ""

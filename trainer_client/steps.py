@@ -1,0 +1,130 @@
+"""The open steps of a client: what was submitted in each split and not yet collected, and how many are in a group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.errors import InvalidSampleError
+from tasks.rewards import RewardSpec, Split
+from tasks.samples import Sample
+from trainer_client.board import Slot
+
+
+@dataclass(slots=True)
+class Step:
+    """What was submitted and not yet collected in one split."""
+
+    number: int
+    slots: list[Slot] = field(default_factory=list)
+    num_submitted: int = 0
+    submit_s: float = 0.0
+    members: Counter[Any] = field(default_factory=Counter)
+    """Samples of each group that this rank has submitted."""
+    group_sizes: dict[Any, int | None] = field(default_factory=dict)
+
+    def count_members(self, samples: Sequence[Sample], group_size: int | None) -> None:
+        """Count samples into their groups.
+
+        Raises:
+            InvalidSampleError: A group would have more members than its size, or is given two sizes.
+        """
+        members = self.members + Counter(sample.group for sample in samples)
+        for group in {sample.group: None for sample in samples}:
+            size = self.group_sizes.get(group, group_size)
+            if size != group_size:
+                raise InvalidSampleError(f"group {group!r} has group_size={size}, found group_size={group_size}")
+            if size is not None and members[group] > size:
+                raise InvalidSampleError(
+                    f"group {group!r} of step {self.number} would have {members[group]} members, group_size={size}"
+                )
+        self.members = members
+        self.group_sizes.update({sample.group: group_size for sample in samples})
+
+    def add(self, slots: Sequence[Slot], held_s: float) -> None:
+        """Take up slots, whose `submit()` took `held_s`."""
+        self.slots += slots
+        self.num_submitted += len(slots)
+        self.submit_s += held_s
+
+    def remove(self, slots: Iterable[Slot]) -> None:
+        """These are collected."""
+        collected = set(slots)
+        self.slots = [s for s in self.slots if s not in collected]
+
+
+class Steps:
+    """The open step of each split, and the number of its next. Not safe between threads by itself."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._open: dict[Split, Step] = {}
+        self._numbers: dict[Split, int] = {}
+
+    def get(self, split: Split) -> Step | None:
+        """The open step of a split."""
+        return self._open.get(split)
+
+    def number(self, split: Split) -> int:
+        """The number of the open step, or of the next."""
+        step = self._open.get(split)
+        return step.number if step is not None else self._numbers.get(split, 0)
+
+    def open(self, split: Split, number: int | None) -> Step:
+        """The open step of a split, a new one unless there is one.
+
+        Raises:
+            InvalidSampleError: Another number than `number` is open, or with several ranks none was given.
+        """
+        step = self._open.get(split)
+        if step is None:
+            if number is None and self._world_size > 1:
+                raise InvalidSampleError("with world_size > 1 submit() needs step=, the same on all ranks")
+            step = self._open[split] = Step(self.number(split) if number is None else number)
+            self._numbers[split] = step.number
+        elif number is not None and number != step.number:
+            raise InvalidSampleError(
+                f"step={number}, but step {step.number} of split {split!r} is still open; collect() it first"
+            )
+        return step
+
+    def give_up(self, split: Split) -> Step | None:
+        """Close the open step whatever is in it, and return it; the next has another number."""
+        step = self._open.pop(split, None)
+        self._numbers[split] = self._numbers.get(split, 0) + 1
+        return step
+
+    def close(self, split: Split, slots: Sequence[Slot]) -> None:
+        """These slots are collected. What another thread submitted meanwhile is the next `collect()`'s."""
+        step = self._open.get(split)
+        if step is not None:
+            step.remove(slots)
+            if step.slots:
+                step.submit_s = 0.0
+                return
+        self.give_up(split)
+
+
+def check_groups(
+    samples: Sequence[Sample], group_size: int | None, reward: RewardSpec, world_size: int, first: int
+) -> None:
+    """Check what a groupwise reward needs of `submit()`; the samples are numbered from `first`.
+
+    Raises:
+        InvalidSampleError: Says which sample, what was found and what is needed.
+    """
+    needed_by = f"reward {reward.name!r} ({reward.reward_model}) compares the samples of a group"
+    if group_size is None and world_size > 1:
+        raise InvalidSampleError(f"{needed_by}: with world_size > 1 submit() needs group_size=")
+    if group_size is not None and group_size < 1:
+        raise InvalidSampleError(f"group_size must be at least 1, found {group_size}")
+    for i, sample in enumerate(samples):
+        if sample.group is None:
+            raise InvalidSampleError(f"sample {first + i}: {needed_by}: it needs group=, found None")
+        if world_size > 1 and not isinstance(sample.group, str | int):
+            raise InvalidSampleError(
+                f"sample {first + i}: with world_size > 1 group= must be text or an integer, the same on all "
+                f"ranks; found a {type(sample.group).__name__}"
+            )
