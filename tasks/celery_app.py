@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
 
 from tasks.catalog import GPU
-from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S
+from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S, for_sentinels
+from tasks.errors import SettingsError
 from tasks.outcomes import Outcomes
 from tasks.settings import Settings, load_settings
 
@@ -40,6 +42,7 @@ def make_app(settings: Settings) -> Any:
     """A Celery app on the servers that `settings` names; `app.settings` are those settings."""
     app = Celery("rewardq", broker=settings.broker_url, backend=settings.results, set_as_current=False)
     app.settings = settings
+    sentinels = {"master_name": settings.sentinels.master, "sentinel_kwargs": for_sentinels(settings.sentinels)}
     app.conf.update(
         include=WORKER_MODULES,
         task_serializer="msgpack",
@@ -61,14 +64,14 @@ def make_app(settings: Settings) -> Any:
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # a Redis that is full: the worker waits for room, and serves on
         broker_transport_options={
-            "master_name": settings.sentinel_master,
+            **sentinels,
             "ack_emulation": False,  # a message that is taken is gone; clients send again what is missing
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": True,
             "health_check_interval": HEALTH_CHECK_S,
         },
-        result_backend_transport_options={"master_name": settings.sentinel_master},
+        result_backend_transport_options=sentinels,
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_socket_keepalive=True,
@@ -87,7 +90,18 @@ def outcomes_of(app: Any) -> Outcomes:
 if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unless told
     os.environ.setdefault("FLOWER_TASKS_COLUMNS", "name,args,result,state,received,runtime,worker")
 
-app: Any = make_app(load_settings())
+
+def _settings_of_process() -> Settings:
+    """From the environment. Under a command a wrong variable ends the process with its reason, without a traceback."""
+    try:
+        return load_settings()
+    except SettingsError as error:
+        if {"celery", "rewardq"}.isdisjoint(Path(sys.argv[0]).parts[-2:]):
+            raise
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+
+app: Any = make_app(_settings_of_process())
 app.set_default()
 
 

@@ -12,7 +12,7 @@ from redis.connection import PythonRespSerializer, parse_url
 from redis.sentinel import Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.settings import SENTINEL_MASTER, several_urls, without_password
+from tasks.settings import Sentinels, several_urls, without_password
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -44,15 +44,17 @@ FULL = (
     "(payloads belong on a server of their own: REWARDQ_PAYLOAD_URL)"
 )
 
+DEFAULT_SENTINELS = Sentinels()
+
 T = TypeVar("T")
 
 
-def connect(url: str, sentinel_master: str = SENTINEL_MASTER, **options: Any) -> redis.Redis:
+def connect(url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any) -> redis.Redis:
     """A client (a pool of connections, made at first use; safe between threads and after a fork).
 
     Args:
         url: `redis://`, `rediss://`, or `sentinel://host:26379/0;sentinel://...` with the server's user and password.
-        sentinel_master: What the sentinels call the server.
+        sentinels: How these are asked.
         options: Of its connections.
     """
     options = {
@@ -68,23 +70,28 @@ def connect(url: str, sentinel_master: str = SENTINEL_MASTER, **options: Any) ->
     given = [parse_url(one.replace("sentinel://", "redis://", 1)) for one in several_urls(url)]  # type: ignore[no-untyped-call]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         [(one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given],
-        socket_timeout=CONNECT_TIMEOUT_S,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        sentinel_kwargs=for_sentinels(sentinels),
     )
     account = {name: given[0][name] for name in ("db", "username", "password") if name in given[0]}
     master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-        sentinel_master, **options, **account
+        sentinels.master, **options, **account
     )
     return master
 
 
-def connect_for_media(url: str, sentinel_master: str = SENTINEL_MASTER) -> redis.Redis:
+def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
+    """Options of connections to the sentinels themselves; one that hangs is passed over."""
+    account = {"password": sentinels.password} if sentinels.password else {}
+    return {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S, **account}
+
+
+def connect_for_media(url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> redis.Redis:
     """As `connect`, for values of megabytes: a buffer is sent from where it lies.
 
     redis-py with hiredis copies a value twice to send it; its other packer, written in Python, does not.
     """
     packer = PythonRespSerializer(JOINED_BYTES, _encode)
-    return connect(url, sentinel_master, socket_read_size=MEDIA_READ_BYTES, command_packer=packer)
+    return connect(url, sentinels, socket_read_size=MEDIA_READ_BYTES, command_packer=packer)
 
 
 def _encode(value: bytes | memoryview | str | int) -> bytes | memoryview:

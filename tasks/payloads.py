@@ -16,9 +16,9 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from tasks import keys
-from tasks.connections import check_reachable, connect_for_media
+from tasks.connections import DEFAULT_SENTINELS, check_reachable, connect_for_media
 from tasks.errors import RedisUnreachableError, SettingsError
-from tasks.settings import SENTINEL_MASTER, Settings
+from tasks.settings import Sentinels, Settings
 
 
 class PayloadStore(Protocol):
@@ -54,7 +54,7 @@ def open_store(settings: Settings) -> PayloadStore:
     parts = urlsplit(settings.payloads)
     if parts.scheme == "file":
         return FileStore(Path(unquote(parts.path)))
-    return RedisStore(settings.payloads, settings.sentinel_master)
+    return RedisStore(settings.payloads, settings.sentinels)
 
 
 _LEDGER = """
@@ -86,9 +86,9 @@ return redis.call('GET', KEYS[2])
 class RedisStore:
     """Payloads as Redis strings with an expiry, counted in a ledger that forgets what expired."""
 
-    def __init__(self, url: str, sentinel_master: str = SENTINEL_MASTER) -> None:
+    def __init__(self, url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> None:
         self._url = url
-        self._redis = connect_for_media(url, sentinel_master)
+        self._redis = connect_for_media(url, sentinels)
         self._sizes: dict[str, int] = {}
 
     def identity(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
@@ -16,8 +17,16 @@ PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"
 """Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
 
-SENTINEL_MASTER = "mymaster"
-"""What sentinels call their server unless told otherwise."""
+
+@dataclass(frozen=True, slots=True)
+class Sentinels:
+    """How the sentinels of `sentinel://` URLs are asked for their server."""
+
+    master: str = "mymaster"
+    """What they call it."""
+    password: str = field(default="", repr=False)
+    """Their own, where they want one."""
+
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(gt=0)]
@@ -39,8 +48,11 @@ class Settings(BaseSettings):
     production a second Redis without persistence, since a full broker stops its workers) or
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
 
-    sentinel_master: str = SENTINEL_MASTER
+    sentinel_master: str = Sentinels().master
     """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
+
+    sentinel_password: SecretStr = SecretStr("")
+    """Password of the sentinels themselves (`requirepass` in their files); the URLs have that of the data."""
 
     result_ttl_s: Seconds = 86_400.0
     """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
@@ -111,6 +123,11 @@ class Settings(BaseSettings):
     def payloads(self) -> str:
         """URL of the payload store."""
         return self.payload_url or _next_database(self.broker_url)
+
+    @property
+    def sentinels(self) -> Sentinels:
+        """How sentinels are asked."""
+        return Sentinels(self.sentinel_master, self.sentinel_password.get_secret_value())
 
     @property
     def allowed_modules(self) -> tuple[str, ...]:

@@ -256,6 +256,7 @@ def worker_env(settings: Settings, more: Mapping[str, str]) -> dict[str, str]:
         "REWARDQ_BROKER_URL": settings.broker_url,
         "REWARDQ_RESULT_URL": settings.result_url,
         "REWARDQ_PAYLOAD_URL": settings.payload_url,
+        "REWARDQ_SENTINEL_PASSWORD": settings.sentinels.password,
         "REWARDQ_CLAIM_TTL_S": f"{settings.claim_ttl_s}",
         "REWARDQ_RECONCILE_S": f"{settings.reconcile_s}",
         "REWARDQ_MODULES": "tests.reward_models",

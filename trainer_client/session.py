@@ -40,7 +40,7 @@ def check_servers(app: Any) -> None:
     check_reachable(results, settings.results, "Redis for results")
     check_eviction(results, settings.results)
     if settings.results != settings.broker_url:
-        broker = connect(settings.broker_url, settings.sentinel_master)
+        broker = connect(settings.broker_url, settings.sentinels)
         check_reachable(broker, settings.broker_url, "Redis for queues")
         check_eviction(broker, settings.broker_url)
         broker.close()

@@ -18,6 +18,7 @@ from tests.pipeline.conftest import assert_rewards, clients, samples_of  # noqa:
 from tests.servers import RedisServer, WorkerProcess, ends_with_us, free_port, wait_until
 
 PASSWORD = "s3cret-word"
+SENTINELS_PASSWORD = "an0ther-word"
 
 
 def test_payloads_on_a_second_redis(private_redis, workers, clients):  # noqa: F811
@@ -143,7 +144,7 @@ def test_a_wrong_password_or_authority_is_said_at_once(tls_redis, clients, tmp_p
 
 
 class Sentinels:
-    """Three sentinels over a server and its replica, all with a password for the data."""
+    """Three sentinels with a password of their own over a server and its replica, which have one for the data."""
 
     def __init__(self, folder, start_redis):
         account = ("--requirepass", PASSWORD, "--masterauth", PASSWORD)
@@ -156,6 +157,7 @@ class Sentinels:
             conf = folder / f"sentinel-{port}.conf"
             conf.write_text(
                 f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+                f"requirepass {SENTINELS_PASSWORD}\nsentinel sentinel-pass {SENTINELS_PASSWORD}\n"
                 f"sentinel monitor mymaster 127.0.0.1 {self.first.port} 2\n"
                 f"sentinel auth-pass mymaster {PASSWORD}\n"
                 "sentinel down-after-milliseconds mymaster 1000\n"
@@ -169,10 +171,14 @@ class Sentinels:
             wait_until(lambda port=port: self._knows_all(port), 30)
 
     def _knows_all(self, port):
-        with contextlib.suppress(redis.RedisError), redis.Redis(port=port, decode_responses=True) as client:
+        with contextlib.suppress(redis.RedisError), self._ask(port) as client:
             about = client.sentinel_master("mymaster")
             return about["num-other-sentinels"] == 2 and about["num-slaves"] == 1
         return False
+
+    @staticmethod
+    def _ask(port):
+        return redis.Redis(port=port, password=SENTINELS_PASSWORD, decode_responses=True)
 
     @property
     def url(self):
@@ -202,7 +208,7 @@ def sentinels(tmp_path_factory):
 
 @pytest.mark.system
 def test_a_failover_in_the_midst_of_a_step_costs_no_reward(sentinels, workers, clients):  # noqa: F811
-    settings = load_settings(broker_url=sentinels.url)
+    settings = load_settings(broker_url=sentinels.url, sentinel_password=SENTINELS_PASSWORD)
     (worker,) = workers("gpu", settings=settings)
     client = clients({"reward_model": "Slow", "seconds": 0.5, "batch_size": 2}, settings=settings)
     client.submit(samples_of(range(24)))
@@ -216,3 +222,4 @@ def test_a_failover_in_the_midst_of_a_step_costs_no_reward(sentinels, workers, c
     with sentinels.second.client_of() as client:
         assert client.info("replication")["role"] == "master"
     assert PASSWORD not in worker.log_text
+    assert SENTINELS_PASSWORD not in worker.log_text

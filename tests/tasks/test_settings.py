@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tasks.errors import SettingsError
 from tasks.settings import load_settings, without_password
+from tests.servers import clean_env
 
 SECRET = "s3cr3t-pa55"
 
@@ -132,3 +136,19 @@ def test_lists_are_comma_separated_and_forgive_spaces():
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         load_settings().broker_url = "redis://elsewhere"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"],
+        ["-m", "celery", "-A", "tasks", "flower"],
+        [f"{sys.executable.rpartition('/')[0]}/rewardq", "demo"],
+    ],
+)
+def test_a_command_with_a_wrong_variable_says_so_in_a_line(command):
+    env = {**clean_env(), "REWARDQ_BROKR_URL": "redis://localhost"}
+    ended = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "unknown variable REWARDQ_BROKR_URL (did you mean 'REWARDQ_BROKER_URL'?)" in ended.stderr
+    assert "Traceback" not in ended.stderr
