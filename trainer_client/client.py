@@ -359,8 +359,8 @@ class RewardClient:
         with self._lock:
             if ticket is None:
                 self._steps.close(split, slots)
-            elif (step := self._steps.get(ticket.split)) is not None:
-                step.remove(slots)
+            else:
+                self._steps.take_out(ticket.split, slots)
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()

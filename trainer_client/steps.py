@@ -24,6 +24,8 @@ class Step:
     members: Counter[Any] = field(default_factory=Counter)
     """Samples of each group that this rank has submitted."""
     group_sizes: dict[Any, int | None] = field(default_factory=dict)
+    is_emptied: bool = False
+    """All of it was collected by tickets: it ends unless more is submitted under its number."""
 
     def count_members(self, samples: Sequence[Sample], group_size: int | None) -> None:
         """Count samples into their groups.
@@ -46,6 +48,7 @@ class Step:
     def add(self, slots: Sequence[Slot], held_s: float) -> None:
         """Take up slots, whose `submit()` took `held_s`."""
         self.slots += slots
+        self.is_emptied = False
         self.num_submitted += len(slots)
         self.submit_s += held_s
 
@@ -73,12 +76,15 @@ class Steps:
         return step.number if step is not None else self._numbers.get(split, 0)
 
     def open(self, split: Split, number: int | None) -> Step:
-        """The open step of a split, a new one unless there is one.
+        """The open step of a split, a new one unless there is one. One that tickets have emptied ends at another number.
 
         Raises:
             InvalidSampleError: Another number than `number` is open, or with several ranks none was given.
         """
         step = self._open.get(split)
+        if step is not None and step.is_emptied and number != step.number:
+            self.give_up(split)
+            step = None
         if step is None:
             if number is None and self._world_size > 1:
                 raise InvalidSampleError("with world_size > 1 submit() needs step=, the same on all ranks")
@@ -95,6 +101,13 @@ class Steps:
         step = self._open.pop(split, None)
         self._numbers[split] = self._numbers.get(split, 0) + 1
         return step
+
+    def take_out(self, split: Split, slots: Sequence[Slot]) -> None:
+        """These slots of a ticket are collected; the step stays open for what else is submitted under its number."""
+        step = self._open.get(split)
+        if step is not None:
+            step.remove(slots)
+            step.is_emptied = not step.slots
 
     def close(self, split: Split, slots: Sequence[Slot]) -> None:
         """These slots are collected. What another thread submitted meanwhile is the next `collect()`'s."""
