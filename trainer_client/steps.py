@@ -76,7 +76,7 @@ class Steps:
         return step.number if step is not None else self._numbers.get(split, 0)
 
     def open(self, split: Split, number: int | None) -> Step:
-        """The open step of a split, a new one unless there is one. One that tickets have emptied ends at another number.
+        """The open step of a split, or a new one; one that tickets have emptied ends at another number.
 
         Raises:
             InvalidSampleError: Another number than `number` is open, or with several ranks none was given.
