@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import uuid
 from collections.abc import Mapping
 
+from tasks.connections import LOST, persist
 from tasks.messages import Failure, GroupRequest, ScoreRequest, unpack
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
@@ -12,9 +15,17 @@ from trainer_client.board import Chunk, Entry, Payload, Slot
 from trainer_client.session import Session
 from trainer_client.ticket import SlotRecord, Ticket
 
+ANSWERED = "answered:"
+"""Before the name of a chunk of what was answered when its ticket was pickled; there is no request of that name."""
+
+PATIENCE_S = 10.0
+"""A Redis that is away is waited for so long, to learn which media a request names; unknown ones live for their TTL."""
+
 
 def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pause_s: float) -> list[Slot]:
     """Slots for a pickled ticket, whose messages are looked after from now on.
+
+    What was answered when it was pickled is asked for once more: only its address is in the ticket.
 
     Args:
         rewards: Those of the ticket's split, the same that it was made with.
@@ -26,17 +37,25 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
     for record in ticket.slots:
         assert isinstance(record, SlotRecord)
         slots.append(_slot(record, ticket, specs, entries))
+    answered = set(entries)
     chunks = []
     for sent in ticket.chunks:
         spec = next(s for s in rewards if s.fingerprint == sent.fingerprint)
         own = [entries[a] for a in sent.addresses if a in entries]
-        now = time.monotonic()
-        chunks.append(
-            Chunk(sent.request, sent.label, spec, sent.number, own, now, now + pause_s, pause_s, is_adopted=True)
-        )
-        _adopt_payloads(session.store, sent.request, spec, entries)
+        chunks.append(_chunk(sent.request, sent.label, sent.number, own, spec, pause_s))
+        answered.difference_update(sent.addresses)
+        with contextlib.suppress(*LOST):
+            _adopt_payloads(session.store, sent.request, spec, entries)
+    for spec in rewards:
+        own = [entries[a] for a in sorted(answered) if entries[a].spec is spec]
+        chunks.append(_chunk(f"{ANSWERED}{uuid.uuid4().hex}", "", 0, own, spec, pause_s))
     session.board.adopt(slots, chunks)
     return slots
+
+
+def _chunk(request: str, label: str, number: int, entries: list[Entry], spec: RewardSpec, pause_s: float) -> Chunk:
+    now = time.monotonic()
+    return Chunk(request, label, spec, number, entries, now, now + pause_s, pause_s, is_adopted=True)
 
 
 def _slot(record: SlotRecord, ticket: Ticket, specs: Mapping[str, RewardSpec], entries: dict[str, Entry]) -> Slot:
@@ -66,7 +85,7 @@ def _slot(record: SlotRecord, ticket: Ticket, specs: Mapping[str, RewardSpec], e
 
 def _adopt_payloads(store: PayloadStore, request: str, spec: RewardSpec, entries: Mapping[str, Entry]) -> None:
     """Know the payloads of a request that another process sent, so that they live on and are freed in the end."""
-    data = store.get([request])[0]
+    data = persist(lambda: store.get([request])[0], PATIENCE_S)
     if data is None:
         return
     if spec.how in ("rank", "wins"):

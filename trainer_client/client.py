@@ -11,14 +11,14 @@ import uuid
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
 from tasks.connections import LOST, why_away
 from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError
-from tasks.rewards import RewardConfig, Split
+from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings, without_password
 from trainer_client.adoption import adopt
@@ -35,6 +35,13 @@ from trainer_client.verdict import OnFailure, error_for, of_all_ranks
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}")
 
+UNNAMED = "none"
+"""TORCHELASTIC_RUN_ID of every job that torchrun was given no name for: no two starts must share it."""
+
+COLLECT_TIMEOUT_S = 540.0
+"""How long `collect()` waits unless told otherwise: less than the 10 minutes of an NCCL collective, in which ranks that
+are done wait for those that still collect."""
+
 RANKS_MARGIN_S = 5.0
 """With several ranks a rank stops waiting for its own samples so long before the deadline of `collect()` (a quarter of
 the time at most), and the ranks use the rest to come to one verdict."""
@@ -49,8 +56,8 @@ class RewardClient:
         config: The rewards.
         run: Name of the training run; equal samples of one run are scored once.
         rank, world_size: This process among the trainer's.
-        launch: One start of the job, the same on all its ranks; from TORCHELASTIC_RUN_ID and its restart count, else
-            new, unless given.
+        launch: One start of the job, the same on all its ranks. Unless given it is made of TORCHELASTIC_RUN_ID (if
+            torchrun was given a --rdzv-id, or is --standalone) and its restart count; else new, on one rank.
         settings: Where the servers are; from REWARDQ_* variables unless given.
         max_failure_rate: A batch with a larger share of failures raises `ScoringError` whatever `on_failure` says.
 
@@ -58,13 +65,14 @@ class RewardClient:
         RedisUnreachableError: No server answers; says which, and what to start.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
-        ConfigError: The run's name, rank or world size is wrong.
+        ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common.
+        UnknownRewardError: One of the rewards, or eval rewards, is not built here.
     """
 
     _session: Session | None
     _steps: Steps
     _adopted: dict[tuple[Any, ...], list[Slot]]
-    """Slots of tickets of processes that are gone, by ticket."""
+    """Slots of tickets of processes that are gone, by the ticket's place."""
 
     def __init__(
         self,
@@ -84,6 +92,8 @@ class RewardClient:
         self.run, self.rank, self.world_size = run, rank, world_size
         self.launch = launch or _launch(world_size)
         self.config = config.for_launch(self.launch)
+        for split in get_args(Split):
+            self.config.of(split)
         self.max_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
@@ -165,7 +175,7 @@ class RewardClient:
         groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
         if groupwise is not None:
             check_groups(samples, group_size, groupwise, self.world_size, first)
-        session.wait_for_backlog(self.settings.max_backlog)
+        session.wait_for_backlog(self.settings.max_backlog, self.settings.submit_timeout_s)
         with self._lock:
             open_step = self._steps.open(split, step)
             if groupwise is not None:
@@ -217,7 +227,7 @@ class RewardClient:
 
     def collect(
         self,
-        timeout_s: float = 600.0,
+        timeout_s: float = COLLECT_TIMEOUT_S,
         *,
         ticket: Ticket | None = None,
         on_failure: OnFailure = "raise",
@@ -253,7 +263,7 @@ class RewardClient:
             if step is not None and ticket is None:
                 self._steps.open(split, step)
             slots = self._slots_to_collect(session, ticket, split)
-            rewards = self.config.of(split if ticket is None else ticket.split)
+            rewards = self._config_of(ticket).of(split if ticket is None else ticket.split)
             open_step, number = self._steps.get(split), self._steps.number(split)
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         is_shared = self.world_size > 1 and ticket is None
@@ -326,14 +336,15 @@ class RewardClient:
             rank=self.rank,
             start=start,
             stop=start + len(slots),
-            fingerprints=self._fingerprints(split),
+            fingerprints=_fingerprints(self.config.of(split)),
             slots=tuple(slots),
         )
 
-    def _fingerprints(self, split: Split) -> tuple[tuple[str, str], ...]:
-        return tuple((spec.name, spec.fingerprint) for spec in self.config.of(split))
-
     # --- private: collect ------------------------------------------------------------------------
+
+    def _config_of(self, ticket: Ticket | None) -> RewardConfig:
+        """The rewards as they stand in the launch of a ticket: of a predecessor's, another than ours."""
+        return self.config if ticket is None else self.config.for_launch(ticket.launch)
 
     def _slots_to_collect(self, session: Session, ticket: Ticket | None, split: Split) -> Sequence[Slot]:
         if ticket is None:
@@ -341,18 +352,18 @@ class RewardClient:
             return list(step.slots) if step else []
         if ticket.run != self.run:
             raise TicketError(f"this ticket is of run {ticket.run!r}, this client of {self.run!r}")
-        if ticket.fingerprints != self._fingerprints(ticket.split):
+        rewards = self._config_of(ticket).of(ticket.split)
+        if ticket.fingerprints != _fingerprints(rewards):
             raise TicketError(
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
-                f"this client has {dict(self._fingerprints(ticket.split))}"
+                f"this client has {dict(_fingerprints(rewards))}"
             )
         live = [slot for slot in ticket.slots if isinstance(slot, Slot)]
         if len(live) == len(ticket.slots):
             return live
-        key = (ticket.launch, ticket.split, ticket.step, ticket.rank, ticket.start, ticket.stop)
-        if key not in self._adopted:
-            self._adopted[key] = adopt(session, ticket, self.config.of(ticket.split), self.settings.reconcile_s)
-        return self._adopted[key]
+        if ticket.place not in self._adopted:
+            self._adopted[ticket.place] = adopt(session, ticket, rewards, self.settings.reconcile_s)
+        return self._adopted[ticket.place]
 
     def _close_step(self, session: Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:
         session.give_up(slots)
@@ -361,6 +372,7 @@ class RewardClient:
                 self._steps.close(split, slots)
             else:
                 self._steps.take_out(ticket.split, slots)
+                self._adopted.pop(ticket.place, None)
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()
@@ -377,11 +389,19 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _launch(world_size: int) -> str:
     elastic = os.environ.get("TORCHELASTIC_RUN_ID")
-    if elastic:
+    if elastic and elastic != UNNAMED:
         return f"{elastic}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if world_size > 1:
-        raise ConfigError("with world_size > 1 give launch=, one text for this start of the job, the same on all ranks")
+        unnamed = f"; torchrun calls every start {UNNAMED!r} unless it is given --rdzv-id or --standalone"
+        raise ConfigError(
+            "with world_size > 1 give launch=, one text for this start of the job, the same on all ranks"
+            f"{unnamed if elastic else ''}"
+        )
     return uuid.uuid4().hex[:12]
+
+
+def _fingerprints(rewards: Sequence[RewardSpec]) -> tuple[tuple[str, str], ...]:
+    return tuple((spec.name, spec.fingerprint) for spec in rewards)
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tasks.outcomes import Outcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
-from trainer_client.board import Board, Chunk, Entry
+from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
 from trainer_client.busy import BusyMessages
 from trainer_client.groups import Groups
 from trainer_client.sender import AWAY, Sender
@@ -80,7 +80,6 @@ class Reconciler:
             lost = [e for e in missing.get(chunk, ()) if e.outcome is None]
             is_due = chunk.is_missed and now >= chunk.sent_at + chunk.pause_s
             if lost and (is_due or chunk.was_claimed):
-                log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(lost), chunk.request)
                 self._send_again(chunk, lost)
             else:
                 chunk.is_missed = bool(lost)  # it may be between its queue and its claim: look once more
@@ -167,6 +166,10 @@ class Reconciler:
             chunk.look_at = time.monotonic() + chunk.pause_s
 
     def _send_again(self, chunk: Chunk, entries: list[Entry]) -> None:
+        if chunk.is_adopted and chunk.request.startswith(ELSEWHERE):
+            chunk.look_at = time.monotonic() + self._settings.reconcile_s
+            return  # its rank sends it again, or who adopts that one's ticket
+        log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(entries), chunk.request)
         # Pauses grow where messages lead nowhere; where a worker took one and died, the next is looked after as soon.
         chunk.pause_s = self._settings.reconcile_s if chunk.was_claimed else min(2 * chunk.pause_s, MAX_PAUSE_S)
         chunk.is_missed = chunk.was_claimed = False

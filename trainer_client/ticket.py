@@ -63,6 +63,11 @@ class Ticket:
     """Messages that were sent for it; filled in when it is pickled."""
 
     @property
+    def place(self) -> tuple[str, str, int, int, int, int]:
+        """What no two tickets of a run have alike."""
+        return self.launch, self.split, self.step, self.rank, self.start, self.stop
+
+    @property
     def num_samples(self) -> int:
         """How many samples it is for."""
         return self.stop - self.start

@@ -1,0 +1,80 @@
+"""Tickets of a trainer that is gone, at every moment at which one may have been pickled."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.servers import wait_until
+from trainer_client import ScoringError
+
+ORDER = {"reward_model": "OrderInGroup", "version": "1"}
+
+
+def end(client):
+    """As if its process were gone, and its lease too."""
+    client._session.sender.close()
+    client._session.watcher.close()
+    client._lease.leave()
+
+
+@pytest.mark.parametrize("num_answered", [8, 5])
+def test_a_ticket_pickled_after_answers_have_come_is_collected(clients, workers, num_answered):
+    (worker,) = workers("gpu")
+    client = clients("PixelCode", launch="one")
+    first = client.submit(samples_of(range(num_answered)))
+    client.flush()
+    wait_until(lambda: client.pending() == 0)
+    worker.stop()
+    rest = client.submit(samples_of(range(num_answered, 8)))
+    client.flush()
+    saved = [pickle.dumps(ticket) for ticket in (first, rest)]
+    end(client)
+    workers("gpu")
+    successor = clients("PixelCode", launch="one")
+    for one, numbers in zip(saved, (range(num_answered), range(num_answered, 8)), strict=True):
+        assert_rewards(successor.collect(timeout_s=30, ticket=pickle.loads(one)), numbers)
+
+
+def test_a_successor_in_a_launch_of_its_own_collects_what_its_predecessor_asked_for(clients, workers):
+    client = clients("PixelCode")  # a class without version, which counts the launch
+    ticket = client.submit(samples_of(range(8)))
+    client.flush()
+    saved = pickle.dumps(ticket)
+    end(client)
+    workers("gpu")
+    successor = clients("PixelCode")
+    assert successor.launch != client.launch
+    assert_rewards(successor.collect(timeout_s=30, ticket=pickle.loads(saved)), range(8))
+
+
+def test_tickets_of_a_group_over_two_ranks_are_collected_whichever_rank_sent_it(clients, workers):
+    ranks = [clients(ORDER, rank=r, world_size=2, launch="one") for r in range(2)]
+    tickets = []
+    for rank, numbers in zip(ranks, ([10, 30], [20, 40]), strict=True):
+        tickets.append(rank.submit(samples_of(numbers, group="g"), group_size=4, step=0))
+        rank.flush()
+    wait_until(lambda: [t.num_sent for t in tickets] == [2, 2], 30)
+    saved = [pickle.dumps(t) for t in tickets]
+    for rank in ranks:
+        end(rank)
+    workers("gpu")
+    for r, order in ((1, [1, 3]), (0, [0, 2])):
+        successor = clients(ORDER, rank=r, world_size=2, launch="one")
+        assert_rewards(successor.collect(timeout_s=30, ticket=pickle.loads(saved[r])), order, "OrderInGroup")
+
+
+def test_an_answer_that_is_gone_with_its_trainer_is_a_reason_and_no_long_wait(clients, workers, redis_server):
+    workers("gpu")
+    client = clients("PixelCode", launch="one")
+    ticket = client.submit(samples_of(range(4)))
+    client.flush()
+    wait_until(lambda: client.pending() == 0)
+    saved = pickle.dumps(ticket)
+    end(client)
+    with redis_server.client() as redis:
+        redis.flushall()
+    with pytest.raises(ScoringError, match="its media left the payload store with the process that held them"):
+        clients("PixelCode", launch="one").collect(timeout_s=60, ticket=pickle.loads(saved))
