@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     max_backlog: Annotated[int, Field(gt=0)] = 4_096
     """Samples accepted by `submit()` and not yet sent, above which `submit()` itself waits."""
 
+    submit_timeout_s: Seconds = 1_800.0
+    """How long `submit()` waits at most for its own backlog before it raises and queues nothing."""
+
     max_pixels: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
     """Pixels of one image (or frame) above which it is refused."""
 

@@ -20,6 +20,9 @@ from trainer_client.ticket import ChunkRecord, SlotRecord
 ELSEWHERE = "of another rank:"
 """Before the name of a chunk whose message another rank sent; there is no request of that name."""
 
+Place = tuple[Split, int]
+"""A step of a split."""
+
 
 @dataclass(slots=True, eq=False)
 class Payload:
@@ -52,6 +55,13 @@ class Slot:
     """By name of a groupwise reward: which member of its group this is."""
     problem: Failure | None = None
     """Why it cannot be scored at all; then there are no entries."""
+    is_given_up: bool = False
+    """Nobody waits for it any more: collected, or cancelled, perhaps before it was encoded."""
+
+    @property
+    def place(self) -> Place:
+        """The step it belongs to."""
+        return self.split, self.step
 
     @property
     def addresses(self) -> dict[str, tuple[str, int, int]] | None:
@@ -77,9 +87,8 @@ class Slot:
         return SlotRecord(self.index, self.group, self.addresses if sent else None, self.problem)
 
     def chunk_records(self) -> list[ChunkRecord]:
-        """The messages under way for it."""
-        chunks = [e.chunk for e in (self.entries or {}).values() if e.chunk is not None]
-        return [c.record() for c in chunks if not c.request.startswith(ELSEWHERE)]
+        """The messages under way for it, those that another rank sent among them."""
+        return [e.chunk.record() for e in (self.entries or {}).values() if e.chunk is not None]
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +122,8 @@ class Entry:
     """Of a group that another rank sent: the number of its message."""
     chunk: Chunk | None = None
     answered_at: float = 0.0
+    is_ended: bool = False
+    """Answered, or wanted by nobody any more: it uses no payloads."""
 
 
 @dataclass(slots=True, eq=False)
@@ -168,10 +179,14 @@ class Board:
     def join(self, slot: Slot, sample: Sample, wanted: Mapping[str, tuple[RewardSpec, str]]) -> list[Entry]:
         """Give an encoded slot its entries; returns those that are new and still have to be looked up and sent.
 
+        One that was given up meanwhile gets none.
+
         Args:
             wanted: By reward name, its spec and the address of this sample's outcome.
         """
         with self.lock:
+            if slot.is_given_up:
+                return []
             new, entries = [], {}
             for name, (spec, address) in wanted.items():
                 entry = self._entries.get(address)
@@ -195,6 +210,9 @@ class Board:
             known = self._entries.setdefault(entry.address, entry)
             for place, member in members.items():
                 slot = member.slot
+                if slot.is_given_up:
+                    self._end(member.holder)
+                    continue
                 if slot.entries is None or slot.problem is not None:
                     continue
                 before = slot.entries.get(name)
@@ -213,6 +231,8 @@ class Board:
                 member.holder.payloads = []
                 known.carried += member.carried
                 member.carried = []
+            if not known.slots:
+                self._end(known)
             return known
 
     def fail_reward(self, slot: Slot, spec: RewardSpec, failure: Failure) -> None:
@@ -263,9 +283,10 @@ class Board:
             self.changed.notify_all()
 
     def abandon(self, slots: Iterable[Slot]) -> None:
-        """Wait no more for these slots; what nobody else needs is freed and not sent again."""
+        """Wait no more for these slots; what nobody else needs is freed and not sent (again)."""
         with self.lock:
             for slot in slots:
+                slot.is_given_up = True
                 for entry in (slot.entries or {}).values():
                     if slot in entry.slots:
                         entry.slots = [s for s in entry.slots if s is not slot]
@@ -325,16 +346,27 @@ class Board:
     # --- payloads --------------------------------------------------------------------------------
 
     def use(self, digest: str, entries: Iterable[Entry]) -> tuple[Payload, bool]:
-        """The payload of this content for these entries, and whether the caller must store it."""
+        """The payload of this content for those of these entries that are still wanted, and whether the caller must
+        store it: never where none is."""
         with self.lock:
+            users = [entry for entry in entries if not entry.is_ended]
             payload = self._payloads.get(digest)
-            is_new = payload is None
+            is_new = payload is None and bool(users)
             if payload is None:
-                payload = self._payloads[digest] = Payload(self.new_name(digest), digest)
-            for entry in entries:
+                payload = Payload(self.new_name(digest), digest)
+            if is_new:
+                self._payloads[digest] = payload
+            for entry in users:
                 payload.num_users += 1
                 entry.payloads.append(payload)
             return payload, is_new
+
+    def has_stored(self, payload: Payload) -> None:
+        """A payload is in the store, or was not stored since nobody needs it any more."""
+        with self.lock:
+            payload.stored.set()
+            if payload.num_users == 0:  # freed while it was on its way
+                self._to_free.append(payload.name)
 
     def new_name(self, suffix: str) -> str:
         """A name in the payload store that was never used before: freeing an old one takes no new one away."""
@@ -380,6 +412,7 @@ class Board:
     def _end(self, entry: Entry) -> None:
         if self._entries.get(entry.address) is entry:
             del self._entries[entry.address]
+        entry.is_ended = True
         self._leave_chunk(entry)
         for payload in entry.payloads:
             payload.num_users -= 1

@@ -42,6 +42,8 @@ class _Queue:
         request = next(iter(self.waiting))
         del self.waiting[request]
         self.num_of[request[0]] -= 1
+        if not self.num_of[request[0]]:
+            del self.num_of[request[0]]
         return request
 
     def more_now(self, now: float) -> int:

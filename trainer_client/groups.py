@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from tasks import outcomes
 from tasks.groups import GroupSlots, digest, draw_pairs
 from tasks.messages import Failure, SampleRequest
 from tasks.rewards import RewardSpec, Split
-from trainer_client.board import Board, Chunk, Entry, Slot
+from trainer_client.board import Board, Chunk, Entry, Place, Slot
 
 OVERDUE_S = 1.0
 """While someone waits, pointwise samples wait at most so long for the group that would carry them."""
@@ -73,6 +73,9 @@ class Groups:
         """A member has been encoded (or cannot be); returns the group's entry if that seals it."""
         slot = member.slot
         with self._lock:
+            if slot.is_given_up:  # meanwhile; `forget` came before
+                self._board.release(member.holder)
+                return []
             group = self._groups.setdefault((slot.split, slot.step, spec.name, slot.group), self._new_group(spec, slot))
             group.members[self._rank, slot.index] = member
             is_full = group.size is not None and len(group.members) >= group.size
@@ -80,12 +83,12 @@ class Groups:
             return self._register(group, [member])
         return self._seal_here([group]) if is_full else []
 
-    def release(self) -> list[Entry]:
-        """Someone waits in `collect()`: groups of unknown size are as large as they are."""
+    def release(self, places: Container[Place]) -> list[Entry]:
+        """Someone waits in `collect()` for these steps: their groups of unknown size are as large as they are."""
         if self._slots is not None:
             return []
         with self._lock:
-            groups = [g for g in self._groups.values() if g.size is None]
+            groups = [g for g in self._groups.values() if g.size is None and (g.split, g.step) in places]
         return self._seal_here(groups)
 
     def take_overdue(self) -> list[Entry]:

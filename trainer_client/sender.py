@@ -9,7 +9,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from tasks.payloads import PayloadStore
 from tasks.rewards import JPEG, RAW, RewardSpec
 from tasks.samples import Sample, sample_key
 from tasks.settings import Settings
-from trainer_client.board import Board, Chunk, Entry, Slot
+from trainer_client.board import Board, Chunk, Entry, Place, Slot
 from trainer_client.encoding import Content, Encoded, encode, transport_of
 from trainer_client.groups import Groups, Member
 from trainer_client.outgoing import Outgoing
@@ -99,7 +100,9 @@ class Sender:
         self._in_use, self._look_at = 0, 0.0
         """Bytes in the payload store, and when to ask it again (monotonic)."""
         self._hurrying = threading.Lock()
-        self._num_hurries = self._num_releases = self._num_jobs = 0
+        self._num_hurries = self._num_jobs = 0
+        self._releases: Counter[Place] = Counter()
+        """Steps that someone waits for in `collect()`."""
         self._say_at = 0.0
         self._ended = threading.Event()
         self.times = Times()
@@ -132,18 +135,20 @@ class Sender:
         self._do(functools.partial(self._pass_on_sealed, entries))
 
     @contextlib.contextmanager
-    def hurry(self, *, held: bool) -> Iterator[None]:
-        """Meanwhile chunks go although they are not full; with `held`, those of `async_reward: false` too."""
+    def hurry(self, releases: Iterable[Place] = ()) -> Iterator[None]:
+        """Meanwhile chunks go although they are not full; of the steps in `releases` also what `async_reward: false`
+        holds, and groups of unknown size."""
+        releases = list(releases)
         with self._hurrying:
             self._num_hurries += 1
-            self._num_releases += held
+            self._releases.update(releases)
         self._ready.put([])
         try:
             yield
         finally:
             with self._hurrying:
                 self._num_hurries -= 1
-                self._num_releases -= held
+                self._releases -= Counter(releases)
 
     def close(self) -> None:
         """End the threads; what is not sent stays unsent."""
@@ -289,15 +294,15 @@ class Sender:
     def _store_one(self, content: Content, users: Sequence[Entry]) -> MediaRef:
         payload, is_new = self._board.use(content.digest, users)
         if is_new:
-            self._put({payload.name: content.data})
-            payload.stored.set()
-        while not payload.stored.wait(0.1):
+            self._put({payload.name: content.data}, lambda: payload.num_users > 0)
+            self._board.has_stored(payload)
+        while payload.num_users and not payload.stored.wait(0.1):
             if self._ended.is_set():
                 raise _EndedError
         return MediaRef(name=payload.name, digest=content.digest, shape=content.shape, format=content.format)
 
-    def _put(self, payloads: Mapping[str, Any]) -> None:
-        """Store payloads once there is room for them."""
+    def _put(self, payloads: Mapping[str, Any], is_needed: Callable[[], bool]) -> None:
+        """Store payloads once there is room for them, unless they are not needed any more by then."""
         num_bytes = sum(memoryview(p).nbytes for p in payloads.values())
         while not self._has_room(num_bytes):
             self._board.trouble = (
@@ -306,6 +311,9 @@ class Sender:
             )
             if self._ended.wait(STORE_LOOK_S):
                 raise _EndedError
+            if not is_needed():
+                self._board.trouble = None
+                return
         if self._board.trouble is not None:
             self._board.trouble = None
         self._patiently(lambda: self._store.put(payloads, self._settings.payload_ttl_s))
@@ -355,7 +363,7 @@ class Sender:
             failure = Failure(kind=kind, message=str(error))
             self._board.answer({entry: Outcome(failure=failure, attempt=entry.attempt)})
             return False
-        self._put({name: again[digest] for digest, name in gone.items()})
+        self._put({name: again[digest] for digest, name in gone.items()}, lambda: self._board.is_wanted(entry))
         return True
 
     # --- the sending thread ----------------------------------------------------------------------
@@ -364,7 +372,7 @@ class Sender:
         try:
             while True:
                 try:
-                    new = self._ready.get(timeout=IDLE_S if self._filling or self._num_releases else None)
+                    new = self._ready.get(timeout=IDLE_S if self._filling or self._releases else None)
                 except queue.Empty:
                     new = []
                     is_idle = True
@@ -373,21 +381,21 @@ class Sender:
                 if new is None or self._ended.is_set():
                     return
                 self._fill(new)
-                may_hurry = self._may_hurry()
-                if may_hurry and self._num_releases:
-                    self._release_groups()
-                self._send(self._take_chunks(all_of_them=is_idle or may_hurry))
+                may_hurry, released = self._may_hurry()
+                if may_hurry and released:
+                    self._release_groups(released)
+                self._send(self._take_chunks(released, all_of_them=is_idle or may_hurry))
         finally:
             self._outgoing.disconnect()
 
-    def _may_hurry(self) -> bool:
-        """Whether someone waits, and nothing is being encoded that could still fill a chunk."""
+    def _may_hurry(self) -> tuple[bool, set[Place]]:
+        """Whether someone waits, and nothing is being encoded that could still fill a chunk; and the steps released."""
         with self._hurrying:
-            return self._num_hurries > 0 and self._num_jobs == 0 and self._ready.empty()
+            return self._num_hurries > 0 and self._num_jobs == 0 and self._ready.empty(), set(self._releases)
 
-    def _release_groups(self) -> None:
+    def _release_groups(self, released: set[Place]) -> None:
         """Someone waits in `collect()`: seal groups of unknown size; let go what waits for one that does not fill."""
-        self._pass_on_sealed(self._groups.release())
+        self._pass_on_sealed(self._groups.release(released))
         overdue = self._groups.take_overdue()
         if overdue:
             self._pass_on(overdue)
@@ -404,19 +412,25 @@ class Sender:
             if not entry.spec.async_reward:
                 self._board.count_unsent(-1)  # held until collect(), which nobody waits for before
 
-    def _take_chunks(self, *, all_of_them: bool) -> list[list[Entry]]:
-        """Full chunks, and the others too if `all_of_them`; what `async_reward: false` holds goes at a release."""
+    def _take_chunks(self, released: set[Place], *, all_of_them: bool) -> list[list[Entry]]:
+        """Full chunks, and the others too if `all_of_them`; what `async_reward: false` holds goes once its step, or
+        that of another slot that needs the same, is released."""
         taken = []
-        released = self._num_releases > 0
-        for key, entries in list(self._filling.items()):
+        for key, filled in list(self._filling.items()):
             is_held = not key[-1]
-            size = 1 if entries[0].members else entries[0].spec.batch_size
             if is_held and not released:
                 continue
-            while len(entries) >= size or (entries and all_of_them):
-                taken.append(entries[:size])
-                del entries[:size]
-            if not entries:
+            wanted = [e for e in filled if self._board.is_wanted(e)]
+            if not is_held and len(wanted) < len(filled):
+                self._board.count_unsent(len(wanted) - len(filled))
+            due = [e for e in wanted if not is_held or any(s.place in released for s in list(e.slots))]
+            left = _without(wanted, due)
+            size = 1 if not due or due[0].members else due[0].spec.batch_size
+            while len(due) >= size or (due and all_of_them):
+                taken.append(due[:size])
+                del due[:size]
+            self._filling[key] = left + due
+            if not self._filling[key]:
                 del self._filling[key]
         return taken
 
@@ -471,6 +485,11 @@ class Sender:
         except BaseException as error:  # a bug of ours must end every wait, not only this thread
             log.exception("a sender's thread ended")
             self._board.break_with(error)
+
+
+def _without(entries: Sequence[Entry], taken: Sequence[Entry]) -> list[Entry]:
+    gone = set(taken)
+    return [e for e in entries if e not in gone]
 
 
 class _EndedError(Exception):

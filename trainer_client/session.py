@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import uuid
@@ -26,8 +27,13 @@ from trainer_client.reconcile import Reconciler
 from trainer_client.sender import Sender
 from trainer_client.watcher import Watcher
 
+log = logging.getLogger(__name__)
+
 NO_WORKER_AFTER_S = 2.0
 """Heartbeats are asked for when `collect()` has waited for this long, to say early that a queue has no worker."""
+
+SAY_EVERY_S = 60.0
+"""How often the log says that `submit()` waits, and why."""
 
 LOOK_EVERY_S = 0.25
 """How often a wait in `collect()` looks at the clock, and shows how far it is."""
@@ -91,25 +97,32 @@ class Session:
         if broken is not None:
             raise RewardError(f"a background thread ended by a bug: {broken!r}") from broken
 
-    def wait_for_backlog(self, max_backlog: int) -> None:
-        """Wait while more than `max_backlog` samples are accepted and not yet sent."""
+    def wait_for_backlog(self, max_backlog: int, timeout_s: float) -> None:
+        """Wait while more than `max_backlog` samples are accepted and not yet sent. Raises `CollectTimeoutError`."""
         board = self.board
-        with board.changed:
-            if board.num_unsent <= max_backlog:
-                return
-        with self.sender.hurry(held=True), board.changed:
-            board.changed.wait_for(lambda: board.broken or board.num_unsent <= max_backlog)
-        self.raise_if_broken()
+        if self._is_below(max_backlog, 0.0):
+            return
+        ends_at, say_at = time.monotonic() + timeout_s, time.monotonic() + SAY_EVERY_S
+        with self.sender.hurry():
+            while not self._is_below(max_backlog, min(say_at, ends_at) - time.monotonic()):
+                why = self.why_unsent()
+                if time.monotonic() >= ends_at:
+                    raise CollectTimeoutError(
+                        f"nothing was queued: {board.num_unsent} samples submitted before, more than "
+                        f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{_because(why)}",
+                        None,
+                    )
+                log.warning("submit waits num_unsent=%d%s", board.num_unsent, _because(why))
+                say_at += SAY_EVERY_S
 
     def flush(self, timeout_s: float) -> None:
         """Wait until everything submitted has been encoded and sent. Raises `CollectTimeoutError`."""
-        board = self.board
-        with self.sender.hurry(held=False), board.changed:
-            done = board.changed.wait_for(lambda: board.broken or board.num_unsent == 0, timeout_s)
-        self.raise_if_broken()
-        if not done:
+        with self.sender.hurry():
+            is_sent = self._is_below(0, timeout_s)
+        if not is_sent:
             raise CollectTimeoutError(
-                f"{board.num_unsent} samples were not sent within {timeout_s:g} s{_because(board.trouble)}", None
+                f"{self.board.num_unsent} samples were not sent within {timeout_s:g} s{_because(self.why_unsent())}",
+                None,
             )
 
     def wait(self, slots: Sequence[Slot], deadline: float, progress: bool | None) -> bool:
@@ -118,7 +131,8 @@ class Session:
         names = tuple(dict.fromkeys(spec.name for slot in slots for spec in slot.rewards))
         left = list(slots)
         look_for_workers_at = time.monotonic() + NO_WORKER_AFTER_S
-        with self.sender.hurry(held=True), self._watching(), bars(names, len(slots), progress) as report:
+        releases = {slot.place for slot in slots}
+        with self.sender.hurry(releases), self._watching(), bars(names, len(slots), progress) as report:
             while True:
                 with board.changed:
                     left_s = deadline - time.monotonic()
@@ -143,10 +157,25 @@ class Session:
             kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
         )
 
+    def why_unsent(self) -> str | None:
+        """What keeps samples from being sent: a Redis that is away, a full store and a queue without a worker."""
+        queues = {chunk.spec.queue for chunk in self.board.chunks()}
+        return "; ".join(filter(None, (self.board.trouble, self.reconciler.idle_queues(queues)))) or None
+
     def give_up(self, slots: Sequence[Slot]) -> None:
         """Wait for these slots no more."""
-        self.board.abandon([slot for slot in slots if not slot.is_done])
+        self.board.abandon(slots)
         self.groups.forget(slots)
+
+    def _is_below(self, num_unsent: int, timeout_s: float) -> bool:
+        """Whether at most so many samples are accepted and not yet sent, within `timeout_s`."""
+        board = self.board
+        with board.changed:
+            is_below = board.changed.wait_for(
+                lambda: board.broken or board.num_unsent <= num_unsent, max(0.0, timeout_s)
+            )
+        self.raise_if_broken()
+        return bool(is_below)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:

@@ -96,3 +96,15 @@ def test_one_that_is_answered_meanwhile_or_noted_twice_is_not_sent_twice(waiting
     time.sleep(0.11)
     waiting.send_some(LOOK_AFTER_S)
     assert sent == ["a0"]
+
+
+def test_a_chunk_that_was_sent_is_forgotten(waiting, sent):
+    some = chunks_of("a", 50)
+    for _ in range(3):
+        for chunk in some:
+            waiting.add(chunk, chunk.request)
+        waiting.count_answers([chunk.entries[0] for chunk in some])
+        waiting.send_some(LOOK_AFTER_S)
+    assert len(sent) == 150
+    (queue,) = waiting._queues.values()
+    assert (len(queue.waiting), len(queue.num_of)) == (0, 0)

@@ -1,0 +1,193 @@
+"""When samples go: chunks fill, groups complete, steps are released by their own `collect()` alone, or given up."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+
+import msgpack
+import pytest
+
+from tasks import keys
+from tasks.connections import connect
+from tasks.settings import load_settings
+from tests.pipeline.conftest import assert_rewards, config_of, samples_of
+from tests.reward_models import image_of
+from tests.servers import messages_in, wait_until
+from trainer_client import CollectTimeoutError, RewardClient, Sample
+
+
+@pytest.fixture
+def never_idle(monkeypatch):
+    """A chunk that is not full does not go by itself, however slow this machine is."""
+    monkeypatch.setattr("trainer_client.sender.IDLE_S", 60.0)
+
+
+@pytest.fixture
+def sent(settings):
+    """How many samples each message in the queue `gpu` is for."""
+    with connect(settings.broker_url) as broker, connect(settings.payloads) as store:
+
+        def sizes():
+            names = [msgpack.unpackb(base64.b64decode(json.loads(m)["body"]))[0][1] for m in messages_in(broker, "gpu")]
+            return sorted(len(msgpack.unpackb(store.get(keys.payload(name)))["samples"]) for name in names)
+
+        yield sizes
+
+
+def payloads_left(settings):
+    with connect(settings.payloads) as store:
+        return store.keys(keys.payload("*"))
+
+
+# --- filling -------------------------------------------------------------------------------------
+
+
+def test_a_chunk_fills_over_several_submits_and_goes_when_it_is_full(clients, sent, never_idle):
+    client = clients({"reward_model": "PixelCode", "batch_size": 16}, {"reward_model": "Null", "batch_size": 5})
+    for start in range(0, 20, 4):
+        client.submit(samples_of(range(start, start + 4)))
+    wait_until(lambda: sent() == [5, 5, 5, 5, 16])
+    time.sleep(0.5)
+    assert sent() == [5, 5, 5, 5, 16]
+    client.flush()
+    assert sent() == [4, 5, 5, 5, 5, 16]
+
+
+def test_a_chunk_that_is_not_full_goes_after_a_short_idle_time(clients, sent):
+    client = clients({"reward_model": "PixelCode", "batch_size": 16})
+    client.submit(samples_of(range(3)))
+    wait_until(lambda: sent() == [3])
+
+
+def test_a_group_goes_as_soon_as_it_is_full(clients, sent, never_idle):
+    client = clients("OrderInGroup")
+    client.submit(samples_of([1, 2], group="a") + samples_of([3], group="b"), group_size=3)
+    time.sleep(0.5)
+    assert sent() == []
+    client.submit(samples_of([4], group="a"), group_size=3)
+    wait_until(lambda: sent() == [1])  # one sample whose members are three
+
+
+# --- steps that are open at the same time --------------------------------------------------------
+
+
+def test_a_collect_leaves_the_open_groups_of_another_split_alone(settings, workers):
+    workers("gpu")
+    config = config_of("PixelCode") | {"eval_rewards": config_of("OrderInGroup")["rewards"]}
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit(samples_of([30, 10], group="g"), split="eval")
+        client.submit(samples_of([1, 2]))
+        assert_rewards(client.collect(timeout_s=60), [1, 2])
+        client.submit(samples_of([20, 40], group="g"), split="eval")
+        assert_rewards(client.collect(timeout_s=60, split="eval"), [2, 0, 1, 3], "OrderInGroup")
+
+
+def test_a_collect_leaves_what_another_split_holds_alone(settings, workers, tmp_path):
+    calls = tmp_path / "calls"
+    calls.touch()
+    held = {"reward_model": "Counts", "async_reward": False, "file": str(calls)}
+    config = config_of("PixelCode") | {"eval_rewards": config_of(held)["rewards"]}
+    workers("gpu")
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit(samples_of([30, 10]), split="eval")
+        client.submit(samples_of([1, 2]))
+        assert_rewards(client.collect(timeout_s=60), [1, 2])
+        assert calls.read_text() == ""
+        assert_rewards(client.collect(timeout_s=60, split="eval"), [30, 10], "Counts")
+
+
+def test_what_one_split_holds_goes_when_another_that_needs_the_same_is_collected(settings, workers):
+    held = config_of({"reward_model": "PixelCode", "async_reward": False})["rewards"]
+    workers("gpu")
+    config = {"rewards": held, "eval_rewards": held}
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit(samples_of([1, 2]), split="eval")
+        client.submit(samples_of([1, 2]))
+        assert_rewards(client.collect(timeout_s=60), [1, 2])
+        assert_rewards(client.collect(timeout_s=60, split="eval"), [1, 2])
+
+
+def test_a_submit_that_waits_for_its_backlog_closes_no_group(redis_url, workers):
+    settings = load_settings(broker_url=redis_url, max_backlog=2, claim_ttl_s=2, reconcile_s=0.5)
+    workers("gpu", settings=settings)
+    config = config_of("OrderInGroup", {"reward_model": "PixelCode", "batch_size": 64})
+    numbers = [50, 40, 30, 20, 10, 60, 70, 80]
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        for number in numbers:
+            client.submit(samples_of([number], group="g"))
+        batch = client.collect(timeout_s=60)
+    assert_rewards(batch, numbers)
+    assert_rewards(batch, [sorted(numbers).index(n) for n in numbers], "OrderInGroup")
+
+
+# --- given up ------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_cancelled_at_any_moment_leaves_nothing_and_is_not_scored(clients, settings, workers, tmp_path):
+    calls = tmp_path / "calls"
+    calls.touch()
+    counted = {"reward_model": "Counts", "file": str(calls), "version": "1"}
+    held = {**counted, "name": "held", "async_reward": False, "x": 1}
+    client = clients(counted, held, {"reward_model": "OrderInGroup", "version": "1"})
+    for i in range(100):
+        samples = [Sample(prompt="", image=image_of(10 * i + n, 128, 128), group=i) for n in range(8)]
+        client.submit(samples[: 8 - i % 2], group_size=8)
+        time.sleep(0.002 * (i % 6))
+        client.cancel()
+    board, groups = client._session.board, client._session.groups
+    wait_until(lambda: board.num_unsent == 0, 30)
+    wait_until(lambda: not payloads_left(settings), 30)
+    assert (board._payloads, board._entries, board._chunks, groups._groups) == ({}, {}, {}, {})
+    workers("gpu")
+    client.submit(samples_of([5000], group="last"), group_size=1)
+    assert_rewards(client.collect(timeout_s=60), [5000], "Counts")
+    assert calls.read_text().split() == ["5000", "5000"]
+    with connect(settings.broker_url) as broker:
+        assert messages_in(broker, "gpu") == []
+
+
+def test_a_step_cancelled_while_the_store_is_full_makes_room_for_the_next(redis_url, workers):
+    image_bytes = 64 * 64 * 3
+    settings = load_settings(
+        broker_url=redis_url, max_store_bytes=6 * image_bytes + 4000, claim_ttl_s=2, reconcile_s=0.5
+    )
+    fields = ["image", "condition_images"]
+    config = config_of({"reward_model": "PixelCode", "batch_size": 1, "required_fields": fields})
+
+    def samples(numbers):
+        return [
+            Sample(image=image_of(n, 64, 64), condition_images=[image_of(m + n, 64, 64) for m in (1000, 2000)])
+            for n in numbers
+        ]
+
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit(samples(range(12)))
+        wait_until(lambda: client._session.board.trouble is not None)
+        client.cancel()
+        wait_until(lambda: not payloads_left(settings))
+        workers("gpu", settings=settings)
+        client.submit(samples(range(100, 104)))
+        assert_rewards(client.collect(timeout_s=60), range(100, 104))
+
+
+def test_a_submit_whose_backlog_does_not_move_raises_and_queues_nothing(redis_url, workers):
+    settings = load_settings(
+        broker_url=redis_url,
+        max_store_bytes=20_000,
+        max_backlog=4,
+        submit_timeout_s=1,
+        claim_ttl_s=2,
+        reconcile_s=0.5,
+    )
+    config = config_of({"reward_model": "PixelCode", "batch_size": 1})
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit([Sample(image=image_of(n, 64, 64)) for n in range(10)])
+        with pytest.raises(CollectTimeoutError) as raised:
+            client.submit([Sample(image=image_of(99, 64, 64))])
+        assert "nothing was queued: " in str(raised.value)
+        assert "REWARDQ_MAX_STORE_BYTES is 20000" in str(raised.value)
+        assert "queue 'gpu' has no worker" in str(raised.value)
+        workers("gpu", settings=settings)
+        assert_rewards(client.collect(timeout_s=60), range(10))
