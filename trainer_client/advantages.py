@@ -12,10 +12,13 @@ formulas and equal its results where every sample has its rewards: standard devi
   difference at its word, as Flow-Factory does.
 
 Over several ranks, pass `gather`: it takes this rank's object and returns those of all ranks, in the same order on
-each. But for the group ids the object is plain data, so that any way of sending it will do. A function that only sums
-arrays could not do this work: a group may have members on several ranks, and its id is any hashable, so that ranks
-cannot agree on places in an array. It is called exactly once, also on a rank whose arguments are wrong, and then all
-ranks raise; so no rank waits for one that has left.
+each. The object is plain data, so that any way of sending it will do. A function that only sums arrays could not do
+this work: a group may have members on several ranks, and its id is no number, so that ranks cannot agree on places in
+an array. It is called exactly once, also on a rank whose arguments are wrong, and then all ranks raise; so no rank
+waits for one that has left. A method of one's own may call it as it likes; it is called once more when that ends.
+
+Group ids are anything hashable on one rank. Several compare them by value, so there they are text, bytes, numbers,
+None, or tuples and frozensets of these.
 
     def gather(mine):                                    # torch.distributed
         everyone = [None] * torch.distributed.get_world_size()
@@ -28,7 +31,7 @@ ranks raise; so no rank waits for one that has left.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -37,7 +40,7 @@ import numpy.typing as npt
 
 from tasks.rewards import RewardSpec
 from trainer_client.results import RewardBatch
-from trainer_client.table import Floats, Gather, Table, tabulate, to_float64
+from trainer_client.table import Columns, Floats, Gather, Table, exchange, exchange_plain, tabulate, to_float64
 
 STD_FLOOR = 1e-6
 """Standard deviations are at least this, as in Flow-Factory."""
@@ -82,7 +85,7 @@ def weighted_sum(
 
     Args:
         rewards: By name, `(N,)` numbers: arrays, tensors or lists; NaN or None where there is none.
-        groups: `N` group ids of any hashable type. Samples are compared within a group; None is an id like any other.
+        groups: `N` group ids, see the module. Samples are compared within a group; None is an id like any other.
         weights: By name, a finite number for each of `rewards`.
         global_std: Divide by the deviation of the sums of all voting samples, else by that of each group.
         valid: By name, `(N,)` booleans: what votes of a reward; every finite one unless given.
@@ -93,8 +96,8 @@ def weighted_sum(
         float32 `(N,)`, always finite.
 
     Raises:
-        ValueError: Lengths differ, a weight is missing, unknown or not finite, a group id is not hashable, or ranks
-            have other rewards or weights. With `gather`, on all ranks.
+        ValueError: Lengths differ, a weight is missing, unknown or not finite, a group id is not hashable or cannot be
+            compared between ranks, or ranks have other rewards or weights. With `gather`, on all ranks.
     """
     table = tabulate(rewards, groups, weights, valid, gather)
     votes: _Bools = np.asarray(np.isfinite(table.rewards).all(axis=1))
@@ -159,6 +162,7 @@ def advantages_of(
 
     Raises:
         ValueError: As `weighted_sum`; or the method is unknown; or one's own returns another shape, NaN or infinity.
+            What one's own raises by itself: with `gather`, a `ValueError` on all ranks that says what and where.
     """
     chosen = batch.weights if weights is None else weights
     by_name = chosen if isinstance(chosen, Mapping) else {spec.name: spec.weight for spec in chosen}
@@ -169,13 +173,76 @@ def advantages_of(
             batch.rewards, batch.groups, by_name, global_std=global_std, gather=gather, noise_floor=noise_floor
         )
     if not callable(method):
-        raise ValueError(f"the advantage method must be 'gdpo', 'sum' or a function, found {method!r}")
-    found = to_float64(method(batch.rewards, batch.groups, by_name, gather=gather)).astype(np.float32)
-    if found.shape != (len(batch),):
-        raise ValueError(f"{method!r} must return ({len(batch)},) advantages, found the shape {found.shape}")
+        exchange(Columns, lambda: _refuse(method), gather)
+    return _by_own(method, batch, by_name, gather)
+
+
+def _refuse(method: Any) -> Columns:
+    raise ValueError(f"the advantage method must be 'gdpo', 'sum' or a function, found {method!r}")
+
+
+def _by_own(method: Aggregation, batch: RewardBatch, weights: Mapping[str, float], gather: Gather | None) -> Advantages:
+    if gather is None:
+        return _checked(method, method(batch.rewards, batch.groups, weights, gather=None), len(batch))
+    rounds = _Rounds(gather)
+    found, failed = np.zeros(0, np.float32), None
+    try:
+        found = _checked(method, method(batch.rewards, batch.groups, weights, gather=rounds), len(batch))
+    except Exception as error:  # a function of the user's may raise anything, and the other ranks must hear of it
+        failed = error
+    rounds.end(failed)
+    return found
+
+
+def _checked(method: Aggregation, values: Any, num_samples: int) -> Advantages:
+    found = to_float64(values).astype(np.float32)
+    if found.shape != (num_samples,):
+        raise ValueError(f"{method!r} must return ({num_samples},) advantages, found the shape {found.shape}")
     if not np.isfinite(found).all():
         raise ValueError(f"{method!r} returned {int((~np.isfinite(found)).sum())} advantages that are NaN or infinite")
     return found
+
+
+class _Rounds:
+    """The `gather` of a method of one's own. Ranks tell each other in each round whether their call has ended.
+
+    So the first round in which one has, is the last for all: they have all ended well, or all raise.
+    """
+
+    def __init__(self, gather: Gather) -> None:
+        self._gather = gather
+        self._error: Exception | None = None
+        """Raised by a round; there is no other after it."""
+
+    def __call__(self, mine: Any) -> list[Any]:
+        """What the method gathers."""
+        return self._round(lambda: [False, mine])
+
+    def end(self, failed: Exception | None) -> None:
+        """The method has returned, or `failed`.
+
+        Raises:
+            ValueError: It failed on any rank, or called `gather` more often on one than on another; on all ranks.
+        """
+        if self._error is not None:
+            raise self._error
+        self._round(lambda: _ended(failed))
+
+    def _round(self, make: Callable[[], list[Any]]) -> list[Any]:
+        try:
+            found, _ = exchange_plain(make, self._gather)
+            if len({bool(has_ended) for has_ended, _ in found}) > 1:
+                raise ValueError("an advantage method must call gather equally often on all ranks")
+        except Exception as error:  # to be raised again even if the method catches it
+            self._error = error
+            raise
+        return [what for _, what in found]
+
+
+def _ended(failed: Exception | None) -> list[Any]:
+    if failed is not None:
+        raise failed
+    return [True, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,18 @@ import numpy as np
 
 from tasks.errors import FAILURE_KINDS
 from trainer_client.results import RewardBatch
-from trainer_client.table import Floats, Gather, Ints, exchange, floats_of, ids_of, number, to_float64
+from trainer_client.table import (
+    Floats,
+    Gather,
+    Ints,
+    exchange,
+    floats_of,
+    ids,
+    ids_of,
+    number,
+    plain_of_ids,
+    to_float64,
+)
 
 ZERO_STD = 1e-6
 """A group whose standard deviation is below this counts as having none, as in Flow-Factory."""
@@ -33,16 +44,16 @@ class _Seen:
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
         return [
-            list(self.groups),
+            plain_of_ids(self.groups),
             {name: values.tobytes() for name, values in self.rewards.items()},
             {name: values.tobytes() for name, values in self.latency_s.items()},
             [[*which, count] for which, count in self.failures.items()],
-            dict(self.num_hits),
+            {name: int(hits) for name, hits in self.num_hits.items()},
             self.advantages.tobytes(),
         ]
 
     @classmethod
-    def of_plain(cls, plain: list[Any]) -> _Seen:
+    def of_plain(cls, plain: Sequence[Any]) -> _Seen:
         """As it comes from other ranks."""
         groups, rewards, latency_s, failures, num_hits, advantages = plain
         return cls(
@@ -55,8 +66,34 @@ class _Seen:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Failures:
+    """How many samples of each group a rank has, and how many without each reward."""
+
+    names: tuple[str, ...]
+    sizes: Counter[Hashable]
+    failed: Counter[tuple[Hashable, str]]
+
+    def to_plain(self) -> list[Any]:
+        """As it goes to other ranks."""
+        groups, places = plain_of_ids(self.sizes), {group: place for place, group in enumerate(self.sizes)}
+        failed = [[places[group], name, count] for (group, name), count in self.failed.items()]
+        return [list(self.names), groups, list(self.sizes.values()), failed]
+
+    @classmethod
+    def of_plain(cls, plain: Sequence[Any]) -> _Failures:
+        """As it comes from other ranks."""
+        names, groups, sizes, failed = plain
+        found = ids_of(groups)
+        return cls(
+            names=tuple(names),
+            sizes=Counter(dict(zip(found, sizes, strict=True))),
+            failed=Counter({(found[place], name): count for place, name, count in failed}),
+        )
+
+
 def metrics(
-    batch: RewardBatch, advantages: Any = None, *, prefix: str = "train", gather: Gather | None = None
+    batch: RewardBatch, advantages: Any = None, *, prefix: str | None = None, gather: Gather | None = None
 ) -> dict[str, float]:
     """A flat dict for a logger. What has no value (the mean of no rewards) has no key.
 
@@ -72,11 +109,14 @@ def metrics(
 
     Args:
         advantages: `(N,)`, to be logged too.
-        prefix: `train` or `eval`.
+        prefix: The batch's split unless given.
         gather: As for `advantages.weighted_sum`: the numbers are those of all ranks. Call it on all of them.
+
+    Raises:
+        ValueError: `advantages` has another shape, or ranks have other rewards. With `gather`, on all ranks.
     """
-    ranks, _ = exchange(lambda: _look(batch, advantages).to_plain(), gather)
-    seen = _join([_Seen.of_plain(one) for one in ranks])
+    ranks, _ = exchange(_Seen, lambda: _look(batch, advantages), gather)
+    seen = _join(ranks)
     groups, num_groups = number(seen.groups)
     found: dict[str, float] = {}
     for name in sorted(seen.rewards):
@@ -95,18 +135,36 @@ def metrics(
     if len(seen.advantages):
         found["adv_min"], found["adv_max"] = float(seen.advantages.min()), float(seen.advantages.max())
         found["adv_abs_mean"] = float(np.abs(seen.advantages).mean())
-    return {f"{prefix}/{key}": value for key, value in found.items()}
+    return {f"{prefix or batch.split}/{key}": value for key, value in found.items()}
 
 
-def failure_rate_by_group(batch: RewardBatch) -> dict[Hashable, dict[str, float]]:
+def failure_rate_by_group(batch: RewardBatch, *, gather: Gather | None = None) -> dict[Hashable, dict[str, float]]:
     """For each group, by reward name, the share of its samples without that reward, in [0, 1].
 
     Advantages leave such samples out. If one kind of prompt fails again and again, nothing is learned from it, and
     only here is it seen.
+
+    Args:
+        gather: As for `metrics`: the groups are those of all ranks.
     """
-    sizes = Counter(batch.groups)
-    failed = Counter((batch.groups[failure.sample], failure.reward) for failure in batch.failures)
+    ranks, _ = exchange(_Failures, lambda: _failures(batch), gather)
+    _check_names([rank.names for rank in ranks])
+    sizes, failed = sum((rank.sizes for rank in ranks), Counter()), sum((rank.failed for rank in ranks), Counter())
     return {group: {name: failed[group, name] / size for name in batch.rewards} for group, size in sizes.items()}
+
+
+def _failures(batch: RewardBatch) -> _Failures:
+    groups = ids(batch.groups)
+    return _Failures(
+        names=tuple(sorted(batch.rewards)),
+        sizes=Counter(groups),
+        failed=Counter((groups[failure.sample], failure.reward) for failure in batch.failures),
+    )
+
+
+def _check_names(ranks: Sequence[Sequence[str]]) -> None:
+    if any(names != ranks[0] for names in ranks):
+        raise ValueError(f"ranks must have the same rewards, found {[list(names) for names in ranks]}")
 
 
 def _look(batch: RewardBatch, advantages: Any) -> _Seen:
@@ -114,7 +172,7 @@ def _look(batch: RewardBatch, advantages: Any) -> _Seen:
     if advantages is not None and values.shape != (len(batch),):
         raise ValueError(f"advantages must have the shape ({len(batch)},), found {values.shape}")
     return _Seen(
-        groups=batch.groups,
+        groups=ids(batch.groups),
         rewards={n: np.where(batch.valid[n], to_float64(v), np.nan) for n, v in batch.rewards.items()},
         latency_s={n: to_float64(v) for n, v in batch.latency_s.items()},
         failures=Counter((failure.reward, str(failure.kind)) for failure in batch.failures),
@@ -124,8 +182,7 @@ def _look(batch: RewardBatch, advantages: Any) -> _Seen:
 
 
 def _join(ranks: list[_Seen]) -> _Seen:
-    if any(sorted(rank.rewards) != sorted(ranks[0].rewards) for rank in ranks):
-        raise ValueError(f"ranks must have the same rewards, found {[sorted(rank.rewards) for rank in ranks]}")
+    _check_names([sorted(rank.rewards) for rank in ranks])
     return _Seen(
         groups=tuple(group for rank in ranks for group in rank.groups),
         rewards={n: np.concatenate([rank.rewards[n] for rank in ranks]) for n in ranks[0].rewards},

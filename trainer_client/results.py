@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
-from tasks.rewards import ConstantOnFailure, RewardSpec
+from tasks.rewards import ConstantOnFailure, RewardSpec, Split
 from trainer_client.board import Slot
 
 REASONS_SHOWN = 5
@@ -54,6 +54,7 @@ class RewardBatch:
         num_hits: By reward name, how many were answered without being sent.
         weights: By reward name, as configured.
         latency_s: By reward name, float32 `(N,)`: seconds from `submit()` to the outcome; NaN where there is none yet.
+        split, step: Of which step these are; ranks that compare theirs do so under this name.
     """
 
     rewards: Mapping[str, npt.NDArray[np.float32]]
@@ -65,6 +66,8 @@ class RewardBatch:
     num_hits: Mapping[str, int]
     weights: Mapping[str, float] = field(default_factory=dict)
     latency_s: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    split: Split = "train"
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -100,6 +103,8 @@ def batch_of(
     late: Failure | None,
     why_open: Callable[[Slot, RewardSpec], str | None],
     times: Mapping[str, float],
+    split: Split = "train",
+    step: int = 0,
 ) -> RewardBatch:
     """The batch of these slots, in their order.
 
@@ -107,6 +112,7 @@ def batch_of(
         late: The reason of those that have no answer, at a deadline; None if all have.
         why_open: Why the group of a slot has no entry yet, if that is so.
         times: `timings` as far as the client knows them by itself, in seconds.
+        split, step: Of which step they are.
     """
     outcomes = {spec.name: [_outcome(slot, spec, late, why_open) for slot in slots] for spec in rewards}
     failures = [
@@ -126,6 +132,8 @@ def batch_of(
         num_hits={name: sum(e.is_hit for e in found) for name, found in entries.items()},
         weights={spec.name: spec.weight for spec in rewards},
         latency_s={spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32) for spec in rewards},
+        split=split,
+        step=step,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,28 @@ Ints = npt.NDArray[np.intp]
 Gather = Callable[[Any], Sequence[Any]]
 """Takes this rank's object, returns those of all ranks in the same order on each.
 
-The object is a list of plain data (text, numbers, bytes, lists, mappings, None) and the group ids as they are.
+The object is a list of plain data: text, numbers, bytes, lists, mappings by text, None.
 """
 
 LARGEST = float(np.finfo(np.float32).max)
 """Rewards travel as float32; what is beyond it counts as infinite."""
+
+_WIRE_INTEGERS = range(-(2**63), 2**64)
+"""Integers that msgpack carries; others travel as text."""
+
+
+class Brought(Protocol):
+    """What a rank brings to an exchange."""
+
+    def to_plain(self) -> list[Any]:
+        """As it goes to other ranks."""
+
+    @classmethod
+    def of_plain(cls, plain: Sequence[Any]) -> Self:
+        """As it comes from other ranks."""
+
+
+Kind = TypeVar("Kind", bound=Brought)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +53,7 @@ class Columns:
 
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
-        return [list(self.names), list(self.weights), list(self.groups), self.rewards.tobytes()]
+        return [list(self.names), list(self.weights), plain_of_ids(self.groups), self.rewards.tobytes()]
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> Columns:
@@ -75,8 +92,7 @@ def tabulate(
     gather: Gather | None,
 ) -> Table:
     """The samples of all ranks; arguments are those of `advantages.weighted_sum`."""
-    plain, mine = exchange(lambda: _columns(rewards, groups, weights, valid).to_plain(), gather)
-    everyone = [Columns.of_plain(one) for one in plain]
+    everyone, mine = exchange(Columns, lambda: _columns(rewards, groups, weights, valid), gather)
     first = everyone[0]
     for columns in everyone:
         if (columns.names, columns.weights) != (first.names, first.weights):
@@ -96,28 +112,38 @@ def tabulate(
     )
 
 
-def exchange(make: Callable[[], list[Any]], gather: Gather | None) -> tuple[list[list[Any]], int]:
-    """What `make` gives on each rank, and which is ours.
-
-    `gather` is called exactly once, also where `make` raises `ValueError` or `TypeError`: then all ranks raise, and
-    none waits for one that has left.
-    """
+def exchange(kind: type[Kind], make: Callable[[], Kind], gather: Gather | None) -> tuple[list[Kind], int]:
+    """What `make` gives on each rank, and which is ours; `gather` and errors are those of `exchange_plain`."""
     if gather is None:
         return [make()], 0
+    plain, mine = exchange_plain(lambda: make().to_plain(), gather)
+    return [kind.of_plain(one) for one in plain], mine
+
+
+def exchange_plain(make: Callable[[], list[Any]], gather: Gather) -> tuple[list[list[Any]], int]:
+    """What `make` gives on each rank, and which is ours.
+
+    `gather` is called exactly once, also where `make` raises: then all ranks raise, and none waits for one that has
+    left.
+
+    Raises:
+        ValueError: `make` raised on a rank; names each, and why.
+    """
     token = uuid.uuid4().hex
     made: list[Any] | None = None
-    problem = None
+    problem, cause = None, None
     try:
         made = make()
-    except (TypeError, ValueError) as error:
-        problem = str(error)
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        cause = error
     answers = list(gather([token, problem, made]))
     tokens = [answer[0] for answer in answers]
     if token not in tokens:
         raise ValueError("gather must return the objects of all ranks, this one's among them")
     problems = [f"rank {i} of those gathered: {answer[1]}" for i, answer in enumerate(answers) if answer[1] is not None]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("; ".join(problems)) from cause
     return [answer[2] for answer in answers], tokens.index(token)
 
 
@@ -127,9 +153,43 @@ def number(groups: Any) -> tuple[Ints, int]:
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
 
 
-def ids_of(plain: Any) -> tuple[Hashable, ...]:
-    """Group ids as they come from other ranks; a tuple may have become a list on its way."""
-    return tuple(ids_of(one) if isinstance(one, list | tuple) else one for one in plain)
+def ids(groups: Any) -> tuple[Hashable, ...]:
+    """Group ids as plain objects; those in arrays or tensors, and numpy's numbers, by value.
+
+    Raises:
+        ValueError: One is not hashable; says where.
+    """
+    listed = groups.tolist() if hasattr(groups, "tolist") else groups
+    found = tuple(one.item() if isinstance(one, np.generic) or hasattr(one, "detach") else one for one in listed)
+    for i, group in enumerate(found):
+        try:
+            hash(group)
+        except TypeError:
+            raise ValueError(f"group ids must be hashable, found a {type(group).__name__} at {i}") from None
+    return found
+
+
+def plain_of_ids(groups: Iterable[Hashable]) -> list[Any]:
+    """Group ids as plain data, of which `ids_of` makes equal ids on another rank.
+
+    Raises:
+        ValueError: One is of a type of which that is not known; says where.
+    """
+    plain = []
+    for i, group in enumerate(groups):
+        try:
+            plain.append(_plain_of_id(group))
+        except TypeError as error:
+            raise ValueError(
+                "group ids that several ranks compare must be text, bytes, integers, floats, None, or tuples and "
+                f"frozensets of these; found a {error} at {i}"
+            ) from None
+    return plain
+
+
+def ids_of(plain: Iterable[Any]) -> tuple[Hashable, ...]:
+    """Group ids as they come from other ranks."""
+    return tuple(_id_of(one) for one in plain)
 
 
 def floats_of(data: bytes) -> Floats:
@@ -150,15 +210,15 @@ def _columns(
     weights: Mapping[str, float],
     valid: Mapping[str, Any] | None,
 ) -> Columns:
-    ids = _ids(groups)
+    group_ids = ids(groups)
     counting = _check_weights(rewards, weights)
     unknown = sorted(set(valid or ()) - set(rewards))
     if unknown:
         raise ValueError(f"valid has {', '.join(unknown)}, rewards are {', '.join(sorted(rewards))}")
-    columns = np.full((len(ids), len(counting)), np.nan)
+    columns = np.full((len(group_ids), len(counting)), np.nan)
     for k, name in enumerate(counting):
-        columns[:, k] = _votes(name, rewards[name], (valid or {}).get(name), len(ids))
-    return Columns(tuple(counting), tuple(counting.values()), ids, columns)
+        columns[:, k] = _votes(name, rewards[name], (valid or {}).get(name), len(group_ids))
+    return Columns(tuple(counting), tuple(counting.values()), group_ids, columns)
 
 
 def _check_weights(rewards: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, float]:
@@ -188,13 +248,37 @@ def _votes(name: str, values: Any, valid: Any, num_samples: int) -> Floats:
     return np.where(votes, column, np.nan)
 
 
-def _ids(groups: Any) -> tuple[Hashable, ...]:
-    """Group ids as plain objects; those in an array or a tensor by value."""
-    listed = groups.tolist() if hasattr(groups, "tolist") else groups
-    ids = tuple(one.item() if isinstance(one, np.generic) else one for one in listed)
-    for i, group in enumerate(ids):
+def _plain_of_id(one: Any) -> Any:
+    """A scalar as it is; what msgpack has no type for as `[tag, ...]`. Raises TypeError with the name of its type."""
+    if isinstance(one, np.generic):
+        one = one.item()
+    if one is None or isinstance(one, bool | bytes):
+        return one
+    if isinstance(one, int):
+        return int(one) if one in _WIRE_INTEGERS else ["integer", hex(one)]
+    if isinstance(one, float):
+        return float(one)
+    if isinstance(one, str):
+        text = str.__str__(one)
         try:
-            hash(group)
-        except TypeError:
-            raise ValueError(f"group ids must be hashable, found a {type(group).__name__} at {i}") from None
-    return ids
+            text.encode()
+        except UnicodeEncodeError:
+            return ["text", text.encode(errors="surrogatepass")]
+        return text
+    if isinstance(one, tuple):
+        return ["tuple", *map(_plain_of_id, one)]
+    if isinstance(one, frozenset):
+        return ["frozenset", *map(_plain_of_id, one)]
+    raise TypeError(type(one).__name__)
+
+
+def _id_of(plain: Any) -> Hashable:
+    if not isinstance(plain, list | tuple):
+        one: Hashable = plain
+        return one
+    tag, *rest = plain
+    if tag == "integer":
+        return int(rest[0], 16)
+    if tag == "text":
+        return bytes(rest[0]).decode(errors="surrogatepass")
+    return (tuple if tag == "tuple" else frozenset)(map(_id_of, rest))
