@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -25,6 +25,7 @@ from trainer_client.adoption import adopt
 from trainer_client.advantages import Advantages, Method, advantages_of
 from trainer_client.board import Slot
 from trainer_client.lease import Lease
+from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
 from trainer_client.session import Session, check_servers
@@ -275,7 +276,8 @@ class RewardClient:
             "wait_s": time.monotonic() - started,
             **session.sender.times.as_dict(),
         }
-        batch = batch_of(slots, rewards, late, session.groups.why_open, times)
+        place = (split, number) if ticket is None else (ticket.split, ticket.step)
+        batch = batch_of(slots, rewards, late, session.groups.why_open, times, *place)
         error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in rewards}, self.max_failure_rate)
         if is_shared:
             error = of_all_ranks(self._ranks, f"{split} step {number}", error, batch, started + timeout_s)
@@ -290,6 +292,7 @@ class RewardClient:
         batch: RewardBatch,
         method: Method | None = None,
         *,
+        noise_floor: bool = True,
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> Advantages:
@@ -297,18 +300,46 @@ class RewardClient:
 
         Args:
             method: `gdpo`, `sum`, or a function of one's own; as the config's `train:` block says, else `gdpo`.
+            noise_floor: Count a reward that differs in a group by rounding only as constant; False is Flow-Factory's
+                way. A function of one's own does not get it.
             gather: Exchanges objects between ranks, `torch.distributed`'s for example. With `world_size > 1` they go
                 through Redis unless given; all ranks must call this then.
             timeout_s: How long the other ranks are waited for, through Redis.
 
         Raises:
-            ValueError: The method is unknown, or one's own returns what are no advantages; on all ranks.
+            ValueError: The method is unknown, or one's own raises, or returns what are no advantages; on all ranks.
             RanksMissingError: Other ranks did not call this in time.
         """
-        if gather is None and self.world_size > 1:
-            gather = self._ranks.gatherer("advantages", timeout_s)
+        gather = self._gather("advantages", batch, gather, timeout_s)
         chosen = self.config.advantage_aggregation if method is None else method
-        return advantages_of(batch, batch.weights, chosen, global_std=self.config.global_std, gather=gather)
+        return advantages_of(
+            batch, batch.weights, chosen, global_std=self.config.global_std, gather=gather, noise_floor=noise_floor
+        )
+
+    def metrics(
+        self,
+        batch: RewardBatch,
+        advantages: Any = None,
+        *,
+        prefix: str | None = None,
+        gather: Gather | None = None,
+        timeout_s: float = 60.0,
+    ) -> dict[str, float]:
+        """A batch in numbers for a logger, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
+        return metrics(batch, advantages, prefix=prefix, gather=self._gather("metrics", batch, gather, timeout_s))
+
+    def failure_rate_by_group(
+        self, batch: RewardBatch, *, gather: Gather | None = None, timeout_s: float = 60.0
+    ) -> dict[Hashable, dict[str, float]]:
+        """What fails in which group, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
+        return failure_rate_by_group(batch, gather=self._gather("failures", batch, gather, timeout_s))
+
+    def _gather(self, what: str, batch: RewardBatch, given: Gather | None, timeout_s: float) -> Gather | None:
+        if given is not None or self.world_size == 1:
+            return given
+        with self._lock:
+            self._open_session()  # which keeps the lease, without which an answer does not count
+        return self._ranks.gatherer(f"{what} of {batch.split} step {batch.step}", timeout_s)
 
     # --- private: sessions -----------------------------------------------------------------------
 

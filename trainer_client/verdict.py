@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tasks.errors import CollectTimeoutError, RanksMissingError, ScoringError
@@ -47,12 +47,17 @@ def of_all_ranks(
     """
     mine = ["late" if isinstance(error, CollectTimeoutError) else "failed", str(error)] if error else ["ok", ""]
     try:
-        verdicts = ranks.gather(topic, mine, deadline)
+        verdicts = ranks.gather(topic, mine, deadline, _is_late)
     except RanksMissingError as missing:
         return CollectTimeoutError(f"{missing}\n{error or ''}".rstrip(), batch)
     others = [f"rank {r}: {words}" for r, (kind, words) in enumerate(verdicts) if kind != "ok" and r != ranks.rank]
-    if any(kind == "late" for kind, _ in verdicts):
+    if _is_late(verdicts):
         return CollectTimeoutError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
     if others:
         return ScoringError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
     return error
+
+
+def _is_late(verdicts: Sequence[Sequence[str]]) -> bool:
+    """Whether the step stays open, and all ranks collect it again."""
+    return any(kind == "late" for kind, _ in verdicts)
