@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,29 +85,59 @@ def test_what_has_no_value_has_no_key() -> None:
     assert metrics(batch_of({"a": []}, [])) == {"train/reward_a_cache_hits": 0.0}
 
 
+def part(batch: RewardBatch, start: int, stop: int) -> RewardBatch:
+    """What one rank has of it."""
+    cut = slice(start, stop)
+    return batch_of(
+        {name: list(values[cut]) for name, values in batch.rewards.items()},
+        list(batch.groups[cut]),
+        tuple(
+            Failed(f.sample - start, f.reward, f.kind, f.message, f.attempts)
+            for f in batch.failures
+            if start <= f.sample < stop
+        ),
+        dict(batch.weights),
+        num_hits={"a": 4, "b": 0} if start == 0 else {"a": 0, "b": 0},
+        latency_s={name: values[cut] for name, values in batch.latency_s.items()},
+    )
+
+
+CUTS = [(0, 2), (2, 4), (4, 6)]
+
+
 def test_the_numbers_of_several_ranks_are_those_of_one(batch: RewardBatch) -> None:
     advantages = gdpo(batch.rewards, batch.groups, batch.weights)
 
-    def part(start: int, stop: int) -> RewardBatch:
-        cut = slice(start, stop)
-        return batch_of(
-            {name: list(values[cut]) for name, values in batch.rewards.items()},
-            list(batch.groups[cut]),
-            tuple(
-                Failed(f.sample - start, f.reward, f.kind, f.message, f.attempts)
-                for f in batch.failures
-                if start <= f.sample < stop
-            ),
-            dict(batch.weights),
-            num_hits={"a": 4, "b": 0} if start == 0 else {"a": 0, "b": 0},
-            latency_s={name: values[cut] for name, values in batch.latency_s.items()},
-        )
+    def on_rank(rank: int, gather: Any) -> Any:
+        return metrics(part(batch, *CUTS[rank]), advantages[slice(*CUTS[rank])], gather=gather)
 
-    cuts = [(0, 2), (2, 6)]
-    found = Ranks(2).run(lambda rank, gather: metrics(part(*cuts[rank]), advantages[slice(*cuts[rank])], gather=gather))
-    for of_rank in found:
-        assert of_rank == pytest.approx(metrics(batch, advantages))
+    for found in Ranks(3).run(on_rank):
+        assert found == pytest.approx(metrics(batch, advantages))
+
+
+def test_numbers_are_named_after_the_split_unless_told_otherwise() -> None:
+    evaluated = batch_of({"a": [1, 2]}, [0, 0], split="eval")
+    assert "eval/reward_a_mean" in metrics(evaluated)
+    assert "test/reward_a_mean" in metrics(evaluated, prefix="test")
 
 
 def test_failures_are_reported_by_group(batch: RewardBatch) -> None:
-    assert failure_rate_by_group(batch) == {"cat": {"a": 0.0, "b": 0.0}, "dog": {"a": 0.0, "b": 2 / 3}}
+    expected = {"cat": {"a": 0.0, "b": 0.0}, "dog": {"a": 0.0, "b": 2 / 3}}
+    assert failure_rate_by_group(batch) == expected
+    for found in Ranks(3).run(lambda rank, gather: failure_rate_by_group(part(batch, *CUTS[rank]), gather=gather)):
+        assert found == expected
+
+
+@pytest.mark.parametrize("group", [np.int64(7), 2**70, ("cat", frozenset({1, None}))])
+def test_groups_of_ranks_keep_their_ids(group: Any) -> None:
+    ranks = [batch_of({"a": [1, 2]}, [group] * 2), batch_of({"a": [3]}, [group])]
+    for found in Ranks(2).run(lambda rank, gather: metrics(ranks[rank], gather=gather)):
+        assert found["train/reward_a_group_std_mean"] == pytest.approx(math.sqrt(2 / 3))
+    for by_group in Ranks(2).run(lambda rank, gather: failure_rate_by_group(ranks[rank], gather=gather)):
+        assert by_group == {group: {"a": 0.0}}
+
+
+@pytest.mark.parametrize("told", [metrics, failure_rate_by_group])
+def test_ranks_with_other_rewards_are_an_error_on_all(told: Any) -> None:
+    for raised in Ranks(2).run(lambda rank, gather: told(batch_of({"ab"[rank]: [1.0]}, ["g"]), gather=gather)):
+        assert "ranks must have the same rewards, found [['a'], ['b']]" in str(raised)
