@@ -16,9 +16,12 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from tasks import keys
-from tasks.connections import DEFAULT_SENTINELS, check_reachable, connect_for_media
+from tasks.connections import DEFAULT_SENTINELS, check_eviction, check_reachable, connect_for_media
 from tasks.errors import RedisUnreachableError, SettingsError
 from tasks.settings import Sentinels, Settings
+
+NAMES_A_CALL = 1000
+"""Payloads renewed or dropped in one call of a script; more go in several, so that Redis serves others between them."""
 
 
 class PayloadStore(Protocol):
@@ -58,29 +61,39 @@ def open_store(settings: Settings) -> PayloadStore:
 
 
 _LEDGER = """
+local ledger, sum, ttl_ms = KEYS[1], KEYS[2], tonumber(ARGV[1])
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local function forget(member)
-  if redis.call('ZREM', KEYS[1], member) == 1 then
-    redis.call('DECRBY', KEYS[2], string.match(member, '^(%d+)|'))
+  if redis.call('ZREM', ledger, member) == 1 then redis.call('DECRBY', sum, string.match(member, '^(%d+)|')) end
+end
+local gone = {}
+for i = 3, #KEYS do
+  local member = redis.call('STRLEN', KEYS[i]) .. '|' .. KEYS[i]
+  if ttl_ms == 0 then
+    redis.call('UNLINK', KEYS[i])
+    forget(member)
+  elseif redis.call('PEXPIRE', KEYS[i], ttl_ms) == 0 then
+    gone[#gone + 1] = i - 3
+  elseif redis.call('ZADD', ledger, now_ms + ttl_ms, member) == 1 then
+    redis.call('INCRBY', sum, string.match(member, '^(%d+)|'))
   end
 end
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now_ms, 'LIMIT', 0, 1000)) do forget(member) end
-local ttl_ms = tonumber(ARGV[1])
-for i = 2, #ARGV do
-  if ttl_ms == 0 then forget(ARGV[i])
-  elseif redis.call('ZADD', KEYS[1], now_ms + ttl_ms, ARGV[i]) == 1 then
-    redis.call('INCRBY', KEYS[2], string.match(ARGV[i], '^(%d+)|'))
-  end
-end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', ledger, '-inf', now_ms, 'LIMIT', 0, 1000)) do forget(member) end
+if redis.call('EXISTS', ledger) < redis.call('EXISTS', sum) then redis.call('DEL', sum) end
 if ttl_ms > 0 then
   for i = 1, 2 do
     if redis.call('PTTL', KEYS[i]) < ttl_ms then redis.call('PEXPIRE', KEYS[i], ttl_ms) end
   end
 end
-return redis.call('GET', KEYS[2])
+return {tonumber(redis.call('GET', sum) or '0'), gone}
 """
-"""KEYS: ledger, sum. ARGV: time to live in ms (0 forgets), then members `<num_bytes>|<name>`. Returns the sum."""
+"""KEYS: ledger, sum, then payloads, which live `ARGV[1]` ms from now and are counted so long; 0 drops them. Returns the
+sum, and the places of those that are gone.
+
+Sizes are asked for where the payloads are: whoever renews or drops one need not have stored it. A server that is full
+refuses writes that need room, but none once a script has begun to write: none of those comes first here, so that the
+sum stays that of the ledger."""
 
 
 class RedisStore:
@@ -89,7 +102,6 @@ class RedisStore:
     def __init__(self, url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> None:
         self._url = url
         self._redis = connect_for_media(url, sentinels)
-        self._sizes: dict[str, int] = {}
 
     def identity(self) -> str:
         known = cast(bytes | None, self._redis.get(keys.STORE_IDENTITY))
@@ -102,14 +114,12 @@ class RedisStore:
 
     def put(self, payloads: Mapping[str, Any], ttl_s: float) -> None:
         ttl_ms = round(1000 * ttl_s)
-        views = {name: _flat(data) for name, data in payloads.items()}
-        sizes = {name: len(view) for name, view in views.items()}
         with self._redis.pipeline(transaction=False) as pipe:
-            for name, view in views.items():
-                pipe.set(keys.payload(name), view, px=ttl_ms)
-            self._count(pipe, sizes, ttl_ms)
+            for name, data in payloads.items():
+                pipe.set(keys.payload(name), _flat(data), px=ttl_ms)
+            for some in _some(list(payloads)):
+                self._count(pipe, some, ttl_ms)
             pipe.execute()
-        self._sizes.update(sizes)
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         if not names:
@@ -120,43 +130,34 @@ class RedisStore:
             return cast(list[bytes | None], pipe.execute())
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
-        if not names:
-            return []
         ttl_ms = round(1000 * ttl_s)
-        with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.pexpire(keys.payload(name), ttl_ms)
-            there = pipe.execute()
-        found = dict(zip(names, there, strict=True))
-        live = {name: self._sizes[name] for name in found if found[name] and name in self._sizes}
-        self._count(self._redis, live, ttl_ms)
-        return [name for name in found if not found[name]]
+        return [some[i] for some in _some(names) for i in self._count(self._redis, some, ttl_ms)[1]]
 
     def free(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.unlink(*(keys.payload(name) for name in names))
-            self._count(pipe, {n: self._sizes[n] for n in names if n in self._sizes}, 0)
-            pipe.execute()
-        for name in names:
-            self._sizes.pop(name, None)
+        for some in _some(names):
+            self._count(self._redis, some, 0)
 
     def bytes_in_use(self) -> int:
-        return int(self._redis.eval(_LEDGER, 2, keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, 0) or 0)
+        return int(self._count(self._redis, (), 0)[0])
 
     def check(self) -> None:
         check_reachable(self._redis, self._url, "Redis for payloads")
+        check_eviction(self._redis, self._url)
 
     def close(self) -> None:
         self._redis.close()
 
-    def _count(self, client: Any, sizes: Mapping[str, int], ttl_ms: int) -> None:
-        """Enter payloads in the ledger until they expire; 0 takes them out."""
-        if sizes:
-            members = [f"{num_bytes}|{name}" for name, num_bytes in sizes.items()]
-            # The script itself and not its hash, which redis-py would ask for before each pipeline.
-            client.eval(_LEDGER, 2, keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, ttl_ms, *members)
+    @staticmethod
+    def _count(client: Any, names: Sequence[str], ttl_ms: int) -> Any:
+        """Let payloads live on and be counted; 0 drops them. What the script returns, or a pipeline to be executed."""
+        own = [keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, *map(keys.payload, names)]
+        # The script itself and not its hash, which redis-py would ask for before each pipeline.
+        return client.eval(_LEDGER, len(own), *own, ttl_ms)
+
+
+def _some(names: Sequence[str]) -> Iterable[Sequence[str]]:
+    """The names in runs of `NAMES_A_CALL`."""
+    return (names[start : start + NAMES_A_CALL] for start in range(0, len(names), NAMES_A_CALL))
 
 
 def _flat(data: Any) -> Any:
@@ -168,14 +169,17 @@ def _flat(data: Any) -> Any:
 class FileStore:
     """Payloads as files below a folder in memory (`/dev/shm`), for workers on the trainer's host.
 
-    A file's time of modification is when it expires. Expired files are swept by whoever puts, at most every 10 s, and
-    by whoever asks how many bytes are in use.
+    A file's time of modification is when it expires. Expired files are swept by whoever asks how many bytes are in use,
+    and at most every 10 s by whoever puts or asks for the identity: each worker's heartbeat does. Files of other names
+    are left alone: the folder may be one that others use too.
     """
 
     SWEEP_EVERY_S = 10.0
     WRITING_S = 60.0
     """A file that is being written is left alone for so long."""
     IDENTITY = "identity"
+    SUFFIX = ".payload"
+    """Of all files that are swept and counted; those that are being written begin with a dot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -186,6 +190,7 @@ class FileStore:
             raise SettingsError(f"REWARDQ_PAYLOAD_URL: cannot make the folder {folder}: {error.strerror}") from None
 
     def identity(self) -> str:
+        self._sweep_now_and_then()
         path = self._folder / self.IDENTITY
         if not path.exists():
             with contextlib.suppress(FileExistsError):
@@ -193,9 +198,7 @@ class FileStore:
         return path.read_text()
 
     def put(self, payloads: Mapping[str, Any], ttl_s: float) -> None:
-        if time.monotonic() - self._swept_at > self.SWEEP_EVERY_S:
-            self._swept_at = time.monotonic()
-            self.sweep()
+        self._sweep_now_and_then()
         expires_at = time.time() + ttl_s
         for name, data in payloads.items():
             self._write(self._path(name), data, expires_at)
@@ -204,18 +207,12 @@ class FileStore:
         return [self._read(self._path(name)) for name in names]
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
-        expires_at = time.time() + ttl_s
-        gone = []
-        for name in names:
-            try:
-                os.utime(self._path(name), (expires_at, expires_at))
-            except FileNotFoundError:
-                gone.append(name)
-        return gone
+        now = time.time()
+        return [name for name in names if not self._renew(self._path(name), now, now + ttl_s)]
 
     def free(self, names: Sequence[str]) -> None:
         for name in names:
-            self._path(name).unlink(missing_ok=True)
+            self._drop(self._path(name))
 
     def bytes_in_use(self) -> int:
         self.sweep()
@@ -226,8 +223,7 @@ class FileStore:
         now, num_dropped = time.time(), 0
         for path, stat in self._files():
             if stat.st_mtime + (self.WRITING_S if path.name.startswith(".") else 0.0) < now:
-                path.unlink(missing_ok=True)
-                num_dropped += 1
+                num_dropped += self._drop(path)
         return num_dropped
 
     def check(self) -> None:
@@ -238,9 +234,9 @@ class FileStore:
         """Nothing is held open."""
 
     def _path(self, name: str) -> Path:
-        if "/" in name or name.startswith(".") or name == self.IDENTITY:
+        if "/" in name or name.startswith("."):
             raise ValueError(f"not a payload name: {name!r}")
-        return self._folder / name
+        return self._folder / f"{name}{self.SUFFIX}"
 
     def _files(self) -> Iterable[tuple[Path, os.stat_result]]:
         try:
@@ -249,9 +245,36 @@ class FileStore:
             return
         with entries:
             for entry in entries:
-                if entry.name != self.IDENTITY:
+                if entry.name.endswith(self.SUFFIX):
                     with contextlib.suppress(FileNotFoundError):
-                        yield Path(entry.path), entry.stat()
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+    def _sweep_now_and_then(self) -> None:
+        if time.monotonic() - self._swept_at > self.SWEEP_EVERY_S:
+            self._swept_at = time.monotonic()
+            self.sweep()
+
+    @staticmethod
+    def _drop(path: Path) -> bool:
+        """Whether it could be; in a folder like `/tmp` (mode 1777) another user's file is that user's to drop."""
+        try:
+            path.unlink()
+        except (FileNotFoundError, PermissionError):
+            return False
+        return True
+
+    @staticmethod
+    def _renew(path: Path, now: float, expires_at: float) -> bool:
+        """Whether it was there; one that has expired is not: somebody may be about to sweep it."""
+        try:
+            if path.stat().st_mtime <= now:
+                return False
+            os.utime(path, (expires_at, expires_at))
+        except FileNotFoundError:
+            return False
+        except PermissionError:  # another user's; it lives for as long as that one says
+            return True
+        return True
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
@@ -261,14 +284,17 @@ class FileStore:
             return None
 
     def _write(self, path: Path, data: Any, expires_at: float | None = None, only_new: bool = False) -> None:
-        """Write beside, then rename, so that a reader sees all or nothing."""
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            try:
-                beside.write_bytes(data)
-            except FileNotFoundError:  # the folder was removed by hand
-                self._folder.mkdir(parents=True, exist_ok=True)
-                beside.write_bytes(data)
+            self._write_beside(path, data, expires_at, only_new)
+        except FileNotFoundError:  # the folder was removed by hand, or we were stopped for long, and our file swept
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write_beside(path, data, expires_at, only_new)
+
+    def _write_beside(self, path: Path, data: Any, expires_at: float | None, only_new: bool) -> None:
+        """Write beside, then rename, so that a reader sees all or nothing."""
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{self.SUFFIX}")
+        try:
+            beside.write_bytes(data)
             if expires_at is not None:
                 os.utime(beside, (expires_at, expires_at))
             if only_new:

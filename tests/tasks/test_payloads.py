@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import os
+import random
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tasks.errors import RedisUnreachableError, SettingsError
+from tasks.connections import LOST
+from tasks.errors import EvictionError, RedisUnreachableError, SettingsError
 from tasks.payloads import FileStore, RedisStore, open_store
 from tasks.settings import load_settings
 from tests.servers import wait_until
+
+NOBODY = 65534
 
 PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -220,6 +226,111 @@ def test_bytes_in_use_are_right_after_redis_was_emptied(redis_server, redis_url)
     store.close()
 
 
+def test_who_frees_or_renews_payloads_need_not_be_who_stored_them(open_one):
+    gone, successor = open_one(), open_one()
+    gone.put({"c.1": b"12345", "c.2": b"123", "c.3": b"", "c.4": b"1"}, ttl_s=0.8)
+    assert successor.renew(["c.1", "c.2", "none"], ttl_s=60) == ["none"]
+    wait_until(lambda: successor.bytes_in_use() == 8)
+    time.sleep(0.2)  # the rest has expired, and is counted no more
+    assert successor.get(["c.1", "c.4"]) == [b"12345", None]
+    successor.free(["c.1", "c.2", "c.3"])
+    assert successor.bytes_in_use() == gone.bytes_in_use() == 0
+
+
+def test_many_more_payloads_than_one_call_takes_are_renewed_and_freed(open_one):
+    gone, successor = open_one(), open_one()
+    names = [f"c.{i}" for i in range(2500)]
+    gone.put(dict.fromkeys(names, b"12"), ttl_s=60)
+    assert successor.bytes_in_use() == 5000
+    assert successor.renew(["x.1", *names, "x.2"], ttl_s=60) == ["x.1", "x.2"]
+    successor.free(names)
+    assert successor.bytes_in_use() == 0
+    assert successor.get(names[-1:]) == [None]
+
+
+def test_bytes_in_use_are_right_whoever_stores_renews_and_frees_at_the_same_time(open_one):
+    stores, start = [open_one() for _ in range(4)], threading.Barrier(4)
+
+    def work(store, seed):
+        rng = random.Random(seed)
+        start.wait()
+        for _ in range(150):
+            name = f"c.{rng.randrange(6)}"  # of a size of its own, as content is
+            call = rng.choice(
+                [
+                    lambda n=name: store.put({n: b"x" * 10 ** int(n[-1])}, ttl_s=60),
+                    lambda n=name: store.free([n]),
+                    lambda n=name: store.renew([n], ttl_s=60),
+                ]
+            )
+            call()
+
+    threads = [threading.Thread(target=work, args=(store, seed)) for seed, store in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [f"c.{i}" for i in range(6)]
+    there = sum(len(data) for data in stores[0].get(names) if data is not None)
+    assert stores[0].bytes_in_use() == there
+    stores[1].free(names)
+    assert stores[0].bytes_in_use() == 0
+
+
+def test_no_bytes_are_counted_for_ever_when_the_last_payloads_expire_unseen(redis_server, redis_url):
+    """Redis drops the ledger with its last entries; the sum must not outlive it."""
+    store = RedisStore(redis_url)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    store.free(["c.1"])
+    store.put({"c.2": b"123"}, ttl_s=0.1)
+    time.sleep(0.3)
+    with redis_server.client() as client:
+        assert client.keys("*ledger") == []
+    assert store.bytes_in_use() == 0
+    store.put({"c.3": b"1"}, ttl_s=60)
+    assert store.bytes_in_use() == 1
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["full", "without replicas"])
+def test_a_redis_that_refuses_writes_keeps_count_and_frees_what_it_can(private_redis, how):
+    server = private_redis("--maxmemory-policy", "noeviction")
+    store = RedisStore(server.url)
+    store.put({"c.1": b"x" * 1000, "c.2": b"y" * 100}, ttl_s=60)
+    store.put({"c.3": b"z" * 10}, ttl_s=0.3)
+    setting, refusing, usual = {
+        "full": ("maxmemory", "1", "0"),
+        "without replicas": ("min-replicas-to-write", "1", "0"),
+    }[how]
+    with server.client() as admin:
+        admin.config_set(setting, refusing)
+        with pytest.raises(LOST):
+            store.put({"c.4": b"w" * 10_000}, ttl_s=60)
+        time.sleep(0.4)
+        if how == "full":
+            assert store.renew(["c.1", "c.2"], ttl_s=60) == []
+            assert store.bytes_in_use() == 1100
+            store.free(["c.1"])
+        else:
+            for call in (lambda: store.free(["c.1"]), store.bytes_in_use, lambda: store.renew(["c.1"], 60)):
+                with pytest.raises(LOST):
+                    call()
+        admin.config_set(setting, usual)
+    store.free(["c.1"])
+    assert store.bytes_in_use() == 100
+    store.free(["c.2"])
+    assert store.bytes_in_use() == 0
+    store.close()
+
+
+def test_a_payload_redis_that_drops_keys_when_it_is_full_is_refused(private_redis):
+    server = private_redis("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    store = RedisStore(server.url)
+    with pytest.raises(EvictionError, match=r"maxmemory-policy allkeys-lru.*noeviction"):
+        store.check()
+    store.close()
+
+
 def test_many_payloads_that_expire_at_once_are_forgotten(redis_url):
     store = RedisStore(redis_url)
     store.put({f"c.{i}": b"x" for i in range(2500)}, ttl_s=0.1)
@@ -239,7 +350,7 @@ def test_expired_files_are_swept_and_live_ones_are_not(folder):
     store.put({"c.2": b"123"}, ttl_s=60)
     time.sleep(0.1)
     assert store.sweep() == 1
-    assert sorted(p.name for p in folder.iterdir()) == ["c.2", "identity"]
+    assert sorted(p.name for p in folder.iterdir()) == ["c.2.payload", "identity"]
     assert store.identity() == identity
 
 
@@ -247,7 +358,77 @@ def test_a_full_store_is_swept_by_those_who_wait_for_room(folder):
     FileStore(folder).put({"dead.1": b"12345"}, ttl_s=0.05)
     time.sleep(0.1)
     assert FileStore(folder).bytes_in_use() == 0
-    assert not (folder / "dead.1").exists()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_worker_that_only_says_which_store_it_has_sweeps_what_a_killed_trainer_left(folder):
+    FileStore(folder).put({"dead.1": b"12345"}, ttl_s=0.05)
+    time.sleep(0.1)
+    FileStore(folder).identity()
+    assert [p.name for p in folder.iterdir()] == ["identity"]
+
+
+def test_what_others_keep_in_the_folder_is_neither_swept_nor_counted(folder):
+    theirs = folder / "torch_1234"
+    (folder / "below").mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    os.utime(theirs, (0, 0))
+    store = FileStore(folder)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    assert store.sweep() == 0
+    assert store.bytes_in_use() == 5
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_a_writer_that_was_stopped_while_its_file_was_swept_writes_it_again(folder, monkeypatch):
+    store, rename, lost = FileStore(folder), os.rename, []
+
+    def lose_once(source, target):
+        if not lost:
+            lost.append(source)
+            os.unlink(source)
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "rename", lose_once)
+    store.put({"c.1": b"12345"}, ttl_s=60)
+    assert lost
+    assert store.get(["c.1"]) == [b"12345"]
+
+
+def test_what_has_expired_is_not_renewed_since_another_may_be_sweeping_it(folder):
+    store = FileStore(folder)
+    store.put({"c.1": b"12345"}, ttl_s=0.05)
+    time.sleep(0.1)
+    assert store.renew(["c.1"], ttl_s=60) == ["c.1"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_files_of_another_user_in_a_folder_like_tmp_are_left_to_that_user():
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o1777)
+        use_as_two_users(folder)
+
+
+def use_as_two_users(folder):
+    theirs = FileStore(folder)
+    theirs.put({"dead.1": b"12345"}, ttl_s=0.05)
+    theirs.put({"live.1": b"123"}, ttl_s=60)
+    time.sleep(0.1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setuid(NOBODY)
+            mine = FileStore(folder)
+            mine.put({"mine.1": b"1"}, ttl_s=60)
+            mine.free(["live.1"])
+            seen = mine.get(["live.1"]), mine.renew(["live.1"], 60), mine.bytes_in_use()
+            status = 0 if seen == ([b"123"], [], 9) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert theirs.bytes_in_use() == 4
 
 
 def test_a_file_that_is_being_written_is_not_swept(folder, monkeypatch):
@@ -267,7 +448,7 @@ def test_a_file_that_is_being_written_is_not_swept(folder, monkeypatch):
 
 def test_what_a_writer_left_that_died_is_swept_after_a_while(folder):
     store = FileStore(folder)
-    half = folder / ".c.1.abcd"
+    half = folder / ".c.1.payload.abcd.payload"
     half.write_bytes(b"12")
     store.sweep()
     assert half.exists()
@@ -288,7 +469,7 @@ def test_nothing_half_written_is_left_behind(folder):
 def test_a_folder_that_was_removed_is_made_again(folder):
     store = FileStore(folder)
     store.put({"c.1": b"12345"}, ttl_s=60)
-    (folder / "c.1").unlink()
+    (folder / "c.1.payload").unlink()
     folder.rmdir()
     assert store.get(["c.1"]) == [None]
     assert store.renew(["c.1"], ttl_s=60) == ["c.1"]
@@ -304,7 +485,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         FileStore(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden", "identity"])
+@pytest.mark.parametrize("name", ["../outside", "a/b", ".hidden"])
 def test_a_name_cannot_leave_the_folder(folder, name):
     store = FileStore(folder)
     with pytest.raises(ValueError, match="not a payload name"):
