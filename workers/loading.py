@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,6 +25,9 @@ log = logging.getLogger(__name__)
 RETRY_LOAD_S = 60.0
 """A model that could not be loaded is not tried again for this long; its samples get the reason at once."""
 
+OUTDATED_S = 600.0
+"""A model of another launch that was not used for this long goes when its computation is loaded anew. Two jobs that run
+at the same time use theirs more often."""
 
 Instance = tuple[str, str]
 """What an instance of a model is kept under: its fingerprint, which does not say how a server is asked, and that."""
@@ -44,6 +46,22 @@ class LoadedModel:
     """The batch size that fitted into the device's memory."""
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A load, done or under way, and who uses it."""
+
+    call: RewardCall
+    load: Future[LoadedModel] = field(default_factory=Future)
+    num_lent: int = 0
+    used_at: float = 0.0
+    """When it was last given back (monotonic)."""
+    failed_at: float = 0.0
+
+    @property
+    def has_failed(self) -> bool:
+        return self.load.done() and self.load.exception() is not None
+
+
 class Models:
     """The reward models of a process: each is loaded once, whoever asks first. Safe between threads.
 
@@ -53,28 +71,25 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Condition()
-        self._loads: dict[Instance, Future[LoadedModel]] = {}
+        self._kept: dict[Instance, _Kept] = {}
         """The most recently used last."""
-        self._num_lent: Counter[Instance] = Counter()
-        self._names: dict[Instance, str] = {}
-        self._failed_at: dict[Instance, float] = {}
 
     def is_loaded(self, call: RewardCall) -> bool:
         """Whether the model is in memory."""
-        load = self._loads.get(_instance(call))
-        return load is not None and load.done() and load.exception() is None
+        kept = self._kept.get(_instance(call))
+        return kept is not None and kept.load.done() and not kept.has_failed
 
     @property
     def loading(self) -> tuple[str, ...]:
         """Fingerprints of models that are being loaded now."""
         with self._lock:
-            return tuple(fingerprint for (fingerprint, _), load in self._loads.items() if not load.done())
+            return tuple(kept.call.fingerprint for kept in self._kept.values() if not kept.load.done())
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models in memory."""
         with self._lock:
-            loaded = [self._names[key] for key, load in self._loads.items() if load.done() and not _has_failed(load)]
+            loaded = [k.call.model for k in self._kept.values() if k.load.done() and not k.has_failed]
         return tuple(dict.fromkeys(loaded))
 
     @contextlib.contextmanager
@@ -86,60 +101,83 @@ class Models:
         Raises:
             ModelLoadError: Says which model, and what to install, allow or mend.
         """
-        key = _instance(call)
-        load, is_first = self._reserve(key, call.model)
+        kept, is_first = self._reserve(call)
         try:
             if is_first:
-                self._load_into(load, call)
-            yield load.result()
+                self._load_into(kept)
+            error = kept.load.exception()
+            if error is not None:
+                raise ModelLoadError(str(error))  # a new one: each raise adds to its traceback, which holds all frames
+            yield kept.load.result()
         finally:
             with self._lock:
-                self._num_lent[key] -= 1
+                kept.num_lent -= 1
+                kept.used_at = time.monotonic()
                 self._lock.notify_all()
 
-    def _reserve(self, key: Instance, name: str) -> tuple[Future[LoadedModel], bool]:
+    def _reserve(self, call: RewardCall) -> tuple[_Kept, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""
+        key = _instance(call)
         with self._lock:
+            if not self._is_kept(key):
+                self._evict_outdated(call)
             self._lock.wait_for(lambda: self._is_kept(key) or self._make_room(key))
             is_first = not self._is_kept(key)
-            load: Future[LoadedModel] = Future() if is_first else self._loads[key]
-            self._loads.pop(key, None)
-            self._loads[key] = load
-            self._names[key] = name
-            self._num_lent[key] += 1
-        return load, is_first
+            kept = _Kept(call) if is_first else self._kept[key]
+            self._kept.pop(key, None)
+            self._kept[key] = kept
+            kept.num_lent += 1
+        return kept, is_first
 
     def _is_kept(self, key: Instance) -> bool:
         """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
-        load = self._loads.get(key)
-        if load is None or not _has_failed(load):
-            return load is not None
-        return time.monotonic() - self._failed_at[key] <= RETRY_LOAD_S
+        kept = self._kept.get(key)
+        return kept is not None and not (kept.has_failed and time.monotonic() - kept.failed_at > RETRY_LOAD_S)
+
+    def _evict_outdated(self, call: RewardCall) -> None:
+        """Drop what earlier launches left of this computation, and loads that failed; nobody may ask for them again."""
+        now = time.monotonic()
+        outdated = [
+            key
+            for key, kept in self._kept.items()
+            if not kept.num_lent
+            and (
+                now - kept.failed_at > RETRY_LOAD_S
+                if kept.has_failed
+                else now - kept.used_at > OUTDATED_S and _differ_in_launch(kept.call, call)
+            )
+        ]
+        if outdated:
+            self._evict(*outdated)
 
     def _make_room(self, key: Instance) -> bool:
         """Whether one more model may be loaded, after evicting one that nobody uses."""
-        kept = [k for k, load in self._loads.items() if _is_local(k) and not _has_failed(load)]
-        if not self._settings.max_models or not _is_local(key) or len(kept) < self._settings.max_models:
+        local = [k for k, kept in self._kept.items() if _is_local(k) and not kept.has_failed]
+        if not self._settings.max_models or not _is_local(key) or len(local) < self._settings.max_models:
             return True
-        unused = next((k for k in kept if not self._num_lent[k]), None)
+        unused = next((k for k in local if not self._kept[k].num_lent), None)
         if unused is None:
             return False
-        del self._loads[unused]
-        log.info("evicted reward=%s", self._names.pop(unused))
-        free_memory()
+        self._evict(unused)
         return True
 
-    def _load_into(self, load: Future[LoadedModel], call: RewardCall) -> None:
+    def _evict(self, *keys: Instance) -> None:
+        for key in keys:
+            log.info("evicted reward=%s", self._kept.pop(key).call.model)
+        free_memory()
+
+    def _load_into(self, kept: _Kept) -> None:
         started = time.perf_counter()
+        call = kept.call
         try:
             model = LoadedModel(build(call, self._settings))
         except BaseException as error:  # a reward model's constructor may raise anything, SystemExit too
-            self._failed_at[_instance(call)] = time.monotonic()
+            kept.failed_at = time.monotonic()
             log.warning("load failed reward=%s error=%s", call.model, type(error).__name__)
-            load.set_exception(_as_load_error(call, error))
+            kept.load.set_exception(_as_load_error(call, error))
         else:
             log.info("loaded reward=%s load_s=%.2f", call.model, time.perf_counter() - started)
-            load.set_result(model)
+            kept.load.set_result(model)
             return
         free_memory()
 
@@ -205,8 +243,10 @@ def _is_local(key: Instance) -> bool:
     return key[1] == ""
 
 
-def _has_failed(load: Future[LoadedModel]) -> bool:
-    return load.done() and load.exception() is not None
+def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
+    """Whether two computations are the same but for the launch, which counts where the user's code has no version."""
+    same = all(getattr(one, name) == getattr(other, name) for name in ("model", "version", "dtype", "image_format"))
+    return same and one.options == other.options and one.fingerprint != other.fingerprint
 
 
 def _class_in(path: str, name: str) -> type[RewardModel]:

@@ -106,6 +106,53 @@ def test_the_model_that_is_not_in_use_goes_though_it_was_used_later():
         assert alive() == [0, 2]
 
 
+def test_what_earlier_launches_left_of_a_computation_goes_when_it_is_loaded_anew(monkeypatch):
+    monkeypatch.setattr(loading, "OUTDATED_S", 0.2)
+    models = models_of()
+    for launch in ("one", "two", "three"):
+        use_unversioned(models, launch)
+        use_unversioned(models, launch, n=2)
+        use(models, 1)
+        time.sleep(0.3)
+        assert sorted(alive()) == [0, 1, 2]
+    assert len(made) == 3 + 3 + 1
+
+
+def test_launches_at_the_same_time_keep_theirs(monkeypatch):
+    monkeypatch.setattr(loading, "OUTDATED_S", 0.4)
+    models = models_of()
+    with models.lend(unversioned("lent")):
+        for _ in range(3):
+            use_unversioned(models, "one")
+            use_unversioned(models, "two")
+            time.sleep(0.2)
+        time.sleep(0.3)
+        use_unversioned(models, "three")
+        assert len(made) == 4
+        assert len(alive()) == 2
+        assert models.is_loaded(unversioned("lent"))
+
+
+def test_other_options_are_another_computation_however_long_unused(monkeypatch):
+    monkeypatch.setattr(loading, "OUTDATED_S", 0.0)
+    models = models_of()
+    for n in range(3):
+        use_unversioned(models, "one", n=n)
+    use_unversioned(models, "one", n=3, dtype="float32")
+    use_unversioned(models, "one", n=3, dtype="bfloat16")
+    assert alive() == [0, 1, 2, 3, 3]
+
+
+def unversioned(launch: str, **options: Any) -> RewardCall:
+    entry = {"reward_model": f"{__name__}.Mine", "n": 0, **options}
+    return RewardConfig.from_dict({"rewards": entry}).for_launch(launch).rewards[0].call
+
+
+def use_unversioned(models: Models, launch: str, **options: Any) -> None:
+    with models.lend(unversioned(launch, **options)):
+        pass
+
+
 def test_a_judge_takes_no_place():
     models = models_of(max_models=1)
     judge = RewardConfig.from_dict({"rewards": {"reward_model": "vllm_evaluate"}}).rewards[0].call
@@ -126,6 +173,25 @@ def test_a_load_that_fails_holds_no_memory_and_takes_no_place():
     use(models, 1)
     assert len(made) == 2
     assert alive() == [1]
+
+
+def test_a_load_that_failed_keeps_nothing_of_those_who_asked_and_is_forgotten_with_its_launch(monkeypatch):
+    class Request:
+        pass
+
+    def ask() -> weakref.ref[Any]:
+        request = Request()
+        with pytest.raises(ModelLoadError):
+            lend_failing(models)
+        return weakref.ref(request)
+
+    models = models_of()
+    asked = [ask() for _ in range(3)]
+    gc.collect()
+    assert [ref() for ref in asked] == [None] * 3
+    monkeypatch.setattr(loading, "RETRY_LOAD_S", 0.0)
+    use(models, 1)
+    assert len(models._kept) == 1
 
 
 def lend_failing(models: Models) -> None:
