@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+import redis
 
 from tasks.celery_app import app
 from tasks.connections import persist
@@ -27,6 +30,9 @@ from tasks.payloads import PayloadStore
 
 REDIS_AWAY_S = 120.0
 """How long a task waits for a Redis that is away before it leaves its chunk to be sent again."""
+
+MAX_ERROR_CHARS = 1000
+"""Of an error's words, as a note carries them to the client."""
 
 T = TypeVar("T")
 R = TypeVar("R", ScoreRequest, GroupRequest)
@@ -112,13 +118,14 @@ def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callab
     """Open a message at this process's desk and do its work; returns a few words for people.
 
     `work` is given the request and when it was taken (Redis's clock, ms). What cannot be read or asked now is left to
-    the client, by a note.
+    the client, by a note, and so is what `work` raises before it is raised again.
     """
     assert _desk is not None, "a worker imports workers.serving"
     queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
     try:
         return _work(_desk, queue, message, kind, work)
     except BaseException as error:
+        _note_error(_desk, message, error)
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise
         # Out of a task of a threads pool it would leak the slot: the worker looks alive and takes nothing.
@@ -160,6 +167,14 @@ def _note_missing(desk: Desk, message: Message, what: str) -> str:
         detail = f"its payload store {ours} is not the client's {message.store}; set REWARDQ_PAYLOAD_URL alike on both"
         return _leave_note(desk, message, "store", detail, ours)
     return _leave_note(desk, message, "gone", what)
+
+
+def _note_error(desk: Desk, message: Message, error: BaseException) -> None:
+    """A task that raises each time would be sent again for ever; the client is to know why it waits."""
+    words = f"the task raised {type(error).__name__}: {error}".encode("utf-8", "replace").decode()
+    with contextlib.suppress(redis.RedisError, OSError):  # what was raised may be that it is away
+        note = Note(reason="error", worker=desk.node, detail=words[:MAX_ERROR_CHARS])
+        desk.outcomes.leave_note(message.request_id, note)
 
 
 def _leave_note(desk: Desk, message: Message, reason: Any, detail: str, store: str = "") -> str:

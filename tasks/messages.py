@@ -143,11 +143,11 @@ class GroupRequest(_Message):
 
 
 class Note(_Answer):
-    """What keeps a worker from reading a request: no outcome, the client acts on it. Made by a worker."""
+    """What keeps a worker from answering a request: no outcome, the client acts on it. Made by a worker."""
 
-    reason: Literal["gone", "store", "wire", "busy"]
+    reason: Literal["gone", "store", "wire", "busy", "error"]
     """The request or a payload is not in the store; the worker uses another store; it speaks another wire version;
-    a judge's budget is in use (send it again after a pause)."""
+    a judge's budget is in use (send it again after a pause); the task raised, and not for one of its samples."""
     worker: Text
     detail: str
     store: str = ""

@@ -80,7 +80,7 @@ class Chunk:
             for sample in [s for s, starts in claimed if starts > USUAL_STARTS]:
                 self._run_suspect(model, sample, payloads)
         finally:
-            self.desk.claims.drop([s.address for s, _ in claimed], self.token)
+            self.desk.claims.drop(self.left, self.token)
             if self.left:
                 lasting(lambda: self.desk.outcomes.release(self.left, self.token))
         return self._words()
@@ -144,6 +144,7 @@ class Chunk:
             for a, o in outcomes.items()
         }
         lasting(lambda: self.desk.outcomes.write(complete, self.token))
+        self.desk.claims.drop(complete, self.token)  # a Redis emptied from now on is not to have them claimed again
         self.left -= complete.keys()
         each = [one for o in outcomes.values() for one in o.members or (o,)]
         self.num_scored += sum(one.reward is not None for one in each)

@@ -6,14 +6,16 @@ import time
 from collections.abc import Iterable, Iterator
 
 import pytest
+import redis
 
-from tasks import keys, score
+from tasks import combine, keys, score
 from tasks.desk import Desk, serve_at
 from tasks.errors import BusyError, ModelLoadError
 from tasks.media import digest
 from tasks.messages import (
     WIRE_VERSION,
     Failure,
+    GroupRequest,
     MediaRef,
     Outcome,
     RewardCall,
@@ -86,8 +88,9 @@ class FakeClaims:
         self.held.update(dict.fromkeys(addresses, token))
 
     def drop(self, addresses: Iterable[str], token: str) -> None:
-        for where in addresses:
-            del self.held[where]
+        for where in list(addresses):
+            if self.held.get(where) == token:
+                del self.held[where]
 
 
 class Bench:
@@ -122,6 +125,24 @@ class Bench:
     def run(self, request_id: str = "c.request", wire: int = WIRE_VERSION, number: int = 1, store=None) -> str:
         arguments = ["size x 2", request_id, wire, number, self.store.identity() if store is None else store]
         return score.score.apply(arguments).get()
+
+    def request_group(self, *members: SampleRequest) -> None:
+        request = GroupRequest(
+            id="c.request",
+            run="run",
+            label="ranks of size x 2",
+            sent_ms=self.outcomes.now_ms(),
+            deadline_ms=2**43,
+            reward=CALL,
+            how="rank",
+            address=at("group"),
+            members=members,
+        )
+        self.store.put({request.id: pack(request)}, ttl_s=60)
+
+    def run_group(self) -> str:
+        arguments = ["size x 2", "c.request", WIRE_VERSION, 1, self.store.identity()]
+        return combine.score_group.apply(arguments).get()
 
     def send(self, *samples: SampleRequest, **how) -> str:
         self.request(*samples)
@@ -179,6 +200,20 @@ def test_claims_are_held_while_samples_are_scored(bench):
     bench.send(bench.sample("a"), bench.sample("b"))
     assert set(seen) == {at("a"), at("b")}
     assert len(set(seen.values())) == 1
+
+
+def test_a_sample_is_held_no_longer_than_until_it_is_written(bench):
+    """Else a Redis emptied while its neighbours are scored would have it claimed, by whom nobody scores it."""
+    held = []
+    usual = bench.runner.outcome_of
+
+    def note_what_is_held(sample, payloads):
+        held.append(sorted(bench.claims.held))
+        return usual(sample, payloads)
+
+    bench.runner.outcome_of = note_what_is_held
+    bench.send(*[bench.sample(n) for n in "abc"])
+    assert held == [[at("a"), at("b"), at("c")], [at("b"), at("c")], [at("c")]]
 
 
 def test_two_tasks_have_two_tokens(bench):
@@ -382,15 +417,66 @@ def test_failures_are_written_beside_rewards(bench):
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), MemoryError(), KeyboardInterrupt()])
-def test_what_would_leak_the_pools_slot_becomes_an_ordinary_error(bench, error):
+@pytest.mark.parametrize("task", ["a chunk", "a group in one task"])
+def test_what_would_leak_the_pools_slot_becomes_an_ordinary_error(bench, error, task):
     def fail(samples):
         raise error
 
     bench.runner.before = fail
-    bench.request(bench.sample("a"))
+    run = bench.run
+    if task == "a chunk":
+        bench.request(bench.sample("a"))
+    else:
+        bench.request_group(bench.sample("a"), bench.sample("b"))
+        run = bench.run_group
     with pytest.raises(RuntimeError, match=f"{type(error).__name__} while scoring size x 2"):
+        run()
+    bench.assert_nothing_is_claimed("a", "b")
+    assert bench.note().reason == "error"
+
+
+def test_what_a_task_raises_is_noted_with_its_words(bench):
+    def fail(samples):
+        raise ValueError("a bug of ours \udcff" + 5000 * "!")
+
+    bench.runner.before = fail
+    bench.request(bench.sample("a"))
+    with pytest.raises(ValueError, match="a bug of ours"):
         bench.run()
-    bench.assert_nothing_is_claimed("a")
+    note = bench.note()
+    assert (note.reason, note.worker) == ("error", "gpu.1@h")
+    assert note.detail.startswith("the task raised ValueError: a bug of ours ?!!!")
+    assert len(note.detail) <= 1000
+
+
+def test_what_a_task_raises_is_raised_though_no_note_can_be_left(bench, monkeypatch):
+    def refuse(*_):
+        raise redis.ConnectionError("away")
+
+    def fail(samples):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(bench.outcomes, "leave_note", refuse)
+    bench.runner.before = fail
+    bench.request(bench.sample("a"))
+    with pytest.raises(ValueError, match="a bug of ours"):
+        bench.run()
+
+
+def test_a_part_of_a_group_that_ends_its_process_each_time_is_run_alone_and_given_up(bench):
+    for _ in range(2):
+        die(bench, "b")
+    bench.request_group(*[bench.sample(n) for n in "abc"])
+    for dead in ("one", "two", "three"):
+        bench.outcomes.claim([at("b")], [1], dead, 2**43)
+        bench.outcomes.start_alone(at("b"), 3, dead)
+        bench.outcomes.redis.delete(keys.claim(at("b")))
+    time.sleep(CALL.timeout_s)
+    assert bench.run_group() == "2 scored, 1 failed; combined"
+    assert bench.runner.ran == [["a", "c"]]
+    members = bench.outcomes.look_up([at("group")])[0].members
+    assert [m.reward for m in members] == [0.0, None, 0.5]
+    assert "ended without an answer each of the 3 times" in members[1].failure.message
 
 
 def test_what_was_written_before_a_crash_stays_and_the_rest_is_given_back(bench):
@@ -466,9 +552,9 @@ def test_one_suspect_at_a_time_runs_in_a_process(bench):
 def test_a_sample_that_ends_its_process_each_time_is_given_up_after_its_time(bench):
     for _ in range(2):
         die(bench, "a")
-    for _ in range(3):
-        bench.outcomes.claim([at("a")], [1], "dead", 2**43)
-        bench.outcomes.start_alone(at("a"), 3, "dead")
+    for dead in ("one", "two", "three"):
+        bench.outcomes.claim([at("a")], [1], dead, 2**43)
+        bench.outcomes.start_alone(at("a"), 3, dead)
         bench.outcomes.redis.delete(keys.claim(at("a")))
     bench.send(bench.sample("a"), bench.sample("b"))
     assert bench.rewards("a", "b") == [None, 98.0]
