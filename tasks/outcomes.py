@@ -61,25 +61,29 @@ For each: -1 answered, 0 claimed by another, n claimed by us for the n-th start.
 _WRITE = (
     _ANSWERS
     + """
-local token, ttl_ms = ARGV[1], ARGV[2]
+local token, ttl_ms, only_claimed = ARGV[1], ARGV[2], ARGV[3] == '1'
 local written = 0
 for i = 1, #KEYS / 3 do
-  local outcome, claim, starts, value = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i], ARGV[2 + i]
-  local new = string.sub(value, 1, 16)
-  local old = header(outcome)
-  local attempt = tonumber(string.match(new, '^F(%d+);'))
-  local keep = string.sub(old, 1, 1) == 'R' or (attempt ~= nil and answers(old, attempt))
-  if not keep then
-    redis.call('SET', outcome, value, 'PX', ttl_ms)
-    written = written + 1
+  local outcome, claim, starts, value = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i], ARGV[3 + i]
+  local is_ours = redis.call('GET', claim) == token
+  if is_ours or not only_claimed then
+    local new = string.sub(value, 1, 16)
+    local old = header(outcome)
+    local attempt = tonumber(string.match(new, '^F(%d+);'))
+    local keep = string.sub(old, 1, 1) == 'R' or (attempt ~= nil and answers(old, attempt))
+    if not keep then
+      redis.call('SET', outcome, value, 'PX', ttl_ms)
+      written = written + 1
+    end
+    if is_ours then redis.call('DEL', claim) end
+    redis.call('DEL', starts)
   end
-  if redis.call('GET', claim) == token then redis.call('DEL', claim) end
-  redis.call('DEL', starts)
 end
 return written
 """
 )
-"""KEYS as for a claim. ARGV: token, outcome ms, outcome of each sample. Returns how many were new."""
+"""KEYS as for a claim. ARGV: token, outcome ms, 1 to pass over what the token does not claim, outcome of each sample.
+Returns how many were new."""
 
 _RELEASE = """
 for i = 1, #KEYS / 2 do
@@ -101,15 +105,17 @@ local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local earlier = tonumber(redis.call('HGET', KEYS[1], 'alone') or '0')
 local since_ms = now_ms - tonumber(redis.call('HGET', KEYS[1], 'first_alone_ms') or now_ms)
-if earlier < tonumber(ARGV[1]) then
+if redis.call('HGET', KEYS[1], 'alone_by') == ARGV[2] then
+  earlier = earlier - 1
+elseif earlier < tonumber(ARGV[1]) then
   redis.call('HINCRBY', KEYS[1], 'alone', 1)
   redis.call('HSET', KEYS[1], 'alone_by', ARGV[2])
   redis.call('HSETNX', KEYS[1], 'first_alone_ms', now_ms)
 end
 return {earlier, since_ms}
 """
-"""KEYS: starts. ARGV: most starts alone, token. Counts one unless there were as many; returns the earlier ones, and ms
-since the first of them."""
+"""KEYS: starts. ARGV: most starts alone, token. Counts one, once for a token, unless there were as many; returns the
+earlier ones, and ms since the first of them."""
 
 _EXTEND = """
 local kept = 0
@@ -211,15 +217,21 @@ class Outcomes:
             return None
         return [Claim("claimed", n) if n > 0 else Claim("busy" if n == 0 else "answered") for n in found]
 
-    def write(self, outcomes: Mapping[str, Outcome], token: str) -> int:
-        """Write each outcome unless a better one is there, and end the claims; returns how many were new."""
+    def write(self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False) -> int:
+        """Write each outcome unless a better one is there, and end the claims; returns how many were new.
+
+        `only_claimed` passes over those that this token does not claim any more.
+        """
         if not outcomes:
             return 0
-        args = [token, self._result_ms, *map(pack_outcome, outcomes.values())]
+        args = [token, self._result_ms, int(only_claimed), *map(pack_outcome, outcomes.values())]
         return int(self._write(keys=_keys_of(outcomes), args=args))
 
     def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
-        """Count a suspect's start alone unless there were `most`; returns how many earlier, and seconds since then."""
+        """Count a suspect's start alone unless there were `most`; returns how many earlier, and seconds since then.
+
+        May be called again with the same token after a lost connection: it counts once.
+        """
         earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most, token])
         return int(earlier), int(since_ms) / 1000
 

@@ -94,6 +94,8 @@ class HeartbeatThread(threading.Thread):
                 call()
             except TROUBLE as error:
                 log.warning("%s error=%s", failed, error)
+            except Exception:  # without this thread others would take what is being scored here, or find no worker
+                log.exception("%s", failed)
             pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started)
             if self._ended.wait(max(0.1, pause_s)):
                 return

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 """Pauses between looks whether a Redis is back, or has room again."""
 
+HAND_BACK_S = 1.5
+"""How long a worker that must end tries to give back what it has in hand; a Redis that hangs is not waited for.
+With the 8 s of REWARDQ_STOP_GRACE_S it fits into the 10 s that a container's stop takes by default."""
+
 SAY_EVERY_S = 60.0
 """How often the log says that this is waited for."""
 
@@ -112,7 +116,9 @@ def end_in_time(hand_back: Callable[[], None], grace_s: float) -> None:
 
     def end() -> None:
         try:
-            hand_back()
+            giving_back = threading.Thread(target=hand_back, name="rewardq-hand-back", daemon=True)
+            giving_back.start()
+            giving_back.join(HAND_BACK_S)
         finally:
             log.warning("worker ends with tasks unfinished after grace_s=%g", grace_s)
             os._exit(os.EX_OK)

@@ -18,11 +18,13 @@ from tasks.messages import Failure, Outcome, SampleRequest
 from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
-from workers.heartbeat import HeartbeatThread
+from workers.heartbeat import TROUBLE, HeartbeatThread
 from workers.lifetime import AwaitRedis, TakeForGood, end_in_time, hush_known_warnings
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 KEPT_BLOCKS = 32
 """Blocks of memory (at most 16 MB each) that Pillow keeps for its next images, enough for two chunks of 16: filling
@@ -73,15 +75,23 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
 def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[SampleRequest], message: str) -> None:
     """Write the reason for samples whose model hangs, in the place of their task."""
     tokens = beats.held
+    beats.drop(sample.address for sample in samples)
     for sample in samples:
         if sample.address in tokens:
             failure = Failure(kind="timeout", message=message)
-            outcomes.write({sample.address: Outcome(failure=failure, attempt=sample.attempt)}, tokens[sample.address])
-    beats.drop(sample.address for sample in samples)
+            outcome = Outcome(failure=failure, attempt=sample.attempt)
+            # A process that was stopped (SIGSTOP) for as long looks the same; by now another may score its samples.
+            outcomes.write({sample.address: outcome}, tokens[sample.address], only_claimed=True)
 
 
 def _hand_back(outcomes: Outcomes, beats: HeartbeatThread) -> None:
     """Give back the claims of a process that ends with tasks unfinished."""
-    for address, token in beats.held.items():
-        outcomes.release([address], token)
+    held = beats.held
+    try:
+        for token in set(held.values()):
+            addresses = [address for address, by in held.items() if by == token]
+            beats.drop(addresses, token)
+            outcomes.release(addresses, token)
+    except TROUBLE as error:
+        log.warning("claims not given back error=%s", error)
     beats.end()

@@ -140,6 +140,19 @@ def test_releasing_twice_gives_one_start_back(outcomes):
     assert starts(outcomes, A, "three") == 2
 
 
+def test_a_start_alone_that_is_repeated_with_its_token_counts_once(outcomes):
+    for token, earlier in (("one", 0), ("two", 1), ("three", 2), ("four", 3), ("five", 3)):
+        for _ in range(2):
+            assert outcomes.start_alone(A, 3, token)[0] == earlier
+
+
+def test_a_start_alone_that_is_given_back_does_not_count(outcomes):
+    for _ in range(3):
+        states(outcomes, [A], "mine")
+        assert [outcomes.start_alone(A, 3, "mine")[0] for _ in range(2)] == [0, 0]
+        outcomes.release([A], "mine")
+
+
 def test_an_answer_takes_its_starts_back(outcomes):
     starts(outcomes, A, "one")
     outcomes.redis.delete(keys.claim(A))
@@ -155,6 +168,17 @@ def test_writing_ends_ones_own_claim_and_no_other(outcomes):
     assert outcomes.write({A: reward(1.0), B: reward(2.0)}, "mine") == 2
     assert outcomes.claimed([A, B]) == [False, True]
     assert found(outcomes, B).reward == 2.0
+
+
+def test_what_a_token_may_only_write_while_it_claims_it_is_passed_over_once_another_claims_it_or_nobody(outcomes):
+    states(outcomes, [A, B, C], "mine")
+    outcomes.redis.delete(keys.claim(B), keys.claim(C))  # as if they had expired
+    assert starts(outcomes, C, "yours") == 2
+    assert outcomes.write({A: failure(), B: failure(), C: failure()}, "mine", only_claimed=True) == 1
+    assert [o is not None for o in outcomes.look_up([A, B, C])] == [True, False, False]
+    assert outcomes.claimed([A, B, C]) == [False, False, True]
+    outcomes.redis.delete(keys.claim(C))
+    assert starts(outcomes, C, "another's") == 3
 
 
 def test_the_first_reward_stays(outcomes):

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
 
+from tasks import keys
 from tasks.outcomes import Outcomes, address
 from tasks.payloads import RedisStore
 from tasks.settings import load_settings
 from tests.servers import wait_until
 from workers.heartbeat import HeartbeatThread
 from workers.loading import Models
+from workers.serving import _hand_back
 
-A, B = address("run", "f", "a"), address("run", "f", "b")
+A, B, C = (address("run", "f", key) for key in ("a", "b", "c"))
 TTL_S = 0.6
 LATER_MS = 2**43
 
@@ -97,6 +100,51 @@ def test_a_task_that_ends_lets_no_claim_of_another_task_go(outcomes, beats_of):
     outcomes.claim([A], [1], "second", LATER_MS)
     beats.hold([A], "second")
     beats.drop([A], "first")
+    time.sleep(2 * TTL_S)
+    assert outcomes.claimed([A]) == [True]
+
+
+def test_what_an_ending_process_gives_back_is_not_claimed_again_by_an_extension_under_way(
+    outcomes, beats_of, monkeypatch
+):
+    extend, is_extending = outcomes.extend, threading.Event()
+
+    def slow_extend(tokens):
+        if tokens:
+            is_extending.set()
+            time.sleep(0.2)
+        return extend(tokens)
+
+    monkeypatch.setattr(outcomes, "extend", slow_extend)
+    beats = beats_of(outcomes)
+    for token, addresses in (("one", [A, B]), ("two", [C])):
+        outcomes.claim(addresses, [1] * len(addresses), token, LATER_MS)
+        beats.hold(addresses, token)
+    assert is_extending.wait(10)
+    _hand_back(outcomes, beats)
+    time.sleep(0.3)
+    assert outcomes.claimed([A, B, C]) == [False, False, False]
+    assert not any(outcomes.redis.exists(keys.starts(a)) for a in (A, B, C))
+
+
+def test_a_bug_of_ours_does_not_end_the_threads(outcomes, beats_of, monkeypatch):
+    beat, extend, bugs = outcomes.beat, outcomes.extend, [0, 0]
+
+    def raise_once(i, call):
+        def called(*args):
+            bugs[i] += 1
+            if bugs[i] == 1:
+                raise KeyError("a bug of ours")
+            return call(*args)
+
+        return called
+
+    monkeypatch.setattr(outcomes, "beat", raise_once(0, beat))
+    monkeypatch.setattr(outcomes, "extend", raise_once(1, extend))
+    beats = beats_of(outcomes)
+    outcomes.claim([A], [1], "mine", LATER_MS)
+    beats.hold([A], "mine")
+    wait_until(outcomes.workers)
     time.sleep(2 * TTL_S)
     assert outcomes.claimed([A]) == [True]
 
