@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,9 @@ import torch
 
 from tasks.errors import ConfigError, ScoringError
 from tasks.settings import Settings
+from tests.pipeline.conftest import together
 from tests.reward_models import image_of
+from tests.servers import ROOT
 from trainer_client import RewardClient
 from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation, sample_of
 from trainer_client.advantages import gdpo, weighted_sum
@@ -143,6 +147,76 @@ def test_clearing_gives_up_what_was_submitted(client: RewardClient) -> None:
     buffer.shutdown(wait=False, cancel_futures=True)
 
 
+@pytest.fixture
+def ranks(settings: Settings, workers: Callable[..., Any]) -> Iterator[Callable[..., list[RewardClient]]]:
+    """Makes the clients of two ranks of one job: `ranks(config)`."""
+    workers("gpu")
+    made: list[RewardClient] = []
+
+    def make(config: dict[str, Any]) -> list[RewardClient]:
+        for rank in range(2):
+            options: dict[str, Any] = {"rank": rank, "world_size": 2, "launch": "one", "settings": settings}
+            made.append(RewardClient.from_dict(config, "flow-factory", **options))
+        return made
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def test_a_rank_without_samples_keeps_step_with_the_others(ranks: Callable[..., list[RewardClient]]) -> None:
+    first, second = (RewardBuffer(client, 4, timeout_s=20) for client in ranks(CONFIG))
+    for numbers in ([1, 2], [3]):
+        for buffer in (first, second):
+            buffer.clear()
+        first.add_samples(samples_of(numbers))
+        found, empty = together(first.finalize, second.finalize)
+        assert found["number"].tolist() == numbers
+        assert {name: len(values) for name, values in empty.items()} == {"number": 0, "picky": 0}
+        logged = together(first.metrics, second.metrics)
+        assert logged[0] == logged[1]
+        assert logged[0]["train/reward_number_mean"] == np.mean(numbers)
+    first.add_samples(samples_of([4]))
+    for buffer in (first, second):
+        buffer.clear()  # the first gives a step up that the second never had
+        buffer.add_samples(samples_of([5]))
+    assert [found["number"].tolist() for found in together(first.finalize, second.finalize)] == [[5.0], [5.0]]
+
+
+def test_a_sample_that_a_loader_gives_two_ranks_is_compared_with_none(
+    ranks: Callable[..., list[RewardClient]],
+) -> None:
+    config = {"rewards": {"name": "rank", "reward_model": "jpeg_incompressibility_Rank"}}
+    buffers = [RewardBuffer(client, 1, split="eval", timeout_s=20) for client in ranks(config)]
+    for buffer in buffers:
+        buffer.add_samples(samples_of([1, 2]))  # of one prompt
+        buffer.add_samples(samples_of([1]))
+    found = together(*(buffer.finalize for buffer in buffers))
+    assert [rewards["rank"].tolist() for rewards in found] == [[0.0, 0.0, 0.0]] * 2
+
+
+def test_the_buffer_has_the_metrics_that_a_function_for_advantages_leaves_out(client: RewardClient) -> None:
+    buffer = RewardBuffer(client, 4, on_failure="nan")
+    assert buffer.metrics() == {}
+    samples = [*samples_of([8, 9]), *samples_of([10], abstain=True), *samples_of([11])]
+    buffer.add_samples(samples)
+    rewards = buffer.finalize()
+    before = buffer.metrics()
+    assert before["train/reward_number_mean"] == pytest.approx(9.5)
+    assert before["train/reward_picky_mean"] == pytest.approx((8 + 9 + 11) / 3)
+    assert before["train/reward_picky_failure_rate"] == 0.25
+    assert not any("/adv_" in name for name in before)
+    processor: Any = SimpleNamespace(
+        reward_weights={"number": 1.0, "picky": 0.5},
+        global_std=True,
+        accelerator=SimpleNamespace(num_processes=1, device="cpu"),
+    )
+    advantages = aggregation()(processor, samples, rewards, True)
+    after = buffer.metrics()
+    assert after["train/adv_max"] == pytest.approx(float(advantages.max()))
+    assert after["train/adv_abs_mean"] == pytest.approx(float(advantages.abs().mean()))
+
+
 def test_their_sample_becomes_ours() -> None:
     theirs = TheirSample(
         "an edit",
@@ -200,6 +274,29 @@ def test_the_reward_model_scores_batches_of_several_threads(their_settings: Sett
         found = list(pool.map(batch, range(0, 40, 4)))
     assert [reward for rewards in found for reward in rewards] == [float(n + 1) for n in range(40)]
     model.client.close()
+
+
+def test_several_rewards_and_several_ranks_of_an_elastic_launch_do_not_take_each_others_place(
+    their_settings: Settings, in_env: Callable[..., Any]
+) -> None:
+    in_env(TORCHELASTIC_RUN_ID="job-7", TORCHELASTIC_RESTART_COUNT="0", PYTHONPATH=str(ROOT))
+    another_rank = (
+        "from tests.trainer.test_adapter_flow_factory import *\n"
+        "model = QueuedRewardModel(arguments(run='ff', model='tests.reward_models.PixelCode'), SimpleNamespace())\n"
+        "print(model(prompt=['p'], image=[tensor_of(7)]).rewards.tolist())\n"
+        "model.client.close()"
+    )
+    models = [
+        QueuedRewardModel(arguments(run="ff", model="tests.reward_models.PixelCode", add=add), SimpleNamespace())
+        for add in (0, 100)
+    ]
+    there = subprocess.run(
+        [sys.executable, "-c", another_rank], env=os.environ, capture_output=True, text=True, timeout=60
+    )
+    assert there.stdout.strip() == "[7.0]", there.stderr
+    assert [model(prompt=["p"], image=[tensor_of(7)]).rewards.tolist() for model in models] == [[7.0], [107.0]]
+    for model in models:
+        model.client.close()
 
 
 def test_the_reward_model_raises_where_there_is_no_reward_or_counts_what_it_was_told(their_settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ class RewardBuffer:
         trainer.reward_buffer = RewardBuffer(client, group_size)
         trainer.eval_reward_buffer = RewardBuffer(client, 1, split="eval")
 
-    Each `finalize()` after new samples is one step of the client, which serves this buffer of its split alone.
+    Each `finalize()` after new samples is one step of the client, which serves this buffer of its split alone. On
+    several ranks every `finalize()` is, also on a rank without samples: call it, and `clear()`, on all of them.
 
     Args:
-        group_size: Samples of one prompt, over all ranks; for groupwise rewards.
+        group_size: Samples of one prompt, over all ranks; for groupwise rewards. With 1 each sample is a group of its
+            own, also where a prompt comes twice: a loader gives short ranks samples again that others have.
         split: `eval` for the rewards of evaluation.
         timeout_s: Of `collect()` in `finalize()`.
         on_failure: `raise`, or `nan`: their own advantages turn NaN by a single one; `aggregation` masks it.
@@ -57,16 +60,22 @@ class RewardBuffer:
         self.all_samples: list[Any] = []
         self.batches: list[RewardBatch] = []
         """What was collected since `clear()`, for metrics and for the reasons of failures."""
-        self._num_submitted = 0
         self._step = 0
+        self._is_open = False
+        """Whether the client may have this step open."""
+        self._num_added = 0
+        """Samples of this rank, ever."""
 
     def add_samples(self, samples: Sequence[Any]) -> None:
         """Submit samples (theirs) and return at once."""
-        self.client.submit(
-            [sample_of(sample) for sample in samples], self.group_size, split=self.split, step=self._step
-        )
+        ours = [sample_of(sample) for sample in samples]
+        if self.group_size == 1:
+            for i, sample in enumerate(ours, self._num_added):
+                sample.group = f"{self.client.rank}.{i}"
+        self._is_open = True
+        self.client.submit(ours, self.group_size, split=self.split, step=self._step)
         self.all_samples.extend(samples)
-        self._num_submitted += len(samples)
+        self._num_added += len(samples)
 
     def finalize(self, store_to_samples: bool = True, split: Kind = "all") -> dict[str, Any]:
         """The rewards of all samples since `clear()`: by name, float32 CPU tensors `(N,)`.
@@ -80,7 +89,7 @@ class RewardBuffer:
         """
         import torch
 
-        if self._num_submitted:
+        if self._is_open or self.client.world_size > 1:
             self._collect()
         rewards = {
             spec.name: torch.from_numpy(
@@ -96,27 +105,42 @@ class RewardBuffer:
 
     def clear(self) -> None:
         """Start over for the next epoch; what was submitted and not collected is given up."""
-        if self._num_submitted:
+        if self._is_open:
             self.client.cancel(self.split)
-            self._next_step()
+        self._next_step()  # also where nothing is open: steps are numbered alike on all ranks
         self.all_samples, self.batches = [], []
+
+    def metrics(self) -> dict[str, float]:
+        """Of what the last `finalize()` collected, over all ranks, for their `log_data`; empty before it.
+
+        Under their names, `<split>/reward_<name>_mean` and so on; `<split>/adv_*` once samples have their advantages.
+        Call it on all ranks.
+        """
+        if not self.batches:
+            return {}
+        batch = self.batches[-1]
+        theirs = [sample.extra_kwargs for sample in self.all_samples[len(self.all_samples) - len(batch) :]]
+        has_advantages = all("advantage" in extra for extra in theirs)
+        return self.client.metrics(batch, [float(extra["advantage"]) for extra in theirs] if has_advantages else None)
 
     def shutdown(self, wait: bool = False, cancel_futures: bool = True) -> None:
         """Close the client. Never waits for workers; the arguments are those of their buffer."""
         self.client.close()
 
     def _collect(self) -> None:
+        self._is_open = True
         try:
-            self.batches.append(self.client.collect(self.timeout_s, on_failure=self.on_failure, split=self.split))
+            batch = self.client.collect(self.timeout_s, on_failure=self.on_failure, split=self.split, step=self._step)
         except CollectTimeoutError:
             raise  # the step is still open: finalize() again, or clear()
         except ScoringError:
             self._next_step()
             raise
+        self.batches.append(batch)
         self._next_step()
 
     def _next_step(self) -> None:
-        self._step, self._num_submitted = self._step + 1, 0
+        self._step, self._is_open = self._step + 1, False
 
 
 def sample_of(theirs: Any) -> Sample:
@@ -138,7 +162,8 @@ def aggregation(method: Literal["gdpo", "sum"] = "gdpo", *, noise_floor: bool = 
 
         trainer.training_args.advantage_aggregation = aggregation("gdpo")
 
-    Weights and `global_std` are the trainer's; statistics are exact over all its ranks.
+    Weights and `global_std` are the trainer's; statistics are exact over all its ranks. Their `compute_advantages`
+    makes no metrics for a function: log `RewardBuffer.metrics()`.
     """
 
     def aggregate(processor: Any, samples: Sequence[Any], rewards: Mapping[str, Any], store_to_samples: bool) -> Any:
@@ -183,7 +208,8 @@ class QueuedRewardModel:
             num_workers: 8          # batches in flight
 
     It is pointwise and sees what their processor passes: prompt and media, no metadata. Their trainer has no masks, so
-    a sample without a reward raises, unless `on_failure: {value: x}` says what it counts.
+    a sample without a reward raises, on its rank alone, unless `on_failure: {value: x}` says what it counts. Each
+    instance is a launch of its own: of a class of yours without `version` it shares no rewards with the others.
     """
 
     required_fields: tuple[str, ...] = ("prompt",)
@@ -211,7 +237,8 @@ class QueuedRewardModel:
         self.dtype = config.dtype
         self.model = None
         self._name = config.name
-        self.client = RewardClient(parsed, run, settings=load_settings())
+        # A launch of the environment is one for all ranks and rewards; this client is alone, and its rank always 0.
+        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings())
         weakref.finalize(self, self.client.close)
 
     def to(self, device: Any) -> QueuedRewardModel:
