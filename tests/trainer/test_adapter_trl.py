@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from tasks.errors import ScoringError
 from tasks.samples import Sample
 from tasks.settings import Settings
+from tests.pipeline.conftest import together
 from tests.reward_models import image_of
 from trainer_client import RewardClient
 from trainer_client.adapters.trl import reward_functions, reward_weights, samples_of, text_of
@@ -132,6 +134,72 @@ def test_completions_of_a_prompt_are_compared_also_where_a_prompt_comes_twice(
         assert in_pairs(prompts=["a"] * 4, completions=pictures) == [0.0, 0.5, 0.5, 0.0]
         at_once = reward_functions(client, timeout_s=30)[0]
         assert at_once(prompts=["a"] * 4, completions=list(pictures)) == [0.0, 0.75, 0.5, 0.25]
+
+
+RANK = {"rewards": {"name": "rank", "reward_model": "jpeg_incompressibility_Rank"}}
+
+
+def pictures_of(*sizes: int) -> list[Any]:
+    """The larger, the higher their rank."""
+    return [image_of(1, size, size) for size in sizes]
+
+
+class Model:
+    """A trainer whose model is in training mode or not, as far as a reward function sees it."""
+
+    def __init__(self, training: bool) -> None:
+        self.model = SimpleNamespace(training=training)
+
+    def log_metric(self, name: str, value: float) -> None:
+        pass
+
+
+def test_evaluation_with_another_number_of_generations_compares_its_own_groups(
+    settings: Settings, workers: Callable[..., Any]
+) -> None:
+    workers("gpu")
+    with RewardClient.from_dict(RANK, "trl", settings=settings) as client:
+        rank = reward_functions(client, num_generations=4, timeout_s=30)[0]
+        assert rank(prompts=["a"] * 4 + ["b"] * 4, completions=pictures_of(8, 16, 32, 64, 64, 32, 16, 8)) == [
+            *(0.0, 0.25, 0.5, 0.75),
+            *(0.75, 0.5, 0.25, 0.0),
+        ]
+        assert rank(prompts=["a", "a", "b", "b"], completions=pictures_of(8, 64, 32, 16)) == [0.0, 0.5, 0.5, 0.0]
+        assert rank(prompts=["a", "b", "a"], completions=pictures_of(8, 64, 32)) == [0.0, 0.0, 0.5]
+        either = reward_functions(client, num_generations=4, num_generations_eval=2, timeout_s=30)[0]
+        same = {"prompts": ["read the sign"] * 4, "completions": pictures_of(8, 64, 32, 16)}
+        assert either(**same, log_metric=Model(training=True).log_metric) == [0.0, 0.75, 0.5, 0.25]
+        assert either(**same, log_metric=Model(training=False).log_metric) == [0.0, 0.5, 0.5, 0.0]
+
+
+def test_groups_reach_over_ranks_and_a_prompt_may_come_twice(settings: Settings, workers: Callable[..., Any]) -> None:
+    workers("gpu")
+    clients = [
+        RewardClient.from_dict(RANK, "trl", rank=rank, world_size=2, launch="one", settings=settings)
+        for rank in range(2)
+    ]
+    first, second = (
+        reward_functions(client, num_generations=6, num_generations_eval=2, timeout_s=30)[0] for client in clients
+    )
+    train = together(
+        lambda: first(prompts=["a"] * 3, completions=pictures_of(8, 16, 24)),
+        lambda: second(prompts=["a"] * 3, completions=pictures_of(32, 40, 48)),
+    )
+    np.testing.assert_allclose(train, [[0, 1 / 6, 2 / 6], [3 / 6, 4 / 6, 5 / 6]], rtol=1e-6)
+    evaluation = together(
+        lambda: first(prompts=["a", "a", "b"], completions=pictures_of(8, 64, 32)),
+        lambda: second(prompts=["b", "a", "a"], completions=pictures_of(16, 16, 32)),
+    )
+    assert evaluation == [[0.0, 0.5, 0.5], [0.0, 0.0, 0.5]]
+    found = together(
+        lambda: first(prompts=["a", "b", "c"], completions=pictures_of(8, 64, 32)),
+        lambda: second(prompts=["d", "e", "f"], completions=pictures_of(16, 16, 32)),
+    )
+    for error in found:
+        assert isinstance(error, ValueError)
+        assert "num_generations=6 and num_generations_eval=2: give both as the trainer has them" in str(error)
+    for client in clients:
+        client.close()
 
 
 def test_the_same_completions_asked_again_are_a_new_call(client: CountingClient) -> None:

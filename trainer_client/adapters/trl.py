@@ -33,6 +33,7 @@ def reward_functions(
     *,
     to_samples: ToSamples | None = None,
     num_generations: int | None = None,
+    num_generations_eval: int | None = None,
     timeout_s: float = 600.0,
     split: Split = "train",
     is_async: bool = False,
@@ -44,16 +45,20 @@ def reward_functions(
 
     Args:
         to_samples: Makes samples of the trainer's rows; `samples_of` unless given.
-        num_generations: The trainer's, for rewards that compare the completions of a prompt.
+        num_generations: The trainer's, for rewards that compare the completions of a prompt: a group is that many rows,
+            one after another over all ranks. On one rank, where the rows are not so, it is those with the same prompt.
+        num_generations_eval: The trainer's for its evaluation; `num_generations` unless given.
         timeout_s: Of `collect()`. What is missing then is None.
         split: `eval` for the rewards of evaluation.
         is_async: Give coroutine functions; the trainer awaits these together.
 
     Returns:
         Functions that give None where there is no reward, and raise `ScoringError` for a reward whose `on_failure` is
-        `raise`. Where the trainer has `log_metric`, each logs `rewards/<name>/failure_rate`.
+        `raise`. Where the trainer has `log_metric`, each logs `rewards/<name>/failure_rate`. With several ranks and
+        rewards that compare, they raise `ValueError` for rows that are not in groups of these sizes.
     """
-    rounds = _Rounds(client, to_samples, num_generations, timeout_s, split)
+    sizes = (num_generations, num_generations_eval or num_generations)
+    rounds = _Rounds(client, to_samples, sizes, timeout_s, split)
     make = _async_function if is_async else _function
     return [make(rounds, spec.name) for spec in client.config.of(split)]
 
@@ -113,13 +118,14 @@ class _Rounds:
         self,
         client: RewardClient,
         to_samples: ToSamples | None,
-        num_generations: int | None,
+        sizes: tuple[int | None, int | None],
         timeout_s: float,
         split: Split,
     ) -> None:
         self._client = client
         self._to_samples = to_samples or samples_of
-        self._num_generations = num_generations
+        self._sizes = sizes
+        """Of a group in training, and in evaluation."""
         self._timeout_s = timeout_s
         self._split: Split = split
         self._lock = threading.Lock()
@@ -149,22 +155,50 @@ class _Rounds:
         samples = self._to_samples(prompts, current.completions, columns)
         if len(samples) != len(prompts):
             raise ValueError(f"to_samples must give a sample for each of {len(prompts)} rows, found {len(samples)}")
-        for sample, group in zip(samples, self._groups(prompts), strict=True):
-            sample.group = group if sample.group is None else sample.group
+        group_size = self._group(samples, prompts, given)
         try:
-            self._client.submit(samples, group_size=self._num_generations, split=self._split, step=current.number)
+            self._client.submit(samples, group_size=group_size, split=self._split, step=current.number)
             return self._client.collect(self._timeout_s, on_failure="nan", split=self._split, progress=False)
         except BaseException:
             self._client.cancel(self._split)  # Ctrl-C in a notebook must not leave the step open
             raise
 
-    def _groups(self, prompts: Sequence[Any]) -> list[str]:
-        """Where the rows are whole groups one after another, their number; else a group is what has the same prompt."""
+    def _group(self, samples: Sequence[Sample], prompts: Sequence[Any], given: Mapping[str, Any]) -> int | None:
+        """Give the samples the groups they lack; returns the size of a group, None for whatever comes together."""
         texts = [text_of(prompt) for prompt in prompts]
-        size = self._num_generations
-        if not size or len(texts) % size or any(len(set(texts[i : i + size])) > 1 for i in range(0, len(texts), size)):
-            return texts
-        return [f"{self._client.rank}.{i // size}" for i in range(len(texts))]
+        size, numbers = self._layout(texts, _is_evaluating(given))
+        lacking = [(sample, i) for i, sample in enumerate(samples) if sample.group is None]
+        is_shared = self._client.world_size > 1
+        if is_shared and lacking and not numbers and any(r.is_groupwise for r in self._client.config.of(self._split)):
+            train, evaluation = self._sizes
+            raise ValueError(
+                f"with several ranks the rows must be whole groups of a prompt, one after another; these {len(texts)} "
+                f"are not, with num_generations={train} and num_generations_eval={evaluation}: give both as the "
+                "trainer has them, or let to_samples say the groups"
+            )
+        for sample, i in lacking:
+            sample.group = numbers[i] if numbers else texts[i]
+        return size if is_shared else None
+
+    def _layout(self, texts: Sequence[str], is_evaluating: bool | None) -> tuple[int | None, list[int]]:
+        """The size of a group, and for each row the number of its group, over all ranks; no numbers if it does not fit.
+
+        The trainer lays rows out so: rank after rank, as many on each, the completions of a prompt one after another.
+        """
+        sizes = self._sizes if is_evaluating is None else (self._sizes[is_evaluating],)
+        first, num_rows = self._client.rank * len(texts), self._client.world_size * len(texts)
+        for size in filter(None, sizes):
+            groups = [(first + i) // size for i in range(len(texts))]
+            if num_rows % size == 0 and len(set(zip(groups, texts, strict=True))) == len(set(groups)):
+                return size, groups
+        return sizes[0], []
+
+
+def _is_evaluating(given: Mapping[str, Any]) -> bool | None:
+    """Whether the trainer, whose method `log_metric` is, evaluates: its model's mode says so; None if it is unseen."""
+    model = getattr(getattr(given.get("log_metric"), "__self__", None), "model", None)
+    is_training = getattr(model, "training", None)
+    return None if is_training is None else not is_training
 
 
 def _function(rounds: _Rounds, name: str) -> RewardFunction:
