@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import PythonRespSerializer, parse_url
+from redis.connection import DefaultParser, PythonRespSerializer, parse_url
+from redis.exceptions import ClusterDownError, TryAgainError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -27,24 +28,61 @@ MEDIA_READ_BYTES = 256 * 1024
 JOINED_BYTES = 6000
 """Parts of a command up to this size are put together before they are sent, as in redis-py."""
 
-LOST = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.BusyLoadingError,
-    redis.OutOfMemoryError,
-    redis.ReadOnlyError,
-    ConnectionError,
-    TimeoutError,
-)
-"""What a server raises that is away, on its way back, or full; trying again helps."""
 
-NEARLY = 0.99
-"""Share of its maxmemory from which a server may refuse a write."""
+class NoReplicasError(redis.ResponseError):
+    """Too few replicas follow a server with `min-replicas-to-write`: usual for seconds after a failover."""
+
+
+class DiskError(redis.ResponseError):
+    """A server cannot save to its disk, and takes no writes until it can."""
+
+
+class BusyScriptError(redis.ResponseError):
+    """A server runs somebody's script, for longer than its `busy-reply-threshold`."""
+
+
+# redis-py raises for these, which pass by themselves, what it raises for a bug of ours: a plain ResponseError. All its
+# parsers, those of Celery's connections too, look a reply's first word up in this one table.
+_CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
+for _code, _class in (("NOREPLICAS", NoReplicasError), ("MISCONF", DiskError), ("BUSY", BusyScriptError)):
+    _CLASSES.setdefault(_code, _class)
 
 FULL = (
     "Redis is full: it has reached its maxmemory and refuses to write; give it more, or make room "
     "(payloads belong on a server of their own: REWARDQ_PAYLOAD_URL)"
 )
+
+WHY_REFUSED: dict[type[Exception], str] = {
+    redis.OutOfMemoryError: FULL,
+    _CLASSES["NOREPLICAS"]: (
+        "Redis refuses to write: fewer replicas follow it than its min-replicas-to-write asks for; it will take writes "
+        "once they do"
+    ),
+    _CLASSES["MISCONF"]: (
+        "Redis refuses to write: it cannot save to its disk; make room there (its log says more), or set "
+        "`stop-writes-on-bgsave-error no`"
+    ),
+    _CLASSES["BUSY"]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
+}
+"""In words, by the error that a server refuses with for now."""
+
+REFUSED: tuple[type[Exception], ...] = tuple(WHY_REFUSED)
+
+LOST: tuple[type[Exception], ...] = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.BusyLoadingError,
+    redis.ReadOnlyError,
+    ClusterDownError,
+    TryAgainError,
+    *REFUSED,
+    ConnectionError,
+    TimeoutError,
+)
+"""What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
+
+NEARLY = 0.99
+"""Share of its maxmemory from which a server may refuse a write."""
 
 DEFAULT_SENTINELS = Sentinels()
 
@@ -114,6 +152,8 @@ def check_reachable(client: Any, url: str, role: str) -> None:
         client.ping()
     except redis.AuthenticationError as error:
         raise RedisUnreachableError(refusal(role, url, error)) from None
+    except REFUSED as error:  # MISCONF refuses a PING as well
+        raise RedisUnreachableError(f"{role} at {without_password(url)}: {why_away(error)}") from None
     except (redis.RedisError, OSError) as error:
         raise RedisUnreachableError(
             f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
@@ -153,6 +193,8 @@ def _memory_of(client: Any) -> dict[str, Any]:
     """What a server says of its memory; nothing if this user may not ask."""
     try:
         memory: dict[str, Any] = client.info("memory")
+    except LOST:
+        raise
     except redis.ResponseError:
         return {}
     return memory
@@ -160,9 +202,10 @@ def _memory_of(client: Any) -> dict[str, Any]:
 
 def why_away(error: BaseException) -> str:
     """What is wrong with a server that raised `error`, one of `LOST` or an error of Celery's with such a cause."""
-    causes = (error, error.__cause__, error.__context__)
-    if any(isinstance(e, redis.OutOfMemoryError) for e in causes):
-        return FULL
+    for cause in (error, error.__cause__, error.__context__):
+        for kind, words in WHY_REFUSED.items():
+            if isinstance(cause, kind):
+                return words
     return f"Redis is away: {error}"
 
 
