@@ -111,6 +111,8 @@ def _share(member: SampleRequest, won: Sequence[float], reason: str) -> Outcome:
 
 _REGISTER = """
 local slot, key, size, outcomes = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
+local other = redis.call('HGET', KEYS[1], 'size')
+if other and other ~= ARGV[4] then return {'size', '', tonumber(other), 0} end
 local old = redis.call('HGET', KEYS[1], 'k' .. slot)
 local sealed = redis.call('HGET', KEYS[1], 'digest')
 if old and old ~= key then
@@ -119,7 +121,7 @@ if old and old ~= key then
 elseif not old and sealed then
   return {'full', sealed, 0, 0}
 end
-redis.call('HSET', KEYS[1], 'k' .. slot, key, 'b' .. slot, ARGV[3])
+redis.call('HSET', KEYS[1], 'k' .. slot, key, 'b' .. slot, ARGV[3], 'size', ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 local slots = {}
 for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
@@ -138,7 +140,7 @@ redis.call('HSET', KEYS[1], 'digest', found)
 return {'sealed', found, #slots, 1}
 """
 """KEYS: the group. ARGV: slot, member's key, member, group size, ms, prefix of outcomes. Returns what became of it
-(open, sealed, full, scored), the digest, how many slots there are, and whether this call completed the group."""
+(open, sealed, full, scored, size), the digest, how many slots there are, and whether this call completed the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,10 @@ class Registered:
 
     `open`: others are missing. `sealed`: the group is complete under `digest`; `is_completed_now` for one caller.
     `full`: there are `group_size` other members. `scored`: another sample was in this slot when the group was scored.
+    `size`: another rank said that the group has `num_members`.
     """
 
-    state: Literal["open", "sealed", "full", "scored"]
+    state: Literal["open", "sealed", "full", "scored", "size"]
     digest: str
     num_members: int
     is_completed_now: bool
@@ -182,6 +185,13 @@ class GroupSlots:
             for key in group_keys:
                 pipe.hmget(key, "digest", "number")
             return [((d or b"").decode(), int(n or 0)) for d, n in pipe.execute()]
+
+    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Of each group the slots (rank, index) that are filled, in order."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in group_keys:
+                pipe.hkeys(key)
+            return [sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k") for names in pipe.execute()]
 
     def set_number(self, key: str, number: int) -> None:
         """Tell the other ranks which message was sent for the group."""

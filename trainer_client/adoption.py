@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 import uuid
 from collections.abc import Mapping
 
-from tasks.connections import LOST, persist
+from tasks.errors import WireError
 from tasks.messages import Failure, GroupRequest, ScoreRequest, unpack
-from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
-from trainer_client.board import Chunk, Entry, Payload, Slot
+from trainer_client.board import Chunk, Entry, Slot
 from trainer_client.session import Session
 from trainer_client.ticket import SlotRecord, Ticket
 
 ANSWERED = "answered:"
 """Before the name of a chunk of what was answered when its ticket was pickled; there is no request of that name."""
-
-PATIENCE_S = 10.0
-"""A Redis that is away is waited for so long, to learn which media a request names; unknown ones live for their TTL."""
 
 
 def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pause_s: float) -> list[Slot]:
@@ -44,12 +40,13 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
         own = [entries[a] for a in sent.addresses if a in entries]
         chunks.append(_chunk(sent.request, sent.label, sent.number, own, spec, pause_s))
         answered.difference_update(sent.addresses)
-        with contextlib.suppress(*LOST):
-            _adopt_payloads(session.store, sent.request, spec, entries)
     for spec in rewards:
         own = [entries[a] for a in sorted(answered) if entries[a].spec is spec]
         chunks.append(_chunk(f"{ANSWERED}{uuid.uuid4().hex}", "", 0, own, spec, pause_s))
     session.board.adopt(slots, chunks)
+    awaited = {e.address: e for slot in slots for e in (slot.entries or {}).values()}
+    for chunk in chunks:
+        session.sender.soon(functools.partial(_adopt_payloads, session, chunk, awaited))
     return slots
 
 
@@ -83,22 +80,23 @@ def _slot(record: SlotRecord, ticket: Ticket, specs: Mapping[str, RewardSpec], e
     return slot
 
 
-def _adopt_payloads(store: PayloadStore, request: str, spec: RewardSpec, entries: Mapping[str, Entry]) -> None:
+def _adopt_payloads(session: Session, chunk: Chunk, entries: Mapping[str, Entry]) -> None:
     """Know the payloads of a request that another process sent, so that they live on and are freed in the end."""
-    data = persist(lambda: store.get([request])[0], PATIENCE_S)
+    data = session.store.get([chunk.request])[0]
     if data is None:
         return
-    if spec.how in ("rank", "wins"):
-        group = unpack(GroupRequest, data)
-        samples = [(group.address, member) for member in group.members]
-    else:
-        samples = [(s.address, one) for s in unpack(ScoreRequest, data).samples for one in s.members or (s,)]
+    try:
+        if chunk.spec.how in ("rank", "wins"):
+            group = unpack(GroupRequest, data)
+            samples = [(group.address, member) for member in group.members]
+        else:
+            samples = [(s.address, one) for s in unpack(ScoreRequest, data).samples for one in s.members or (s,)]
+    except WireError:  # of another version of this package: workers say so, in a note
+        return
     for address, sample in samples:
         entry = entries.get(address)
         if entry is None:
             continue
         for refs in sample.media.values():
             for ref in refs if isinstance(refs, tuple) else (refs,):
-                payload = Payload(ref.name, ref.digest, num_users=1)
-                payload.stored.set()
-                entry.payloads.append(payload)
+                session.board.adopt_payload(ref.name, ref.digest, entry)

@@ -165,6 +165,8 @@ class Board:
         self._entries: dict[str, Entry] = {}
         self._chunks: dict[str, Chunk] = {}
         self._payloads: dict[str, Payload] = {}
+        self._adopted: dict[str, Payload] = {}
+        """Payloads that another process stored, by name."""
         self._to_free: list[str] = []
         self._num_names = 0
         self.num_unsent = 0
@@ -200,16 +202,19 @@ class Board:
             slot.entries = entries
             return new
 
-    def join_group(self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any], rank: int) -> Entry:
+    def join_group(self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any]) -> Entry:
         """Give the members of a sealed group its entry (or the one that is awaited already); returns that.
 
         The entry takes over the payloads and carried entries of its members. One that the group had before, with other
-        members, is given up.
+        members, is given up. A member that is none of the sealed (one too many) is left alone.
         """
         with self.lock:
             known = self._entries.setdefault(entry.address, entry)
+            earlier: dict[str, Entry] = {}
             for place, member in members.items():
                 slot = member.slot
+                if place not in entry.places:
+                    continue
                 if slot.is_given_up:
                     self._end(member.holder)
                     continue
@@ -221,16 +226,19 @@ class Board:
                     continue
                 if before is not None and before is not known:
                     before.slots = [s for s in before.slots if s is not slot]
-                    if not before.slots:
-                        self._end(before)
+                    earlier[before.address] = before
                 slot.entries[name] = known
-                slot.places[name] = known.places[place]
+                slot.places[name] = entry.places[place]  # of equal members in other places, the order is the same
                 if not any(s is slot for s in known.slots):
                     known.slots.append(slot)
                 known.payloads += member.holder.payloads
                 member.holder.payloads = []
                 known.carried += member.carried
                 member.carried = []
+            for before in earlier.values():
+                self._use_too(known, before.payloads)  # which has those of its members that stayed the same
+                if not before.slots:
+                    self._end(before)
             if not known.slots:
                 self._end(known)
             return known
@@ -361,6 +369,16 @@ class Board:
                 entry.payloads.append(payload)
             return payload, is_new
 
+    def adopt_payload(self, name: str, digest: str, entry: Entry) -> None:
+        """Let a payload that another process stored live for as long as this entry, or another, needs it."""
+        with self.lock:
+            payload = self._adopted.setdefault(name, Payload(name, digest))
+            payload.stored.set()
+            payload.num_users += 1
+            entry.payloads.append(payload)
+            if entry.is_ended:
+                self._end(entry)
+
     def has_stored(self, payload: Payload) -> None:
         """A payload is in the store, or was not stored since nobody needs it any more."""
         with self.lock:
@@ -409,6 +427,12 @@ class Board:
 
     # --- private, under the lock -----------------------------------------------------------------
 
+    @staticmethod
+    def _use_too(entry: Entry, payloads: Iterable[Payload]) -> None:
+        for payload in payloads:
+            payload.num_users += 1
+            entry.payloads.append(payload)
+
     def _end(self, entry: Entry) -> None:
         if self._entries.get(entry.address) is entry:
             del self._entries[entry.address]
@@ -419,6 +443,7 @@ class Board:
             if payload.num_users == 0:
                 if self._payloads.get(payload.digest) is payload:
                     del self._payloads[payload.digest]
+                self._adopted.pop(payload.name, None)
                 self._to_free.append(payload.name)
         entry.payloads = []
 

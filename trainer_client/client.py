@@ -16,7 +16,7 @@ from typing import Any, Self, get_args
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import LOST, why_away
+from tasks.connections import LOST, connect, why_away
 from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
@@ -28,7 +28,7 @@ from trainer_client.lease import Lease
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
-from trainer_client.session import Session, check_servers
+from trainer_client.session import ASK_S, Session, check_servers
 from trainer_client.steps import Steps, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
@@ -274,7 +274,7 @@ class RewardClient:
         times = {
             "submit_s": open_step.submit_s if open_step is not None else 0.0,
             "wait_s": time.monotonic() - started,
-            **session.sender.times.as_dict(),
+            **session.sender.times.take(),
         }
         place = (split, number) if ticket is None else (ticket.split, ticket.step)
         batch = batch_of(slots, rewards, late, session.groups.why_open, times, *place)
@@ -349,7 +349,9 @@ class RewardClient:
         self._session = None
         self._steps = Steps(self.world_size)
         self._adopted = {}
-        self._ranks = Ranks(outcomes_of(self._app).redis, self.run, self.launch, self.rank, self.world_size)
+        in_bounds = {"socket_timeout": ASK_S, "socket_connect_timeout": ASK_S}
+        ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
+        self._ranks = Ranks(ranks, self.run, self.launch, self.rank, self.world_size)
 
     def _open_session(self) -> Session:
         if self._session is None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tasks import outcomes
-from tasks.groups import GroupSlots, digest, draw_pairs
+from tasks.groups import GroupSlots, Registered, digest, draw_pairs
 from tasks.messages import Failure, SampleRequest
 from tasks.rewards import RewardSpec, Split
 from trainer_client.board import Board, Chunk, Entry, Place, Slot
@@ -54,6 +54,8 @@ class Group:
     opened_at: float = field(default_factory=time.monotonic)
     digest: str = ""
     entry: Entry | None = None
+    places_seen: list[SlotPlace] = field(default_factory=list)
+    """Slots that were filled, by this rank and others, when it was last asked."""
 
 
 class Groups:
@@ -121,12 +123,26 @@ class Groups:
             if self._slots is not None and entry.group_key:
                 self._slots.set_number(entry.group_key, chunk.number)
 
+    def why_they_wait(self) -> str:
+        """What is said of a store that is full of groups: those that are incomplete leave no room for their rest."""
+        with self._lock:
+            num_open = sum(g.entry is None for g in self._groups.values())
+        return f"; {num_open} groups wait for more of their samples, submit them group by group" if num_open else ""
+
+    def look_at_slots(self) -> None:
+        """Ask which slots of incomplete groups other ranks have filled, for `why_open`. May raise what Redis does."""
+        with self._lock:
+            groups = [g for g in self._groups.values() if g.entry is None]
+        if self._slots is not None:
+            for group, places in zip(groups, self._slots.places([g.key for g in groups]), strict=True):
+                group.places_seen = places
+
     def why_open(self, slot: Slot, spec: RewardSpec) -> str | None:
-        """Why a slot's group has no entry yet: which of its slots are there."""
+        """Why a slot's group has no entry yet: which of its slots are there, as far as is known."""
         group = self._groups.get((slot.split, slot.step, spec.name, slot.group))
         if group is None or group.entry is not None:
             return None
-        places = sorted(self._slots.members(group.key)) if self._slots is not None else sorted(group.members)
+        places = sorted({*group.members, *group.places_seen})
         ranks: dict[int, list[int]] = {}
         for rank, index in places:
             ranks.setdefault(rank, []).append(index)
@@ -155,7 +171,7 @@ class Groups:
     def _new_group(self, spec: RewardSpec, slot: Slot) -> Group:
         key = ""
         if self._slots is not None:
-            name = hashlib.sha256(repr(slot.group).encode()).hexdigest()[:16]
+            name = hashlib.sha256(_text_of(slot.group).encode()).hexdigest()[:16]
             key = self._slots.key(slot.split, slot.step, spec.fingerprint, name)
         return Group(spec, slot.split, slot.step, slot.group, slot.group_size, key)
 
@@ -167,9 +183,9 @@ class Groups:
                     continue
                 members = dict(sorted(group.members.items()))
                 group.digest = digest([m.key for m in members.values()])
-                group.entry = self._entry(group, {p: (m.key, m.request) for p, m in members.items()})
+                entry = group.entry = self._entry(group, {p: (m.key, m.request) for p, m in members.items()})
                 self._groups.pop((group.split, group.step, group.spec.name, group.id), None)
-            new += self._join(group)
+            new += self._join(group, entry, members)
         return new
 
     def _register(self, group: Group, members: Sequence[Member]) -> list[Entry]:
@@ -180,20 +196,21 @@ class Groups:
             found = self._slots.register(
                 group.key, place, member.key, member.request, group.size or 0, group.spec.fingerprint
             )
-            if found.state in ("full", "scored"):
-                self._refuse(group, member, found.state)
+            if found.state in ("full", "scored", "size"):
+                self._refuse(group, member, found)
             elif found.state == "sealed" and (found.digest != group.digest or _is_unjoined(group, [member])):
                 return self._seal_shared(group, found.digest, 0)
         return []
 
-    def _refuse(self, group: Group, member: Member, state: str) -> None:
+    def _refuse(self, group: Group, member: Member, found: Registered) -> None:
         where = f"run {self._run!r}, step {group.step}, group {group.id!r}"
-        message = (
-            f"{where}: it has its {group.size} members already, this sample is one more"
-            if state == "full"
-            else f"{where}: the group was scored with another sample in this slot (rank {self._rank}, "
-            f"sample {member.slot.index}); give this start of the job a launch= of its own"
-        )
+        reasons = {
+            "full": f"it has its {group.size} members already, this sample is one more",
+            "size": f"group_size={group.size} here, another rank said group_size={found.num_members}",
+            "scored": f"the group was scored with another sample in this slot (rank {self._rank}, "
+            f"sample {member.slot.index}); give this start of the job a launch= of its own",
+        }
+        message = f"{where}: {reasons[found.state]}"
         with self._lock:
             group.members.pop((self._rank, member.slot.index), None)
         self._board.fail_reward(member.slot, group.spec, Failure(kind="invalid", message=message))
@@ -207,9 +224,10 @@ class Groups:
             return []  # changed between the two questions: the next one tells
         with self._lock:
             group.digest = found
-            group.entry = self._entry(group, members)
-            group.entry.sent_number = number
-        return self._join(group)
+            entry = group.entry = self._entry(group, members)
+            entry.sent_number = number
+            own = dict(group.members)
+        return self._join(group, entry, own)
 
     def _entry(self, group: Group, members: dict[SlotPlace, tuple[str, SampleRequest]]) -> Entry:
         spec = group.spec
@@ -230,19 +248,24 @@ class Groups:
             )
         return entry
 
-    def _join(self, group: Group) -> list[Entry]:
-        """Give the group's members of this rank its entry; returns it if it is new here."""
-        assert group.entry is not None
-        known = self._board.join_group(group.entry, group.spec.name, group.members, self._rank)
-        is_new = known is group.entry
-        group.entry = known
-        return [known] if is_new else []
+    def _join(self, group: Group, entry: Entry, members: Mapping[SlotPlace, Member]) -> list[Entry]:
+        """Give the group's members of this rank its entry; returns it if it is new. Another thread may be at it too."""
+        known = self._board.join_group(entry, group.spec.name, members)
+        with self._lock:
+            if group.entry is entry:
+                group.entry = known
+        return [known] if known is entry else []
 
     def _forget_answered(self) -> None:
         with self._lock:
             for key, group in list(self._groups.items()):
                 if group.entry is not None and group.entry.outcome is not None:
                     del self._groups[key]
+
+
+def _text_of(group: Any) -> str:
+    """The same for a group's id on all ranks, whatever kind of text or integer each has."""
+    return f"text {group}" if isinstance(group, str) else f"integer {int(group)}"
 
 
 def _is_unjoined(group: Group, members: Iterable[Member]) -> bool:

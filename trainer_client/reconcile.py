@@ -91,11 +91,11 @@ class Reconciler:
             self._outcomes.check_room()  # where a worker cannot write, its heartbeat is missing too
             workers = self._outcomes.workers()
             store = self._store.identity()
+            reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
+            if reasons and is_nearly_full(self._outcomes.redis):  # it may have refused the heartbeats alone
+                reasons.insert(0, FULL)
         except AWAY as error:
             return why_away(error)
-        reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
-        if reasons and is_nearly_full(self._outcomes.redis):  # it may have refused the heartbeats alone
-            reasons.insert(0, FULL)
         return "; ".join(reasons) or None
 
     def warn_of_idle_queues(self) -> None:

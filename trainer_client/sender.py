@@ -9,9 +9,8 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kombu.exceptions import BatchPublishError, OperationalError
@@ -59,24 +58,31 @@ T = TypeVar("T")
 Refs = MediaRef | tuple[MediaRef, ...]
 
 
-@dataclass(slots=True)
 class Times:
     """Seconds spent by the sender's threads, summed over threads."""
 
-    encode_s: float = 0.0
-    store_s: float = 0.0
-    send_s: float = 0.0
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spent: dict[str, float] = defaultdict(float)
 
-    def as_dict(self) -> dict[str, float]:
-        """By name, as in a batch's `timings`."""
-        return asdict(self)
+    def add(self, name: str, started: float) -> None:
+        """Count what has passed since `started` (`time.perf_counter()`) as `encode_s`, `store_s` or `send_s`."""
+        with self._lock:
+            self._spent[name] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """By name, what was spent since this was asked last."""
+        with self._lock:
+            spent, self._spent = self._spent, defaultdict(float)
+        return {name: spent[name] for name in ("encode_s", "store_s", "send_s")}
 
 
 class Sender:
     """Takes slots from `submit()` to messages under way.
 
-    `sender_threads` threads encode and store; one more fills chunks and sends them. A server that is away or full is
-    waited for; the reason is on the board.
+    `sender_threads` threads encode and store, and wait while the payload store is full. One fills chunks and sends
+    them. One does what makes room there, and so must not wait for it: it sends again what was lost, and passes on
+    groups that were completed. A server that is away is waited for; the reason is on the board.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Sender:
         self._run, self._rank = run, rank
         self._groups, self._outgoing = groups, outgoing
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._repairs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[list[Entry] | None] = queue.SimpleQueue()
         self._filling: dict[tuple[Any, ...], list[Entry]] = {}
         self._looking = threading.Lock()
@@ -107,12 +114,13 @@ class Sender:
         self._ended = threading.Event()
         self.times = Times()
         self._threads = [
-            threading.Thread(target=self._guard, args=(self._encode_loop,), name=f"rewardq-encode-{i}", daemon=True)
-            for i in range(settings.sender_threads)
+            threading.Thread(target=self._guard, args=(loop,), name=f"rewardq-{name}", daemon=True)
+            for name, loop in (
+                *((f"encode-{i}", functools.partial(self._work, self._jobs)) for i in range(settings.sender_threads)),
+                ("repair", functools.partial(self._work, self._repairs)),
+                ("send", self._send_loop),
+            )
         ]
-        self._threads.append(
-            threading.Thread(target=self._guard, args=(self._send_loop,), name="rewardq-send", daemon=True)
-        )
         for thread in self._threads:
             thread.start()
 
@@ -120,19 +128,23 @@ class Sender:
         """Encode and send these slots in the background."""
         self._board.count_unsent(len(slots))
         for slot in slots:
-            self._do(functools.partial(self._encode_slot, slot))
+            self._do(self._jobs, functools.partial(self._encode_slot, slot))
 
     def send_again(self, entries: Sequence[Entry]) -> None:
         """Send entries whose message was lost, after storing what is gone of their media."""
-        self._do(functools.partial(self._restore, entries))
+        self._do(self._repairs, functools.partial(self._restore, entries))
 
     def send_same(self, chunk: Chunk, request: str) -> None:
         """Send the message of one of a chunk's requests again as it was."""
-        self._do(functools.partial(self._patiently, functools.partial(self._outgoing.send_same, chunk, request)))
+        self.soon(functools.partial(self._outgoing.send_same, chunk, request))
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Run `call`, which may run again, in the background; a server that is away is waited for."""
+        self._do(self._repairs, functools.partial(self._patiently, call))
 
     def send_sealed(self, entries: Sequence[Entry]) -> None:
         """Send groups that this or another rank has completed, unless they are answered or another rank sent them."""
-        self._do(functools.partial(self._pass_on_sealed, entries))
+        self._do(self._repairs, functools.partial(self._pass_on_sealed, entries))
 
     @contextlib.contextmanager
     def hurry(self, releases: Iterable[Place] = ()) -> Iterator[None]:
@@ -153,25 +165,26 @@ class Sender:
     def close(self) -> None:
         """End the threads; what is not sent stays unsent."""
         self._ended.set()
-        for _ in self._threads[:-1]:
+        for _ in range(self._settings.sender_threads):
             self._jobs.put(None)
+        self._repairs.put(None)
         self._ready.put(None)
         for thread in self._threads:
             thread.join(timeout=5.0)
 
     # --- encoding threads ------------------------------------------------------------------------
 
-    def _encode_loop(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._ended.is_set():
+    def _work(self, jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        while (job := jobs.get()) is not None and not self._ended.is_set():
             job()
             with self._hurrying:
                 self._num_jobs -= 1
             self._ready.put([])
 
-    def _do(self, job: Callable[[], Any]) -> None:
+    def _do(self, jobs: queue.SimpleQueue[Callable[[], None] | None], job: Callable[[], Any]) -> None:
         with self._hurrying:
             self._num_jobs += 1
-        self._jobs.put(job)
+        jobs.put(job)
 
     def _encode_slot(self, slot: Slot) -> None:
         """Encode a sample, find what is answered already, store its media for the rest, and pass that on."""
@@ -187,7 +200,7 @@ class Sender:
                 self._join_groups(slot, sample, {}, [], failure)
             else:
                 new = self._board.join(slot, sample, self._wanted(slot, sample, encoded))
-                self.times.encode_s += time.perf_counter() - started
+                self.times.add("encode_s", started)
                 new = self._without_answered(new)
                 self._store_media(encoded, new)
                 carried = self._join_groups(slot, sample, encoded, new, None)
@@ -289,7 +302,7 @@ class Sender:
                     refs = [self._store_one(payload, users) for payload in payloads]
                     for entry in users:
                         entry.media[name] = tuple(refs) if one.is_list else refs[0]
-        self.times.store_s += time.perf_counter() - started
+        self.times.add("store_s", started)
 
     def _store_one(self, content: Content, users: Sequence[Entry]) -> MediaRef:
         payload, is_new = self._board.use(content.digest, users)
@@ -308,6 +321,7 @@ class Sender:
             self._board.trouble = (
                 f"the payload store holds {self._in_use} bytes of all clients, REWARDQ_MAX_STORE_BYTES is "
                 f"{self._settings.max_store_bytes}; sending waits for workers to score what is there"
+                f"{self._groups.why_they_wait()}"
             )
             if self._ended.wait(STORE_LOOK_S):
                 raise _EndedError
@@ -316,6 +330,9 @@ class Sender:
                 return
         if self._board.trouble is not None:
             self._board.trouble = None
+        self._store_now(payloads)
+
+    def _store_now(self, payloads: Mapping[str, Any]) -> None:
         self._patiently(lambda: self._store.put(payloads, self._settings.payload_ttl_s))
 
     def _has_room(self, num_bytes: int) -> bool:
@@ -363,7 +380,7 @@ class Sender:
             failure = Failure(kind=kind, message=str(error))
             self._board.answer({entry: Outcome(failure=failure, attempt=entry.attempt)})
             return False
-        self._put({name: again[digest] for digest, name in gone.items()}, lambda: self._board.is_wanted(entry))
+        self._store_now({name: again[digest] for digest, name in gone.items()})
         return True
 
     # --- the sending thread ----------------------------------------------------------------------
@@ -442,7 +459,7 @@ class Sender:
         with_carried = [[*c, *(e for e in c[0].carried if self._board.is_wanted(e))] for c in chunks if c]
         self._patiently(lambda: self._send_once(with_carried))
         self._board.count_unsent(-num_counted)
-        self.times.send_s += time.perf_counter() - started
+        self.times.add("send_s", started)
 
     def _send_once(self, chunks: Sequence[Sequence[Entry]]) -> None:
         for chunk in self._outgoing.send(chunks):

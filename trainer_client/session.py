@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, check_reachable, connect
+from tasks.connections import LOST, check_eviction, check_reachable, connect, why_away
 from tasks.errors import CollectTimeoutError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
@@ -24,13 +25,16 @@ from trainer_client.lease import KEEP_EVERY_S, Lease
 from trainer_client.outgoing import Outgoing
 from trainer_client.progress import bars
 from trainer_client.reconcile import Reconciler
-from trainer_client.sender import Sender
+from trainer_client.sender import AWAY, Sender
 from trainer_client.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
 NO_WORKER_AFTER_S = 2.0
 """Heartbeats are asked for when `collect()` has waited for this long, to say early that a queue has no worker."""
+
+ASK_S = 2.0
+"""Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
 
 SAY_EVERY_S = 60.0
 """How often the log says that `submit()` waits, and why."""
@@ -46,13 +50,11 @@ def check_servers(app: Any) -> None:
     check_reachable(results, settings.results, "Redis for results")
     check_eviction(results, settings.results)
     if settings.results != settings.broker_url:
-        broker = connect(settings.broker_url, settings.sentinels)
-        check_reachable(broker, settings.broker_url, "Redis for queues")
-        check_eviction(broker, settings.broker_url)
-        broker.close()
-    store = open_store(settings)
-    store.check()
-    store.close()
+        with connect(settings.broker_url, settings.sentinels) as broker:
+            check_reachable(broker, settings.broker_url, "Redis for queues")
+            check_eviction(broker, settings.broker_url)
+    with contextlib.closing(open_store(settings)) as store:
+        store.check()
 
 
 class Session:
@@ -152,7 +154,12 @@ class Session:
         """The client's own reason for what is missing at the deadline; never stored."""
         late = sum(not slot.is_done for slot in slots)
         queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
-        why = self.reconciler.idle_queues(queues) or self.board.trouble
+
+        def ask() -> str | None:
+            self.groups.look_at_slots()
+            return self.reconciler.idle_queues(queues)
+
+        why = _ask(ask) or self.board.trouble
         return Failure(
             kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
         )
@@ -160,7 +167,8 @@ class Session:
     def why_unsent(self) -> str | None:
         """What keeps samples from being sent: a Redis that is away, a full store and a queue without a worker."""
         queues = {chunk.spec.queue for chunk in self.board.chunks()}
-        return "; ".join(filter(None, (self.board.trouble, self.reconciler.idle_queues(queues)))) or None
+        idle = _ask(lambda: self.reconciler.idle_queues(queues))
+        return "; ".join(filter(None, (self.board.trouble, idle))) or None
 
     def give_up(self, slots: Sequence[Slot]) -> None:
         """Wait for these slots no more."""
@@ -184,6 +192,22 @@ class Session:
             yield
         finally:
             self.watcher.hurry(is_waiting=False)
+
+
+def _ask(question: Callable[[], str | None]) -> str | None:
+    """What Redis says, or that it is away: within `ASK_S`, whatever its sockets would wait for."""
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except AWAY as error:
+            answers.append(why_away(error))
+
+    thread = threading.Thread(target=ask, name="rewardq-ask", daemon=True)
+    thread.start()
+    thread.join(ASK_S)
+    return answers[0] if answers else f"Redis is away: it has not answered for {ASK_S:g} s"
 
 
 def _are_done(left: list[Slot]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def check_groups(
     for i, sample in enumerate(samples):
         if sample.group is None:
             raise InvalidSampleError(f"sample {first + i}: {needed_by}: it needs group=, found None")
-        if world_size > 1 and not isinstance(sample.group, str | int):
+        if world_size > 1 and not isinstance(sample.group, str | numbers.Integral):
             raise InvalidSampleError(
                 f"sample {first + i}: with world_size > 1 group= must be text or an integer, the same on all "
                 f"ranks; found a {type(sample.group).__name__}"

@@ -47,10 +47,17 @@ class _Every:
         self._period_s, self._call = period_s, call
         self._at = time.monotonic() + period_s
 
-    def run_if_due(self) -> None:
-        if time.monotonic() >= self._at:
+    def run_if_due(self) -> Exception | None:
+        """Run it if it is due; returns why its server could not be asked, after which it is due at once."""
+        if time.monotonic() < self._at:
+            return None
+        try:
             self._call()
-            self._at = time.monotonic() + self._period_s
+        except AWAY as error:
+            lost: Exception = error
+            return lost
+        self._at = time.monotonic() + self._period_s
+        return None
 
 
 class Watcher:
@@ -120,11 +127,12 @@ class Watcher:
         try:
             self._reconciler.poll_groups(register=False)
             num_new = self._reconciler.poll(everything=False)
-            for due in self._due:
-                due.run_if_due()
+            lost = [error for due in self._due if (error := due.run_if_due()) is not None]
             self._free()
         except AWAY as error:
             return self._pause_away(error)
+        if lost:  # of several servers one may be away: the others go on
+            return self._pause_away(lost[0])
         if self._is_away:
             self._is_away, self._board.trouble = False, None
         if not self._num_waiting:

@@ -12,7 +12,7 @@ import pytest
 from tasks import keys
 from tasks.connections import connect
 from tasks.settings import load_settings
-from tests.pipeline.conftest import assert_rewards, config_of, samples_of
+from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
 from tests.reward_models import image_of
 from tests.servers import messages_in, wait_until
 from trainer_client import CollectTimeoutError, RewardClient, Sample
@@ -191,3 +191,55 @@ def test_a_submit_whose_backlog_does_not_move_raises_and_queues_nothing(redis_ur
         assert "queue 'gpu' has no worker" in str(raised.value)
         workers("gpu", settings=settings)
         assert_rewards(client.collect(timeout_s=60), range(10))
+
+
+# --- a store without room ------------------------------------------------------------------------
+
+
+def small_store(redis_url, num_images):
+    return load_settings(
+        broker_url=redis_url, max_store_bytes=num_images * 64 * 64 * 3 + 2000, claim_ttl_s=2, reconcile_s=0.5
+    )
+
+
+def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redis_server, workers):
+    settings = small_store(redis_url, 4)
+    config = config_of({"reward_model": "PixelCode", "batch_size": 1})
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit([Sample(image=image_of(n, 64, 64)) for n in range(12)])
+        with redis_server.client() as broker:
+            wait_until(lambda: len(messages_in(broker, "gpu")) == 4)
+            wait_until(lambda: client._session.board.trouble is not None)
+            broker.delete(*broker.keys("gpu*"))
+        workers("gpu", settings=settings)
+        assert_rewards(client.collect(timeout_s=60), range(12))
+
+
+def test_a_rank_whose_samples_wait_for_room_gets_the_groups_that_another_has_sent(redis_url, workers):
+    settings = small_store(redis_url, 12)
+    workers("gpu", settings=settings)
+    config = config_of("OrderInGroup")
+    ranks = [
+        RewardClient.from_dict(config, "test", rank=r, world_size=2, launch="one", settings=settings) for r in range(2)
+    ]
+    for r, rank in enumerate(ranks):
+        rank.submit(
+            [Sample(prompt=f"{g}", image=image_of(2 * g + r, 64, 64), group=g) for g in range(24)], group_size=2, step=0
+        )
+    batches = together(*(lambda rank=rank: rank.collect(timeout_s=90) for rank in ranks))
+    for r, batch in enumerate(batches):
+        assert_rewards(batch, [r] * 24, "OrderInGroup")
+    for rank in ranks:
+        rank.close()
+
+
+def test_groups_that_fill_the_store_before_one_is_complete_are_named(redis_url, workers):
+    settings = small_store(redis_url, 3)
+    workers("gpu", settings=settings)
+    with RewardClient.from_dict(config_of("OrderInGroup"), "test", settings=settings) as client:
+        for half in range(2):
+            client.submit([Sample(image=image_of(half * 10 + g, 64, 64), group=g) for g in range(4)], group_size=2)
+        with pytest.raises(
+            CollectTimeoutError, match=r"groups wait for more of their samples, submit them group by group"
+        ):
+            client.collect(timeout_s=3)

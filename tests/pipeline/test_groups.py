@@ -144,6 +144,23 @@ def test_the_same_group_again_is_answered_from_what_is_there(clients, workers, t
     assert calls.read_text().split() == ["3"]
 
 
+def test_equal_groups_in_one_step_and_in_two_splits_share_one_answer(clients, workers, settings, tmp_path):
+    calls = tmp_path / "calls"
+    workers("gpu")
+    rank = {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}
+    client = clients({"reward_model": "OrderInGroup", "file": str(calls), "version": "1"}, rank)
+    for name in ("a", "b"):
+        client.submit(samples_of([7, 5, 6], group=name), group_size=3)
+        client.submit(samples_of([7, 5, 6], group=name), group_size=3, split="eval")
+    for batch in (client.collect(timeout_s=60), client.collect(timeout_s=60, split="eval")):
+        assert_rewards(batch, [2, 0, 1] * 2, "OrderInGroup")
+        ranks = batch.rewards["jpeg_incompressibility_Rank"]
+        assert ranks[:3].tolist() == ranks[3:].tolist()
+    assert calls.read_text().split() == ["3"]
+    with connect(settings.payloads) as store:
+        wait_until(lambda: not store.keys(keys.payload("*")))
+
+
 @pytest.mark.parametrize(
     ("samples", "group_size", "message"),
     [
@@ -262,6 +279,57 @@ def test_a_restarted_rank_with_the_same_samples_gets_the_same_group(clients, wor
     assert_rewards(batches[0], [0, 2], "OrderInGroup")
     assert_rewards(batches[1], [1, 3], "OrderInGroup")
     assert calls.read_text().split() == ["4"]
+
+
+@pytest.mark.parametrize("name", ["OrderInGroup", "jpeg_incompressibility_Rank"])
+def test_a_rank_restarted_with_other_samples_after_its_group_was_sealed_seals_it_anew(clients, workers, name):
+    config = {"reward_model": name, "version": "1"}
+    other = clients(config, rank=0, world_size=2, launch="one")
+    other.submit(rank_samples({"g": [image_of(10), image_of(30)]}), group_size=4, step=0)
+    other.flush()
+    before = clients(config, rank=1, world_size=2, launch="one")
+    before.submit(rank_samples({"g": [image_of(20), image_of(40)]}), group_size=4, step=0)
+    before.flush()
+    wait_until(lambda: all(g.entry is not None for g in other._session.groups._groups.values()))
+    before.close()
+    after = clients(config, rank=1, world_size=2, launch="one")
+    after.submit(rank_samples({"g": [image_of(21), image_of(5)]}), group_size=4, step=0)
+    after.flush()
+    workers("gpu")
+    batches = together(lambda: other.collect(timeout_s=60), lambda: after.collect(timeout_s=60))
+    found = [*batches[0].rewards[name], *batches[1].rewards[name]]
+    sizes = [jpeg_bytes(image_of(n)) for n in (10, 30, 21, 5)]
+    np.testing.assert_allclose(found, [1, 3, 2, 0] if name == "OrderInGroup" else np.float32(expected_ranks(sizes)))
+
+
+def test_a_group_that_two_ranks_overfill_has_its_members_and_the_others_are_told(clients, workers):
+    workers("gpu")
+    first, second = (clients("OrderInGroup", rank=r, world_size=2, launch="one") for r in range(2))
+    for g in range(8):
+        first.submit(samples_of([10 * g + 1, 10 * g + 2, 10 * g + 3], group=g), group_size=4, step=0)
+    for g in range(8):
+        second.submit(samples_of([10 * g + 4, 10 * g + 5, 10 * g + 6], group=np.int64(g)), group_size=4, step=0)
+    batches = together(*(lambda c=c: c.collect(timeout_s=60, on_failure="nan") for c in (first, second)))
+    valid = [b.valid["OrderInGroup"] for b in batches]
+    assert sum(v.sum() for v in valid) == 8 * 4
+    failures = [f for b in batches for f in b.failures]
+    assert len(failures) == 8 * 2
+    assert {f.kind for f in failures} == {"invalid"}
+    assert all(
+        re.search(r"group \S+: it has its 4 members already, this sample is one more", f.message) for f in failures
+    )
+
+
+def test_ranks_that_differ_about_the_size_of_a_group_are_told(clients):
+    first, second = (clients("OrderInGroup", rank=r, world_size=2, launch="one") for r in range(2))
+    first.submit(samples_of([1, 2], group="g"), group_size=4, step=0)
+    first.flush()
+    second.submit(samples_of([3, 4], group=np.str_("g")), group_size=2, step=0)
+    batches = together(*(lambda c=c: c.collect(timeout_s=4, on_failure="nan") for c in (first, second)))
+    assert {f.kind for f in batches[0].failures} == {"timeout"}
+    assert "rank 0: samples 0, 1 are there" in batches[0].failures[0].message
+    assert "group 'g' of step 0 has 2 of 4 members, 2 are missing" in batches[0].failures[0].message
+    assert "group_size=2 here, another rank said group_size=4" in batches[1].failures[0].message
 
 
 def test_groups_survive_an_emptied_redis(clients, workers, settings, redis_server):
