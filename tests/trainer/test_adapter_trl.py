@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,10 +261,8 @@ def test_importing_the_adapters_imports_no_framework() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.peer
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("is_async", [False, True])
-def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool, tmp_path: Any) -> None:
+def trainer_on(functions: list[Any], tmp_path: Path, prompts: list[str], **config: Any) -> Any:
+    """A real trainer of a tiny model, with `prompts` to train and to evaluate on."""
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -272,7 +271,30 @@ def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool,
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(30))])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    data = Dataset.from_dict({"prompt": prompts})
+    return trl.GRPOTrainer(
+        model=GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=32, n_embd=16, n_layer=1, n_head=2)),
+        reward_funcs=functions,
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            num_generations=4,
+            per_device_train_batch_size=8,
+            max_completion_length=8,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            **config,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the trainer and what it imports
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool, tmp_path: Path) -> None:
     seen: list[str] = []
 
     def drawn(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
@@ -283,24 +305,9 @@ def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool,
             for p, n in zip(prompts, numbers, strict=True)
         ]
 
-    trainer = trl.GRPOTrainer(
-        model=GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=32, n_embd=16, n_layer=1, n_head=2)),
-        reward_funcs=reward_functions(client, to_samples=drawn, is_async=is_async, num_generations=4, timeout_s=60),
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path),
-            reward_weights=reward_weights(client),
-            num_generations=4,
-            per_device_train_batch_size=8,
-            max_completion_length=8,
-            max_steps=2,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5", "w6"]}),
-        processing_class=tokenizer,
-    )
+    functions = reward_functions(client, to_samples=drawn, is_async=is_async, num_generations=4, timeout_s=60)
+    prompts = ["w1 w2", "w3 w4", "w5", "w6"]
+    trainer = trainer_on(functions, tmp_path, prompts, reward_weights=reward_weights(client), max_steps=2)
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["rewards/more/mean"] == pytest.approx(first["rewards/number/mean"] + 100)
@@ -308,3 +315,21 @@ def test_the_real_trainer_trains_on_them(client: CountingClient, is_async: bool,
     assert len(seen) == 16
     shares = [len(set(text.split())) % 3 == 0 for text in seen[:8]]
     assert first["rewards/picky/failure_rate"] == pytest.approx(np.mean(shares))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_trainer_evaluates_in_groups_of_its_own_size(
+    settings: Settings, workers: Callable[..., Any], tmp_path: Path
+) -> None:
+    workers("gpu")
+
+    def drawn(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
+        return [Sample(image=picture) for picture in pictures_of(*range(8, 8 + 8 * len(prompts), 8))]
+
+    with RewardClient.from_dict(RANK, "trl", settings=settings) as client:
+        functions = reward_functions(client, to_samples=drawn, num_generations=4, num_generations_eval=2, timeout_s=30)
+        sizes = {"num_generations_eval": 2, "per_device_eval_batch_size": 4}
+        trainer = trainer_on(functions, tmp_path, ["w1", "w1"], **sizes, max_steps=1)
+        assert trainer.evaluate()["eval_rewards/rank/mean"] == pytest.approx(0.25)
+        trainer.train()
+        assert trainer.state.log_history[-2]["rewards/rank/mean"] == pytest.approx(0.375)
