@@ -57,8 +57,9 @@ class Settings(BaseSettings):
     result_ttl_s: Seconds = 86_400.0
     """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
 
-    payload_ttl_s: Seconds = 3_600.0
-    """How long media live in the store after the last time a client asked for their outcome."""
+    payload_ttl_s: Seconds = 900.0
+    """How long media live in the store after their client last renewed them, as it does every minute. A trainer that is
+    stopped for longer uploads them again; those of one that was killed take room for so long."""
 
     claim_ttl_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
     """After a worker dies, its samples are free for others this much later. Lower recovers sooner, but a worker

@@ -152,3 +152,7 @@ def test_a_command_with_a_wrong_variable_says_so_in_a_line(command):
     assert ended.returncode == 1
     assert "unknown variable REWARDQ_BROKR_URL (did you mean 'REWARDQ_BROKER_URL'?)" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_media_of_a_killed_trainer_take_room_for_a_quarter_of_an_hour_and_no_longer():
+    assert load_settings().payload_ttl_s == 900
