@@ -18,8 +18,9 @@ from celery.worker.state import maybe_shutdown
 
 from tasks import keys
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, refusal, why_away
+from tasks.connections import LOST, check_eviction, connect, refusal, why_away
 from tasks.errors import EvictionError
+from tasks.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,15 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 def _look(app: Any) -> None:
+    settings: Settings = app.settings
     with app.connection_for_write() as connection:
         broker = connection.channel().client
-        check_eviction(broker, app.settings.broker_url)
-        check_eviction(outcomes_of(app).redis, app.settings.results)
+        check_eviction(broker, settings.broker_url)
+        check_eviction(outcomes_of(app).redis, settings.results)
         broker.set(keys.ROOM, b"", px=1000)
+    if not settings.payloads.startswith("file:"):  # one that is full is no trouble: a worker only reads from it
+        with connect(settings.payloads, settings.sentinels) as payloads:
+            check_eviction(payloads, settings.payloads)
 
 
 class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
