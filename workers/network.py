@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -104,6 +107,49 @@ def least_busy(servers: Sequence[S]) -> S:
     if well:
         return min(well, key=lambda s: (s.num_in_flight, s.num_asked))
     return min(servers, key=lambda s: (s.rests_until, s.num_in_flight))
+
+
+class Gate:
+    """Lets as many requests to a server at once as it takes, the one whose time ends first before the others.
+
+    Without it those that a busy server sent away come back by chance, and some never in time. Used on the event loop
+    only.
+    """
+
+    def __init__(self) -> None:
+        self.limit = math.inf
+        """How many are let in: one fewer than there were after a refusal, one more after as many answers."""
+        self.num_inside = 0
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+
+    @asynccontextmanager
+    async def entered(self, ends_at: float) -> AsyncIterator[None]:
+        """Inside, once there is room; `ends_at` is when the request's time ends, on the loop's clock."""
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (ends_at, next(self._numbers), turn))
+        self._let_in()
+        try:
+            await turn
+            yield
+        finally:
+            self.num_inside -= turn.done() and not turn.cancelled()
+            self._let_in()
+
+    def answered(self) -> None:
+        """It took a request and answered: it may take more."""
+        self.limit += 1 / self.limit
+
+    def refused(self) -> None:
+        """It had too much in hand for one that is inside now."""
+        self.limit = max(1, self.num_inside - 1)
+
+    def _let_in(self) -> None:
+        while self._waiting and self.num_inside + 1 <= self.limit:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():  # given up while it waited
+                self.num_inside += 1
+                turn.set_result(None)
 
 
 class NetworkLoop:

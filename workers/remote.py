@@ -26,7 +26,7 @@ from workers.base import (
     Unscored,
 )
 from workers.judges.images import DATA_URLS
-from workers.network import NetworkLoop, Once, Server, its_own_deadline, least_busy
+from workers.network import Gate, NetworkLoop, Once, Server, its_own_deadline, least_busy
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 
@@ -65,6 +65,7 @@ class RemoteServer(Server):
 
     terms: Terms | None = None
     """None until it is asked, and after each answer without rewards: another may have taken its place."""
+    gate: Gate = field(default_factory=Gate)
 
 
 class RemoteLoop(NetworkLoop):
@@ -220,7 +221,7 @@ class Remote:
             num_requests += 1
             try:
                 with server.asked():
-                    found = await self._ask_at(server, question)
+                    found = await self._ask_at(server, question, call.ends_at)
                 server.answered()
                 return found
             except NoAnswerError as error:
@@ -244,7 +245,22 @@ class Remote:
                 raise Unscored(last.reason.kind, call.last)
             await asyncio.sleep(pause_s)
 
-    async def _ask_at(self, server: RemoteServer, question: Question) -> list[Reward]:
+    async def _ask_at(self, server: RemoteServer, question: Question, ends_at: float) -> list[Reward]:
+        await self._body(server, question)  # so that it is there when its turn comes
+        async with server.gate.entered(ends_at):
+            kind, body = await self._body(server, question)
+            response = await self._send(server, "POST", "/compute", self._timeout, content=body, content_type=kind)
+            try:
+                found = rewards_of(server, response, question.num_samples, self._may_split)
+            except NoAnswerError as error:
+                if error.pause_s is not None:
+                    server.gate.refused()
+                raise
+            server.gate.answered()
+            return found
+
+    async def _body(self, server: RemoteServer, question: Question) -> tuple[str, bytes]:
+        """The kind and the bytes of what a server is sent."""
         if server.terms is None:
             server.terms = terms_of(server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S))
         terms = server.terms
@@ -252,9 +268,7 @@ class Remote:
         if len(body) > terms.max_body_bytes:
             reason = f"{server.name} takes at most {terms.max_body_bytes} bytes, found {len(body)}"
             raise RejectedError(Unscored("invalid", reason), {})
-        kind = MSGPACK if terms.takes_msgpack else JSON
-        response = await self._send(server, "POST", "/compute", self._timeout, content=body, content_type=kind)
-        return rewards_of(server, response, question.num_samples, self._may_split)
+        return MSGPACK if terms.takes_msgpack else JSON, body
 
     async def _send(
         self,

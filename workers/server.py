@@ -3,7 +3,7 @@
 It runs on Python 3.9 and needs fastapi, uvicorn, pillow and msgpack. Subclass `RewardServer`, implement
 `compute_reward`, call `run()`. Its wire is the JSON of Flow-Factory's remote rewards:
 
-    POST /compute   {"prompt": [text, ...], "image": [PNG in base64, ...], "video": [[frame, ...], ...],
+    POST /compute   {"prompt": [text, ...], "image": [PNG in base64 or a data: URL, ...], "video": [[frame, ...], ...],
                      "condition_images": [[image, ...], ...], "condition_videos": [[[frame, ...], ...], ...],
                      "metadata": [{...}, ...]}; what is null or absent is not given
         200         {"rewards": [number, ...]}, one for each prompt
@@ -55,6 +55,12 @@ MSGPACK = "application/msgpack"
 LONGEST_PAUSE_S = 60
 """The most that a busy server asks a client to stay away."""
 
+LATE = 1.5
+"""A request whose turn has not come after so many times `max_wait_s` is given back: what calls take was misjudged."""
+
+SMOOTHING = 0.25
+"""What the last call took counts so much in what the next are thought to take."""
+
 
 class RewardServer:
     """Subclass it: load the model in `__init__`, implement `compute_reward`, and `run()`.
@@ -69,6 +75,11 @@ class RewardServer:
     max_waiting = 32
     """Requests in hand, above which the next is answered 503. Each holds its media in memory; a worker with 32 threads
     sends up to 32."""
+    max_wait_s = 20
+    """Seconds that a request may have to wait for its turn, by what calls took lately; if it would be longer it is
+    answered 503. Keep it and a call well below the clients' `timeout` (60), which runs meanwhile."""
+    max_receive_s = 30
+    """Seconds in which a request must have arrived whole; else it is answered 408, and its place is free."""
     max_body_bytes = 1 << 30
     """A larger request is answered 413; send fewer samples at once."""
     max_pixels = 64 * 1024 * 1024
@@ -159,9 +170,12 @@ class _Desk:
         self._arguments, self._needed = _declared_by(server)
         self._calls: queue.SimpleQueue[tuple[Future[Any], Mapping[str, Any]]] = queue.SimpleQueue()
         self._num_in_hand = 0
-        self._compute_s = 0.0
-        """What the last call took."""
-        for _ in range(server.num_threads if server.thread_safe else 1):
+        self._num_calls = 0
+        """Those of them that have arrived: they are computed, or are to be."""
+        self._compute_s: float | None = None
+        """What calls took lately."""
+        self._num_threads = server.num_threads if server.thread_safe else 1
+        for _ in range(self._num_threads):
             threading.Thread(target=self._compute, name="compute_reward", daemon=True).start()
 
     def app(self) -> FastAPI:
@@ -182,38 +196,70 @@ class _Desk:
                 return JSONResponse({"rewards": await self._rewards(request)})
             except _RequestError as error:
                 log.warning("no rewards status=%d", error.status)
-                pause = {"Retry-After": str(self._pause_s())} if error.status == 503 else None
-                return JSONResponse(error.body, error.status, pause)
+                return JSONResponse(error.body, error.status, self._headers(error.status))
             except Exception as error:  # what compute_reward returned may be anything
                 log.exception("no rewards status=500")
                 return JSONResponse(_RequestError(500, _words(error)).body, 500)
 
         return app
 
-    def _pause_s(self) -> int:
-        """When there may be room for another request."""
-        return min(LONGEST_PAUSE_S, max(1, math.ceil(self._compute_s)))
+    def _headers(self, status: int) -> dict[str, str] | None:
+        if status == 503:
+            pause_s = math.ceil((self._compute_s or 0.0) / self._num_threads)
+            return {"Retry-After": str(min(LONGEST_PAUSE_S, max(1, pause_s)))}
+        return {"Connection": "close"} if status == 408 else None  # what else comes there is no request
 
     async def _rewards(self, request: Request) -> list[float]:
         num_in_hand, most = self._num_in_hand, self._server.max_waiting
         if num_in_hand >= most:
-            await _body_of(request, 0)
+            await self._received(request, 0)
             raise _RequestError(503, f"{num_in_hand} requests are in hand, the most is {most}")
         self._num_in_hand += 1
         try:
-            body = await _body_of(request, self._server.max_body_bytes)
+            body = await self._received(request, self._server.max_body_bytes)
             if body is None:
                 raise _RequestError(413, f"more than {self._server.max_body_bytes} bytes; send fewer samples at once")
-            kind = request.headers.get("content-type", "")
-            given = await asyncio.to_thread(self._decode, body, kind)
-            num_samples = len(given["prompt"])
-            if not num_samples:
-                return []
-            call: Future[Any] = Future()
-            self._calls.put((call, given))
-            found, error = await _unless_gone(asyncio.wrap_future(call), request)
+            self._check_wait()
+            self._num_calls += 1
+            try:
+                return await self._computed(body, request)
+            finally:
+                self._num_calls -= 1
         finally:
             self._num_in_hand -= 1
+
+    async def _received(self, request: Request, max_bytes: int) -> bytes | None:
+        try:
+            return await asyncio.wait_for(_body_of(request, max_bytes), self._server.max_receive_s)
+        except asyncio.TimeoutError:  # on Python 3.9 another class than TimeoutError
+            raise _RequestError(408, f"not all of it came within {self._server.max_receive_s} seconds") from None
+
+    def _check_wait(self) -> None:
+        """Refuse a request that would wait for too long; one for which a thread is free never does."""
+        wait_s = self._num_calls // self._num_threads * (self._compute_s or 0.0)
+        if wait_s > self._server.max_wait_s:
+            took = f"each took {self._compute_s:.3g} seconds lately"
+            wait = f"that makes {wait_s:.3g} seconds, the most is {self._server.max_wait_s}"
+            raise _RequestError(503, f"{self._num_calls} requests are in hand and {took}: {wait}")
+
+    async def _computed(self, body: bytes, request: Request) -> list[float]:
+        kind = request.headers.get("content-type", "")
+        given = await asyncio.to_thread(self._decode, body, kind)
+        num_samples = len(given["prompt"])
+        if not num_samples:
+            return []
+        call: Future[Any] = Future()
+        self._calls.put((call, given))
+        late = asyncio.get_running_loop().call_later(LATE * self._server.max_wait_s, call.cancel)
+        try:
+            found, error = await _unless_gone(asyncio.wrap_future(call), request)
+        except asyncio.CancelledError:
+            if not call.cancelled():
+                raise
+            text = f"its turn did not come within {LATE * self._server.max_wait_s:g} seconds"
+            raise _RequestError(503, f"{self._num_calls} requests are in hand: {text}") from None
+        finally:
+            late.cancel()
         if error is not None:
             raise _failed(error, num_samples)
         return _checked(found, num_samples)
@@ -259,8 +305,10 @@ class _Desk:
             log.exception("compute_reward raised")
             return None, error
         finally:
-            self._compute_s = time.monotonic() - started
-            log.info("computed num_samples=%d compute_s=%.3f", len(given["prompt"]), self._compute_s)
+            took_s = time.monotonic() - started
+            before_s = took_s if self._compute_s is None else self._compute_s
+            self._compute_s = before_s + SMOOTHING * (took_s - before_s)
+            log.info("computed num_samples=%d compute_s=%.3f", len(given["prompt"]), took_s)
 
 
 def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
@@ -345,13 +393,28 @@ def _images(value: Any, depth: int, max_pixels: int) -> Any:
             raise ValueError(f"needs a list, found a {type(value).__name__}")
         return [_images(one, depth - 1, max_pixels) for one in value]
     if isinstance(value, str):
-        image = Image.open(io.BytesIO(base64.b64decode(value)))
+        image = Image.open(io.BytesIO(_bytes_of(value)))
         _check_size(image.size, max_pixels)
+        if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would cut off at white
+            raise ValueError(f"its mode {image.mode} has no exact RGB; send 8 bits a channel")
         return image.convert("RGB")
     if isinstance(value, dict) and {"size", "rgb"} <= value.keys():
         _check_size(value["size"], max_pixels)
         return Image.frombytes("RGB", tuple(value["size"]), value["rgb"])
     raise ValueError(f"needs an image as a text in base64, found a {type(value).__name__}")
+
+
+def _bytes_of(text: str) -> bytes:
+    """An image file from base64, plain or in a data: URL."""
+    head, is_url, rest = text[:200].partition(":")
+    if not is_url:
+        return base64.b64decode(text)
+    if head != "data":
+        raise ValueError(f"needs an image in base64, found a URL ({head}:...), which nothing is fetched from")
+    kind, comma, _ = rest.partition(",")
+    if not comma or not kind.endswith(";base64"):
+        raise ValueError("needs a data: URL in base64 (data:image/png;base64,...)")
+    return base64.b64decode(text.partition(",")[2])
 
 
 def _check_size(size: Any, max_pixels: int) -> None:

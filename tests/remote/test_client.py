@@ -322,6 +322,22 @@ def test_pauses_grow_and_are_varied(monkeypatch):
         assert 1.4 * middle < max(pauses) <= 1.5 * middle
 
 
+def test_requests_that_failed_are_that_far_apart(json_server, make_remote, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.4)
+    times = []
+
+    def script(_):
+        times.append(time.monotonic())
+        return says_error(500, {"detail": "out of memory"})
+
+    assert "after 4 requests" in reason_of(
+        ask(make_remote("Pointwise", json_server(script).url, retry_attempts=4), "a")
+    )
+    gaps = [b - a for a, b in pairwise(times)]
+    for gap, middle in zip(gaps, (0.4, 0.8, 1.6), strict=True):
+        assert 0.5 * middle <= gap < 1.5 * middle + 0.5
+
+
 def test_a_request_that_hangs_ends_at_timeout(json_server, make_remote):
     server = json_server(lambda _: Answer(delay_s=30))
     started = time.monotonic()
@@ -389,6 +405,43 @@ def test_many_threads_get_through_a_server_that_takes_few(serve, make_remote):
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda n: ask(model, "x" * n)[0], range(1, 25)))
     assert found == [float(n) for n in range(1, 25)]
+
+
+def test_many_threads_get_all_rewards_of_a_server_that_takes_long(serve, make_remote):
+    def compute(prompt):
+        time.sleep(0.15)
+        return [float(len(p)) for p in prompt]
+
+    # scaled down from 4 seconds a request, waits of 20 and a `timeout` of 60: in one line they would exceed it
+    model = make_remote("Pointwise", serve(compute, max_wait_s=0.6), timeout=1.5, retry_attempts=1)
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda n: ask(model, "x" * n)[0], range(1, 49)))
+    assert found == [float(n) for n in range(1, 49)]
+    (place,) = remote.remote_loop()._servers.values()
+    assert place.rest_s == 0, "it is not taken for sick"
+
+
+def test_of_those_that_a_busy_server_sent_away_none_is_passed_by_for_long(json_server, make_remote):
+    inside, lock, numbers = [0], threading.Lock(), []
+
+    def script(asked):
+        with lock:
+            if inside[0] == 2:
+                return says_error(503, {"error": "full"}, Retry_After="0.1")
+            inside[0] += 1
+        time.sleep(0.05)
+        with lock:
+            inside[0] -= 1
+            numbers.append(int(asked.prompts[0]))
+        return gives([1.0])
+
+    server = json_server(script)
+    model = make_remote("Pointwise", server.url)
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda n: ask(model, f"{n}")[0], range(100))) == [1.0] * 100
+    assert len(server.asked) < 200, "it is not asked by all that wait"
+    passed_by = [sum(other > n for other in numbers[:place]) for place, n in enumerate(numbers)]
+    assert max(passed_by) < 24
 
 
 def test_the_least_busy_of_several_servers_is_asked(json_server, make_remote):

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -88,6 +89,36 @@ def test_an_image_that_is_not_rgb_is_made_so(serve):
     grey = np.full((2, 2, 3), 77, np.uint8)
     assert post(f"{url}/compute", {"prompt": ["a"], "image": [png(grey, "L")]})[1] == {"rewards": [77.0]}
     assert post(f"{url}/compute", {"prompt": ["a"], "image": [png(grey, "RGBA")]})[1] == {"rewards": [77.0]}
+
+
+@pytest.mark.parametrize("pixels", [np.uint16([[32768]]), np.int32([[70_000]]), np.float32([[0.5]])])
+def test_an_image_of_more_than_8_bits_is_refused_and_not_cut_off_at_white(serve, pixels):
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(buffer, "TIFF" if pixels.dtype != np.uint16 else "PNG")
+    deep = base64.b64encode(buffer.getvalue()).decode()
+    url = serve(lambda image: [float(one.getpixel((0, 0))[0]) for one in image])
+    status, answer, _ = post(f"{url}/compute", {"prompt": ["a", "b"], "image": [png(picture(0)), deep]})
+    assert (status, list(answer["errors"])) == (422, ["1"])
+    assert f"sample 1: image: ValueError: its mode {image.mode} has no exact RGB" in answer["error"]
+
+
+def test_an_image_may_be_a_data_url_and_no_other(serve):
+    url = serve(lambda image: [float(np.asarray(one).sum()) for one in image])
+    pixels = picture(3)
+
+    def ask(image):
+        status, answer, _ = post(f"{url}/compute", {"prompt": ["a"], "image": [image]})
+        return status, answer.get("error") or answer["rewards"]
+
+    assert ask(f"data:image/png;base64,{png(pixels)}") == (200, [float(pixels.sum())])
+    for wrong, words in (
+        ("data:image/png,abc", "needs a data: URL in base64"),
+        ("data:", "needs a data: URL in base64"),
+        ("https://host/a.png", "found a URL (https:...), which nothing is fetched from"),
+    ):
+        status, said = ask(wrong)
+        assert (status, words in said) == (422, True), said
 
 
 def test_only_declared_arguments_are_passed(serve):
@@ -307,6 +338,83 @@ def test_above_the_bound_requests_are_answered_503_at_once_and_health_still_answ
         go.set()
         assert [t.result()[1] for t in taken] == [{"rewards": [2.0]}] * 2
     assert post(f"{url}/compute", {"prompt": ["abc"]})[1] == {"rewards": [3.0]}
+
+
+def test_a_request_that_would_wait_for_too_long_is_sent_away_at_once(serve):
+    def compute(prompt):
+        time.sleep(0.3)
+        return length(prompt)
+
+    url = serve(compute, max_wait_s=0.7)
+    assert post(f"{url}/compute", {"prompt": ["a"]})[0] == 200
+
+    def timed(n):
+        started = time.monotonic()
+        return (*post(f"{url}/compute", {"prompt": ["x" * n]}), time.monotonic() - started)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(timed, range(12)))
+    taken = [(n, answer) for n, (status, answer, _, _) in enumerate(answers) if status == 200]
+    refused = [(answer, headers, took_s) for status, answer, headers, took_s in answers if status == 503]
+    assert (len(taken), len(refused)) == (3, 9), "what waits for 0.6 seconds at most"
+    assert all(answer == {"rewards": [float(n)]} for n, answer in taken)
+    for answer, headers, took_s in refused:
+        assert "3 requests are in hand and each took 0.3" in answer["error"]
+        assert int(headers["Retry-After"]) == 1
+        assert took_s < 0.3
+
+
+def test_a_free_thread_takes_a_request_however_long_the_others_took(serve):
+    both = threading.Barrier(2)
+
+    def compute(prompt):
+        time.sleep(0.3)
+        both.wait(10)
+        return length(prompt)
+
+    url = serve(compute, max_wait_s=0.1, thread_safe=True, num_threads=2)
+    for _ in range(2):
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda n: post(f"{url}/compute", {"prompt": ["x" * n]}), range(2)))
+        assert [status for status, _, _ in answers] == [200, 200]
+
+
+def test_a_request_whose_turn_does_not_come_is_given_back(serve):
+    go, computed = threading.Event(), []
+
+    def compute(prompt):
+        computed.append(prompt[0])
+        go.wait(20)
+        return length(prompt)
+
+    url = serve(compute, max_wait_s=0.4)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, f"{url}/compute", {"prompt": ["first"]})
+        wait_until(lambda: computed)
+        status, answer, headers = post(f"{url}/compute", {"prompt": ["second"]})
+        assert (status, int(headers["Retry-After"])) == (503, 1)
+        assert "its turn did not come within 0.6 seconds" in answer["error"]
+        assert not first.done(), "what is being computed has no such limit"
+        go.set()
+        assert first.result()[1] == {"rewards": [5.0]}
+    assert post(f"{url}/compute", {"prompt": ["third"]})[0] == 200
+    assert computed == ["first", "third"]
+
+
+@pytest.mark.parametrize("max_waiting", [1, 0], ids=["taken", "refused"])
+def test_a_body_that_is_never_sent_to_its_end_holds_no_place(serve, max_waiting):
+    url = serve(length, max_waiting=max_waiting, max_receive_s=1)
+    where = urlsplit(url)
+    with socket.create_connection((where.hostname, where.port), timeout=20) as sending:
+        sending.sendall(b"POST /compute HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n{")
+        wait_until(lambda: get(f"{url}/health")["num_in_hand"] == max_waiting)
+        assert post(f"{url}/compute", {"prompt": ["a"]})[0] == 503
+        said = b"".join(iter(lambda: sending.recv(4096), b""))
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"not all of it came within 1 seconds" in said
+    assert get(f"{url}/health")["num_in_hand"] == 0
+    if max_waiting:
+        assert post(f"{url}/compute", {"prompt": ["a"]})[1] == {"rewards": [1.0]}
 
 
 def test_a_request_whose_client_left_before_its_turn_is_not_computed(serve):
