@@ -74,6 +74,8 @@ ALIASES: dict[str, str] = {
     "flow_factory.rewards.rational_rewards_edit.RationalRewardsEditRewardModel": "rational_rewards_edit",
     "flow_factory.rewards.my_reward_remote.RemotePointwiseRewardModel": "RemotePointwiseRewardModel",
     "flow_factory.rewards.my_reward_remote.RemoteGroupwiseRewardModel": "RemoteGroupwiseRewardModel",
+    "flow_factory.rewards.remote.RemotePointwiseRewardModel": "RemotePointwiseRewardModel",
+    "flow_factory.rewards.remote.RemoteGroupwiseRewardModel": "RemoteGroupwiseRewardModel",
 }
 """Dotted paths of Flow-Factory's built-ins to ours."""
 

@@ -66,6 +66,15 @@ def test_a_right_config_loads_and_is_valid(reward):
     jsonschema.Draft7Validator(rewards_schema()).validate(config)
 
 
+@pytest.mark.parametrize("module", ["my_reward_remote", "remote"])
+@pytest.mark.parametrize("model", [POINTWISE, GROUPWISE])
+def test_both_dotted_paths_that_flow_factory_gives_them_are_ours(module, model):
+    spec = spec_of(f"flow_factory.rewards.{module}.{model}")
+    assert (spec.reward_model, spec.fingerprint) == (model, spec_of(model).fingerprint)
+    config = {"rewards": {"reward_model": f"flow_factory.rewards.{module}.{model}", "server_url": URL}}
+    jsonschema.Draft7Validator(rewards_schema()).validate(config)
+
+
 def test_only_the_fields_that_are_declared_travel():
     assert spec_of().fields == ("prompt", "image", "video")
     assert spec_of().required == (("prompt",), ("image", "video"))
