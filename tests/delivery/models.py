@@ -9,11 +9,12 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.reward_models import number_in
-from workers import PointwiseRewardModel, RewardModelOutput
+from workers import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
 
 HARM = {
     "SystemExit": SystemExit,
@@ -27,21 +28,15 @@ HARM = {
 class Logged(PointwiseRewardModel):
     """The number in the image, after `options["seconds"]` of sleep. What it begins with is in `options["calls"]`.
 
-    A number in `options["on"]` does harm, and so does a call with more than `options["most"]` of them:
-    `options["how"]` is `kill` (as the kernel does for want of memory), `hang`, `hold_gil` (a C call of
-    `options["hold_s"]` that keeps the interpreter's lock), or the name of an exception.
+    A number in `options["on"]` does harm (the first `options["times"]` times, where given), and so does a call with
+    more than `options["most"]` of them: `options["how"]` is `kill` (as the kernel does for want of memory), `hang`,
+    `hold_gil` (a C call of `options["hold_s"]` that keeps the interpreter's lock), or the name of an exception.
     """
 
     required_fields = ("image",)
 
     def __call__(self, prompt: Sequence[str], image: Any = None, **kwargs: Any) -> RewardModelOutput:
-        options = self.config.extra_kwargs
-        numbers = [number_in(one) for one in image]
-        begin(options["calls"], numbers)
-        time.sleep(options.get("seconds", 0.0))
-        if set(numbers) & set(options.get("on", ())) or len(numbers) > options.get("most", len(numbers)):
-            do_harm(options["how"], options.get("hold_s", 0.0))
-        return RewardModelOutput([float(n) for n in numbers])
+        return RewardModelOutput(score(image, self.config.extra_kwargs))
 
 
 class LoggedAtOnce(Logged):
@@ -49,6 +44,24 @@ class LoggedAtOnce(Logged):
 
     required_fields = ("image",)
     thread_safe = True
+
+
+class LoggedGroup(GroupwiseRewardModel):
+    """`Logged`, a whole group at once."""
+
+    required_fields = ("image",)
+
+    def __call__(self, prompt: Sequence[str], image: Any = None, **kwargs: Any) -> RewardModelOutput:
+        return RewardModelOutput(score(image, self.config.extra_kwargs))
+
+
+class NeverAdmits(Logged):
+    """Raises where a worker does not call a model but asks whether it may: out of the task, for no sample."""
+
+    required_fields = ("image",)
+
+    def admit(self) -> None:
+        raise LookupError("no scale at hand")
 
 
 class Asks(PointwiseRewardModel):
@@ -65,11 +78,27 @@ class Asks(PointwiseRewardModel):
         return RewardModelOutput(answers)
 
 
+def score(images: Sequence[Any], options: Mapping[str, Any]) -> list[float]:
+    """What `Logged` says of these images, if it comes to that."""
+    numbers = [number_in(one) for one in images]
+    begin(options["calls"], numbers)
+    time.sleep(options.get("seconds", 0.0))
+    is_harmful = set(numbers) & set(options.get("on", ())) or len(numbers) > options.get("most", len(numbers))
+    if is_harmful and ("times" not in options or num_begun(options["calls"], numbers[0]) <= options["times"]):
+        do_harm(options["how"], options.get("hold_s", 0.0))
+    return [float(n) for n in numbers]
+
+
 def begin(path: str, numbers: Sequence[int]) -> None:
     """Note in one write that these samples are begun, by whom and when."""
     lines = "".join(f"{n} {os.getpid()} {time.time():.3f}\n" for n in numbers)
     with open(path, "ab", buffering=0) as file:
         file.write(lines.encode())
+
+
+def num_begun(path: str, number: int) -> int:
+    """How often a sample was begun."""
+    return [line.split()[0] for line in Path(path).read_text().splitlines()].count(str(number))
 
 
 def do_harm(how: str, hold_s: float) -> None:

@@ -14,6 +14,7 @@ from tests.delivery.processes import SilentJudge
 from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
 from tests.pipeline.conftest import samples_of
 from tests.servers import wait_until
+from trainer_client import CollectTimeoutError
 from workers.watchdog import EXIT_HUNG
 
 
@@ -119,6 +120,52 @@ def hang_judge(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
     assert worker.process.poll() is None
     seen.again = len(judge.asked) - len(set(judge.asked))
     return seen
+
+
+def group_that_ends_its_process(bench: Bench, *, timeout_s: float) -> Seen:
+    """A groupwise model ends its process (as the kernel does for want of memory) on one group of two."""
+    supervisor = bench.supervised("gpu", concurrency=2)
+    own, seen = Numbers().take(8), Seen(tries=1)
+    harm = {"how": "kill", "on": own[1:2], "timeout_s": timeout_s}
+    client = bench.clients(reward_of("LoggedGroup", calls=str(bench.calls.path), **harm))
+    client.submit([*samples_of(own[:4], group="bad"), *samples_of(own[4:], group="good")], group_size=4)
+    batch = client.collect(timeout_s=120, on_failure="nan")
+    seen.check(batch, own, without=own[:4])
+    words = "its worker process ended without an answer each of the 3 times it was scored alone"
+    assert [(f.sample, f.kind, f.message) for f in batch.failures] == [(i, "failed", words) for i in range(4)]
+    assert supervisor.statuses == [-9] * 5
+    seen.again = bench.calls.num_again
+    return seen
+
+
+def exceptions_out_of_groups(bench: Bench) -> Seen:
+    """As `exceptions_that_are_none`, out of a groupwise model: its group has the reason, and no other."""
+    bench.workers("gpu", concurrency=1)
+    seen, numbers = Seen(tries=len(HARM)), Numbers()
+    for how in HARM:
+        own = numbers.take(8)
+        client = bench.clients(reward_of("LoggedGroup", calls=str(bench.calls.path), how=how, on=own[1:2]), run=how)
+        client.submit([*samples_of(own[:4], group="bad"), *samples_of(own[4:], group="good")], group_size=4)
+        batch = client.collect(timeout_s=60, on_failure="nan")
+        seen.check(batch, own, without=own[:4])
+        assert [f.sample for f in batch.failures] == [0, 1, 2, 3]
+        assert all(f.kind == "failed" and f.message.startswith(how) for f in batch.failures), batch.failures
+        client.close()
+    return seen  # each after the first by the only slot, which was not lost
+
+
+def task_that_raises(bench: Bench) -> tuple[str, list[int]]:
+    """A task raises each time, and not for a sample; what collect says of it, and how often it ran before and after."""
+    (worker,) = bench.workers("gpu")
+    client = bench.clients(reward_of("NeverAdmits", calls=str(bench.calls.path)))
+    client.submit(samples_of(range(4)))
+    num_raised = lambda: worker.log_text.count("raised unexpected: LookupError")  # noqa: E731
+    wait_until(lambda: num_raised() == 4, 30)  # pauses double from reconcile_s: the next is 4 s later
+    try:
+        client.collect(timeout_s=2)
+    except CollectTimeoutError as error:
+        return str(error), [4, num_raised()]
+    raise AssertionError("there is nothing to collect")
 
 
 def exceptions_that_are_none(bench: Bench) -> Seen:

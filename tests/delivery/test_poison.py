@@ -26,6 +26,23 @@ def test_a_judge_that_never_answers_is_given_up_and_its_worker_serves_on(bench):
     assert seen.again == 0
 
 
+def test_a_group_that_ends_its_process_each_time_fails_alone(bench):
+    seen = poison.group_that_ends_its_process(bench, timeout_s=1)
+    seen.assert_held()
+
+
+def test_a_task_that_raises_each_time_is_sent_again_more_and_more_rarely_and_collect_says_what_it_raised(bench):
+    words, (before, after) = poison.task_that_raises(bench)
+    assert "the task raised LookupError: no scale at hand" in words
+    assert "on queue gpu" in words
+    assert before == after
+
+
+def test_what_is_no_usual_exception_out_of_a_groupwise_model_costs_its_group_and_not_a_slot(bench):
+    seen = poison.exceptions_out_of_groups(bench)
+    seen.assert_held()
+
+
 def test_what_is_no_usual_exception_costs_a_sample_and_not_a_slot(bench):
     seen = poison.exceptions_that_are_none(bench)
     seen.assert_held()
