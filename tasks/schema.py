@@ -18,6 +18,18 @@ _REWARD = {"$ref": "#/definitions/reward"}
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 """Bounds as pydantic leaves them where a field has a validator of its own, to their names in a schema."""
 
+_NUMBER = r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
+
+_TEXTS = {
+    ("number", False): rf"^\s*[+-]?{_NUMBER}",
+    ("number", True): rf"^\s*\+?(?=[^eE]*[1-9]){_NUMBER}",
+    ("integer", True): r"^\s*\+?[0-9_]*[1-9][0-9_]*(\.0*)?\s*$",
+}
+"""Texts that are taken for a number, above 0 or any: YAML 1.1 reads 1e-3 as text."""
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+"""Texts that are taken for a boolean, in any case: YAML 1.2 reads yes as text."""
+
 _OWN_KEYS = ("options", "how", "required", "fields", "launch")
 """Fields of a `RewardSpec` that are no keys of the file."""
 
@@ -31,6 +43,7 @@ _DECLARED: dict[str, Any] = {
         "type": ["array", "null"],
         "items": {"enum": list(SAMPLE_FIELDS)},
     },
+    "extra_kwargs": {"description": "more options", "type": ["object", "null"]},
 }
 """Keys of a class of one's own."""
 
@@ -48,6 +61,7 @@ _DESCRIPTIONS = {
 def rewards_schema() -> dict[str, Any]:
     """The schema of a whole file, as a dict of plain data. Keys that are not ours are the trainer's."""
     block = {"oneOf": [{"type": "array", "items": _REWARD, "minItems": 1}, _REWARD]}
+    nothing: dict[str, Any] = {"enum": [None, [], {}]}
     config = RewardConfig.model_json_schema()["properties"]
     return {
         "$schema": DRAFT,
@@ -56,11 +70,14 @@ def rewards_schema() -> dict[str, Any]:
         "required": ["rewards"],
         "properties": {
             "rewards": {"description": "the rewards of training; a list, or one", **block},
-            "eval_rewards": {"description": "the rewards of evaluation, those of training unless given", **block},
+            "eval_rewards": {
+                "description": "the rewards of evaluation, those of training unless given",
+                "anyOf": [block, nothing],
+            },
             "train": {
                 "type": ["object", "null"],
                 "description": "the trainer's own; two keys of it are read",
-                "properties": {key: config[key] for key in ("advantage_aggregation", "global_std")},
+                "properties": {key: _or_null(config[key]) for key in ("advantage_aggregation", "global_std")},
             },
         },
         "definitions": {
@@ -98,12 +115,13 @@ def _reward() -> dict[str, Any]:
 
 def _builtin(entry: ModelEntry) -> dict[str, Any]:
     options = {name: _option(option) for name, option in entry.options.items()}
+    not_its: dict[str, Any] = {key: {"type": "null"} for key in _DECLARED}
     nested = {"type": ["object", "null"], "properties": options, "additionalProperties": False}
     needed = [name for name, option in entry.options.items() if option.is_needed]
     by_itself, within = {"required": needed}, {"type": "object", "required": needed}
     return {
         "description": entry.doc,
-        "properties": {**_keys(entry), **options, "extra_kwargs": nested},
+        "properties": {**not_its, **_keys(entry), **options, "extra_kwargs": nested},
         "additionalProperties": False,
         **(
             {"anyOf": [by_itself, {"required": ["extra_kwargs"], "properties": {"extra_kwargs": within}}]}
@@ -123,7 +141,11 @@ def _keys(entry: ModelEntry | None) -> dict[str, Any]:
     keys = {key: _plain(schema, spec) for key, schema in spec["properties"].items() if key not in _OWN_KEYS}
     for key, text in _DESCRIPTIONS.items():
         keys[key]["description"] = text
-    keys["dtype"]["enum"] = [*DTYPES, *(f"torch.{name}" for name in dict.fromkeys(DTYPES.values()))]
+    del keys["name"]["minLength"]  # an empty one is none
+    keys["dtype"]["anyOf"] = [
+        {"enum": [*DTYPES, *(f"torch.{name}" for name in dict.fromkeys(DTYPES.values()))]},
+        {"pattern": rf"^(torch\.)?({'|'.join(map(_letters, DTYPES))})$"},
+    ]
     keys["image_format"]["enum"] = ["png", "jpeg", "webp"] if entry and entry.is_judge else [RAW, JPEG]
     if entry is not None:
         keys["queue"]["default"] = entry.queue
@@ -142,17 +164,38 @@ def _plain(schema: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]
         plain["anyOf"] = [_plain(one, spec) for one in plain["anyOf"] if one != {"type": "null"}]
     if "properties" in plain:
         plain["properties"] = {key: _plain(one, spec) for key, one in plain["properties"].items()}
-    return plain
+    return _or_text(plain)
+
+
+def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
+    """A number or boolean, or a text that is taken for one."""
+    kind, is_bound = schema.get("type", ""), "minimum" in schema or "exclusiveMinimum" in schema
+    described, rest = _described(schema)
+    if kind == "boolean":
+        others = [{"pattern": f"^({'|'.join(map(_letters, _BOOLEANS))})$", "type": "string"}, {"enum": [0, 1]}]
+    elif (kind, is_bound) in _TEXTS:
+        others = [{"pattern": _TEXTS[kind, is_bound], "type": "string"}]
+    else:
+        return schema
+    return {**described, "anyOf": [rest, *others]}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     """A key without a value is as if it were not there."""
-    described: dict[str, Any] = {key: schema[key] for key in ("description", "default") if key in schema}
-    rest = {key: value for key, value in schema.items() if key not in described}
+    described, rest = _described(schema)
     return {**described, "anyOf": [rest, {"type": "null"}]}
+
+
+def _described(schema: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a schema says to its reader, and the rest."""
+    described = {key: schema[key] for key in ("description", "default") if key in schema}
+    return described, {key: value for key, value in schema.items() if key not in described}
 
 
 def _any_case(name: str) -> str:
     """A pattern for `name` in upper and lower case."""
-    letters = (f"[{c.upper()}{c.lower()}]" if c.isalpha() else f"\\{c}" if c == "." else c for c in name)
-    return f"^{''.join(letters)}$"
+    return rf"^\s*{_letters(name)}\s*$"
+
+
+def _letters(name: str) -> str:
+    return "".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else f"\\{c}" if c == "." else c for c in name)
