@@ -63,7 +63,7 @@ def test_group_ids_of_ranks_may_be_tuples_and_numpys_numbers() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(_IDS, min_size=2, max_size=8))
 def test_ids_are_equal_between_ranks_exactly_when_they_are_equal_here(ids: list[Any]) -> None:
     rewards = np.arange(2.0 * len(ids)) ** 2
