@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
 from typing import Any
 
+import pytest
 import redis
 
 from tasks import keys
@@ -15,9 +17,9 @@ from tasks.connections import connect
 from tasks.settings import load_settings
 from tests.delivery.conftest import Bench
 from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
-from tests.pipeline.conftest import samples_of
+from tests.pipeline.conftest import samples_of, together
 from tests.servers import RedisServer, wait_until
-from trainer_client import CollectTimeoutError
+from trainer_client import CollectTimeoutError, RewardClient
 
 
 def lose_popped_message(bench: Bench, *, tries: int) -> Seen:
@@ -92,6 +94,38 @@ def lose_redis(bench: Bench, *, tries: int, how: str, away_s: float) -> Seen:
         seen.added_s.append(time.monotonic() - started - usual_s - away_s)
     seen.again = bench.calls.num_again
     return seen
+
+
+def collect_while_frozen(bench: Bench, *, world_size: int, timeout_s: float) -> tuple[Seen, list[float]]:
+    """Packets to Redis are lost while every rank collects; also the seconds that each took to say that it is late."""
+    proxy = bench.proxies(bench.redis)
+    settings = load_settings(**{**bench.settings.model_dump(), "broker_url": proxy.url})
+    reward = reward_of("Logged", calls=str(bench.calls.path), batch_size=4)
+    ranks = [
+        bench.clients(reward, settings=settings, launch="one", rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    seen, numbers = Seen(tries=1), Numbers()
+    own = [numbers.take(8) for _ in ranks]
+    for client, mine in zip(ranks, own, strict=True):
+        client.submit(samples_of(mine), step=0)
+        client.flush()
+    proxy.freeze()
+
+    def collect_late(client: RewardClient) -> float:
+        started = time.monotonic()
+        with pytest.raises(CollectTimeoutError, match="Redis is away"):
+            client.collect(timeout_s=timeout_s)
+        return time.monotonic() - started
+
+    took_s = together(*(functools.partial(collect_late, client) for client in ranks))
+    proxy.mend()
+    bench.workers("gpu")
+    batches = together(*(functools.partial(client.collect, timeout_s=120, on_failure="nan") for client in ranks))
+    for batch, mine in zip(batches, own, strict=True):
+        seen.check(batch, mine)
+    seen.again = bench.calls.num_again
+    return seen, took_s
 
 
 def restart_redis(bench: Bench, *, tries: int, keeps_file: bool) -> Seen:

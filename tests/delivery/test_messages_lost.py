@@ -25,6 +25,14 @@ def test_trainer_and_workers_go_on_when_redis_can_be_reached_again(bench, how):
     assert max(seen.added_s) < 20
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_collect_keeps_its_deadline_though_redis_does_not_answer(bench, world_size):
+    seen, took_s = messages_lost.collect_while_frozen(bench, world_size=world_size, timeout_s=3)
+    assert max(took_s) < 8  # the deadline, and at most twice 2 s in which Redis is asked why
+    seen.assert_held()
+    assert seen.again == 0
+
+
 @pytest.mark.parametrize("keeps_file", [True, False])
 def test_all_rewards_are_right_though_redis_is_restarted_in_the_midst(bench, keeps_file):
     seen = messages_lost.restart_redis(bench, tries=1, keeps_file=keeps_file)

@@ -18,6 +18,9 @@ from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import Sample
 
+GONE_MEANWHILE = -2
+"""What Redis says of the time that a key has left that is not there."""
+
 
 def test_a_successor_collects_the_ticket_of_a_trainer_that_was_killed(bench):
     seen = trainers_die.kill_between_submit_and_collect(bench, tries=1)
@@ -25,8 +28,14 @@ def test_a_successor_collects_the_ticket_of_a_trainer_that_was_killed(bench):
     assert seen.again == 0
 
 
+def test_a_successor_collects_a_ticket_of_which_half_was_answered_when_its_trainer_was_killed(bench):
+    seen = trainers_die.kill_when_half_is_answered(bench, tries=1)
+    seen.assert_held()
+    assert seen.again == 0
+
+
 def test_what_a_killed_trainer_had_not_sent_is_failed_with_that_reason(bench):
-    seen = trainers_die.kill_between_two_chunks(bench, tries=1)
+    seen = trainers_die.kill_between_two_chunks(bench, tries=2)
     seen.assert_held()
 
 
@@ -53,30 +62,54 @@ def test_a_trainer_that_was_paused_and_replaced_stops_instead_of_mixing_its_step
     assert f"process {os.getpid()} on" in words
 
 
-def test_a_killed_trainers_keys_are_gone_after_their_time(bench, redis_url):
+def test_killed_trainers_keys_all_have_a_time_to_live_and_are_gone_after_it(bench, redis_url):
+    """Of a pointwise reward, a group over two ranks that is scored by a chord, and a verdict among the ranks."""
     times = load_settings(broker_url=redis_url, claim_ttl_s=1, reconcile_s=0.5, result_ttl_s=6, payload_ttl_s=3)
-    (worker,) = bench.workers("gpu", settings=times, env={"REWARDQ_RESULT_TTL_S": "6"})
-    what = "client.submit(samples_of(range(40)))\nclient.flush()\nsay('sent')\ntime.sleep(600)"
-    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.5, batch_size=4)
     env = {"REWARDQ_RESULT_TTL_S": "6", "REWARDQ_PAYLOAD_TTL_S": "3"}
-    trainer = job(bench, reward, what, launch="one", env=env)
-    assert trainer.line() == "sent"
-    wait_until(lambda: len(bench.calls.begun) >= 8, 30)
-    trainer.kill()
-    assert len(own_keys(redis_url)) > 40
-    wait_until(lambda: not own_keys(redis_url), 30, pace_s=0.2)
+    (worker,) = bench.workers("gpu", settings=times, env=env)
+    rewards = (
+        reward_of("Logged", calls=str(bench.calls.path), seconds=0.2, batch_size=4),
+        {"name": "rank", "reward_model": "jpeg_incompressibility_Rank", "batch_size": 2},
+    )
+    what = """
+client.submit(samples_of(range({0}, {0} + 6), group="whole"), group_size=12, step=0)
+client.collect(timeout_s=60)
+client.submit(samples_of(range({0} + 20, {0} + 26), group="whole"), group_size=12, step=1)
+client.submit(samples_of(range({0} + 40, {0} + 46), group="half"), group_size=18, step=1)
+client.flush()
+say("sent")
+time.sleep(600)
+"""
+    ranks = [
+        job(bench, rewards, what.format(100 * rank), env=env, launch="one", rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        assert rank.line() == "sent"
+    seen = keys_of_runs(redis_url)
+    for rank in ranks:
+        rank.kill()
+    for kind in ("outcome", "claim", "group", "payload", "ledger", "answer", "trainer"):
+        assert any(name.startswith(f"rewardq:{kind}") for name in seen), f"no {kind} was seen"
+    assert any(name.startswith("celery-taskset-meta-") for name in seen), "no chord was seen"
+    long_lived = ("rewardq:answer:", "celery-")
+    wait_until(lambda: all(name.startswith(long_lived) for name in keys_of_runs(redis_url)), 60, pace_s=0.2)
+    left = keys_of_runs(redis_url)
+    assert {name: left_s for name, left_s in left.items() if not 0 < left_s <= 3600} == {}
     assert worker.process.poll() is None
-    with connect(redis_url) as broker:
-        assert broker.keys("gpu*") == []
 
 
-def own_keys(url):
-    """Keys that belong to a run: all but a worker's, counters of queues, and what marks a store as itself."""
-    kept = (b"rewardq:worker", b"rewardq:sent:", b"rewardq:taken:", b"rewardq:store", b"rewardq:room")
-    found = []
-    for database in ("0", "1"):
+def keys_of_runs(url):
+    """Seconds left (-1: it lives for ever) of each key of the server that belongs to a run: all but those of workers,
+    counters of queues, what marks a store as itself, and Kombu's bindings."""
+    of_none = ("rewardq:worker", "rewardq:sent:", "rewardq:taken:", "rewardq:store", "rewardq:room", "_kombu.binding")
+    found = {}
+    with connect(url) as client:
+        databases = [name.removeprefix("db") for name in client.info("keyspace")]
+    for database in databases:
         with connect(url.removesuffix("0") + database) as client:
-            found += [k for k in client.keys("rewardq:*") if not k.startswith(kept)]
+            names = [name.decode() for name in client.keys("*")]
+            left_ms = {name: client.pttl(name) for name in names if not name.startswith(of_none)}
+        found |= {name: ms / 1000 for name, ms in left_ms.items() if ms != GONE_MEANWHILE}
     return found
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,30 @@ from trainer_client import RewardClient
 def say(value):
     print(json.dumps(value), flush=True)
 
-reward, run, launch = json.loads({given!r})
-client = RewardClient.from_dict(config_of(reward), run, launch=launch)
+rewards, run, options = json.loads({given!r})
+client = RewardClient.from_dict(config_of(*rewards), run, **options)
 say("ready")
 """
 
 LEASE_S = 10.0
 """A successor waits at most about so long for the place of a trainer that was killed."""
 
+ORPHANS_LIVE_S = 20
+"""Time to live of payloads where one trainer waits for those of another that was killed; 900 s by default."""
+
 
 def job(
-    bench: Bench, reward: Mapping[str, Any], what: str, *, launch: str, env: Mapping[str, str] | None = None
+    bench: Bench,
+    reward: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    what: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Any:
-    """A trainer process with a client for `reward` that then does `what`."""
-    trainer: TrainerProcess = bench.trainers(
-        JOB.format(given=json.dumps([reward, "job", launch])) + what, env=env or {}
-    )
+    """A trainer process with a client for one reward or several that then does `what`; `options` are its client's."""
+    rewards = [reward] if isinstance(reward, Mapping) else list(reward)
+    given = json.dumps([rewards, "job", options])
+    trainer: TrainerProcess = bench.trainers(JOB.format(given=given) + what, env=env or {})
     assert trainer.line() == "ready"
     return trainer
 
@@ -79,8 +87,38 @@ time.sleep(600)
     return seen
 
 
+def kill_when_half_is_answered(bench: Bench, *, tries: int) -> Seen:
+    """`kill -9` of a trainer that knows some answers when it pickles its ticket; another process collects that."""
+    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.3, batch_size=4)
+    seen, numbers, path = Seen(tries=tries), Numbers(), bench.calls.path.with_name("ticket")
+    bench.workers("gpu")
+    for i in range(tries):
+        own = numbers.take(40)
+        what = f"""
+ticket = client.submit(samples_of(range({own[0]}, {own[-1] + 1})))
+client.flush()
+while client.pending() > 20:
+    time.sleep(0.01)
+Path({str(path)!r}).write_bytes(pickle.dumps(ticket))
+say(client.pending())
+time.sleep(600)
+"""
+        trainer = job(bench, reward, what, launch=f"launch{i}")
+        assert 0 < trainer.line() <= 20
+        trainer.kill()
+        client, waited_s = successor(bench, reward, launch=f"launch{i}")
+        seen.check(client.collect(timeout_s=60, ticket=read(path), on_failure="nan"), own)
+        seen.added_s.append(waited_s)
+        client.close()
+    seen.again = bench.calls.num_again
+    return seen
+
+
 def kill_between_two_chunks(bench: Bench, *, tries: int) -> Seen:
-    """`kill -9` of a trainer that has sent some: its sender waits for room in the payload store."""
+    """`kill -9` of a trainer that has sent some: its sender waits for room in the payload store.
+
+    The next try waits for what the killed one had stored and not sent to expire.
+    """
     seen, path = Seen(tries=tries), bench.calls.path.with_name("ticket")
     reward = reward_of("Logged", calls=str(bench.calls.path), batch_size=4)
     numbers = Numbers()
@@ -95,7 +133,8 @@ Path({str(path)!r}).write_bytes(pickle.dumps(ticket))
 say(ticket.num_sent)
 time.sleep(600)
 """
-        trainer = job(bench, reward, what, launch=f"launch{i}", env={"REWARDQ_MAX_STORE_BYTES": "6000"})
+        env = {"REWARDQ_MAX_STORE_BYTES": "6000", "REWARDQ_PAYLOAD_TTL_S": f"{ORPHANS_LIVE_S}"}
+        trainer = job(bench, reward, what, launch=f"launch{i}", env=env)
         trainer.line()
         trainer.kill()
         ticket = read(path)
@@ -111,8 +150,6 @@ time.sleep(600)
         }
         client.close()
         worker.stop()
-        with bench.redis.client(database=1) as store:
-            store.flushdb()  # what the killed trainer had stored would be there for an hour, and hold up the next one
     seen.again = bench.calls.num_again
     return seen
 
