@@ -25,10 +25,15 @@ if [[ -z ${SERVED_MODEL_NAME:-} ]]; then
   SERVED_MODEL_NAME=${SERVED_MODEL_NAME##*/}
 fi
 
+IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-0}"
 if [[ -z ${DATA_PARALLEL_SIZE:-} ]]; then
-  IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-0}"
   DATA_PARALLEL_SIZE=$((${#devices[@]} / TENSOR_PARALLEL_SIZE))
   ((DATA_PARALLEL_SIZE >= 1)) || DATA_PARALLEL_SIZE=1
+fi
+num_used=$((TENSOR_PARALLEL_SIZE * DATA_PARALLEL_SIZE))
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]] && ((num_used != ${#devices[@]})); then
+  echo "TENSOR_PARALLEL_SIZE $TENSOR_PARALLEL_SIZE x DATA_PARALLEL_SIZE $DATA_PARALLEL_SIZE needs $num_used GPUs," \
+    "CUDA_VISIBLE_DEVICES $CUDA_VISIBLE_DEVICES names ${#devices[@]}" >&2
 fi
 
 if ! command -v "$VLLM_BIN" >/dev/null; then

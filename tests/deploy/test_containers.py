@@ -1,192 +1,194 @@
-"""The containers, as far as they can be seen without an engine: compose's file and exact commands, what images hold."""
+"""The containers' exact commands, health checks and stops, run as processes: no engine is where this is built."""
 
 from __future__ import annotations
 
-import json
+import base64
 import os
-import re
-import shlex
-import shutil
 import subprocess
-import sys
+import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
-import yaml
+import redis
 
 from tasks.settings import load_settings
+from tests.deploy.conftest import PORTS, SECRETS, Service, composed, given_to
 from tests.pipeline.conftest import assert_rewards, clients, samples_of  # noqa: F401  (a fixture)
-from tests.servers import ROOT, clean_env, ends_with_us, free_port, wait_until
+from tests.servers import free_port, wait_until
 
-DOCKER = ROOT / "docker"
-SECRETS = {"REDIS_PASSWORD": "pass1", "FLOWER_PASSWORD": "pass2"}
-
-
-def settings_in_example():
-    """What docker/.env.example says, with passwords filled in and its own references followed."""
-    lines = [line for line in (DOCKER / ".env.example").read_text().splitlines() if "=" in line and line[0] != "#"]
-    given = {**dict(line.split("=", 1) for line in lines), **SECRETS}
-    return {name: re.sub(r"\$\{(\w+)\}", lambda m: given[m[1]], value) for name, value in given.items()}
+SLOW = {"reward_model": "Slow", "seconds": 0.5, "batch_size": 2, "version": "1"}
 
 
-def filled_in(text, given):
-    """Compose's interpolation: ${NAME}, ${NAME:-default}, ${NAME:?error}."""
-
-    def value(match):
-        name, how, rest = match[1], match[2], match[3] or ""
-        found = given.get(name, "")
-        assert found or how == ":-", f"{name}: {rest}"
-        return found or rest
-
-    return re.sub(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}", value, text)
+def servers(up):
+    """Both Redis, well, and the settings of a trainer that uses them."""
+    both = [up(name) for name in ("redis", "payloads")]
+    for server in both:
+        wait_until(server.is_healthy, 20)
+    url = f"redis://:{SECRETS['REDIS_PASSWORD']}@127.0.0.1:{{}}/0"
+    return load_settings(
+        broker_url=url.format(up.ports["redis"]), payload_url=url.format(up.ports["payloads"]), claim_ttl_s=2
+    )
 
 
 @pytest.fixture
-def compose():
-    return yaml.safe_load(filled_in((DOCKER / "compose.yaml").read_text(), settings_in_example()))
-
-
-def test_every_service_restarts_is_checked_and_is_pinned(compose):
-    services = compose["services"]
-    assert {"redis", "payloads", "vlm", "flower", "judge", "shm"} | {f"gpu-{i}" for i in range(8)} == set(services)
-    for name, service in services.items():
-        if name == "shm":
-            continue
-        assert service["restart"] == "unless-stopped", name
-        assert service["healthcheck"]["test"][0] == "CMD", name
-        assert "build" in service or re.search(r":v?\d+\.\d+\.\d+", service["image"]), name
-    for i in range(8):
-        (device,) = services[f"gpu-{i}"]["deploy"]["resources"]["reservations"]["devices"]
-        assert (device["driver"], device["device_ids"]) == ("nvidia", [str(i)])
-
-
-def test_images_are_pinned_and_not_root():
-    text = (DOCKER / "Dockerfile").read_text()
-    bases = [line.split()[1] for line in text.splitlines() if line.startswith("FROM")]
-    stages = set(re.findall(r"AS (\S+)", text))
-    assert all(re.search(r":\d+\.\d+\.\d+", base) for base in bases if base not in stages)
-    for role in ("gpu", "vlm", "flower"):
-        stage = text.split(f" AS {role}\n")[1].split("\nFROM")[0]
-        assert "USER rewardq" in stage
+def with_tests_models(services):
+    """Workers that may import the tests' reward models; all else is as compose has it."""
+    for name in ("gpu-0", "gpu-1"):
+        environment = services[name]["environment"]
+        services[name]["environment"] = {**environment, "REWARDQ_MODULES": "tests.reward_models"}
 
 
 @pytest.mark.system
-def test_compose_itself_takes_the_file(tmp_path):
-    shutil.copytree(DOCKER, tmp_path / "docker")
-    (tmp_path / "docker" / ".env").write_text("\n".join(f"{k}={v}" for k, v in settings_in_example().items()))
-    command = ["docker-compose", "-f", "docker/compose.yaml", "--env-file", "docker/.env", "config"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())
-    assert done.returncode == 0, done.stderr
-    services = yaml.safe_load(done.stdout)["services"]
-    assert services["vlm"]["environment"]["REWARDQ_PAYLOAD_URL"] == "redis://:pass1@payloads:6379/0"
-    (tmp_path / "docker" / ".env").write_text("COMPOSE_PROFILES=payloads\n")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())
-    assert done.returncode != 0
-    assert "set it in docker/.env" in done.stderr
-
-
-class Service:
-    """A service's exact command as a process, with its environment; names of other services become loopback ports."""
-
-    def __init__(self, service, ports, folder, *more):
-        def local(text):
-            text = text.replace("/etc/redis.conf", str(conf)) if conf else text
-            return re.sub(r"@(redis|payloads):6379", lambda m: f"@127.0.0.1:{ports[m[1]]}", text)
-
-        conf = next((DOCKER / v.split(":")[0] for v in service["volumes"] if "redis.conf" in v), None)
-        self.env = {**clean_env(), **{k: local(str(v)) for k, v in service.get("environment", {}).items() if v}}
-        self.env["PYTHONPATH"] = str(ROOT)
-        self.folder, self.log = folder, folder / "log"
-        folder.mkdir()
-        command = [local(word) for word in service["command"]]
-        if command[0] == "celery":
-            command[:1] = [sys.executable, "-m", "celery"]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*ends_with_us("KILL"), *command, *more], cwd=folder, env=self.env, stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-
-    def is_healthy(self, service):
-        command = [sys.executable if w == "python" else w for w in service["healthcheck"]["test"][1:]]
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True).returncode == 0
-
-    def stop(self):
-        self.process.terminate()
-        return self.process.wait(40)
+@pytest.mark.usefixtures("with_tests_models")
+def test_compose_s_exact_commands_score_a_step(services, up, clients):  # noqa: F811
+    empty = {name for name, value in services["vlm"]["environment"].items() if value == ""}
+    assert {"OPENAI_API_KEY", "OPENAI_BASE_URL", "REWARDQ_HOSTS", "REWARDQ_MODULES"} <= empty, "as compose gives them"
+    settings = servers(up)
+    gpu, vlm = up("gpu-0"), up("vlm")
+    client = clients("PixelCode", settings=settings)
+    client.submit(samples_of(range(8)))
+    assert_rewards(client.collect(timeout_s=60), range(8))
+    wait_until(lambda: vlm.is_healthy() and gpu.is_healthy(), 30)
+    for worker in (gpu, vlm):
+        assert worker.stop() == 0
+        assert "Traceback" not in worker.log_text
+    assert not vlm.is_healthy(), "nobody is there"
 
 
 @pytest.mark.system
-def test_compose_s_exact_commands_score_a_step(compose, clients, tmp_path):  # noqa: F811
-    services = compose["services"]
-    ports = {"redis": free_port(), "payloads": free_port()}
-    running = {}
-    try:
-        for name, port in ports.items():
-            where = ("--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path))
-            running[name] = Service(services[name], ports, tmp_path / name, *where)
-            running[name].env["REDISCLI_AUTH"] = SECRETS["REDIS_PASSWORD"]
-            ping = ["redis-cli", "-p", str(port), "ping"]
-            wait_until(lambda: b"PONG" in subprocess.run(ping, env=running[name].env, capture_output=True).stdout, 20)  # noqa: B023
-        url = "redis://:pass1@127.0.0.1:{}/0"
-        settings = load_settings(broker_url=url.format(ports["redis"]), payload_url=url.format(ports["payloads"]))
-        services["gpu-0"]["environment"]["REWARDQ_MODULES"] = "tests.reward_models"
-        for name in ("gpu-0", "vlm"):
-            running[name] = Service(services[name], ports, tmp_path / name)
-        wait_until(lambda: running["vlm"].is_healthy(services["vlm"]), 60)
-        client = clients("PixelCode", settings=settings)
-        client.submit(samples_of(range(8)))
-        assert_rewards(client.collect(timeout_s=60), range(8))
-        services["flower"]["volumes"] = []
-        page = free_port()
-        services["flower"]["command"] = [re.sub("5555", str(page), w) for w in services["flower"]["command"]]
-        running["flower"] = Service(services["flower"], ports, tmp_path / "flower")
-        wait_until(lambda: status_of(f"http://127.0.0.1:{page}/healthcheck") == 200, 60)
-        assert status_of(f"http://127.0.0.1:{page}/api/workers") == 401
-        for name in ("gpu-0", "vlm"):
-            assert running.pop(name).stop() == 0
-            assert "Traceback" not in (tmp_path / name / "log").read_text()
-    finally:
-        for service in running.values():
-            service.stop()
+@pytest.mark.usefixtures("with_tests_models")
+def test_a_worker_stopped_with_work_in_hand_ends_it_and_leaves_the_rest_to_the_next(up, clients):  # noqa: F811
+    settings = servers(up)
+    first = up("gpu-0")
+    client = clients(SLOW, settings=settings)
+    client.submit(samples_of(range(24)))
+    wait_until(lambda: client.pending() <= 20, 60)
+    started = time.monotonic()
+    assert first.stop() == 0
+    assert time.monotonic() - started < first.stop_grace_s / 2
+    assert "Traceback" not in first.log_text
+    assert client.pending() >= 8, "it did not wait for what was queued"
+    second = up("gpu-1")
+    assert_rewards(client.collect(timeout_s=60), range(24), "Slow")
+    assert second.stop() == 0
 
 
-def status_of(url):
+@pytest.mark.system
+@pytest.mark.usefixtures("with_tests_models")
+def test_rewards_outlive_a_restart_of_their_redis(up, clients):  # noqa: F811
+    settings = servers(up)
+    worker = up("gpu-0")
+    client = clients(SLOW, settings=settings)
+    client.submit(samples_of(range(4)))
+    assert_rewards(client.collect(timeout_s=60), range(4), "Slow")
+    client.close()
+    assert worker.stop() == 0
+    broker = up.running["redis"]
+    assert broker.stop() == 0
+    assert not broker.is_healthy()
+    broker.start()
+    wait_until(broker.is_healthy, 20)
+    later = clients(SLOW, settings=settings)
+    later.submit(samples_of(range(4)))
+    assert_rewards(later.collect(timeout_s=20), range(4), "Slow")  # nobody is there who could score them
+
+
+@pytest.mark.system
+def test_each_redis_has_the_settings_of_its_part_and_answers_nobody_without_the_password(up):
+    servers(up)
+    expected = {
+        "redis": {"maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "everysec", "save": ""},
+        "payloads": {"maxmemory-policy": "noeviction", "appendonly": "no", "save": ""},
+    }
+    for name, settings in expected.items():
+        with redis.Redis(port=up.ports[name], password=SECRETS["REDIS_PASSWORD"], decode_responses=True) as client:
+            assert {key: client.config_get(key)[key] for key in settings} == settings, name
+            assert int(client.config_get("maxmemory")["maxmemory"]) > 0, name
+        with redis.Redis(port=up.ports[name]) as stranger, pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+        assert up.running[name].is_healthy()
+        for wrong in ("", "wrong"):
+            assert not up.running[name].is_healthy(REDISCLI_AUTH=wrong), "a refusal is no sign of health"
+
+
+@pytest.mark.system
+def test_flower_asks_for_its_password_and_says_that_it_is_well(up):
+    servers(up)
+    flower = up("flower")
+    wait_until(flower.is_healthy, 60)
+    page = f"http://127.0.0.1:{up.ports['flower']}/"
+    assert status_of(page) == 401
+    assert status_of(page, f"rewardq:{SECRETS['FLOWER_PASSWORD']}") == 200
+    assert status_of(page, "rewardq:wrong") == 401
+    assert flower.stop() == 0
+    assert not flower.is_healthy()
+
+
+def status_of(url, account=None):
+    headers = {"Authorization": f"Basic {base64.b64encode(account.encode()).decode()}"} if account else {}
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
-        return None
 
 
-def install_line(role):
-    """The words of `pip install` in the stage that builds a role's environment."""
-    stage = (DOCKER / "Dockerfile").read_text().split(f" AS {role}-build\n")[1].split("\nFROM")[0]
-    return shlex.split(re.search(r"RUN (pip install .*)", stage)[1])
+JUDGES = {
+    "as in the example": ({}, ("7", "1", "1")),
+    "two GPUs": ({"JUDGE_GPUS": "6,7"}, ("6,7", "1", "2")),
+    "one copy on two": ({"JUDGE_GPUS": "6,7", "TENSOR_PARALLEL_SIZE": "2"}, ("6,7", "2", "1")),
+    "two copies on two each": ({"JUDGE_GPUS": "4,5,6,7", "TENSOR_PARALLEL_SIZE": "2"}, ("4,5,6,7", "2", "2")),
+    "one copy though there are two": ({"JUDGE_GPUS": "6,7", "DATA_PARALLEL_SIZE": "1"}, ("6,7", "1", "1")),
+}
 
 
-@pytest.mark.system
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("role", "needs"), [("vlm", "import openai, workers.judges.judge, tasks"), ("flower", "import flower, tasks")]
-)
-def test_the_images_of_those_who_compute_nothing_hold_no_torch(role, needs, tmp_path):
-    source = tmp_path / "src"  # what the Dockerfile copies
-    for name in ("tasks", "workers", "trainer_client"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = ["-m", *install_line(role), "--quiet", "--disable-pip-version-check"]
-    subprocess.run([python, *words], cwd=source, check=True, env=env)
-    subprocess.run([python, "-c", needs], cwd=tmp_path, check=True, env=env)
-    listed = json.loads(subprocess.check_output([python, "-m", "pip", "list", "--format=json"], env=env))
-    assert not {"torch", "transformers", "open_clip_torch", "onnxruntime"} & {p["name"].lower() for p in listed}
-    subprocess.run([python, "-m", "pip", "check"], check=True, env=env)
-    assert Path(python.parent / "celery").exists()
+@pytest.fixture
+def judge(stand_in_vllm, tmp_path):
+    """Starts compose's judge with a stand-in for vLLM, and waits for its health check."""
+    started = []
+
+    def start(**given):
+        service = Service("judge", composed(**given)["services"]["judge"], {"judge": free_port()}, tmp_path)
+        service.env["PATH"] = f"{stand_in_vllm}:{os.environ['PATH']}"
+        started.append(service)
+        service.start()
+        wait_until(service.is_healthy, 20)
+        return service
+
+    yield start
+    for service in started:
+        service.kill()
+        print(f"log of the judge:\n{service.log_text}")
+
+
+@pytest.mark.parametrize("how", JUDGES)
+def test_the_judge_s_command_gives_vllm_every_gpu_it_names(judge, stand_in_vllm, how):
+    given, (devices, tensor, data) = JUDGES[how]
+    service = judge(**given)
+    said = given_to(stand_in_vllm)
+    options = dict(zip(said["words"][2::2], said["words"][3::2], strict=True))
+    assert said["words"][:2] == ["serve", "TIGER-Lab/RationalRewards-8B-T2I"]
+    assert (options["--tensor-parallel-size"], options["--data-parallel-size"]) == (tensor, data)
+    assert (options["--host"], options["--max-model-len"]) == ("0.0.0.0", "8192")
+    assert options["--served-model-name"] == "RationalRewards-8B-T2I"
+    assert said["env"] == {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HOME": "/models"}
+    (device,) = service.service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"]) == ("nvidia", "all"), "the numbers in the container are the host's"
+    leaves_one_idle = how == "one copy though there are two"
+    assert ("needs 1 GPUs, CUDA_VISIBLE_DEVICES 6,7 names 2" in service.log_text) == leaves_one_idle
+    service.kill()
+    assert not service.is_healthy()
+
+
+def test_every_service_s_health_check_is_run_here(services):
+    checked = {tuple(s["healthcheck"]["test"]) for s in services.values() if "healthcheck" in s}
+    run_here = {tuple(services[name]["healthcheck"]["test"]) for name in (*PORTS, "gpu-0", "vlm")}
+    assert checked == run_here
+
+
+def test_the_folder_in_shared_memory_is_for_all(services, tmp_path):
+    (tmp_path / "rewardq").mkdir(mode=0o700)
+    command = [str(tmp_path / "rewardq") if w == "/dev/shm/rewardq" else w for w in services["shm"]["command"]]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "rewardq").stat().st_mode & 0o7777 == 0o1777

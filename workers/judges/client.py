@@ -81,7 +81,7 @@ def api_key(base_url: str, key_env: str) -> str:
     """
     if not key_env:
         return NO_KEY
-    if key_env not in os.environ:
+    if not os.environ.get(key_env):  # compose gives a variable that is not set as an empty one
         raise ModelLoadError(f"api_key_env names {key_env}, which is not set on this worker")
     settings: Settings = load_settings()
     host = (urlsplit(base_url).hostname or "").lower()
