@@ -82,9 +82,10 @@ def score(images: Sequence[Any], options: Mapping[str, Any]) -> list[float]:
     """What `Logged` says of these images, if it comes to that."""
     numbers = [number_in(one) for one in images]
     begin(options["calls"], numbers)
+    is_harmless = "times" in options and num_begun(options["calls"], numbers[0]) > options["times"]
     time.sleep(options.get("seconds", 0.0))
-    is_harmful = set(numbers) & set(options.get("on", ())) or len(numbers) > options.get("most", len(numbers))
-    if is_harmful and ("times" not in options or num_begun(options["calls"], numbers[0]) <= options["times"]):
+    is_chosen = set(numbers) & set(options.get("on", ())) or len(numbers) > options.get("most", len(numbers))
+    if is_chosen and not is_harmless:
         do_harm(options["how"], options.get("hold_s", 0.0))
     return [float(n) for n in numbers]
 
