@@ -21,6 +21,7 @@ from tasks.celery_app import outcomes_of
 from tasks.connections import LOST, check_eviction, connect, refusal, why_away
 from tasks.errors import EvictionError
 from tasks.settings import Settings
+from workers.watchdog import EXIT_HUNG
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,12 @@ class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
 def hush_known_warnings() -> None:
     """Running tasks go on when the connection to the broker is lost, whatever Celery 6 will do; claims guard them."""
     warnings.filterwarnings("ignore", r"\s*In Celery 5.1 we introduced an optional", CPendingDeprecationWarning)
+
+
+def end_without_device(error: BaseException) -> None:
+    """End at once, as by `kill -9`: what is in hand counts as started, so that a sample that does it is found."""
+    log.critical("worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, error)
+    os._exit(EXIT_HUNG)
 
 
 def end_in_time(hand_back: Callable[[], None], grace_s: float) -> None:

@@ -195,6 +195,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def is_device_lost() -> bool:
+    """Whether this process can use its GPU no more, whatever it calls; only a new process can.
+
+    So it is after an assert or a wrong address in a kernel, or when the GPU fell off its bus.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return not is_out_of_memory(error)
+    return False
+
+
 def build(call: RewardCall, settings: Settings) -> RewardModel:
     """A new instance of the reward model that `call` names."""
     cls = reward_class(call.model, settings)

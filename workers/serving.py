@@ -19,7 +19,7 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
-from workers.lifetime import AwaitRedis, TakeForGood, end_in_time, hush_known_warnings
+from workers.lifetime import AwaitRedis, TakeForGood, end_in_time, end_without_device, hush_known_warnings
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
@@ -59,7 +59,7 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
         num_busy=lambda: len(beats.held),
         hand_back=lambda: _hand_back(outcomes, beats),
     )
-    runner.watch = watchdog.calling
+    runner.watch, runner.lose_device = watchdog.calling, end_without_device
     serve_at(Desk(sender, outcomes, store, beats, runner))
     beats.start()
     watchdog.start()

@@ -30,7 +30,8 @@ class Logged(PointwiseRewardModel):
 
     A number in `options["on"]` does harm (the first `options["times"]` times, where given), and so does a call with
     more than `options["most"]` of them: `options["how"]` is `kill` (as the kernel does for want of memory), `hang`,
-    `hold_gil` (a C call of `options["hold_s"]` that keeps the interpreter's lock), or the name of an exception.
+    `hold_gil` (a C call of `options["hold_s"]` that keeps the interpreter's lock), `lose_device` (a stand-in for CUDA
+    after a kernel's assert), or the name of an exception.
     """
 
     required_fields = ("image",)
@@ -110,5 +111,19 @@ def do_harm(how: str, hold_s: float) -> None:
         threading.Event().wait()
     elif how == "hold_gil":
         ctypes.PyDLL(None).usleep(int(hold_s * 1e6))
+    elif how == "lose_device":
+        lose_device()
     else:
         raise HARM[how]("out of a model")
+
+
+def lose_device() -> None:
+    """From now on this process finds a GPU, of which each call raises, as CUDA's do once a kernel failed."""
+    import torch
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = torch.cuda.empty_cache = fail  # type: ignore[assignment]
+    fail()

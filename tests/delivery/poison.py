@@ -122,6 +122,18 @@ def hang_judge(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
     return seen
 
 
+def lost_device(bench: Bench) -> Seen:
+    """A call breaks its process's GPU for good: nothing in that process could be scored any more."""
+    supervisor = bench.supervised("gpu")
+    own, seen = Numbers().take(8), Seen(tries=1)
+    harm = {"how": "lose_device", "on": own[1:2], "times": 1}
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4, **harm))
+    step(client, own, seen)
+    assert supervisor.statuses == [EXIT_HUNG]
+    seen.again = bench.calls.num_again
+    return seen
+
+
 def group_that_ends_its_process(bench: Bench, *, timeout_s: float) -> Seen:
     """A groupwise model ends its process (as the kernel does for want of memory) on one group of two."""
     supervisor = bench.supervised("gpu", concurrency=2)

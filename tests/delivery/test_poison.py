@@ -26,6 +26,12 @@ def test_a_judge_that_never_answers_is_given_up_and_its_worker_serves_on(bench):
     assert seen.again == 0
 
 
+def test_a_worker_whose_gpu_is_lost_to_it_is_replaced_and_no_sample_fails(bench):
+    seen = poison.lost_device(bench)
+    seen.assert_held()
+    assert 0 < seen.again <= 8
+
+
 def test_a_group_that_ends_its_process_each_time_fails_alone(bench):
     seen = poison.group_that_ends_its_process(bench, timeout_s=1)
     seen.assert_held()
