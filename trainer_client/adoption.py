@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from tasks.errors import WireError
 from tasks.messages import Failure, GroupRequest, ScoreRequest, unpack
 from tasks.rewards import RewardSpec
 from trainer_client.board import Chunk, Entry, Slot
-from trainer_client.session import Session
+from trainer_client.session import ASK_S, Session
 from trainer_client.ticket import SlotRecord, Ticket
 
 ANSWERED = "answered:"
@@ -47,6 +48,9 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
     awaited = {e.address: e for slot in slots for e in (slot.entries or {}).values()}
     for chunk in chunks:
         session.sender.soon(functools.partial(_adopt_payloads, session, chunk, awaited))
+    is_done = threading.Event()
+    session.sender.soon(is_done.set)
+    is_done.wait(ASK_S)  # where Redis is away they are known once it is back
     return slots
 
 

@@ -80,11 +80,17 @@ class Slot:
         entry = (self.entries or {}).get(reward)
         return self.problem is not None or (entry is not None and entry.outcome is not None)
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether all that it needs is in a message, or answered."""
+        entries = self.entries
+        return self.addresses is not None and all(
+            e.outcome is not None or e.chunk is not None for e in (entries or {}).values()
+        )
+
     def record(self) -> SlotRecord:
         """What a pickled ticket keeps of it. What was never put in a message counts as not sent."""
-        entries = self.entries
-        sent = entries is not None and all(e.outcome is not None or e.chunk is not None for e in entries.values())
-        return SlotRecord(self.index, self.group, self.addresses if sent else None, self.problem)
+        return SlotRecord(self.index, self.group, self.addresses if self.is_sent else None, self.problem)
 
     def chunk_records(self) -> list[ChunkRecord]:
         """The messages under way for it, those that another rank sent among them."""

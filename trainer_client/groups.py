@@ -123,12 +123,6 @@ class Groups:
             if self._slots is not None and entry.group_key:
                 self._slots.set_number(entry.group_key, chunk.number)
 
-    def why_they_wait(self) -> str:
-        """What is said of a store that is full of groups: those that are incomplete leave no room for their rest."""
-        with self._lock:
-            num_open = sum(g.entry is None for g in self._groups.values())
-        return f"; {num_open} groups wait for more of their samples, submit them group by group" if num_open else ""
-
     def look_at_slots(self) -> None:
         """Ask which slots of incomplete groups other ranks have filled, for `why_open`. May raise what Redis does."""
         with self._lock:

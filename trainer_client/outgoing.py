@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kombu.exceptions import ChannelError
+
 from tasks.celery_app import COMBINE, GROUP, PRIORITY_FIRST, PRIORITY_USUAL, SCORE
 from tasks.messages import (
     WIRE_VERSION,
@@ -74,6 +76,11 @@ class Outgoing:
         chunk.number = self._outcomes.number(chunk.spec.queue, 1)
         is_group = chunk.spec.how in ("rank", "wins") and request == chunk.request
         self._publish([_Post(GROUP if is_group else SCORE, chunk.label, request, chunk.spec.queue, chunk.number)])
+
+    def num_waiting(self, queue: str) -> int:
+        """How many messages wait in a queue."""
+        with self._lock:
+            return num_in_queue(self._connect(), queue)
 
     def disconnect(self) -> None:
         """Give back the broker's connection; the next call makes a new one."""
@@ -167,9 +174,7 @@ class Outgoing:
         store_id = self._store.identity()
         with self._lock:
             try:
-                if self._connection is None:
-                    self._connection = self._app.connection_for_write()
-                producer = self._app.amqp.Producer(self._connection, auto_declare=False)
+                producer = self._app.amqp.Producer(self._connect(), auto_declare=False)
                 with producer.batch(MESSAGES_A_BATCH):
                     for post in posts:
                         if post.header:
@@ -179,6 +184,11 @@ class Outgoing:
             except BaseException:
                 self.disconnect()
                 raise
+
+    def _connect(self) -> Any:
+        if self._connection is None:
+            self._connection = self._app.connection_for_write()
+        return self._connection
 
     def _publish_chord(self, producer: Any, body: _Post, store_id: str) -> None:
         """A Celery chord, put together by hand: `chord().apply_async()` leaves result objects behind, one for each
@@ -207,6 +217,15 @@ class Outgoing:
             retry=False,
             **options,
         )
+
+
+def num_in_queue(connection: Any, queue: str) -> int:
+    """How many messages wait in a queue, by a connection to its broker."""
+    try:
+        declared = connection.default_channel.queue_declare(queue, passive=True)
+    except ChannelError:  # no such list in Redis: the queue is empty
+        return 0
+    return int(declared.message_count)
 
 
 def sample_request(entry: Entry) -> SampleRequest:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kombu.exceptions import ChannelError
-
 from tasks.catalog import VLM
 from tasks.connections import FULL, is_nearly_full, why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
@@ -18,6 +16,7 @@ from tasks.settings import Settings
 from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
 from trainer_client.busy import BusyMessages
 from trainer_client.groups import Groups
+from trainer_client.outgoing import num_in_queue
 from trainer_client.sender import AWAY, Sender
 
 log = logging.getLogger(__name__)
@@ -193,11 +192,7 @@ class Reconciler:
     def _num_in_queue(self, queue: str) -> int:
         if self._connection is None:
             self._connection = self._app.connection_for_write()
-        try:
-            declared = self._connection.default_channel.queue_declare(queue, passive=True)
-        except ChannelError:  # no such list in Redis: the queue is empty
-            return 0
-        return int(declared.message_count)
+        return num_in_queue(self._connection, queue)
 
     def _warn_once(self, words: str | None) -> None:
         if words and words not in self._warned:

@@ -51,6 +51,9 @@ SAY_EVERY_S = 60.0
 STORE_LOOK_S = 0.2
 """How often senders look at the bytes in the store."""
 
+STUCK_S = 5.0
+"""A store that is full, and that nothing has left for so long, may be full of incomplete groups."""
+
 AWAY = (*LOST, OperationalError, BatchPublishError)
 """A server that is away or full: wait and try again."""
 
@@ -106,6 +109,8 @@ class Sender:
         self._looking = threading.Lock()
         self._in_use, self._look_at = 0, 0.0
         """Bytes in the payload store, and when to ask it again (monotonic)."""
+        self._last_seen, self._left_at = 0, 0.0
+        """Bytes that it said last to be in it, and when it last said less than before."""
         self._hurrying = threading.Lock()
         self._num_hurries = self._num_jobs = 0
         self._releases: Counter[Place] = Counter()
@@ -202,7 +207,7 @@ class Sender:
                 new = self._board.join(slot, sample, self._wanted(slot, sample, encoded))
                 self.times.add("encode_s", started)
                 new = self._without_answered(new)
-                self._store_media(encoded, new)
+                self._store_media(slot, encoded, new)
                 carried = self._join_groups(slot, sample, encoded, new, None)
                 new = [e for e in new if e not in carried]
         self._pass_on(new, num_encoded=1)
@@ -225,7 +230,7 @@ class Sender:
         for spec in (s for s in slot.rewards if s.is_groupwise):
             key, address = self._key_and_address(slot, sample, encoded, spec.part, is_fit=failure is None)
             holder = Entry(address="", spec=spec.part)
-            self._store_media(encoded, [holder])
+            self._store_media(slot, encoded, [holder])
             own = [e for e in new if e.address == address] if self._groups.may_carry and spec.how == "rank" else []
             own = [e for e in own if e not in carried and e.spec.async_reward]
             carried.update(own)
@@ -291,7 +296,7 @@ class Sender:
         self._board.answer(hits, is_hit=True)
         return [e for e in entries if e not in hits]
 
-    def _store_media(self, encoded: Mapping[str, Encoded], entries: Sequence[Entry]) -> None:
+    def _store_media(self, slot: Slot, encoded: Mapping[str, Encoded], entries: Sequence[Entry]) -> None:
         """Store what these entries need and is not in the store yet, and tell each where its media are."""
         started = time.perf_counter()
         for name, one in encoded.items():
@@ -299,41 +304,40 @@ class Sender:
                 users = [e for e in entries if name in e.spec.fields and transport_of(e.spec) == transport]
                 if users:
                     payloads = one.as_payloads(name, transport)
-                    refs = [self._store_one(payload, users) for payload in payloads]
+                    refs = [self._store_one(slot, payload, users) for payload in payloads]
                     for entry in users:
                         entry.media[name] = tuple(refs) if one.is_list else refs[0]
         self.times.add("store_s", started)
 
-    def _store_one(self, content: Content, users: Sequence[Entry]) -> MediaRef:
+    def _store_one(self, slot: Slot, content: Content, users: Sequence[Entry]) -> MediaRef:
         payload, is_new = self._board.use(content.digest, users)
         if is_new:
-            self._put({payload.name: content.data}, lambda: payload.num_users > 0)
+            if self._await_room(slot, memoryview(content.data).nbytes, lambda: payload.num_users > 0):
+                self._put({payload.name: content.data})
             self._board.has_stored(payload)
         while payload.num_users and not payload.stored.wait(0.1):
             if self._ended.is_set():
                 raise _EndedError
         return MediaRef(name=payload.name, digest=content.digest, shape=content.shape, format=content.format)
 
-    def _put(self, payloads: Mapping[str, Any], is_needed: Callable[[], bool]) -> None:
-        """Store payloads once there is room for them, unless they are not needed any more by then."""
-        num_bytes = sum(memoryview(p).nbytes for p in payloads.values())
-        while not self._has_room(num_bytes):
+    def _put(self, payloads: Mapping[str, Any]) -> None:
+        self._patiently(lambda: self._store.put(payloads, self._settings.payload_ttl_s))
+
+    def _await_room(self, slot: Slot, num_bytes: int, is_needed: Callable[[], bool]) -> bool:
+        """Wait until there is room for so many bytes of a slot, or they are not needed any more; whether they are."""
+        while not self._has_room(num_bytes) and not self._may_exceed(slot, num_bytes):
             self._board.trouble = (
                 f"the payload store holds {self._in_use} bytes of all clients, REWARDQ_MAX_STORE_BYTES is "
                 f"{self._settings.max_store_bytes}; sending waits for workers to score what is there"
-                f"{self._groups.why_they_wait()}"
             )
             if self._ended.wait(STORE_LOOK_S):
                 raise _EndedError
             if not is_needed():
                 self._board.trouble = None
-                return
+                return False
         if self._board.trouble is not None:
             self._board.trouble = None
-        self._store_now(payloads)
-
-    def _store_now(self, payloads: Mapping[str, Any]) -> None:
-        self._patiently(lambda: self._store.put(payloads, self._settings.payload_ttl_s))
+        return True
 
     def _has_room(self, num_bytes: int) -> bool:
         """Whether so many bytes may be stored, and if so count them.
@@ -344,10 +348,25 @@ class Sender:
             if time.monotonic() >= self._look_at:
                 self._in_use = self._patiently(self._store.bytes_in_use)
                 self._look_at = time.monotonic() + STORE_LOOK_S
+                if self._in_use < self._last_seen or not self._left_at:
+                    self._left_at = time.monotonic()
+                self._last_seen = self._in_use
             if self._in_use and self._in_use + num_bytes > self._settings.max_store_bytes:
                 return False
             self._in_use += num_bytes
             return True
+
+    def _may_exceed(self, slot: Slot, num_bytes: int) -> bool:
+        """Whether a full store waits for this sample rather than for workers: nothing leaves it, nothing is queued, so
+        what it holds are groups that lack members, of this rank or others. If so count the bytes."""
+        queues = {spec.queue for spec in slot.rewards if spec.is_groupwise}
+        if not queues or time.monotonic() < self._left_at + STUCK_S:
+            return False
+        if any(self._patiently(functools.partial(self._outgoing.num_waiting, queue)) for queue in queues):
+            return False
+        with self._looking:
+            self._in_use += num_bytes
+        return True
 
     def _restore(self, entries: Sequence[Entry]) -> None:
         """Bring back what is gone of the media of entries that are to be sent again."""
@@ -380,7 +399,7 @@ class Sender:
             failure = Failure(kind=kind, message=str(error))
             self._board.answer({entry: Outcome(failure=failure, attempt=entry.attempt)})
             return False
-        self._store_now({name: again[digest] for digest, name in gone.items()})
+        self._put({name: again[digest] for digest, name in gone.items()})
         return True
 
     # --- the sending thread ----------------------------------------------------------------------

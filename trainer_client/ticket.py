@@ -25,6 +25,11 @@ class SlotRecord:
     problem: Failure | None
     """Why it cannot be scored at all."""
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether it was sent."""
+        return self.addresses is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkRecord:
@@ -75,7 +80,7 @@ class Ticket:
     @property
     def num_sent(self) -> int:
         """How many of them are on their way or answered."""
-        return sum(slot.addresses is not None or slot.problem is not None for slot in self.slots)
+        return sum(slot.is_sent or slot.problem is not None for slot in self.slots)
 
     def __getstate__(self) -> dict[str, Any]:
         records = [slot if isinstance(slot, SlotRecord) else slot.record() for slot in self.slots]

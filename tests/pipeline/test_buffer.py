@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import time
 
@@ -215,31 +216,50 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
         assert_rewards(client.collect(timeout_s=60), range(12))
 
 
-def test_a_rank_whose_samples_wait_for_room_gets_the_groups_that_another_has_sent(redis_url, workers):
-    settings = small_store(redis_url, 12)
+@pytest.mark.parametrize("num_images", [12, 30])
+def test_groups_over_ranks_are_scored_though_their_samples_wait_for_room(redis_url, workers, num_images, monkeypatch):
+    """With room for 12 the first rank may fill the store with halves of groups, before the second has any."""
+    monkeypatch.setattr("trainer_client.sender.STUCK_S", 1.0)
+    settings = small_store(redis_url, num_images)
     workers("gpu", settings=settings)
-    config = config_of("OrderInGroup")
-    ranks = [
-        RewardClient.from_dict(config, "test", rank=r, world_size=2, launch="one", settings=settings) for r in range(2)
-    ]
-    for r, rank in enumerate(ranks):
-        rank.submit(
-            [Sample(prompt=f"{g}", image=image_of(2 * g + r, 64, 64), group=g) for g in range(24)], group_size=2, step=0
-        )
-    batches = together(*(lambda rank=rank: rank.collect(timeout_s=90) for rank in ranks))
-    for r, batch in enumerate(batches):
-        assert_rewards(batch, [r] * 24, "OrderInGroup")
-    for rank in ranks:
-        rank.close()
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                RewardClient.from_dict(
+                    config_of("OrderInGroup"), "test", rank=r, world_size=2, launch="one", settings=settings
+                )
+            )
+            for r in range(2)
+        ]
+        for r, rank in enumerate(ranks):
+            samples = [Sample(prompt=f"{g}", image=image_of(2 * g + r, 64, 64), group=g) for g in range(24)]
+            rank.submit(samples, group_size=2, step=0)
+        batches = together(*(lambda rank=rank: rank.collect(timeout_s=90) for rank in ranks))
+        for r, batch in enumerate(batches):
+            assert_rewards(batch, [r] * 24, "OrderInGroup")
 
 
-def test_groups_that_fill_the_store_before_one_is_complete_are_named(redis_url, workers):
+@pytest.mark.parametrize("group_size", [2, None])
+def test_groups_that_fill_the_store_before_one_is_complete_get_the_rest_of_their_samples(
+    redis_url, workers, group_size, monkeypatch
+):
+    monkeypatch.setattr("trainer_client.sender.STUCK_S", 1.0)
     settings = small_store(redis_url, 3)
     workers("gpu", settings=settings)
     with RewardClient.from_dict(config_of("OrderInGroup"), "test", settings=settings) as client:
         for half in range(2):
-            client.submit([Sample(image=image_of(half * 10 + g, 64, 64), group=g) for g in range(4)], group_size=2)
-        with pytest.raises(
-            CollectTimeoutError, match=r"groups wait for more of their samples, submit them group by group"
-        ):
-            client.collect(timeout_s=3)
+            samples = [Sample(image=image_of(half * 10 + g, 64, 64), group=g) for g in range(8)]
+            client.submit(samples, group_size=group_size)
+        assert_rewards(client.collect(timeout_s=60), [0] * 8 + [1] * 8, "OrderInGroup")
+
+
+def test_a_full_store_is_not_exceeded_while_messages_wait(redis_url, redis_server, monkeypatch):
+    monkeypatch.setattr("trainer_client.sender.STUCK_S", 0.2)
+    settings = small_store(redis_url, 6)
+    config = config_of("OrderInGroup", {"reward_model": "PixelCode", "batch_size": 1})
+    with RewardClient.from_dict(config, "test", settings=settings) as client:
+        client.submit([Sample(image=image_of(g, 64, 64), group=g) for g in range(16)], group_size=2)
+        wait_until(lambda: client._session.board.trouble is not None)
+        time.sleep(2)
+        with connect(settings.payloads) as store:
+            assert int(store.get(keys.PAYLOAD_BYTES)) <= settings.max_store_bytes + 10_000  # some requests
