@@ -119,13 +119,17 @@ def connect(url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any) 
     return master
 
 
+SENTINEL_TIMEOUT_S = 1.0
+"""A sentinel that is silent for so long is passed over; while the first hangs, each new connection waits for that."""
+
+
 def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
     """Options of connections to the sentinels themselves; one that is away or hangs is passed over at once.
 
     (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
     """
     account = {"password": sentinels.password} if sentinels.password else {}
-    bounds = {"socket_timeout": CONNECT_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    bounds = {"socket_timeout": SENTINEL_TIMEOUT_S, "socket_connect_timeout": SENTINEL_TIMEOUT_S}
     return {**bounds, "retry": Retry(NoBackoff(), 0), **account}
 
 

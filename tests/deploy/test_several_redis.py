@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 
@@ -11,11 +12,19 @@ import pytest
 import redis
 
 from tasks import keys
-from tasks.connections import connect
+from tasks.connections import SENTINEL_TIMEOUT_S, connect
 from tasks.errors import RedisUnreachableError
 from tasks.settings import load_settings
-from tests.pipeline.conftest import assert_rewards, clients, samples_of  # noqa: F401  (a fixture)
+from tests.pipeline.conftest import (
+    assert_rewards,
+    clients,  # noqa: F401  (a fixture)
+    expected_ranks,
+    jpeg_bytes,
+    noisy,
+    samples_of,
+)
 from tests.servers import RedisServer, WorkerProcess, ends_with_us, free_port, wait_until
+from trainer_client import Sample
 
 PASSWORD = "s3cret-word"
 SENTINELS_PASSWORD = "an0ther-word"
@@ -184,8 +193,17 @@ class Sentinels:
     def url(self):
         return ";".join(f"sentinel://:{PASSWORD}@127.0.0.1:{port}/0" for port in self.ports)
 
+    def kill(self, number):
+        self._processes[number].kill()
+        self._processes[number].wait()
+
+    def pause(self, number):
+        """Let one hang: it takes connections and answers nothing."""
+        self._processes[number].send_signal(signal.SIGSTOP)
+
     def stop(self):
         for process in self._processes:
+            process.send_signal(signal.SIGCONT)
             process.terminate()
             process.wait(10)
 
@@ -210,16 +228,45 @@ def sentinels(tmp_path_factory):
 def test_a_failover_in_the_midst_of_a_step_costs_no_reward(sentinels, workers, clients):  # noqa: F811
     settings = load_settings(broker_url=sentinels.url, sentinel_password=SENTINELS_PASSWORD)
     (worker,) = workers("gpu", settings=settings)
-    client = clients({"reward_model": "Slow", "seconds": 0.5, "batch_size": 2}, settings=settings)
-    client.submit(samples_of(range(24)))
-    wait_until(lambda: client.pending() <= 20, 30)
+    rank = {"reward_model": "jpeg_incompressibility_Rank", "batch_size": 2}
+    client = clients({"reward_model": "Slow", "seconds": 0.5, "batch_size": 2}, rank, settings=settings)
+    pictures = [noisy(n, 10 * (n % 8) + 5) for n in range(48)]
+
+    def submit(numbers):
+        for group in (numbers[:8], numbers[8:16], numbers[16:]):  # each a chord of four headers
+            samples = [Sample(prompt=f"number {n}", image=pictures[n], group=f"g{n // 8}") for n in group]
+            client.submit(samples, group_size=8)
+
+    submit(range(24))
+    wait_until(lambda: client.pending() <= 44, 30)
     sentinels.first.kill()
-    client.submit(samples_of(range(24, 48)))
+    submit(range(24, 48))
     started = time.monotonic()
-    assert_rewards(client.collect(timeout_s=120), range(48), "Slow")
+    batch = client.collect(timeout_s=120)
     print(f"collected {time.monotonic() - started:.1f} s after the server was killed")
+    assert batch.valid["Slow"].all(), batch.describe_failures()
+    sizes = [jpeg_bytes(picture) for picture in pictures]
+    expected = [rank for g in range(0, 48, 8) for rank in expected_ranks(sizes[g : g + 8])]
+    assert batch.rewards["jpeg_incompressibility_Rank"].tolist() == pytest.approx(expected)
     assert worker.process.poll() is None
     with sentinels.second.client_of() as client:
         assert client.info("replication")["role"] == "master"
     assert PASSWORD not in worker.log_text
     assert SENTINELS_PASSWORD not in worker.log_text
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("how", ["killed", "hanging"])
+def test_a_sentinel_that_is_away_holds_nobody_up(sentinels, workers, clients, how):  # noqa: F811
+    settings = load_settings(broker_url=sentinels.url, sentinel_password=SENTINELS_PASSWORD)
+    sentinels.kill(0) if how == "killed" else sentinels.pause(0)
+    started = time.monotonic()
+    with connect(settings.broker_url, settings.sentinels) as client:
+        assert client.ping()
+    assert time.monotonic() - started < SENTINEL_TIMEOUT_S + 1, "one that hangs is waited for once"
+    started = time.monotonic()
+    workers("gpu", settings=settings)
+    client = clients("PixelCode", settings=settings)
+    client.submit(samples_of(range(16)))
+    assert_rewards(client.collect(timeout_s=60), range(16))
+    assert time.monotonic() - started < 40
