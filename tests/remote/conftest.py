@@ -81,9 +81,11 @@ def json_server() -> Iterator[Callable[..., JsonServer]]:
 class ServerProcess:
     """A reward server in a process of its own, from a file; `kill()` and `start()` keep its port."""
 
-    def __init__(self, file: Path, cwd: Path, python_path: str, flags: Sequence[str]) -> None:
+    def __init__(
+        self, file: Path, cwd: Path, python_path: str, flags: Sequence[str], python: str = sys.executable
+    ) -> None:
         self.port = free_port()
-        self._command = [sys.executable, *flags, str(file), "--port", str(self.port)]
+        self._command = [python, *flags, str(file), "--port", str(self.port)]
         self._cwd, self._env = cwd, {**clean_env(), "PYTHONPATH": python_path}
         self.log = cwd / f"server-{self.port}.log"
         self.start()
