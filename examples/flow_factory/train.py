@@ -11,6 +11,7 @@ from typing import Any
 
 from flow_factory.advantage import AdvantageProcessor
 from flow_factory.hparams import Arguments
+from flow_factory.samples import BaseSample
 from flow_factory.trainers import load_trainer
 from flow_factory.trainers.grpo import GRPOTrainer
 from flow_factory.trainers.registry import register_trainer
@@ -35,7 +36,7 @@ class QueuedGRPOTrainer(GRPOTrainer):
         )
         self.reward_models, self.eval_reward_models = {}, {}
         self.reward_buffer = RewardBuffer(self.client, self.training_args.group_size, on_failure="nan")
-        self.eval_reward_buffer = RewardBuffer(self.client, 1, split="eval")
+        self.eval_reward_buffer = RewardBuffer(self.client, 1, split="eval", on_failure="nan")
         self.advantage_processor = AdvantageProcessor(
             accelerator=self.accelerator,
             reward_weights={spec.name: spec.weight for spec in self.client.config.rewards},
@@ -45,6 +46,14 @@ class QueuedGRPOTrainer(GRPOTrainer):
         )
         self.training_args.advantage_aggregation = aggregation(self.client.config.advantage_aggregation)
         return self.reward_models, self.eval_reward_models
+
+    def prepare_feedback(self, samples: list[BaseSample]) -> None:
+        super().prepare_feedback(samples)
+        self.log_data({**self.reward_buffer.metrics(), "train_samples": samples[:30]}, step=self.step)
+
+    def evaluate(self) -> None:
+        super().evaluate()
+        self.log_data(self.eval_reward_buffer.metrics(), step=self.step)  # their means are NaN by a single NaN
 
 
 def main() -> None:
