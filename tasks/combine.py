@@ -24,13 +24,19 @@ WAITING = "waits for others"
 def score_group(
     self: Any, label: str, request_id: str, wire: int, number: int = 0, store: str = "", *_later: Any
 ) -> str:
-    """Score the parts of a group and combine them; returns a few words for people. Arguments as `tasks.score.score`."""
+    """Score the parts of a group and combine them; returns a few words for people. Arguments as `tasks.score.score`.
+
+    Parts that another task is scoring are left to it, and a body is sent to combine them then.
+    """
 
     def work(desk: Desk, request: GroupRequest, taken_ms: int) -> str:
         if _is_answered(desk, request):
             return "answered already"
         words = Chunk(desk, request.chunk(), taken_ms).score()
-        return f"{words}; {_combine(desk, request)}"
+        combined = _combine(desk, request)
+        if combined == WAITING:
+            _send_body(self, label, request_id, store, num_returns=0)
+        return f"{words}; {combined}"
 
     return on_desk(self, label, Message(request_id, wire, number, store), GroupRequest, work)
 
@@ -50,12 +56,16 @@ def combine_group(
         while (words := _combine(desk, request)) == WAITING and time.monotonic() < ends_at:
             time.sleep(0.1)
         if words == WAITING and num_returns < MOST_RETURNS:
-            queue = self.request.delivery_info.get("routing_key") or app.conf.task_default_queue
-            args = [label, request_id, WIRE_VERSION, store, num_returns + 1]
-            app.send_task(COMBINE, args=args, queue=queue, argsrepr=label, priority=PRIORITY_FIRST, ignore_result=True)
+            _send_body(self, label, request_id, store, num_returns + 1)
         return words
 
     return on_desk(self, label, Message(request_id, wire, 0, store), GroupRequest, work)
+
+
+def _send_body(task: Any, label: str, request_id: str, store: str, num_returns: int) -> None:
+    queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
+    args = [label, request_id, WIRE_VERSION, store, num_returns]
+    app.send_task(COMBINE, args=args, queue=queue, argsrepr=label, priority=PRIORITY_FIRST, ignore_result=True)
 
 
 def _combine(desk: Desk, request: GroupRequest) -> str:

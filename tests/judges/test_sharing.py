@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.judges import steady_ratio
+from tasks import keys
+from tasks.connections import connect
+from tasks.settings import load_settings
 from tests.judges.scripted import MODEL, says, says_yes
+from tests.servers import wait_until
 from trainer_client import RewardClient, Sample
 
 
@@ -40,6 +44,32 @@ def test_a_restarted_trainer_does_not_pay_a_judge_twice(settings, workers, judge
     first = rewards_of(settings, samples, reward)
     again = rewards_of(settings, samples, {**reward, "timeout": 30, "max_concurrent": 4})
     assert first.rewards["vllm_evaluate"].tolist() == again.rewards["vllm_evaluate"].tolist()
+    assert len(server.questions) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_group_whose_parts_others_are_asking_for_waits_for_their_answers(
+    redis_url, workers, judge_server, picture, batch_size
+):
+    """As one task and as a chord; reconciliation, which would send the group again, comes too late to help."""
+    settings = load_settings(broker_url=redis_url, claim_ttl_s=2, reconcile_s=60)
+    server = judge_server(lambda q: says_yes(0.2 + 0.15 * q.number, delay_s=1.5))
+    workers("vlm", settings=settings)
+    plain = {"reward_model": "vllm_evaluate", "vlm_model": MODEL, "api_base_url": server.url, "batch_size": batch_size}
+    rank = {**plain, "reward_model": "vllm_evaluate_Rank"}
+    samples = [Sample(prompt="a cat", image=picture(i), group="g") for i in range(4)]
+    with (
+        RewardClient.from_dict({"rewards": plain}, "sharing", settings=settings) as first,
+        RewardClient.from_dict({"rewards": rank}, "sharing", settings=settings) as second,
+    ):
+        first.submit(samples)
+        first.flush()
+        with connect(settings.results) as redis:
+            wait_until(lambda: len(redis.keys(keys.claim("*"))) == 4, pace_s=0.02)
+        second.submit(samples, group_size=4)
+        ranks = second.collect(30, progress=False).rewards["vllm_evaluate_Rank"]
+        scores = first.collect(30, progress=False).rewards["vllm_evaluate"]
+    assert ranks.tolist() == [sum(scores < mine) / 4 for mine in scores]
     assert len(server.questions) == 4
 
 
