@@ -30,7 +30,7 @@ class Declared:
 def declared_by(path: str) -> Declared | None:
     """What the class of a dotted path declares; None if its source is not to be found on this host."""
     module, _, name = path.rpartition(".")
-    source = _source(module)
+    source = _source(module) if module else None
     if source is None:
         return None
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}

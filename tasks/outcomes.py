@@ -23,6 +23,9 @@ from tasks.messages import Heartbeat, Note, Outcome, pack, pack_outcome, unpack,
 KEYS_A_CALL = 1000
 """Keys asked for in one MGET; more go in several, so that Redis serves others between them."""
 
+USUAL_STARTS = 2
+"""A sample found with so many starts and no answer is a suspect: it may be what ended those processes."""
+
 _ANSWERS = """
 local function answers(header, attempt)
   if string.sub(header, 1, 1) == 'R' then return true end
@@ -287,6 +290,13 @@ class Outcomes:
     def claimed(self, addresses: Sequence[str]) -> list[bool]:
         """Which addresses some task is scoring now."""
         return [value is not None for value in self._mget([keys.claim(a) for a in addresses])]
+
+    def num_starts(self, addresses: Sequence[str]) -> list[int]:
+        """How often each was begun without an answer so far."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for address in addresses:
+                pipe.hget(keys.starts(address), "starts")
+            return [int(n or 0) for n in pipe.execute()]
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
         """How far a queue's messages have come; `num_waiting` is its length, which the broker knows."""

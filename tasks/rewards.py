@@ -247,7 +247,9 @@ class RewardConfig(BaseModel):
         return cls(
             rewards=_parse_block(config["rewards"], "rewards", folder),
             eval_rewards=(
-                _parse_block(config["eval_rewards"], "eval_rewards", folder) if config.get("eval_rewards") else ()
+                ()
+                if config.get("eval_rewards") in (None, [], {}, ())
+                else _parse_block(config["eval_rewards"], "eval_rewards", folder)
             ),
             **_parse_train(config.get("train")),
         )
@@ -297,8 +299,10 @@ def _parse_block(block: Any, where: str, folder: Path) -> tuple[RewardSpec, ...]
 def _parse_train(block: Any) -> dict[str, Any]:
     """What the trainer's own block says of advantages."""
     found: dict[str, Any] = {}
-    if not isinstance(block, Mapping):
+    if block is None:
         return found
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"train: needs a mapping, found {_kind(block)}")
     method = block.get("advantage_aggregation")
     if method is not None:
         if method not in ("gdpo", "sum"):
@@ -330,7 +334,8 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
 
     known: dict[str, Any] = {key: entry.pop(key) for key in _KEYS if key in entry and key != "extra_kwargs"}
     known = {key: value for key, value in known.items() if value is not None}
-    nested = entry.pop("extra_kwargs", None) or {}
+    nested = entry.pop("extra_kwargs", None)
+    nested = {} if nested is None else nested
     if not isinstance(nested, Mapping):
         raise ConfigError(f"{where}: extra_kwargs must be a mapping, found {_kind(nested)}")
     options = {**nested, **entry}

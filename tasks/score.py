@@ -16,9 +16,7 @@ from tasks.desk import Desk, Message, lasting, new_token, on_desk
 from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
 from tasks.messages import Failure, MediaRef, Outcome, SampleRequest, ScoreRequest
-
-USUAL_STARTS = 2
-"""A sample found with so many starts and no answer is a suspect: it may be what ended those processes."""
+from tasks.outcomes import USUAL_STARTS
 
 MOST_STARTS_ALONE = 3
 """A suspect that was started alone so often without an answer is given up."""

@@ -39,9 +39,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}")
 UNNAMED = "none"
 """TORCHELASTIC_RUN_ID of every job that torchrun was given no name for: no two starts must share it."""
 
-COLLECT_TIMEOUT_S = 540.0
-"""How long `collect()` waits unless told otherwise: less than the 10 minutes of an NCCL collective, in which ranks that
-are done wait for those that still collect."""
+COLLECT_TIMEOUT_S = 480.0
+"""How long `collect()` waits unless told otherwise. With what `advantages()` and `metrics()` may wait for other ranks
+it is within the 10 minutes of an NCCL collective, in which ranks that are done wait for the others."""
 
 RANKS_MARGIN_S = 5.0
 """With several ranks a rank stops waiting for its own samples so long before the deadline of `collect()` (a quarter of

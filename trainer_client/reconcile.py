@@ -10,7 +10,7 @@ from typing import Any
 from tasks.catalog import VLM
 from tasks.connections import FULL, is_nearly_full, why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
-from tasks.outcomes import Outcomes, QueueState
+from tasks.outcomes import USUAL_STARTS, Outcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
 from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
@@ -96,6 +96,17 @@ class Reconciler:
         except AWAY as error:
             return why_away(error)
         return "; ".join(reasons) or None
+
+    def suspects(self, entries: Sequence[Entry]) -> str | None:
+        """What is said of entries that were begun again and again without an answer; None if none was."""
+        addresses = list(dict.fromkeys(a for e in entries for a in _in_hand_with(e)))
+        num = sum(starts > USUAL_STARTS for starts in self._outcomes.num_starts(addresses))
+        if not num:
+            return None
+        return (
+            f"{num} were begun more than {USUAL_STARTS} times and never answered: they, or what they need, may be what "
+            "ends their worker (its log may tell); one that does is given up once its reward's timeout_s has passed"
+        )
 
     def warn_of_idle_queues(self) -> None:
         """Log once which queue of what is under way has no worker."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.score import USUAL_STARTS
+from tasks.outcomes import USUAL_STARTS
 from tests.delivery.conftest import Bench
 from tests.delivery.models import HARM
 from tests.delivery.processes import SilentJudge

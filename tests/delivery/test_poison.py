@@ -1,12 +1,31 @@
 from __future__ import annotations
 
+import time
+
+import pytest
+
 from tests.delivery import poison
+from tests.delivery.seen import reward_of
+from tests.pipeline.conftest import samples_of
+from trainer_client import CollectTimeoutError
 
 
 def test_a_sample_that_ends_its_process_each_time_fails_alone_among_63_others(bench):
     seen = poison.poison_sample(bench, tries=1, timeout_s=5)
     print(seen)
     seen.assert_held()
+
+
+def test_a_collect_that_waits_for_it_says_so(bench):
+    bench.supervised("gpu")
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), how="kill", on=[3]))
+    client.submit(samples_of([1, 2, 3]))
+    deadline, words = time.monotonic() + 90, ""
+    while "1 were begun more than 2 times and never answered: they, or what they need, may be what ends" not in words:
+        assert time.monotonic() < deadline, words
+        with pytest.raises(CollectTimeoutError) as raised:
+            client.collect(timeout_s=2)
+        words = str(raised.value)
 
 
 def test_a_model_that_hangs_times_out_and_its_worker_is_replaced(bench):

@@ -246,6 +246,11 @@ def test_a_name_that_is_not_built_here_is_refused_where_it_is_used(model: str) -
         loaded.of("eval")
 
 
+def test_a_name_without_a_module_is_no_file_of_the_folder_one_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("")  # as `python -c` has it
+    assert RewardConfig.from_dict({"rewards": local("audio", "clap")}).rewards[0].name == "audio"
+
+
 def test_num_workers_is_explained_once(caplog: pytest.LogCaptureFixture) -> None:
     tasks.rewards._say_whose_concurrency.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -272,6 +277,9 @@ def test_the_launch_keeps_what_train_said() -> None:
         (config(pick(), aggregation="gpdo"), "train: advantage_aggregation must be gdpo or sum, found 'gpdo'"),
         (config(pick(), global_std="yes"), "train: global_std must be true or false, found 'yes'"),  # type: ignore[arg-type]
         ({"rewards": local("audio", "clapp")}, "unknown reward model 'clapp'"),
+        ({"rewards": pick(), "train": []}, r"train: needs a mapping, found list \[\]"),
+        ({"rewards": pick(), "eval_rewards": False}, "eval_rewards: needs a list of rewards or one reward, found bool"),
+        ({"rewards": pick(extra_kwargs="")}, "extra_kwargs must be a mapping, found str ''"),
     ],
 )
 def test_a_wrong_block_is_named(blocks: Any, message: str) -> None:
@@ -280,5 +288,5 @@ def test_a_wrong_block_is_named(blocks: Any, message: str) -> None:
 
 
 def test_a_train_block_that_says_nothing_of_advantages_is_the_trainers() -> None:
-    for train in (None, [], {}, {"learning_rate": 1e-4, "advantage_aggregation": None}):
+    for train in (None, {}, {"learning_rate": 1e-4, "advantage_aggregation": None}):
         assert RewardConfig.from_dict({"rewards": pick(), "train": train}).advantage_aggregation == "gdpo"
