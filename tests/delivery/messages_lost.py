@@ -194,7 +194,11 @@ def queue_much(bench: Bench, *, num_chunks: int) -> tuple[Seen, int]:
         place, message = queued[num_chunks // 2]
         assert broker.lrem(place, 1, message) == 1
         bench.workers("gpu", concurrency=1)
+        while client.pending() > 1:
+            time.sleep(0.05)
+        others_at = time.monotonic()
         seen.check(client.collect(timeout_s=170, on_failure="nan"), own)
+        seen.added_s.append(time.monotonic() - others_at)
         num_sent = int(broker.get(keys.sent_number("gpu")))
     seen.again = bench.calls.num_again
     return seen, num_sent

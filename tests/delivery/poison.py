@@ -125,10 +125,11 @@ def hang_judge(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
 def lost_device(bench: Bench) -> Seen:
     """A call breaks its process's GPU for good: nothing in that process could be scored any more."""
     supervisor = bench.supervised("gpu")
-    own, seen = Numbers().take(8), Seen(tries=1)
+    seen, numbers = Seen(tries=1), Numbers()
+    gentle = reward_of("Logged", calls=str(bench.calls.path), batch_size=4)
+    usual_s, own = usual_step_s(bench, gentle, numbers, 8, seen), numbers.take(8)
     harm = {"how": "lose_device", "on": own[1:2], "times": 1}
-    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=4, **harm))
-    step(client, own, seen)
+    seen.added_s.append(step(bench.clients({**gentle, **harm}), own, seen) - usual_s)
     assert supervisor.statuses == [EXIT_HUNG]
     seen.again = bench.calls.num_again
     return seen
@@ -184,12 +185,15 @@ def exceptions_that_are_none(bench: Bench) -> Seen:
     """Out of a model: what would end a thread of Celery's pool for good, and leave the worker to take nothing."""
     bench.workers("gpu", concurrency=1)
     seen, numbers = Seen(tries=len(HARM)), Numbers()
+    usual_s = usual_step_s(bench, reward_of("Logged", calls=str(bench.calls.path)), numbers, 16, seen)
     for how in HARM:
         own = numbers.take(16)
         reward = reward_of("Logged", calls=str(bench.calls.path), how=how, on=own[5:6])
         client = bench.clients(reward, run=how)
+        started = time.monotonic()
         client.submit(samples_of(own))
         batch = client.collect(timeout_s=60, on_failure="nan")
+        seen.added_s.append(time.monotonic() - started - usual_s)
         failed = [own[f.sample] for f in batch.failures]
         assert own[5] in failed
         assert all(f.kind == "failed" and f.message.startswith(how) for f in batch.failures), batch.failures

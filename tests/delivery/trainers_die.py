@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.delivery.conftest import Bench
 from tests.delivery.processes import TrainerProcess
-from tests.delivery.seen import Numbers, Seen, reward_of
+from tests.delivery.seen import Numbers, Seen, reward_of, undisturbed_s
 from tests.servers import wait_until
 from trainer_client import RewardClient, Ticket
 
@@ -159,15 +159,27 @@ def start_again(bench: Bench, *, tries: int) -> Seen:
     seen, numbers = Seen(tries=tries), Numbers()
     reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.2, batch_size=4)
     bench.workers("gpu")
+    ends = "batch = client.collect(timeout_s=60)\nsay(batch.rewards['reward'].tolist())\nsay(batch.num_hits)"
+
+    def submitted(own: list[int]) -> str:
+        return f"client.submit(samples_of(range({own[0]}, {own[-1] + 1})))\n"
+
+    def undisturbed() -> float:
+        started, own = time.monotonic(), numbers.take(40)
+        usual = job(bench, reward, submitted(own) + ends, launch=f"usual{own[0]}")
+        assert usual.line() == own
+        usual.close()
+        return time.monotonic() - started
+
+    usual_s = undisturbed_s(undisturbed, num_steps=1)
     for i in range(tries):
-        own = numbers.take(40)
-        what = f"client.submit(samples_of(range({own[0]}, {own[-1] + 1})))\nclient.collect(timeout_s=600)"
-        first = job(bench, reward, what, launch=f"first{i}")
+        own, started = numbers.take(40), time.monotonic()
+        first = job(bench, reward, submitted(own) + "client.collect(timeout_s=600)", launch=f"first{i}")
         wait_until(lambda own=own: len(set(own) & set(bench.calls.begun)) >= 12, 30)
         first.kill()
-        ends = "batch = client.collect(timeout_s=60)\nsay(batch.rewards['reward'].tolist())\nsay(batch.num_hits)"
-        again = job(bench, reward, what.replace("client.collect(timeout_s=600)", ends), launch=f"second{i}")
+        again = job(bench, reward, submitted(own) + ends, launch=f"second{i}")
         rewards = again.line()
+        seen.added_s.append(time.monotonic() - started - usual_s)
         seen.checked += len(own)
         seen.wrong += sum(r != n for r, n in zip(rewards, own, strict=True))
         assert again.line()["reward"] >= 4, "nothing was answered from what the first launch had scored"

@@ -48,6 +48,9 @@ FAULTS: dict[str, Callable[[Bench], Seen]] = {
     "trainer killed between submit and collect": lambda bench: trainers_die.kill_between_submit_and_collect(
         bench, tries=3
     ),
+    "trainer killed when half of its samples are answered": lambda bench: trainers_die.kill_when_half_is_answered(
+        bench, tries=3
+    ),
     "trainer killed between two chunks": lambda bench: trainers_die.kill_between_two_chunks(bench, tries=2),
     "trainer killed in the midst of a step, job started again": lambda bench: trainers_die.start_again(bench, tries=3),
     "a sample ends its process each time, 63 others beside it": lambda bench: poison.poison_sample(
@@ -58,6 +61,7 @@ FAULTS: dict[str, Callable[[Bench], Seen]] = {
     "a judge takes questions and never answers, another reward beside it": lambda bench: poison.hang_judge(
         bench, tries=3, timeout_s=2
     ),
+    "a call breaks its process's GPU for good": poison.lost_device,
     "SystemExit, KeyboardInterrupt, MemoryError and others": poison.exceptions_that_are_none,
 }
 
