@@ -1,4 +1,4 @@
-"""Every Redis key of this pipeline, in one place; all carry a TTL except the counters of queues."""
+"""Every Redis key of this pipeline, in one place; all but the counters of queues and a store's identity carry a TTL."""
 
 from __future__ import annotations
 

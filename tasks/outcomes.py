@@ -151,6 +151,7 @@ local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
 redis.call('ZADD', KEYS[1], now_ms + ARGV[3], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], 60 * ARGV[3])
 """
 """KEYS: the workers, this worker. ARGV: its node name, its heartbeat, ms."""
 

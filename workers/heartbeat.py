@@ -25,6 +25,9 @@ BEATS_A_TTL = 4
 """So many times within the life of a claim it is extended: a few lost packets do not lose it."""
 
 
+SAY_EVERY_S = 60.0
+"""How often the log says that a server is away, full or forbids something."""
+
 LAST_BEAT_S = 5.0
 """How long the end waits for a beat under way."""
 
@@ -88,12 +91,15 @@ class HeartbeatThread(threading.Thread):
         self._repeat(self._beat, "heartbeat failed")
 
     def _repeat(self, call: Callable[[], None], failed: str) -> None:
+        say_at = 0.0
         while True:
             started = time.monotonic()
             try:
                 call()
             except TROUBLE as error:
-                log.warning("%s error=%s", failed, error)
+                if started >= say_at:
+                    log.warning("%s error=%s", failed, error)
+                    say_at = started + SAY_EVERY_S
             except Exception:  # without this thread others would take what is being scored here, or find no worker
                 log.exception("%s", failed)
             pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import redis
@@ -19,7 +20,7 @@ from celery.worker.state import maybe_shutdown
 from tasks import keys
 from tasks.celery_app import outcomes_of
 from tasks.connections import LOST, check_eviction, connect, refusal, why_away
-from tasks.errors import EvictionError
+from tasks.errors import EvictionError, RedisUnreachableError
 from tasks.settings import Settings
 from workers.watchdog import EXIT_HUNG
 
@@ -61,12 +62,8 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
             maybe_shutdown()
             try:
                 return _look(parent.app)
-            except EvictionError as error:
+            except (EvictionError, RedisUnreachableError) as error:
                 log.critical("worker refuses to start: %s", error)
-                raise WorkerShutdown(os.EX_CONFIG) from None
-            except redis.AuthenticationError as error:
-                words = refusal("the Redis", parent.app.settings.broker_url, error)
-                log.critical("worker refuses to start: %s", words)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
                 if time.monotonic() > say_at:
@@ -81,14 +78,24 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
 
 def _look(app: Any) -> None:
     settings: Settings = app.settings
-    with app.connection_for_write() as connection:
+    with _known_to(settings.broker_url), app.connection_for_write() as connection:
         broker = connection.channel().client
         check_eviction(broker, settings.broker_url)
-        check_eviction(outcomes_of(app).redis, settings.results)
         broker.set(keys.ROOM, b"", px=1000)
+    with _known_to(settings.results):
+        check_eviction(outcomes_of(app).redis, settings.results)
     if not settings.payloads.startswith("file:"):  # one that is full is no trouble: a worker only reads from it
-        with connect(settings.payloads, settings.sentinels) as payloads:
+        with _known_to(settings.payloads), connect(settings.payloads, settings.sentinels) as payloads:
             check_eviction(payloads, settings.payloads)
+
+
+@contextlib.contextmanager
+def _known_to(url: str) -> Iterator[None]:
+    """Raises `RedisUnreachableError`, which names the server, where it refuses this user: to wait would not help."""
+    try:
+        yield
+    except redis.AuthenticationError as error:
+        raise RedisUnreachableError(refusal("the Redis", url, error)) from None
 
 
 class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
