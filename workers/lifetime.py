@@ -120,9 +120,9 @@ def hush_known_warnings() -> None:
     warnings.filterwarnings("ignore", r"\s*In Celery 5.1 we introduced an optional", CPendingDeprecationWarning)
 
 
-def end_without_device(error: BaseException) -> None:
+def end_without_device(loss: RuntimeError) -> None:
     """End at once, as by `kill -9`: what is in hand counts as started, so that a sample that does it is found."""
-    log.critical("worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, error)
+    log.critical("worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, loss)
     os._exit(EXIT_HUNG)
 
 

@@ -195,19 +195,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def is_device_lost() -> bool:
-    """Whether this process can use its GPU no more, whatever it calls; only a new process can.
+def loss_of_device() -> RuntimeError | None:
+    """What CUDA says if this process can use its GPU no more, whatever it calls; only a new process can.
 
     So it is after an assert or a wrong address in a kernel, or when the GPU fell off its bus.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return False
+        return None
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return not is_out_of_memory(error)
-    return False
+        return None if is_out_of_memory(error) else error
+    return None
 
 
 def build(call: RewardCall, settings: Settings) -> RewardModel:

@@ -18,7 +18,7 @@ from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.samples import MEDIA_FIELDS
 from tasks.settings import Settings
 from workers.base import GroupwiseRewardModel, RewardModel, whole
-from workers.loading import LoadedModel, Models, free_memory, is_device_lost, is_out_of_memory
+from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory, loss_of_device
 from workers.outputs import Scored, failed, outcome_of, outcomes_of
 
 Watch = Callable[[Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]]
@@ -34,7 +34,7 @@ class ModelRunner:
         self.models = Models(settings)
         self.watch: Watch = lambda _samples, _timeout_s: contextlib.nullcontext()
         """Entered around each call of a model; the worker's watchdog, where there is one."""
-        self.lose_device: Callable[[BaseException], None] = lambda _error: None
+        self.lose_device: Callable[[RuntimeError], None] = lambda _loss: None
         """Called when a call has broken the process's GPU for good; a worker ends, without an answer."""
 
     def is_loaded(self, call: RewardCall) -> bool:
@@ -108,8 +108,9 @@ class ModelRunner:
         except BusyError as error:
             return [error] * len(inputs)
         except BaseException as error:  # a reward model is the user's code and may raise anything
-            if is_device_lost():  # else every later sample would fail, with an error that is not its own
-                self.lose_device(error)
+            loss = loss_of_device()
+            if loss is not None:  # else every later sample would fail, with an error that is not its own
+                self.lose_device(loss)
             outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)
         half = max(1, len(inputs) // 2)
         if did_not_fit:
