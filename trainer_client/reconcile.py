@@ -17,7 +17,8 @@ from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
 from trainer_client.busy import BusyMessages
 from trainer_client.groups import Groups
 from trainer_client.outgoing import num_in_queue
-from trainer_client.sender import AWAY, Sender
+from trainer_client.patience import AWAY
+from trainer_client.sender import Sender
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from trainer_client.board import Board, Slot
 from trainer_client.groups import Groups
 from trainer_client.lease import KEEP_EVERY_S, Lease
 from trainer_client.outgoing import Outgoing
+from trainer_client.patience import AWAY
 from trainer_client.progress import bars
 from trainer_client.reconcile import Reconciler
-from trainer_client.sender import AWAY, Sender
+from trainer_client.sender import Sender
 from trainer_client.watcher import Watcher
 
 log = logging.getLogger(__name__)

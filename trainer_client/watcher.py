@@ -12,8 +12,8 @@ from tasks.errors import RankTakenError
 from tasks.payloads import PayloadStore
 from tasks.settings import Settings
 from trainer_client.board import Board
+from trainer_client.patience import AWAY
 from trainer_client.reconcile import Reconciler
-from trainer_client.sender import AWAY
 
 log = logging.getLogger(__name__)
 

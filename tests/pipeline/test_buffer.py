@@ -219,7 +219,7 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
 @pytest.mark.parametrize("num_images", [12, 30])
 def test_groups_over_ranks_are_scored_though_their_samples_wait_for_room(redis_url, workers, num_images, monkeypatch):
     """With room for 12 the first rank may fill the store with halves of groups, before the second has any."""
-    monkeypatch.setattr("trainer_client.sender.STUCK_S", 1.0)
+    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 1.0)
     settings = small_store(redis_url, num_images)
     workers("gpu", settings=settings)
     with contextlib.ExitStack() as stack:
@@ -243,7 +243,7 @@ def test_groups_over_ranks_are_scored_though_their_samples_wait_for_room(redis_u
 def test_groups_that_fill_the_store_before_one_is_complete_get_the_rest_of_their_samples(
     redis_url, workers, group_size, monkeypatch
 ):
-    monkeypatch.setattr("trainer_client.sender.STUCK_S", 1.0)
+    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 1.0)
     settings = small_store(redis_url, 3)
     workers("gpu", settings=settings)
     with RewardClient.from_dict(config_of("OrderInGroup"), "test", settings=settings) as client:
@@ -254,7 +254,7 @@ def test_groups_that_fill_the_store_before_one_is_complete_get_the_rest_of_their
 
 
 def test_a_full_store_is_not_exceeded_while_messages_wait(redis_url, redis_server, monkeypatch):
-    monkeypatch.setattr("trainer_client.sender.STUCK_S", 0.2)
+    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 0.2)
     settings = small_store(redis_url, 6)
     config = config_of("OrderInGroup", {"reward_model": "PixelCode", "batch_size": 1})
     with RewardClient.from_dict(config, "test", settings=settings) as client:
