@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
 from redis.connection import DefaultParser, PythonRespSerializer, parse_url
 from redis.exceptions import ClusterDownError, TryAgainError
-from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
 from tasks.settings import Sentinels, several_urls, without_password
@@ -130,7 +128,7 @@ def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
     """
     account = {"password": sentinels.password} if sentinels.password else {}
     bounds = {"socket_timeout": SENTINEL_TIMEOUT_S, "socket_connect_timeout": SENTINEL_TIMEOUT_S}
-    return {**bounds, "retry": Retry(NoBackoff(), 0), **account}
+    return {**bounds, "retry": None, **account}
 
 
 def connect_for_media(url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> redis.Redis:
@@ -210,6 +208,8 @@ def why_away(error: BaseException) -> str:
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
+    if isinstance(error, MasterNotFoundError):  # with all that it knows of each sentinel, and what each said last
+        return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
     return f"Redis is away: {error}"
 
 

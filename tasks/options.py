@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tasks.entries import ModelEntry
 from tasks.errors import ConfigError, UnknownOptionError, nearest
+from tasks.settings import without_password
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""
@@ -42,13 +43,20 @@ def check_options(
             needed = _FiniteFloat if builtin.options[name].type is float else builtin.options[name].type
             checked[name] = TypeAdapter(needed).validate_python(value, strict=True)  # an integer is a float too
         except ValidationError as error:
-            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {value!r})") from None
+            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})") from None
     for name, option in builtin.options.items():
         if option.is_needed and name not in given:
             raise ConfigError(f"{where}: {model} needs {name}: {option.doc}")
     _read_files(builtin, checked, where, folder)
     _check_key(checked, where)
     return checked
+
+
+def _shown(value: Any) -> Any:
+    """What was given, without the passwords of URLs."""
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    return without_password(value) if isinstance(value, str) else value
 
 
 def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:

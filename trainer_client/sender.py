@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.2
 """A chunk that is not full goes after this long without a new sample."""
 
-MESSAGES_A_BATCH = 200
-"""Messages handed to Redis in one transaction."""
-
 
 class Sender:
     """Takes slots from `submit()` to messages under way.

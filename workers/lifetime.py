@@ -15,6 +15,7 @@ import redis
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
+from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
 from tasks import keys
@@ -96,6 +97,26 @@ def _known_to(url: str) -> Iterator[None]:
         yield
     except redis.AuthenticationError as error:
         raise RedisUnreachableError(refusal("the Redis", url, error)) from None
+
+
+class KeepSecret(bootsteps.StartStopStep):  # type: ignore[misc]
+    """What a worker says of its broker (`inspect stats`, Flower) leaves out how sentinels are asked: their password."""
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+
+    def info(self, parent: Any) -> dict[str, Any]:
+        """Said in the place of what Celery's own step says."""
+        if not parent.connection:
+            return {}
+        said = next(step for step in parent.steps if isinstance(step, Connection)).info(parent)["broker"]
+        options = {name: value for name, value in said["transport_options"].items() if name != "sentinel_kwargs"}
+        return {"broker": {**said, "transport_options": options}}
+
+    def start(self, parent: Any) -> None:
+        """Nothing to start."""
+
+    def stop(self, parent: Any) -> None:
+        """Nothing is held open."""
 
 
 class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
-from workers.lifetime import AwaitRedis, TakeForGood, end_in_time, end_without_device, hush_known_warnings
+from workers.lifetime import AwaitRedis, KeepSecret, TakeForGood, end_in_time, end_without_device, hush_known_warnings
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
@@ -40,7 +40,7 @@ def _say_what_we_do(**_: Any) -> None:
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _add_steps(sender: Any, **_: Any) -> None:
-    sender.app.steps["consumer"] |= {AwaitRedis, TakeForGood}
+    sender.app.steps["consumer"] |= {AwaitRedis, KeepSecret, TakeForGood}
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]

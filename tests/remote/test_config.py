@@ -51,6 +51,14 @@ def test_a_wrong_config_is_refused_with_what_it_needs(reward, words):
     assert not jsonschema.Draft7Validator(rewards_schema()).is_valid({"rewards": reward})
 
 
+@pytest.mark.parametrize("url", ["htp://me:s3cret@h:1", ["http://h:1", "htp://me:s3cret@h:1", "htp://me:s3cret@h:2"]])
+def test_a_wrong_url_is_shown_without_its_password(url):
+    with pytest.raises(ConfigError, match="option server_url") as caught:
+        spec_of(server_url=url)
+    assert "s3cret" not in str(caught.value)
+    assert "me:***@h" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "reward",
     [
