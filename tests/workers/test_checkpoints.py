@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants as constants
 import huggingface_hub.file_download as file_download
 import numpy as np
@@ -19,6 +19,7 @@ from tasks.errors import ModelLoadError
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
 from tests.workers.checkpoints import ARCHITECTURE, Reference, pictures, save_clip
+from tests.workers.test_clip_models import cosines
 from workers import PointwiseRewardModel
 from workers.loading import build
 from workers.models.checkpoints import find_file, loading, local_or_hub, without_initialising
@@ -40,9 +41,14 @@ def load(model: str, **options: str) -> PointwiseRewardModel:
 
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
+    """Libraries of before version 5 and 1 remember where it was, and that they were offline."""
+    start_anew = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
     cache = str(tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
-    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", cache, raising=False)  # transformers 4
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", cache, raising=False)
+    start_anew()
+    yield
+    start_anew()
 
 
 @pytest.fixture
@@ -90,7 +96,7 @@ def hub(monkeypatch, empty_cache) -> Iterator[Callable[[str], None]]:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # huggingface_hub 0.x
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     yield lambda code: codes.__setitem__(0, code)
     server.shutdown()
     server.server_close()
@@ -222,7 +228,7 @@ def test_a_revision_is_the_models_and_not_that_of_another_repositorys_processor(
 def test_an_open_clip_model_is_loaded_by_its_id_on_the_hub(cached, open_clip_folder):
     cached("org/open", open_clip_folder)
     direct, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
-    expected = open_clip_cosines(direct, open_clip.get_tokenizer(f"local-dir:{open_clip_folder}"), preprocess)
+    expected = cosines(direct, open_clip.get_tokenizer(f"local-dir:{open_clip_folder}"), preprocess, PROMPTS, IMAGES)
     assert_cosines(load("CLIP", backend="open_clip", model_name_or_path="hf-hub:org/open"), expected)
 
 
@@ -235,16 +241,8 @@ def test_an_open_clip_architecture_is_loaded_with_the_weights_of_its_tag(cached,
     (tmp_path / "published").mkdir()
     save_file(direct.state_dict(), tmp_path / "published" / "open_clip_model.safetensors")
     cached("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", tmp_path / "published")
-    expected = open_clip_cosines(direct, open_clip.get_tokenizer(architecture), preprocess)
+    expected = cosines(direct, open_clip.get_tokenizer(architecture), preprocess, PROMPTS, IMAGES)
     assert_cosines(load("CLIP", backend="open_clip", model_name_or_path=architecture, pretrained=tag), expected)
-
-
-def open_clip_cosines(direct: Any, tokenizer: Any, preprocess: Any) -> np.ndarray:
-    """open_clip's own, of `PROMPTS` and `IMAGES`."""
-    with torch.no_grad():
-        images = direct.eval().encode_image(torch.stack([preprocess(i) for i in IMAGES]), normalize=True)
-        texts = direct.encode_text(tokenizer(PROMPTS), normalize=True)
-    return (images * texts).sum(-1).numpy()
 
 
 def test_one_thread_loads_at_a_time():
