@@ -57,6 +57,9 @@ class RewardModelOutput:
     extra_info: Mapping[str, Any] | None = None
 
 
+_TRAINERS = ("weight", "async_reward", "num_workers")
+
+
 @dataclass(frozen=True, slots=True)
 class Accelerator:
     """Stands in for `accelerate.Accelerator`: one process that knows its device."""
@@ -71,9 +74,7 @@ class Accelerator:
     @property
     def device(self) -> Any:
         """A `torch.device`: REWARDQ_DEVICE, else cuda if there is one, else the CPU."""
-        import torch
-
-        return torch.device(self.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _device(self.device_name)
 
     def prepare(self, *objects: Any) -> Any:
         """The objects as they are."""
@@ -87,13 +88,15 @@ class Accelerator:
 class RewardArguments:
     """Stands in for Flow-Factory's `RewardArguments`: one reward's configuration.
 
-    Further keys of the YAML are in `extra_kwargs`, and attributes as well.
+    Further keys of the YAML are in `extra_kwargs`, and attributes as well. What only the trainer knows (`weight`,
+    `async_reward`, `num_workers`) is not here, nor made up: AttributeError, so `getattr(config, "weight", 1.0)` works.
     """
 
     name: str = ""
     reward_model: str = ""
     batch_size: int = 16
     dtype_name: str = "bfloat16"
+    device_name: str = ""
     timeout_s: float = 600.0
     image_format: str = "raw"
     extra_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -105,9 +108,18 @@ class RewardArguments:
 
         return getattr(torch, self.dtype_name)
 
+    @cached_property
+    def device(self) -> Any:
+        """The `torch.device` to compute on, as the accelerator's; `device` in the YAML is the trainer's wish."""
+        return _device(self.device_name)
+
     def __getattr__(self, name: str) -> Any:
         given = self.__dict__.get("extra_kwargs", {})  # none yet while it is being copied
         if name not in given:
+            if name in _TRAINERS:
+                raise AttributeError(
+                    f"{name} is the trainer's and reaches no worker: rewards that differ in it are one computation"
+                )
             raise AttributeError(f"this reward has no option {name!r}; given: {sorted(given)}")
         return given[name]
 
@@ -119,7 +131,7 @@ class RewardModel:
     """
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
-    """Fields of a sample that reach `__call__`; nothing else travels to it."""
+    """Fields of a sample that reach `__call__`; nothing else travels to it but the prompt, its first argument."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that reach it where a sample has them, None where not."""
     use_tensor_inputs: ClassVar[bool] = False
@@ -153,14 +165,14 @@ class RewardModel:
                 clock.restart()
             yield
 
-    @property
+    @cached_property
     def device(self) -> Any:
-        """`torch.device` to compute on."""
+        """`torch.device` to compute on, the accelerator's; a class may set another, as in Flow-Factory."""
         return self.accelerator.device
 
-    @property
+    @cached_property
     def dtype(self) -> Any:
-        """`torch.dtype` that the config asks for."""
+        """`torch.dtype` that the config asks for; a class may set another, as in Flow-Factory."""
         return self.config.dtype
 
 
@@ -197,3 +209,10 @@ def frames_of(num_samples: int, image: Sequence[Any] | None, video: Sequence[Any
     """The frames of each sample: those of its video, else its one image."""
     images, videos = image or [None] * num_samples, video or [None] * num_samples
     return [list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)]
+
+
+def _device(name: str) -> Any:
+    """The `torch.device` of this name; of none, cuda if there is one, else the CPU."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

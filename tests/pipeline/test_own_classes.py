@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from tests.servers import ROOT
 from trainer_client import RewardClient, Sample
+from workers import Accelerator, PointwiseRewardModel, RewardArguments, RewardModelOutput
 
 MODULE = "tests.flow_factory_rewards"
+
+
+class SetsItsOwn(PointwiseRewardModel):
+    """Chooses its device and dtype by its configuration, as classes of Flow-Factory do in their constructors."""
+
+    required_fields = ("prompt",)
+
+    def __init__(self, config: RewardArguments, accelerator: Accelerator):
+        super().__init__(config, accelerator)
+        self.device = accelerator.device if config.device == torch.device("cuda") else config.device
+        self.dtype = torch.float64
+        self.weight = getattr(config, "weight", 7.0)
+
+    def __call__(self, prompt, **kwargs):
+        rewards = torch.full((len(prompt),), self.weight, device=self.device, dtype=self.dtype)
+        said = {"device": str(self.device), "dtype": str(rewards.dtype), "asked": str(self.config.dtype)}
+        return RewardModelOutput(rewards, said)
 
 
 @pytest.fixture
@@ -16,9 +37,9 @@ def client_of(settings, workers):
     """Starts a worker that may import the classes, and gives a client for one reward of them."""
     made = []
 
-    def make(queue="gpu", **reward):
-        workers(queue, env={"REWARDQ_MODULES": MODULE})
-        config = {"rewards": {"name": "own", **reward, "reward_model": f"{MODULE}.{reward['reward_model']}"}}
+    def make(queue="gpu", module=MODULE, **reward):
+        workers(queue, env={"REWARDQ_MODULES": module})
+        config = {"rewards": {"name": "own", **reward, "reward_model": f"{module}.{reward['reward_model']}"}}
         made.append(RewardClient.from_dict(config, "own", settings=settings))
         return made[-1]
 
@@ -78,3 +99,68 @@ def test_a_class_names_its_queue_and_gets_audio_and_metadata_and_nothing_else(cl
     loudest = float(np.abs(wave).max())
     np.testing.assert_allclose(batch.rewards["own"], np.float32([2 * loudest, 4 * loudest]), rtol=1e-6)
     assert batch.info["own"][0]["origin"]["worker"].startswith("loud.")
+
+
+def test_a_class_may_set_its_device_and_dtype_and_asks_for_what_the_trainer_alone_knows_with_a_default(client_of):
+    client = client_of(module=__name__, reward_model="SetsItsOwn", weight=3.0, dtype="fp16")
+    client.submit([Sample(prompt="p")])
+    batch = client.collect(timeout_s=90)
+    assert batch.rewards["own"].tolist() == [7.0]
+    (info,) = batch.info["own"]
+    assert (info["device"], info["dtype"], info["asked"]) == ("cpu", "torch.float64", "torch.float16")
+
+
+def test_what_the_configuration_has_on_the_worker_and_what_only_the_trainer_has():
+    config = RewardArguments(device_name="cpu", extra_kwargs={"weight": 2.0})
+    assert config.device == torch.device("cpu")
+    assert config.weight == 2.0
+    for name in ("weight", "async_reward", "num_workers"):
+        with pytest.raises(AttributeError, match=f"{name} is the trainer's and reaches no worker"):
+            getattr(RewardArguments(), name)
+    with pytest.raises(AttributeError, match=r"no option 'wieght'; given: \['scale'\]"):
+        RewardArguments(extra_kwargs={"scale": 1}).wieght  # noqa: B018
+
+
+BROKEN = {
+    "imports_what_is_not_there": "import no_such_library_anywhere\n",
+    "raises": "raise RuntimeError('half a module')\n",
+    "lacks_it": "Other = 1\n",
+    "is_none": "class Mine:\n    pass\n",
+}
+"""Modules of a user's whose `Mine` cannot be used."""
+
+TOO_FEW = """
+from workers import PointwiseRewardModel, RewardModelOutput
+
+
+class Mine(PointwiseRewardModel):
+    def __call__(self, prompt, image=None, **kwargs):
+        return RewardModelOutput([1.0] * (len(prompt) - 1))
+"""
+
+
+def test_what_is_wrong_with_a_class_is_the_reason_of_its_samples_and_of_no_other(workers, settings, tmp_path):
+    for name, text in {**BROKEN, "too_few": TOO_FEW}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    allowed = ",".join((*BROKEN, "too_few", "nowhere", MODULE))
+    workers("gpu", env={"REWARDQ_MODULES": allowed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
+    own = [
+        {"name": name, "reward_model": f"{name}.Mine", "kind": "pointwise", "required_fields": ["image"]}
+        for name in (*BROKEN, "too_few", "nowhere")
+    ]
+    fine = {"name": "fine", "reward_model": f"{MODULE}.Redness", "dtype": "fp16"}
+    with RewardClient.from_dict({"rewards": [*own, fine]}, "own", settings=settings) as client:
+        client.submit([Sample(prompt="p", image=flat(red)) for red in (0, 255)])
+        batch = client.collect(timeout_s=90, on_failure="nan")
+    assert batch.rewards["fine"].tolist() == [0.0, 1.0]
+    found = {name: [f.message for f in batch.failures if f.reward == name] for name in batch.rewards}
+    assert all(len(found[name]) == 2 for name in found if name != "fine")
+    for name, words in {
+        "imports_what_is_not_there": "No module named 'no_such_library_anywhere'",
+        "raises": "RuntimeError: half a module",
+        "lacks_it": f"{tmp_path / 'lacks_it.py'} has no 'Mine'",
+        "is_none": "is_none.Mine is no reward model; subclass workers.PointwiseRewardModel",
+        "nowhere": "No module named 'nowhere'",
+        "too_few": "the model returned 1 rewards for 2 samples",
+    }.items():
+        assert words in found[name][0]

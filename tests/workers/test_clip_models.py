@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,54 @@ def tiny_architecture(checkpoints):
     return file.stem
 
 
+# --- the same numbers by other ways --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cosines(
+    direct: Any,
+    tokenizer: Any,
+    see: Callable[[Image.Image], torch.Tensor],
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+) -> np.ndarray:
+    """Those of an open_clip model by its own functions."""
+    seen = direct.eval().encode_image(torch.stack([see(i) for i in images]), normalize=True)
+    texts = direct.encode_text(tokenizer(list(prompts)), normalize=True)
+    return (seen * texts).sum(-1).numpy()
+
+
+def seen_by_hps(image: Image.Image) -> torch.Tensor:
+    """The image in a black square of 224, its longer edge resized as a float tensor."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F  # noqa: N812
+
+    pixels = F.to_tensor(image)
+    scale = 224 / max(image.size)
+    height, width = round(image.height * scale), round(image.width * scale)
+    resized = F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    left, top = (224 - width) // 2, (224 - height) // 2
+    square = F.pad(resized, [left, top, 224 - width - left, 224 - height - top])
+    return F.normalize(square, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def ratings(clip_folder: Path, head_file: Path, images: Sequence[Image.Image]) -> list[float]:
+    """Aesthetic ratings by transformers, and by NumPy in float64 from the embedding on."""
+    reference = Reference(clip_folder)
+    weights = {name: w.double().numpy() for name, w in torch.load(head_file).items()}
+    found = []
+    for image in images:
+        pixels = reference.processor(images=[image], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            hidden = reference.model.vision_model(pixel_values=pixels).pooler_output
+            embedding = reference.model.visual_projection(hidden)[0].double().numpy()
+        x = embedding / np.linalg.norm(embedding)
+        for at in (0, 2, 4, 6, 7):
+            x = weights[f"layers.{at}.weight"] @ x + weights[f"layers.{at}.bias"]
+        found.append(x.item())
+    return found
+
+
 # --- the numbers -------------------------------------------------------------------------------------
 
 
@@ -111,63 +159,44 @@ def test_clip_is_open_clips_cosine(open_clip_folder, tiny_architecture, by):
         else {"model_name_or_path": f"local-dir:{open_clip_folder}"}
     )
     direct, _, preprocess = open_clip.create_model_and_transforms(tiny_architecture, pretrained=weights)
-    with torch.no_grad():
-        images = direct.eval().encode_image(torch.stack([preprocess(i) for i in IMAGES]), normalize=True)
-        texts = direct.encode_text(open_clip.get_tokenizer(tiny_architecture)(PROMPTS), normalize=True)
-    expected = (images * texts).sum(-1).numpy()
+    expected = cosines(direct, open_clip.get_tokenizer(tiny_architecture), preprocess, PROMPTS, IMAGES)
     assert np.ptp(expected) > 0.02, "inputs must matter"
     found = rewards(load("CLIP", backend="open_clip", **named), PROMPTS, image=IMAGES)
     np.testing.assert_allclose(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
-def test_hps_is_the_cosine_of_its_checkpoint_on_images_seen_whole(
-    open_clip_folder, tiny_architecture, tmp_path, monkeypatch, version
-):
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F  # noqa: N812
-
+@pytest.fixture
+def hps_folder(tiny_architecture, tmp_path, monkeypatch):
+    """A folder with both checkpoints as they are published, but of a small architecture."""
     from workers.models.hps import HPSv2
 
-    weights = torch.load(open_clip_folder / "open_clip_pytorch_model.bin")
-    file = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}[version]
-    torch.save({"epoch": 1, "state_dict": weights}, tmp_path / file)
     monkeypatch.setattr(HPSv2, "architecture", tiny_architecture)
+    return save_hps(tmp_path)
 
-    def seen(image: Image.Image) -> torch.Tensor:
-        """The image in a black square of 224, its longer edge resized as a float tensor."""
-        pixels = F.to_tensor(image)
-        scale = 224 / max(image.size)
-        height, width = round(image.height * scale), round(image.width * scale)
-        resized = F.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
-        left, top = (224 - width) // 2, (224 - height) // 2
-        square = F.pad(resized, [left, top, 224 - width - left, 224 - height - top])
-        return F.normalize(square, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-    direct = open_clip.create_model(tiny_architecture)
-    direct.load_state_dict(weights)
-    with torch.no_grad():
-        images = direct.eval().encode_image(torch.stack([seen(i) for i in IMAGES]), normalize=True)
-        texts = direct.encode_text(open_clip.get_tokenizer(tiny_architecture)(PROMPTS), normalize=True)
-    expected = (images * texts).sum(-1).numpy()
+def save_hps(folder: Path) -> Path:
+    for seed, file in enumerate(("HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt")):
+        torch.manual_seed(30 + seed)
+        torch.save({"epoch": 1, "state_dict": open_clip.CLIP(**ARCHITECTURE).state_dict()}, folder / file)
+    return folder
+
+
+def hps_by_hand(folder: Path, file: str, prompts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
+    direct = open_clip.CLIP(**ARCHITECTURE)
+    direct.load_state_dict(torch.load(folder / file)["state_dict"])
+    return cosines(direct, open_clip.get_tokenizer("ViT-H-14"), seen_by_hps, prompts, images)
+
+
+@pytest.mark.parametrize(("version", "file"), [("v2.0", "HPS_v2_compressed.pt"), ("v2.1", "HPS_v2.1_compressed.pt")])
+def test_hps_is_the_cosine_of_its_checkpoint_on_images_seen_whole(hps_folder, version, file):
+    expected = hps_by_hand(hps_folder, file, PROMPTS, IMAGES)
     assert np.ptp(expected) > 0.02, "inputs must matter"
-    found = rewards(load("HPSv2", hps_version=version, checkpoint_path=tmp_path), PROMPTS, image=IMAGES)
+    found = rewards(load("HPSv2", hps_version=version, checkpoint_path=hps_folder), PROMPTS, image=IMAGES)
     np.testing.assert_allclose(found, expected, **EXACT)
 
 
 def test_aesthetic_is_five_affine_layers_on_the_normalised_embedding(large_clip_folder, head_file):
-    reference = Reference(large_clip_folder)
-    weights = {name: w.double().numpy() for name, w in torch.load(head_file).items()}
-    expected = []
-    for image in IMAGES:
-        pixels = reference.processor(images=[image], return_tensors="pt").pixel_values
-        with torch.no_grad():
-            hidden = reference.model.vision_model(pixel_values=pixels).pooler_output
-            embedding = reference.model.visual_projection(hidden)[0].double().numpy()
-        x = embedding / np.linalg.norm(embedding)
-        for at in (0, 2, 4, 6, 7):
-            x = weights[f"layers.{at}.weight"] @ x + weights[f"layers.{at}.bias"]
-        expected.append(x.item())
+    expected = ratings(large_clip_folder, head_file, IMAGES)
     assert np.ptp(expected) > 0.01, "inputs must matter"
     model = load("aesthetic", model_name_or_path=large_clip_folder, checkpoint_path=head_file)
     np.testing.assert_allclose(rewards(model, [""] * len(IMAGES), image=IMAGES), expected, **EXACT)
@@ -186,12 +215,15 @@ def test_half_precision_is_honoured_and_close(clip_folder, large_clip_folder, he
         np.testing.assert_allclose(found, expected, rtol=0, atol=0.01 * scale)
 
 
-def test_open_clip_in_half_precision_is_close(open_clip_folder):
-    name = {"backend": "open_clip", "model_name_or_path": f"local-dir:{open_clip_folder}"}
-    half, exact = load("CLIP", dtype="bfloat16", **name), load("CLIP", **name)
-    assert {p.dtype for p in half.tower._model.parameters()} == {torch.bfloat16}
-    found, expected = rewards(half, PROMPTS, image=IMAGES), rewards(exact, PROMPTS, image=IMAGES)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_open_clip_in_half_precision_is_close(open_clip_folder, hps_folder, dtype):
+    clip = {"backend": "open_clip", "model_name_or_path": f"local-dir:{open_clip_folder}"}
+    for name, options in (("CLIP", clip), ("HPSv2", {"checkpoint_path": hps_folder})):
+        half, exact = load(name, dtype=dtype, **options), load(name, **options)
+        assert {p.dtype for p in half.tower._model.parameters()} == {getattr(torch, dtype)}
+        found, expected = rewards(half, PROMPTS, image=IMAGES), rewards(exact, PROMPTS, image=IMAGES)
+        assert not np.array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
 
 
 def test_pickscores_scale_is_not_rounded_to_half_precision(clip_folder):
@@ -405,6 +437,21 @@ def test_a_videos_clip_is_of_its_first_frame_or_the_mean(clip_folder, reference,
     model = load("CLIP", model_name_or_path=clip_folder, **({"frames": "mean"} if frames == "mean" else {}))
     looked_at = [v[:1] if frames == "first" else v for v in VIDEOS]
     expected = [np.mean([reference.cosine(p, f) for f in v]) for p, v in zip(VIDEO_PROMPTS, looked_at, strict=True)]
+    np.testing.assert_allclose(rewards(model, VIDEO_PROMPTS, video=VIDEOS), expected, **EXACT)
+
+
+def test_a_videos_hps_is_the_mean_over_its_frames(hps_folder):
+    file = "HPS_v2.1_compressed.pt"
+    expected = [
+        hps_by_hand(hps_folder, file, [p] * len(v), v).mean() for p, v in zip(VIDEO_PROMPTS, VIDEOS, strict=True)
+    ]
+    found = rewards(load("HPSv2", checkpoint_path=hps_folder), VIDEO_PROMPTS, video=VIDEOS)
+    np.testing.assert_allclose(found, expected, **EXACT)
+
+
+def test_a_videos_aesthetic_rating_is_the_mean_over_its_frames(large_clip_folder, head_file):
+    expected = [np.mean(ratings(large_clip_folder, head_file, frames)) for frames in VIDEOS]
+    model = load("aesthetic", model_name_or_path=large_clip_folder, checkpoint_path=head_file)
     np.testing.assert_allclose(rewards(model, VIDEO_PROMPTS, video=VIDEOS), expected, **EXACT)
 
 

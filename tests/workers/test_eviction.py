@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -12,7 +13,9 @@ from tasks.errors import ModelLoadError
 from tasks.messages import RewardCall
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
+from tests.reward_models import image_of
 from tests.servers import wait_until
+from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel, RewardModelOutput, loading
 from workers.loading import Models
 
@@ -226,3 +229,17 @@ def test_many_threads_and_models_within_a_bound_all_get_what_they_ask_for(monkey
     assert not wrong
     assert len(most) == 4 * 50
     assert max(most) == 2
+
+
+def test_a_worker_that_may_keep_one_model_takes_turns_with_two_and_gives_the_rewards_of_each(workers, settings):
+    model = {"reward_model": "tests.reward_models.PixelCode", "batch_size": 2}
+    config = {"rewards": [{"name": "plain", **model}, {"name": "more", "add": 1000, **model}]}
+    (worker,) = workers("gpu", env={"REWARDQ_MAX_MODELS": "1"})
+    with RewardClient.from_dict(config, "bounded", settings=settings) as client:
+        client.submit([Sample(image=image_of(n)) for n in range(8)])
+        batch = client.collect(timeout_s=60)
+    assert batch.rewards["plain"].tolist() == [float(n) for n in range(8)]
+    assert batch.rewards["more"].tolist() == [1000.0 + n for n in range(8)]
+    events = re.findall(r"(loaded|evicted) reward=tests\.reward_models\.PixelCode", worker.log_text)
+    assert "evicted" in events
+    assert events == ["loaded", *["evicted", "loaded"] * (len(events) // 2)], "never two at once"

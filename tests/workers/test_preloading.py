@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import yaml
 from tasks.errors import ConfigError, ModelLoadError, SettingsError, UnknownRewardError
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
+from tests.reward_models import image_of
 from tests.servers import wait_until, worker_env
+from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
 from workers.loading import Models
 from workers.preloading import preload, specs_to_preload
@@ -105,6 +108,19 @@ def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
     (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
     wait_until(lambda: worker.heartbeat().models == ("OCR",) and worker.heartbeat().state == "ready", timeout_s=30)
+
+
+def test_what_is_preloaded_is_in_memory_before_the_first_task_is_taken(workers, settings, tmp_path):
+    slow = {"reward_model": "tests.reward_models.SlowToLoad", "seconds": 3.0, "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": slow}))
+    quick = {"name": "quick", "reward_model": "tests.reward_models.PixelCode"}
+    with RewardClient.from_dict({"rewards": quick}, "early", settings=settings) as client:
+        client.submit([Sample(image=image_of(7))])
+        client.flush()
+        (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
+        assert client.collect(timeout_s=60).rewards["quick"].tolist() == [7.0]
+    loaded = re.findall(r"loaded reward=tests\.reward_models\.(\w+)", worker.log_text)
+    assert loaded == ["SlowToLoad", "PixelCode"], "the task waited in the queue while a slow model was loaded"
 
 
 def test_a_worker_that_cannot_preload_ends_and_says_why(settings, tmp_path):

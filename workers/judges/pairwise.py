@@ -50,6 +50,7 @@ class PairwiseJudge(Judge):
 
     Each pair is shown in both orders, which cancels a judge's liking for one place: a member wins if it is ahead over
     both; it is a tie if each order speaks for another. A pair that misses an answer abstains and counts for neither.
+    Version 1.
     """
 
     catalog_name = "pairwise_judge"

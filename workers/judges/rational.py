@@ -88,7 +88,7 @@ class RationalJudge(Judge):
 
 
 class RationalT2I(RationalJudge):
-    """For generated images. Of a video the first frame is judged unless `frames` says otherwise."""
+    """For generated images. Of a video the first frame is judged unless `frames` says otherwise. Version 1."""
 
     catalog_name = "rational_rewards_t2i"
     all_aspects = T2I_ASPECTS
@@ -96,7 +96,7 @@ class RationalT2I(RationalJudge):
 
 
 class RationalEdit(RationalJudge):
-    """For edited images: the source is the first condition image, and is shown first."""
+    """For edited images: the source is the first condition image, and is shown first. Version 1."""
 
     catalog_name = "rational_rewards_edit"
     required_fields = ("prompt", "condition_images")

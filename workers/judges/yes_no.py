@@ -31,6 +31,7 @@ class YesNoJudge(Judge):
     the same word once white space is cut and case is folded are summed; without it only `Yes` and `No` as they stand
     count, as in Flow-Factory's VLMEvaluate. With neither word among the candidates the sample is `unparsable`, and
     with one of them the other counts as 0. Of a video the first frame is judged unless `frames` says otherwise.
+    Version 2.
     """
 
     catalog_name = "vllm_evaluate"

@@ -44,7 +44,7 @@ class Aesthetic(FrameReward):
 class _ImageTower:
     def __init__(self, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         name, revision = options["model_name_or_path"], options["revision"]
-        self.preprocessing = load_preprocessing(name, revision, options["preprocessing"])
+        self.preprocessing = load_preprocessing("model_name_or_path", name, revision, options["preprocessing"])
         model = load_transformers(name, revision)
         del model.text_model, model.text_projection
         self._model = model.to(device, dtype)

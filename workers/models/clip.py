@@ -23,12 +23,11 @@ class CLIP(TextImageReward):
 
     def _transformers(self) -> TransformersTowers:
         options = self.config.extra_kwargs
-        name = options["model_name_or_path"]
         if options["pretrained"]:
             raise ModelLoadError(f"pretrained={options['pretrained']!r} is an option of backend: open_clip")
         return TransformersTowers(
-            name,
-            options["processor_name_or_path"] or name,
+            options["model_name_or_path"],
+            options["processor_name_or_path"],
             options["revision"],
             self.device,
             self.dtype,

@@ -46,16 +46,18 @@ class TransformersTowers:
 
     Args:
         name: Directory or hub id of the model, the value of the option `model_name_or_path`.
-        processor: The same of tokenizer and image processor, the option `processor_name_or_path`.
+        processor: The same of tokenizer and image processor, the option `processor_name_or_path`; empty: its own.
         revision: Of `name` on the hub; of `processor` too where it is the same repository.
     """
 
     def __init__(
         self, name: str, processor: str, revision: str, device: torch.device, dtype: torch.dtype, backend: Backend
     ) -> None:
+        option = "processor_name_or_path" if processor else "model_name_or_path"
+        processor = processor or name
         of_processor = revision if processor == name else ""
-        self.preprocessing = load_preprocessing(processor, of_processor, backend)
-        self._tokenizer = load_tokenizer(processor, of_processor)
+        self.preprocessing = load_preprocessing(option, processor, of_processor, backend)
+        self._tokenizer = load_tokenizer(option, processor, of_processor)
         self._one_tokenises = threading.Lock()  # a fast tokenizer borrowed by two threads raises
         model = load_transformers(name, revision)
         self.logit_scale = float(model.logit_scale.detach().exp())
@@ -85,12 +87,24 @@ class TransformersTowers:
 
 
 class OpenClipTowers:
-    """A model of open_clip: a built-in architecture with a `pretrained` tag or file, `local-dir:` or `hf-hub:`."""
+    """A model of open_clip.
+
+    Args:
+        name: A built-in architecture, `local-dir:` or `hf-hub:`; the value of the option `model_name_or_path`.
+        pretrained: For an architecture, the tag or file of its weights.
+        file_option: The option that names this file.
+    """
 
     def __init__(
-        self, name: str, pretrained: str, device: torch.device, dtype: torch.dtype, backend: Backend = "pil"
+        self,
+        name: str,
+        pretrained: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend = "pil",
+        file_option: str = "pretrained",
     ) -> None:
-        with loading("model_name_or_path", _checkpoint_of(name, pretrained)), without_initialising():
+        with loading(*_whence(name, pretrained, file_option)), without_initialising():
             self._model = open_clip.create_model(
                 name,
                 pretrained=pretrained or None,
@@ -211,27 +225,27 @@ def load_transformers(name: str, revision: str) -> Any:
     return model.eval()
 
 
-def load_preprocessing(name: str, revision: str, backend: Backend) -> Preprocessing:
-    """The preprocessing in a directory or hub repository. Raises `ModelLoadError`."""
-    path = local_or_hub("processor_name_or_path", name)
-    with loading("processor_name_or_path", name, revision):
+def load_preprocessing(option: str, name: str, revision: str, backend: Backend) -> Preprocessing:
+    """The preprocessing in a directory or hub repository that `option` names. Raises `ModelLoadError`."""
+    path = local_or_hub(option, name)
+    with loading(option, name, revision):
         processor = CLIPImageProcessor.from_pretrained(path, revision=revision or "main")
         return clip_pixels.of_transformers(processor, backend)
 
 
-def load_tokenizer(name: str, revision: str) -> Any:
-    """The tokenizer in a directory or hub repository. Raises `ModelLoadError`."""
-    path = local_or_hub("processor_name_or_path", name)
-    with loading("processor_name_or_path", name, revision):
+def load_tokenizer(option: str, name: str, revision: str) -> Any:
+    """The tokenizer in a directory or hub repository that `option` names. Raises `ModelLoadError`."""
+    path = local_or_hub(option, name)
+    with loading(option, name, revision):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main")
 
 
-def _checkpoint_of(name: str, pretrained: str) -> str:
-    """Where open_clip takes weights from: a path, a repository on the hub, or an architecture's tag."""
+def _whence(name: str, pretrained: str, file_option: str) -> tuple[str, str]:
+    """The option that says where open_clip takes weights from, and what it says: a path, a repository or a tag."""
+    if name in open_clip.list_models() and Path(pretrained).is_file():
+        return file_option, pretrained
     _, colon, place = name.partition(":")
-    if colon:
-        return place
-    return pretrained if Path(pretrained).is_file() else f"{name} {pretrained}".strip()
+    return "model_name_or_path", place if colon else f"{name} {pretrained}".strip()
 
 
 def take_special_tokens_as_text(tokenizer: Any) -> None:

@@ -27,5 +27,7 @@ class HPSv2(TextImageReward):
         options = config.extra_kwargs
         file = HPS_FILES[options["hps_version"]]
         checkpoint = find_file("checkpoint_path", options["checkpoint_path"], file, options["revision"])
-        self.tower = OpenClipTowers(self.architecture, checkpoint, self.device, self.dtype)
+        self.tower = OpenClipTowers(
+            self.architecture, checkpoint, self.device, self.dtype, file_option="checkpoint_path"
+        )
         self.tower.preprocessing = clip_pixels.as_hps(self.tower.preprocessing)

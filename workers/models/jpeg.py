@@ -18,7 +18,10 @@ from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
 
 
 class JpegIncompressibility(PointwiseRewardModel):
-    """Kilobytes (1000 bytes) of the image as JPEG, quality 95, Pillow's default subsampling; the mean over a video."""
+    """Kilobytes (1000 bytes) of the image as JPEG, quality 95, Pillow's default subsampling; the mean over a video.
+
+    Version 1.
+    """
 
     required_fields = ()
     optional_fields = ("image", "video")
@@ -42,7 +45,7 @@ class JpegIncompressibility(PointwiseRewardModel):
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the kilobytes: the higher, the easier to compress."""
+    """Minus the kilobytes: the higher, the easier to compress. Version 1."""
 
     sign = -1.0
 

@@ -34,7 +34,7 @@ class OCR(PointwiseRewardModel):
     `d` is the Levenshtein distance between the text asked for and the text that RapidOCR reads (its lines in reading
     order), `n` the length of the text asked for, both lower case without white space; 1 where the text read contains
     the text asked for. The target is `metadata["text"]`, else what the prompt has between its first quotation marks;
-    without one the sample is `invalid`. A video's reward is the mean over its frames.
+    without one the sample is `invalid`. A video's reward is the mean over its frames. Version 1.
     """
 
     required_fields = ("prompt",)
