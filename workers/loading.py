@@ -33,7 +33,7 @@ Instance = tuple[str, str]
 """What an instance of a model is kept under: its fingerprint, which does not say how a server is asked, and that."""
 
 
-_OUT_OF_MEMORY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(slots=True)
@@ -218,6 +218,7 @@ def build(call: RewardCall, settings: Settings) -> RewardModel:
         reward_model=call.model,
         batch_size=call.batch_size,
         dtype_name=call.dtype,
+        device_name=settings.device,
         timeout_s=call.timeout_s,
         image_format=call.image_format,
         extra_kwargs=dict(call.options),

@@ -118,8 +118,11 @@ class ModelRunner:
             free_memory()  # not before: the error's frames hold what the call had on the device
         if len(inputs) == 1 or isinstance(model.model, GroupwiseRewardModel):
             return [outcome] * len(inputs)
-        first = self._score(model, call, samples[:half], inputs[:half])
-        return first + self._score(model, call, samples[half:], inputs[half:])
+        scored: list[Scored] = []
+        while len(scored) < len(inputs):
+            part = slice(len(scored), len(scored) + min(half, model.max_batch))
+            scored += self._score(model, call, samples[part], inputs[part])
+        return scored
 
     def _call(
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]

@@ -14,7 +14,7 @@ from tasks.settings import load_settings
 from tests.servers import ROOT, clean_env
 from tests.workers.requests import call_of
 from workers import RewardArguments
-from workers.loading import Models, build
+from workers.loading import Models, build, is_out_of_memory
 
 OURS = "tests.reward_models."
 
@@ -262,3 +262,17 @@ def test_a_configuration_can_be_copied(copied):
 def test_a_model_is_built_with_what_the_call_says():
     model = build(call_of(reward_model=f"{OURS}TextLength"), load_settings(modules=OURS.rstrip(".")))
     assert model(["four", ""]).rewards == [4.0, 0.0]
+
+
+def test_a_models_config_names_the_workers_device():
+    there = load_settings(modules="tests.reward_models", device="meta")
+    model = build(call_of(reward_model=f"{OURS}TensorMean"), there)
+    assert (model.config.device.type, model.device.type) == ("meta", "meta")
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when"]
+)
+def test_every_way_in_which_a_device_says_that_it_is_full_is_known(words):
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
