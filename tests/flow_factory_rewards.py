@@ -31,7 +31,7 @@ class Redness(PointwiseRewardModel):
         condition_videos: list[list[list[Image.Image]]] | None = None,
     ) -> RewardModelOutput:
         assert len(prompt) <= self.config.batch_size
-        reds = [sum(one.getchannel(0).getdata()) / (one.width * one.height * 255) for one in image]
+        reds = [sum(one.getchannel(0).tobytes()) / (one.width * one.height * 255) for one in image]
         rewards = torch.tensor(reds, device=self.device) * self.factor + self.bias
         return RewardModelOutput(rewards=rewards, extra_info={"prompt_length": [len(p) for p in prompt]})
 

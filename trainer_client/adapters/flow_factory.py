@@ -16,7 +16,7 @@ from tasks.rewards import RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import load_settings
 from trainer_client.advantages import gdpo, weighted_sum
-from trainer_client.client import RewardClient
+from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
 from trainer_client.results import RewardBatch
 from trainer_client.verdict import OnFailure
 
@@ -49,7 +49,7 @@ class RewardBuffer:
         group_size: int | None = None,
         *,
         split: Split = "train",
-        timeout_s: float = 600.0,
+        timeout_s: float = COLLECT_TIMEOUT_S,
         on_failure: OnFailure = "raise",
     ) -> None:
         self.client = client

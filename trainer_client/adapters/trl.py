@@ -15,7 +15,7 @@ from PIL import Image
 from tasks.media import is_tensor
 from tasks.rewards import Split
 from tasks.samples import Sample
-from trainer_client.client import RewardClient
+from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
 from trainer_client.results import RewardBatch
 
 RewardFunction = Callable[..., Any]
@@ -34,7 +34,7 @@ def reward_functions(
     to_samples: ToSamples | None = None,
     num_generations: int | None = None,
     num_generations_eval: int | None = None,
-    timeout_s: float = 600.0,
+    timeout_s: float = COLLECT_TIMEOUT_S,
     split: Split = "train",
     is_async: bool = False,
 ) -> list[RewardFunction]:
