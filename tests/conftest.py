@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("rewardq", deadline=None)  # other tests run beside
+hypothesis.settings.load_profile("rewardq")
 for _name in [n for n in os.environ if n.startswith(("REWARDQ_", "OPENAI_"))]:
     del os.environ[_name]  # whoever runs the tests may have a pipeline of their own configured
 for _ignored in (signal.SIGINT, signal.SIGHUP):  # as a job in the background of a shell has them, and its children too
