@@ -60,7 +60,6 @@ def nearest_level(value: float) -> int:
         (PIXELS.transpose(2, 0, 1) / 255).astype(">f8"),
         np.asfortranarray((PIXELS / 255).transpose(2, 0, 1)),
     ],
-    ids=str,
 )
 def test_all_forms_of_one_image_are_the_same_pixels(image):
     pixels = encode(image)

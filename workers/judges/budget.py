@@ -95,15 +95,16 @@ class FleetBudget:
 
     def close(self) -> None:
         """Renew nothing any more."""
-        self._ended.set()
-        self._has_leases.set()
+        with self._lock:  # else the thread may forget at this moment that there is something to wake up for
+            self._ended.set()
+            self._has_leases.set()
         self._thread.join()
 
     def _keep_alive(self) -> None:
         while self._has_leases.wait() and not self._ended.wait(self._ttl_s / RENEWALS_A_TTL):
             with self._lock:
                 held = dict(self._held)
-                if not held:
+                if not held and not self._ended.is_set():
                     self._has_leases.clear()
             try:
                 for endpoint in set(held.values()):
