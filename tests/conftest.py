@@ -25,6 +25,14 @@ from tasks.settings import Settings, load_settings  # noqa: E402
 from tests.servers import RedisServer, WorkerProcess  # noqa: E402
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    """What was printed and logged may be no Unicode, on purpose: processes of tests cannot tell each other that."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "replace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """The Redis server that all tests share."""
