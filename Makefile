@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.judges
 
 soak: $(VENV)/.installed-dev
-	$(BIN)/pytest -m soak tests/soak
+	$(BIN)/pytest -m soak -n 2 --dist load --maxschedchunk 1 tests/soak
 
 # One stamp for each set of extras, so that a second run installs nothing.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

@@ -263,3 +263,19 @@ def test_a_full_store_is_not_exceeded_while_messages_wait(redis_url, redis_serve
         time.sleep(2)
         with connect(settings.payloads) as store:
             assert int(store.get(keys.PAYLOAD_BYTES)) <= settings.max_store_bytes + 10_000  # some requests
+
+
+# --- queues that nobody serves -------------------------------------------------------------------
+
+
+def test_an_eval_reward_whose_queue_nobody_serves_is_named_and_training_goes_on(settings, workers):
+    workers("gpu")
+    lonely = config_of({"reward_model": "PixelCode", "queue": "nobody"})["rewards"]
+    with RewardClient.from_dict(config_of("Null") | {"eval_rewards": lonely}, "test", settings=settings) as client:
+        client.submit(samples_of([1, 2]), split="eval")
+        client.submit(samples_of([1, 2]))
+        assert client.collect(timeout_s=60).valid["Null"].all()
+        with pytest.raises(
+            CollectTimeoutError, match="queue 'nobody' has no worker; start one: celery -A tasks worker -Q nobody"
+        ):
+            client.collect(timeout_s=1.5, split="eval")

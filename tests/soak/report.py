@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
 
 from tests.delivery.seen import Seen
 
@@ -19,10 +23,10 @@ be reached or is full, after the end of that. What happens at each fault: [deliv
 
 
 class Report:
-    """Rows, a fault each."""
+    """Rows, a fault each, in files of a folder: several processes may make them."""
 
-    def __init__(self) -> None:
-        self.rows: list[str] = []
+    def __init__(self, folder: Path, server: str) -> None:
+        self._folder, self._server = folder, server
 
     def add(self, fault: str, seen: Seen) -> None:
         """Take up what a fault did."""
@@ -32,8 +36,21 @@ class Report:
             else " | "
         )
         counts = f"{seen.tries} | {seen.checked} | {seen.wrong} | {seen.lost} | {seen.again}"
-        self.rows.append(f"| {fault} | {counts} | {added} |\n")
+        row = {"fault": fault, "row": f"| {fault} | {counts} | {added} |\n", "server": self._server}
+        (self._folder / uuid.uuid4().hex).write_text(json.dumps(row))
 
-    def page(self, about: str) -> str:
+    def rows(self, faults: Iterable[str]) -> list[str]:
+        """Those that are there, in the order of `faults`."""
+        found = {one["fault"]: one for one in (json.loads(f.read_text()) for f in self._folder.iterdir())}
+        self._server = next((one["server"] for one in found.values()), "")
+        return [found[fault]["row"] for fault in faults if fault in found]
+
+    @property
+    def server(self) -> str:
+        """What Redis is."""
+        return self._server
+
+    @staticmethod
+    def page(about: str, rows: Iterable[str]) -> str:
         """The page, for a run of which `about` says when and where."""
-        return HEAD.format(about=about) + "".join(self.rows)
+        return HEAD.format(about=about) + "".join(rows)
