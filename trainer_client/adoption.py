@@ -41,10 +41,11 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
         own = [entries[a] for a in sent.addresses if a in entries]
         chunks.append(_chunk(sent.request, sent.label, sent.number, own, spec, pause_s))
         answered.difference_update(sent.addresses)
+    asked = []
     for spec in rewards:
         own = [entries[a] for a in sorted(answered) if entries[a].spec is spec]
-        chunks.append(_chunk(f"{ANSWERED}{uuid.uuid4().hex}", "", 0, own, spec, pause_s))
-    session.board.adopt(slots, chunks)
+        asked.append(_chunk(f"{ANSWERED}{uuid.uuid4().hex}", "", 0, own, spec, pause_s))
+    session.board.adopt(slots, [*chunks, *asked])
     awaited = {e.address: e for slot in slots for e in (slot.entries or {}).values()}
     for chunk in chunks:
         session.sender.soon(functools.partial(_adopt_payloads, session, chunk, awaited))

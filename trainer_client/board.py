@@ -308,11 +308,6 @@ class Board:
                         self._end(entry)
                 self._close(slot)
 
-    def waiting(self) -> list[Entry]:
-        """Entries in messages under way."""
-        with self.lock:
-            return [e for e in self._entries.values() if e.chunk is not None]
-
     def is_wanted(self, entry: Entry) -> bool:
         """Whether someone still waits for this entry."""
         with self.lock:
@@ -371,8 +366,7 @@ class Board:
             if is_new:
                 self._payloads[digest] = payload
             for entry in users:
-                payload.num_users += 1
-                entry.payloads.append(payload)
+                self._use_too(entry, [payload])
             return payload, is_new
 
     def adopt_payload(self, name: str, digest: str, entry: Entry) -> None:
@@ -380,8 +374,7 @@ class Board:
         with self.lock:
             payload = self._adopted.setdefault(name, Payload(name, digest))
             payload.stored.set()
-            payload.num_users += 1
-            entry.payloads.append(payload)
+            self._use_too(entry, [payload])
             if entry.is_ended:
                 self._end(entry)
 

@@ -259,13 +259,19 @@ class RewardClient:
             InvalidSampleError: Another step than `step` is open.
         """
         started = time.monotonic()
+        if ticket is not None:
+            split = ticket.split
+        rewards = (self.config if ticket is None else self.config.for_launch(ticket.launch)).of(split)
         with self._lock:
             session = self._open_session()
             if step is not None and ticket is None:
                 self._steps.open(split, step)
-            slots = self._slots_to_collect(session, ticket, split)
-            rewards = self._config_of(ticket).of(split if ticket is None else ticket.split)
-            open_step, number = self._steps.get(split), self._steps.number(split)
+            open_step = self._steps.get(split)
+            if ticket is not None:
+                slots = self._slots_of(session, ticket, rewards)
+            else:
+                slots = list(open_step.slots) if open_step is not None else []
+            number = self._steps.number(split) if ticket is None else ticket.step
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         is_shared = self.world_size > 1 and ticket is None
         margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if is_shared else 0.0
@@ -276,8 +282,7 @@ class RewardClient:
             "wait_s": time.monotonic() - started,
             **session.sender.times.take(),
         }
-        place = (split, number) if ticket is None else (ticket.split, ticket.step)
-        batch = batch_of(slots, rewards, late, session.groups.why_open, times, *place)
+        batch = batch_of(slots, rewards, late, session.groups.why_open, times, split, number)
         error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in rewards}, self.max_failure_rate)
         if is_shared:
             error = of_all_ranks(self._ranks, f"{split} step {number}", error, batch, started + timeout_s)
@@ -375,17 +380,10 @@ class RewardClient:
 
     # --- private: collect ------------------------------------------------------------------------
 
-    def _config_of(self, ticket: Ticket | None) -> RewardConfig:
-        """The rewards as they stand in the launch of a ticket: of a predecessor's, another than ours."""
-        return self.config if ticket is None else self.config.for_launch(ticket.launch)
-
-    def _slots_to_collect(self, session: Session, ticket: Ticket | None, split: Split) -> Sequence[Slot]:
-        if ticket is None:
-            step = self._steps.get(split)
-            return list(step.slots) if step else []
+    def _slots_of(self, session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...]) -> Sequence[Slot]:
+        """The samples of a ticket; `rewards` are those of its split, as they stand in its launch."""
         if ticket.run != self.run:
             raise TicketError(f"this ticket is of run {ticket.run!r}, this client of {self.run!r}")
-        rewards = self._config_of(ticket).of(ticket.split)
         if ticket.fingerprints != _fingerprints(rewards):
             raise TicketError(
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
@@ -404,7 +402,7 @@ class RewardClient:
             if ticket is None:
                 self._steps.close(split, slots)
             else:
-                self._steps.take_out(ticket.split, slots)
+                self._steps.take_out(split, slots)
                 self._adopted.pop(ticket.place, None)
 
 

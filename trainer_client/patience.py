@@ -22,7 +22,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 SAY_EVERY_S = 60.0
 """How often the log says that senders wait."""
 
-AWAY = (*LOST, OperationalError, BatchPublishError)
+AWAY: tuple[type[Exception], ...] = (*LOST, OperationalError, BatchPublishError)
 """A server that is away or full: wait and try again."""
 
 T = TypeVar("T")

@@ -129,8 +129,7 @@ class Uploads:
             if not is_needed():
                 self._board.trouble = None
                 return False
-        if self._board.trouble is not None:
-            self._board.trouble = None
+        self._board.trouble = None
         return True
 
     def _has_room(self, num_bytes: int) -> bool:

@@ -54,8 +54,7 @@ class _Every:
         try:
             self._call()
         except AWAY as error:
-            lost: Exception = error
-            return lost
+            return error
         self._at = time.monotonic() + self._period_s
         return None
 

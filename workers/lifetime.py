@@ -112,12 +112,6 @@ class KeepSecret(bootsteps.StartStopStep):  # type: ignore[misc]
         options = {name: value for name, value in said["transport_options"].items() if name != "sentinel_kwargs"}
         return {"broker": {**said, "transport_options": options}}
 
-    def start(self, parent: Any) -> None:
-        """Nothing to start."""
-
-    def stop(self, parent: Any) -> None:
-        """Nothing is held open."""
-
 
 class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
     """A message that was taken stays taken when the connection breaks or the worker stops.

@@ -78,3 +78,13 @@ def test_an_answer_that_is_gone_with_its_trainer_is_a_reason_and_no_long_wait(cl
         redis.flushall()
     with pytest.raises(ScoringError, match="its media left the payload store with the process that held them"):
         clients("PixelCode", launch="one").collect(timeout_s=60, ticket=pickle.loads(saved))
+
+
+def test_a_ticket_of_evaluation_has_the_times_of_its_own_step(clients, workers):
+    workers("gpu")
+    client = clients("PixelCode")
+    ticket = client.submit(samples_of(range(4)), split="eval")
+    batch = client.collect(timeout_s=60, ticket=ticket)
+    assert_rewards(batch, range(4))
+    assert (batch.split, batch.step) == ("eval", 0)
+    assert batch.timings["submit_s"] > 0
