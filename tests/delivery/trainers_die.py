@@ -63,33 +63,17 @@ def successor(bench: Bench, reward: Mapping[str, Any], *, launch: str) -> tuple[
 
 def kill_between_submit_and_collect(bench: Bench, *, tries: int) -> Seen:
     """`kill -9` of a trainer that has sent everything; another process collects its pickled ticket."""
-    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.1, batch_size=4)
-    seen, numbers, path = Seen(tries=tries), Numbers(), bench.calls.path.with_name("ticket")
-    bench.workers("gpu")
-    for i in range(tries):
-        own = numbers.take(40)
-        what = f"""
-ticket = client.submit(samples_of(range({own[0]}, {own[-1] + 1})))
-client.flush()
-Path({str(path)!r}).write_bytes(pickle.dumps(ticket))
-say(ticket.num_sent)
-time.sleep(600)
-"""
-        trainer = job(bench, reward, what, launch=f"launch{i}")
-        assert trainer.line() == 40
-        trainer.kill()
-        client, waited_s = successor(bench, reward, launch=f"launch{i}")
-        assert waited_s < LEASE_S + 3
-        seen.check(client.collect(timeout_s=60, ticket=read(path), on_failure="nan"), own)
-        seen.added_s.append(waited_s)
-        client.close()
-    seen.again = bench.calls.num_again
-    return seen
+    return _kill_with_ticket(bench, tries, seconds=0.1, most_pending=40)
 
 
 def kill_when_half_is_answered(bench: Bench, *, tries: int) -> Seen:
     """`kill -9` of a trainer that knows some answers when it pickles its ticket; another process collects that."""
-    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=0.3, batch_size=4)
+    return _kill_with_ticket(bench, tries, seconds=0.3, most_pending=20)
+
+
+def _kill_with_ticket(bench: Bench, tries: int, *, seconds: float, most_pending: int) -> Seen:
+    """The ticket is pickled when all 40 samples are sent, and at most so many not answered."""
+    reward = reward_of("Logged", calls=str(bench.calls.path), seconds=seconds, batch_size=4)
     seen, numbers, path = Seen(tries=tries), Numbers(), bench.calls.path.with_name("ticket")
     bench.workers("gpu")
     for i in range(tries):
@@ -97,16 +81,19 @@ def kill_when_half_is_answered(bench: Bench, *, tries: int) -> Seen:
         what = f"""
 ticket = client.submit(samples_of(range({own[0]}, {own[-1] + 1})))
 client.flush()
-while client.pending() > 20:
+while client.pending() > {most_pending}:
     time.sleep(0.01)
 Path({str(path)!r}).write_bytes(pickle.dumps(ticket))
-say(client.pending())
+say([ticket.num_sent, client.pending()])
 time.sleep(600)
 """
         trainer = job(bench, reward, what, launch=f"launch{i}")
-        assert 0 < trainer.line() <= 20
+        num_sent, num_pending = trainer.line()
+        assert num_sent == 40
+        assert 0 < num_pending <= most_pending
         trainer.kill()
         client, waited_s = successor(bench, reward, launch=f"launch{i}")
+        assert waited_s < LEASE_S + 3
         seen.check(client.collect(timeout_s=60, ticket=read(path), on_failure="nan"), own)
         seen.added_s.append(waited_s)
         client.close()
