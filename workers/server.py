@@ -252,7 +252,7 @@ class _Desk:
         self._calls.put((call, given))
         late = asyncio.get_running_loop().call_later(LATE * self._server.max_wait_s, call.cancel)
         try:
-            found, error = await _unless_gone(asyncio.wrap_future(call), request)
+            found, error = await _unless_gone(call, request)
         except asyncio.CancelledError:
             if not call.cancelled():
                 raise
@@ -347,14 +347,15 @@ async def _body_of(request: Request, max_bytes: int) -> bytes | None:
     return b"".join(parts) if num_bytes <= max_bytes else None
 
 
-async def _unless_gone(call: asyncio.Future[Any], request: Request) -> Any:
+async def _unless_gone(call: Future[Any], request: Request) -> Any:
     """The call's result; if the client leaves first, a call that has not begun is dropped."""
+    answer = asyncio.wrap_future(call)
     gone = asyncio.ensure_future(_is_gone(request))
     try:
-        await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if call.done():
-            return call.result()
-        call.cancel()
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        call.cancel()  # at once; answer.cancel() would tell the thread only in the loop's next round
         raise _RequestError(400, "the client left before there was an answer")
     finally:
         gone.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -437,6 +438,54 @@ def test_a_request_whose_client_left_before_its_turn_is_not_computed(serve):
         go.set()
         assert first.result()[0] == 200
     assert post(f"{url}/compute", {"prompt": ["last"]})[0] == 200
+    assert computed == ["first", "last"]
+
+
+def test_a_call_is_dropped_before_the_server_does_anything_else():
+    """The thread becomes free while the server answers the client that left, which must be too late for its call."""
+    began, go, computed = threading.Event(), threading.Event(), []
+
+    class Held(RewardServer):
+        def compute_reward(self, prompt):
+            computed.append(prompt[0])
+            began.set()
+            go.wait(20)
+            return length(prompt)
+
+    app = Held().make_app()
+
+    async def ask(prompt, left=None, on_send=lambda: None):
+        """One request to the app; its client leaves when `left` is set."""
+        body = json.dumps({"prompt": [prompt]}).encode()
+        to_come = [{"type": "http.request", "body": body, "more_body": False}]
+        scope = {"type": "http", "method": "POST", "path": "/compute", "query_string": b"", "headers": []}
+
+        async def receive():
+            if to_come:
+                return to_come.pop()
+            await (left or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            on_send()
+
+        await app(scope, receive, send)
+
+    def let_the_thread_go():
+        go.set()
+        time.sleep(0.3)  # the loop stands still here, the thread does not
+
+    async def scenario():
+        first = asyncio.ensure_future(ask("first"))
+        await asyncio.to_thread(began.wait, 20)
+        left = asyncio.Event()
+        leaving = asyncio.ensure_future(ask("left", left, let_the_thread_go))
+        await asyncio.sleep(0.3)  # it is decoded, and waits for its turn
+        left.set()
+        await asyncio.gather(first, leaving)
+        await ask("last")
+
+    asyncio.run(scenario())
     assert computed == ["first", "last"]
 
 
