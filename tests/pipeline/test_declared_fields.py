@@ -54,7 +54,8 @@ def test_a_reward_of_the_prompt_alone_sends_no_media_and_no_metadata(clients, st
     requests, media = stored()
     assert media == {}
     (request,) = requests.values()
-    assert [(s.prompt, s.media, s.metadata) for s in request.samples] == [
+    # in either order: two threads prepare them
+    assert sorted((s.prompt, s.media, s.metadata) for s in request.samples) == [
         ("number 1", {}, {}),
         ("number 2", {}, {}),
     ]
