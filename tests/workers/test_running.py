@@ -530,29 +530,32 @@ def test_a_payload_that_cannot_be_decoded_is_a_reason_for_its_sample_alone(reque
     assert "cannot be decoded" in outcomes[1].failure.message
 
 
-class Meets(PointwiseRewardModel):
-    """Notes how many threads are inside at once."""
-
-    required_fields = ("prompt",)
-    inside = most = 0
-
-    def __call__(self, prompt, **kwargs):
-        cls = type(self)
-        cls.inside += 1
-        cls.most = max(cls.most, cls.inside)
-        time.sleep(0.05)
-        cls.inside -= 1
-        return [0.0] * len(prompt)
-
-
 @pytest.mark.parametrize(("thread_safe", "most"), [(False, 1), (True, 4)])
 def test_a_model_is_called_by_one_thread_at_a_time_unless_it_is_thread_safe(requests, thread_safe, most):
-    cls = type("Meeting", (Meets,), {"thread_safe": thread_safe})
-    model = make(cls)
+    lock, together, inside, found = threading.Lock(), threading.Barrier(most), [], []
+
+    class Meets(PointwiseRewardModel):
+        """Notes how many threads are inside at once; waits for as many as may be."""
+
+        required_fields = ("prompt",)
+
+        def __call__(self, prompt, **kwargs):
+            with lock:
+                inside.append(prompt)
+                found.append(len(inside))
+            together.wait(30)
+            time.sleep(0.05)
+            with lock:
+                inside.remove(prompt)
+            return [0.0] * len(prompt)
+
+    Meets.thread_safe = thread_safe
+    model = make(Meets)
     samples = [requests.sample() for _ in range(4)]
     threads = [threading.Thread(target=run, args=(model, [s], requests.payloads)) for s in samples]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert cls.most == most
+    assert len(found) == 4
+    assert max(found) == most
