@@ -56,6 +56,17 @@ class Answer:
 Script = Callable[[Question], Answer]
 
 
+def together(num: int, script: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """`script`, whose answers come when so many questions are in hand, however long their senders take."""
+    barrier = threading.Barrier(num)
+
+    def wait_and_answer(question: Any) -> Answer:
+        barrier.wait(20)
+        return script(question)
+
+    return wait_and_answer
+
+
 def says(
     text: str | None,
     *,
@@ -85,6 +96,15 @@ def fails(status: int, words: str, **headers: str) -> Answer:
     body = {"error": {"message": words, "type": "test", "code": status}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Answer(status, json.dumps(body).encode(), named)
+
+
+class Clock:
+    """In the place of a module's `time`; it goes on when a test says so, however long the test takes."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 class ScriptedServer:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.judges.scripted import Clock
 from tests.remote.conftest import get, post
 from tests.servers import ROOT, clean_env, wait_until
 from workers.server import RewardServer
@@ -332,7 +333,9 @@ def test_above_the_bound_requests_are_answered_503_at_once_and_health_still_answ
     with ThreadPoolExecutor(2) as pool:
         taken = [pool.submit(post, f"{url}/compute", {"prompt": ["ab"]}) for _ in range(2)]
         assert begun.acquire(timeout=10)
-        refused = wait_until(lambda: (a := post(f"{url}/compute", {"prompt": ["x" * 1_000_000]}))[0] == 503 and a)
+        wait_until(lambda: get(f"{url}/health")["num_in_hand"] == 2)
+        refused = post(f"{url}/compute", {"prompt": ["x" * 1_000_000]})
+        assert refused[0] == 503
         assert int(refused[2]["Retry-After"]) >= 1
         assert "2 requests are in hand, the most is 2" in refused[1]["error"]
         assert get(f"{url}/health")["status"] == "ok"
@@ -341,39 +344,54 @@ def test_above_the_bound_requests_are_answered_503_at_once_and_health_still_answ
     assert post(f"{url}/compute", {"prompt": ["abc"]})[1] == {"rewards": [3.0]}
 
 
-def test_a_request_that_would_wait_for_too_long_is_sent_away_at_once(serve):
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which the server tells how long a call takes."""
+    monkeypatch.setattr("workers.server.time", found := Clock())
+    return found
+
+
+def test_a_request_that_would_wait_for_too_long_is_sent_away_at_once(serve, clock):
+    go, answers = threading.Event(), {}
+
     def compute(prompt):
-        time.sleep(0.3)
+        clock.now += 30
+        go.wait(20)
         return length(prompt)
 
-    url = serve(compute, max_wait_s=0.7)
+    url = serve(compute, max_wait_s=70)
+    go.set()
     assert post(f"{url}/compute", {"prompt": ["a"]})[0] == 200
+    go.clear()
 
-    def timed(n):
-        started = time.monotonic()
-        return (*post(f"{url}/compute", {"prompt": ["x" * n]}), time.monotonic() - started)
+    def ask(n):
+        answers[n] = post(f"{url}/compute", {"prompt": ["x" * n]})
 
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(timed, range(12)))
-    taken = [(n, answer) for n, (status, answer, _, _) in enumerate(answers) if status == 200]
-    refused = [(answer, headers, took_s) for status, answer, headers, took_s in answers if status == 503]
-    assert (len(taken), len(refused)) == (3, 9), "what waits for 0.6 seconds at most"
+        asking = [pool.submit(ask, n) for n in range(12)]
+        wait_until(lambda: len(answers) == 9)
+        assert {status for status, _, _ in answers.values()} == {503}, "while the others still wait"
+        go.set()
+        for one in asking:
+            one.result()
+    taken = [(n, answer) for n, (status, answer, _) in answers.items() if status == 200]
+    refused = [(answer, headers) for status, answer, headers in answers.values() if status == 503]
+    assert (len(taken), len(refused)) == (3, 9), "what waits for 60 seconds at most"
     assert all(answer == {"rewards": [float(n)]} for n, answer in taken)
-    for answer, headers, took_s in refused:
-        assert "3 requests are in hand and each took 0.3" in answer["error"]
-        assert int(headers["Retry-After"]) == 1
-        assert took_s < 0.3
+    for answer, headers in refused:
+        assert "3 requests are in hand and each took 30 seconds lately" in answer["error"]
+        assert int(headers["Retry-After"]) == 30
 
 
-def test_a_free_thread_takes_a_request_however_long_the_others_took(serve):
+def test_a_free_thread_takes_a_request_however_long_the_others_took(serve, clock):
     both = threading.Barrier(2)
 
     def compute(prompt):
-        time.sleep(0.3)
-        both.wait(10)
+        both.wait(20)
+        clock.now += 30
         return length(prompt)
 
-    url = serve(compute, max_wait_s=0.1, thread_safe=True, num_threads=2)
+    url = serve(compute, max_wait_s=10, thread_safe=True, num_threads=2)
     for _ in range(2):
         with ThreadPoolExecutor(2) as pool:
             answers = list(pool.map(lambda n: post(f"{url}/compute", {"prompt": ["x" * n]}), range(2)))
@@ -404,7 +422,7 @@ def test_a_request_whose_turn_does_not_come_is_given_back(serve):
 
 @pytest.mark.parametrize("max_waiting", [1, 0], ids=["taken", "refused"])
 def test_a_body_that_is_never_sent_to_its_end_holds_no_place(serve, max_waiting):
-    url = serve(length, max_waiting=max_waiting, max_receive_s=1)
+    url = serve(length, max_waiting=max_waiting, max_receive_s=3)
     where = urlsplit(url)
     with socket.create_connection((where.hostname, where.port), timeout=20) as sending:
         sending.sendall(b"POST /compute HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n{")
@@ -412,7 +430,7 @@ def test_a_body_that_is_never_sent_to_its_end_holds_no_place(serve, max_waiting)
         assert post(f"{url}/compute", {"prompt": ["a"]})[0] == 503
         said = b"".join(iter(lambda: sending.recv(4096), b""))
     assert said.startswith(b"HTTP/1.1 408 ")
-    assert b"not all of it came within 1 seconds" in said
+    assert b"not all of it came within 3 seconds" in said
     assert get(f"{url}/health")["num_in_hand"] == 0
     if max_waiting:
         assert post(f"{url}/compute", {"prompt": ["a"]})[1] == {"rewards": [1.0]}
