@@ -165,20 +165,33 @@ class Chat:
                         yield endpoint
                         return
                     finally:  # not awaited: it may not hold up a deadline
-                        _give_back(fleet_budget(), lease)
+                        self._give_back(fleet_budget(), lease)
             left.remove(endpoint)
         raise self._busy()
 
     async def _lease(self, endpoint: Endpoint) -> str | None:
+        lease = await self._acquire(endpoint)
+        if lease is None and self._loop.releases:  # the place of the question before may still be on its way back
+            await asyncio.wait(self._loop.releases)
+            lease = await self._acquire(endpoint)
+        return lease
+
+    async def _acquire(self, endpoint: Endpoint) -> str | None:
         budget = fleet_budget()
         asking = asyncio.get_running_loop().run_in_executor(None, budget.acquire, endpoint.url, self._fleet_max)
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:  # the thread goes on: what it still gets is given back
-            asking.add_done_callback(lambda got: None if got.exception() else _give_back(budget, got.result()))
+            asking.add_done_callback(lambda got: None if got.exception() else self._give_back(budget, got.result()))
             raise
         except LOST as error:
             raise BusyError(f"Redis is away, which holds the budget of the judge: {error}") from None
+
+    def _give_back(self, budget: FleetBudget, lease: str | None) -> None:
+        if lease is not None:
+            release = asyncio.get_running_loop().run_in_executor(None, budget.release, lease)
+            self._loop.releases.add(release)
+            release.add_done_callback(self._loop.releases.discard)
 
     def _busy(self) -> BusyError:
         urls = ", ".join(e.url for e in self._endpoints)
@@ -207,11 +220,6 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
 
 
 # --- private -------------------------------------------------------------------------------------
-
-
-def _give_back(budget: FleetBudget, lease: str | None) -> None:
-    if lease is not None:
-        asyncio.get_running_loop().run_in_executor(None, budget.release, lease)
 
 
 def _text(content: Any) -> str:

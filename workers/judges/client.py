@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class JudgeLoop(NetworkLoop):
     def __init__(self) -> None:
         super().__init__("rewardq-judges")
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
+        self.releases: set[asyncio.Future[None]] = set()
+        """Places in a budget of the fleet that are being given back."""
 
     def endpoint(self, url: str, key: str) -> Endpoint:
         """The one endpoint at this URL, with the one client that has this key."""
