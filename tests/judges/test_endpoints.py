@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.judges.scripted import fails, says_yes
+from tests.judges.scripted import Clock, fails, says_yes
 from workers import Unscored, network
 
 
@@ -22,8 +22,18 @@ def ask(judge, picture, **kwargs):
 
 
 def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
-    slow = judge_server(lambda _: says_yes(0.75, delay_s=1.0))
-    fast = judge_server(lambda _: says_yes(0.75, delay_s=0.05))
+    go = threading.Event()
+
+    def hold_back(_):
+        assert go.wait(20)
+        return says_yes(0.75)
+
+    def answer_at_once(question):
+        if question.number == 35:
+            go.set()
+        return says_yes(0.75)
+
+    slow, fast = judge_server(hold_back), judge_server(answer_at_once)
     judge = make_judge("vllm_evaluate", slow, fast)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda i: ask(judge, picture, number=i).rewards[0], range(40))) == [0.75] * 40
@@ -33,35 +43,33 @@ def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
 def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
     judge_server, make_judge, picture, monkeypatch
 ):
-    monkeypatch.setattr(network, "FIRST_REST_S", 1.0)
+    monkeypatch.setattr(network, "time", clock := Clock())
     sick = judge_server(lambda _: fails(500, "out of memory"))
     well = judge_server()
     judge = make_judge("vllm_evaluate", sick, well)
     assert [ask(judge, picture, number=i).rewards[0] for i in range(10)] == [0.75] * 10
     assert len(sick.questions) == 1
     sick.script = lambda _: says_yes(0.25)
-    time.sleep(1.1)
+    clock.now += network.FIRST_REST_S
     found = [ask(judge, picture, number=i).rewards[0] for i in range(6)]
     assert pytest.approx(0.25) in found
     assert len(sick.questions) > 2
 
 
 def test_a_server_that_fails_again_rests_longer(judge_server, make_judge, picture, monkeypatch):
-    monkeypatch.setattr(network, "FIRST_REST_S", 0.5)
+    monkeypatch.setattr(network, "time", clock := Clock())
     sick, well = judge_server(lambda _: fails(500, "out of memory")), judge_server()
     judge = make_judge("vllm_evaluate", sick, well)
-    for pause_s, tries in ((0.0, 1), (0.6, 2), (0.6, 2), (0.6, 3)):
-        time.sleep(pause_s)
+    for rests, tries in ((0.0, 1), (1.2, 2), (1.2, 2), (1.2, 3)):
+        clock.now += rests * network.FIRST_REST_S
         assert [ask(judge, picture, number=i).rewards[0] for i in range(4)] == [0.75] * 4
         assert len(sick.questions) == tries
 
 
 def test_a_busy_server_is_followed_by_the_next_one(judge_server, make_judge, picture):
-    full = judge_server(lambda _: fails(429, "full", retry_after="30"))
+    full = judge_server(lambda _: fails(429, "full", retry_after="30"))  # later than `timeout_s`
     judge = make_judge("vllm_evaluate", full, judge_server())
-    started = time.monotonic()
     assert ask(judge, picture).rewards == [pytest.approx(0.75)]
-    assert time.monotonic() - started < 5
 
 
 def test_when_all_servers_fail_the_last_one_gets_the_retries(judge_server, make_judge, picture):

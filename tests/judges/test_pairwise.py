@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.errors import BusyError
-from tests.judges.scripted import fails, says
+from tests.judges.scripted import fails, says, together
 from trainer_client import RewardClient, Sample
 from workers import Unscored
 from workers.judges.chat import Reply
@@ -104,7 +104,7 @@ def test_each_pair_is_compared_in_both_orders(judge_server, make_judge, picture)
 
 
 def test_both_orders_may_be_asked_side_by_side(judge_server, make_judge, picture):
-    server = judge_server(lambda _: says("Verdict: first", delay_s=0.2))
+    server = judge_server(together(2, lambda _: says("Verdict: first")))
     judge = make_judge("pairwise_judge", server, max_concurrent=2)
     assert judge(["a cat"], image=[[picture(1), picture(2)]]).rewards == [0.5]
     assert server.most_in_flight == 2

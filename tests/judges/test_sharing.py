@@ -65,7 +65,7 @@ def test_a_group_whose_parts_others_are_asking_for_waits_for_their_answers(
         first.submit(samples)
         first.flush()
         with connect(settings.results) as redis:
-            wait_until(lambda: len(redis.keys(keys.claim("*"))) == 4, pace_s=0.02)
+            wait_until(lambda: len(redis.keys(keys.claim("*"))) == 4, 30, pace_s=0.02)
         second.submit(samples, group_size=4)
         ranks = second.collect(30, progress=False).rewards["vllm_evaluate_Rank"]
         scores = first.collect(30, progress=False).rewards["vllm_evaluate"]
