@@ -109,39 +109,55 @@ def test_the_model_that_is_not_in_use_goes_though_it_was_used_later():
         assert alive() == [0, 2]
 
 
-def test_what_earlier_launches_left_of_a_computation_goes_when_it_is_loaded_anew(monkeypatch):
-    monkeypatch.setattr(loading, "OUTDATED_S", 0.2)
+class Clock:
+    """In the place of `time` there; it goes on when a test says so."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(loading, "time", found := Clock())
+    return found
+
+
+def test_what_earlier_launches_left_of_a_computation_goes_when_it_is_loaded_anew(clock):
     models = models_of()
     for launch in ("one", "two", "three"):
         use_unversioned(models, launch)
         use_unversioned(models, launch, n=2)
         use(models, 1)
-        time.sleep(0.3)
+        clock.now += 1.5 * loading.OUTDATED_S
         assert sorted(alive()) == [0, 1, 2]
     assert len(made) == 3 + 3 + 1
 
 
-def test_launches_at_the_same_time_keep_theirs(monkeypatch):
-    monkeypatch.setattr(loading, "OUTDATED_S", 0.4)
+def test_launches_at_the_same_time_keep_theirs(clock):
     models = models_of()
     with models.lend(unversioned("lent")):
         for _ in range(3):
             use_unversioned(models, "one")
             use_unversioned(models, "two")
-            time.sleep(0.2)
-        time.sleep(0.3)
+            clock.now += 0.5 * loading.OUTDATED_S
+        clock.now += 0.75 * loading.OUTDATED_S
         use_unversioned(models, "three")
         assert len(made) == 4
         assert len(alive()) == 2
         assert models.is_loaded(unversioned("lent"))
 
 
-def test_other_options_are_another_computation_however_long_unused(monkeypatch):
-    monkeypatch.setattr(loading, "OUTDATED_S", 0.0)
+def test_other_options_are_another_computation_however_long_unused(clock):
     models = models_of()
     for n in range(3):
         use_unversioned(models, "one", n=n)
+        clock.now += 2 * loading.OUTDATED_S
     use_unversioned(models, "one", n=3, dtype="float32")
+    clock.now += 2 * loading.OUTDATED_S
     use_unversioned(models, "one", n=3, dtype="bfloat16")
     assert alive() == [0, 1, 2, 3, 3]
 

@@ -16,7 +16,7 @@ from workers.loading import Models
 from workers.serving import _hand_back
 
 A, B, C = (address("run", "f", key) for key in ("a", "b", "c"))
-TTL_S = 0.6
+TTL_S = 1.0
 LATER_MS = 2**43
 
 

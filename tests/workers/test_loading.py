@@ -95,19 +95,31 @@ def test_threads_that_ask_at_once_share_one_load(models):
     assert all(loaded is seen[0] for loaded in seen)
 
 
-def test_a_model_is_said_to_be_loading_while_it_is_and_loaded_once_it_is(models):
-    entry = {"reward_model": f"{OURS}SlowToLoad", "seconds": 0.3}
+def test_a_model_is_said_to_be_loading_while_it_is_and_loaded_once_it_is(models, monkeypatch):
+    from tests import reward_models
+
+    has_begun, go = threading.Event(), threading.Event()
+
+    class Held(reward_models.PixelCode):
+        def __init__(self, config, accelerator):
+            super().__init__(config, accelerator)
+            has_begun.set()
+            assert go.wait(30)
+
+    monkeypatch.setattr(reward_models, "Held", Held, raising=False)
+    entry = {"reward_model": f"{OURS}Held"}
     call = call_of(**entry)
     thread = threading.Thread(target=load, args=(models,), kwargs=entry)
     thread.start()
-    time.sleep(0.1)
+    assert has_begun.wait(30)
     assert models.loading == (call.fingerprint,)
     assert not models.is_loaded(call)
     assert models.names == ()
+    go.set()
     thread.join()
     assert models.loading == ()
     assert models.is_loaded(call)
-    assert models.names == (f"{OURS}SlowToLoad",)
+    assert models.names == (f"{OURS}Held",)
 
 
 def test_a_load_that_fails_names_the_cause_and_is_not_listed(models):

@@ -107,7 +107,7 @@ def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):
     config = {"rewards": [{"reward_model": "OCR"}, {"reward_model": "jpeg_compressibility", "queue": "other"}]}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
     (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
-    wait_until(lambda: worker.heartbeat().models == ("OCR",) and worker.heartbeat().state == "ready", timeout_s=30)
+    wait_until(lambda: (beat := worker.heartbeat()) and (beat.models, beat.state) == (("OCR",), "ready"), timeout_s=60)
 
 
 def test_what_is_preloaded_is_in_memory_before_the_first_task_is_taken(workers, settings, tmp_path):
