@@ -21,8 +21,8 @@ from tasks.messages import Heartbeat
 from tasks.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-READY_S = 30.0
-"""How long a process may take until it is ready."""
+READY_S = 90.0
+"""How long a process may take until it is ready; several that start at once on a busy machine share it."""
 
 STOP_S = 30.0
 """How long a process may take to stop once it is asked to."""
@@ -35,7 +35,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(is_so: Callable[[], Any], timeout_s: float = 10.0, pace_s: float = 0.02) -> Any:
+def wait_until(is_so: Callable[[], Any], timeout_s: float = 30.0, pace_s: float = 0.02) -> Any:
     """Wait until `is_so()` gives something true, and return that; fail at the deadline."""
     deadline = time.monotonic() + timeout_s
     while True:

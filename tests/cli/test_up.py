@@ -104,7 +104,7 @@ def test_a_worker_that_was_started_again_dies_with_a_killed_up_as_well(rewardq, 
 
 
 def test_a_worker_whose_model_hangs_is_replaced_and_the_next_step_is_scored(rewardq, tmp_path):
-    reward = reward_of("Logged", calls=str(tmp_path / "calls"), batch_size=1, how="hang", on=[2], timeout_s=1)
+    reward = reward_of("Logged", calls=str(tmp_path / "calls"), batch_size=1, how="hang", on=[2], timeout_s=3)
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config_of(reward)))
     times = {"REWARDQ_CLAIM_TTL_S": "2", "REWARDQ_RECONCILE_S": "0.5"}
     run = rewardq("up", "rewards.yaml", env={**times, **MODULES, "PYTHONPATH": str(ROOT)})

@@ -62,15 +62,15 @@ def test_a_worker_stopped_with_work_in_hand_ends_it_and_leaves_the_rest_to_the_n
     settings = servers(up)
     first = up("gpu-0")
     client = clients(SLOW, settings=settings)
-    client.submit(samples_of(range(24)))
-    wait_until(lambda: client.pending() <= 20, 60)
+    client.submit(samples_of(range(40)))
+    wait_until(lambda: client.pending() <= 36, 60)
     started = time.monotonic()
     assert first.stop() == 0
     assert time.monotonic() - started < first.stop_grace_s / 2
     assert "Traceback" not in first.log_text
     assert client.pending() >= 8, "it did not wait for what was queued"
     second = up("gpu-1")
-    assert_rewards(client.collect(timeout_s=60), range(24), "Slow")
+    assert_rewards(client.collect(timeout_s=60), range(40), "Slow")
     assert second.stop() == 0
 
 
