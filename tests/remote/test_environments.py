@@ -53,7 +53,7 @@ def run_in(folder: Path, *command: str, **env: str) -> str:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, env={**clean_env(), **env}, start_new_session=True, **pipes)
     try:
-        said, problems = process.communicate(timeout=150)
+        said, problems = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -72,6 +72,7 @@ def place(prompt: str, colour: tuple[int, ...]) -> float:
     return 1 / (1 + int((distances < ((np.subtract(NAMED[prompt], colour)) ** 2).sum()).sum()))
 
 
+@pytest.mark.timeout(400)  # two environments are made and filled by pip
 def test_one_run_uses_two_environments_whose_packages_conflict(redis_url, wheel, tmp_path):
     folder = shutil.copytree(FOLDER, tmp_path / "example", ignore=shutil.ignore_patterns(".venvs", "__pycache__"))
     said = run_in(folder, "./run.sh", str(wheel), PYTHON=sys.executable, REWARDQ_BROKER_URL=redis_url)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from tests.judges.scripted import Clock
 from tests.remote.conftest import get, post
-from tests.servers import ROOT, clean_env, wait_until
+from tests.servers import ROOT, STOP_S, clean_env, wait_until
 from workers.server import RewardServer
 
 
@@ -526,7 +526,7 @@ import sys, time
 from workers.server import RewardServer
 
 class Slow(RewardServer):
-    stop_grace_s = 2
+    stop_grace_s = 4
 
     def compute_reward(self, prompt):
         print("computing", flush=True)
@@ -547,7 +547,7 @@ def test_a_stopped_server_answers_what_it_has_in_hand(server_process, tmp_path, 
         wait_until(lambda: "computing" in server.log.read_text())
         server.process.send_signal(getattr(signal, how))
         assert taken.result()[1] == {"rewards": [1.0]}
-        assert server.process.wait(10) == 0
+        assert server.process.wait(STOP_S) == 0
     assert server.log.read_text().rstrip().endswith("after run")
     assert "Traceback" not in server.log.read_text()
 
