@@ -267,6 +267,7 @@ class TrainerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
+                bufsize=0,  # `line()` asks the pipe: what was read beyond a line would never be seen there
             )
 
     @property
