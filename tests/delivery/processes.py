@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.settings import Settings
-from tests.servers import ROOT, WorkerProcess, clean_env, ends_with_us, worker_env
+from tests.servers import ROOT, WorkerProcess, clean_env, ends_with_us, wait_until, worker_env
 
 CHUNK_BYTES = 65_536
 
@@ -37,8 +37,10 @@ class Supervisor:
         self.worker.wait_ready()
 
     def kill(self) -> None:
-        """`kill -9` the worker that lives now."""
-        self.worker.process.kill()
+        """`kill -9` the worker that lives now; returns when another was started in its place."""
+        killed = self.worker
+        killed.process.kill()
+        wait_until(lambda: self.worker is not killed)
 
     def wait_ready(self) -> None:
         """Wait until a worker serves."""
