@@ -168,6 +168,8 @@ class Judge:
         self.asked: list[int] = []
         self._lock = threading.Lock()
         self._num_open = 0
+        self._may_answer = threading.Event()
+        self._may_answer.set()
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -177,6 +179,7 @@ class Judge:
                     judge.asked.append(int(number))
                     judge._num_open += 1
                 time.sleep(judge.delay_s)
+                judge._may_answer.wait()
                 with judge._lock:
                     judge._num_open -= 1
                 with contextlib.suppress(ConnectionError):
@@ -209,7 +212,15 @@ class Judge:
         with self._lock:
             return self._num_open
 
+    def hold(self) -> None:
+        """Answer nothing until `go_on`."""
+        self._may_answer.clear()
+
+    def go_on(self) -> None:
+        self._may_answer.set()
+
     def close(self) -> None:
+        self.go_on()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

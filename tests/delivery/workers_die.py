@@ -59,10 +59,14 @@ def kill_vlm_worker(bench: Bench, *, num_kills: int, answer_s: float) -> Seen:
     usual_s = undisturbed_s(lambda: step(client, numbers.take(64), seen), num_steps=2)
     for _ in range(num_kills):
         wait_until(lambda: judge.num_open == 0)
+        judge.hold()  # the first of them is not answered before the last is asked
 
         def kill_when_busy() -> None:
-            wait_until(lambda: judge.num_open == 32, 30, pace_s=0.005)
-            supervisor.kill()
+            try:
+                wait_until(lambda: judge.num_open == 32, 30, pace_s=0.005)
+                supervisor.kill()
+            finally:
+                judge.go_on()
 
         killer = threading.Thread(target=kill_when_busy)
         killer.start()
