@@ -79,7 +79,7 @@ def kill_vlm_worker(bench: Bench, *, num_kills: int, answer_s: float) -> Seen:
 
 def pause_worker(bench: Bench, *, tries: int, pause_s: float, chunk_s: float) -> Seen:
     """SIGSTOP of a worker with work in hand, SIGCONT when another has answered."""
-    paused, _other = bench.workers("gpu", "gpu", concurrency=1)
+    both = bench.workers("gpu", "gpu", concurrency=1)
     client = bench.clients(reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=chunk_s, batch_size=4))
     seen, numbers = Seen(tries=tries), Numbers()
     usual_s = undisturbed_s(lambda: step(client, numbers.take(8), seen), num_steps=2)
@@ -87,7 +87,8 @@ def pause_worker(bench: Bench, *, tries: int, pause_s: float, chunk_s: float) ->
         own = numbers.take(8)
         started = time.monotonic()
         client.submit(samples_of(own))
-        wait_until(lambda own=own: set(own) & set(bench.calls.begun_by(paused.pid)), 30)
+        busy = lambda own=own: [w for w in both if set(own) & set(bench.calls.begun_by(w.pid))]  # noqa: E731
+        paused = wait_until(busy, 30)[0]  # whichever it is: one may be a step late, and find nothing left
         os.kill(paused.pid, signal.SIGSTOP)
         stopped_at = time.monotonic()
         batch = client.collect(timeout_s=120, on_failure="nan")
