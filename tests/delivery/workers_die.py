@@ -164,6 +164,8 @@ def stop_worker(
     for i in range(tries):
         if i:
             (worker,) = bench.workers("gpu", concurrency=2, env=env, settings=settings)
+        while not bench.calls.begun_by(worker.pid):  # which takes no task yet when its heartbeat is there
+            step(client, numbers.take(16), seen)
         own = numbers.take(16)
         started = time.monotonic()
         client.submit(samples_of(own))
