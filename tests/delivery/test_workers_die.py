@@ -133,7 +133,8 @@ def test_a_gpu_worker_stops_with_work_in_hand_and_every_warning_as_an_error(benc
 def test_a_vlm_worker_stops_with_questions_in_flight_and_every_warning_as_an_error(bench, grace_s):
     (worker,) = bench.workers("vlm", concurrency=4, env={**STRICT, "REWARDQ_STOP_GRACE_S": str(grace_s)})
     with contextlib.closing(SilentJudge()) as judge:
-        asks = {"reward_model": "vllm_evaluate", "vlm_model": "any", "timeout_s": 2, "api_base_url": judge.url}
+        timeout_s = 2 if grace_s == 8 else 30  # one that the grace waits for, and one that ends after it
+        asks = {"reward_model": "vllm_evaluate", "vlm_model": "any", "timeout_s": timeout_s, "api_base_url": judge.url}
         client = bench.clients(asks)
         client.submit(samples_of(range(8)))
         wait_until(lambda: judge.num_asked >= 4, 30)
