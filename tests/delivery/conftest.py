@@ -12,7 +12,7 @@ import pytest
 
 from tasks.settings import Settings
 from tests.delivery.processes import Judge, Supervisor, TcpProxy, TrainerProcess
-from tests.pipeline.conftest import clients  # noqa: F401  (a fixture)
+from tests.pipeline.conftest import clients, never_idle  # noqa: F401  (fixtures)
 from tests.servers import RedisServer, WorkerProcess
 from trainer_client import RewardClient
 

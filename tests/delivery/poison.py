@@ -170,7 +170,7 @@ def exceptions_out_of_groups(bench: Bench) -> Seen:
 def task_that_raises(bench: Bench) -> tuple[str, list[int]]:
     """A task raises each time, and not for a sample; what collect says of it, and how often it ran before and after."""
     (worker,) = bench.workers("gpu")
-    client = bench.clients(reward_of("NeverAdmits", calls=str(bench.calls.path)))
+    client = bench.clients(reward_of("NeverAdmits", calls=str(bench.calls.path), batch_size=4))
     client.submit(samples_of(range(4)))
     num_raised = lambda: worker.log_text.count("raised unexpected: LookupError")  # noqa: E731
     wait_until(lambda: num_raised() == 4, 30)  # pauses double from reconcile_s: the next is 4 s later

@@ -17,7 +17,7 @@ NUM_SAMPLES, CHUNK_S = 80, 5.0
 
 
 @pytest.mark.parametrize("given_up_by", ["cancel", "the deadline of collect"])
-def test_a_step_in_the_queue_that_was_given_up_is_not_scored(bench, given_up_by):
+def test_a_step_in_the_queue_that_was_given_up_is_not_scored(bench, given_up_by, never_idle):
     client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), seconds=CHUNK_S, batch_size=4))
     client.submit(samples_of(range(NUM_SAMPLES)))
     client.flush()
@@ -28,7 +28,7 @@ def test_a_step_in_the_queue_that_was_given_up_is_not_scored(bench, given_up_by)
     assert_passed_over(bench)
 
 
-def test_a_step_in_the_queue_whose_deadline_has_passed_is_not_scored(bench, redis_url):
+def test_a_step_in_the_queue_whose_deadline_has_passed_is_not_scored(bench, redis_url, never_idle):
     settings = load_settings(broker_url=redis_url, claim_ttl_s=1, reconcile_s=0.5, result_ttl_s=2)
     reward = reward_of("Logged", calls=str(bench.calls.path), seconds=CHUNK_S, batch_size=4)
     client = bench.clients(reward, settings=settings)

@@ -56,7 +56,9 @@ def test_a_group_that_ends_its_process_each_time_fails_alone(bench):
     seen.assert_held()
 
 
-def test_a_task_that_raises_each_time_is_sent_again_more_and_more_rarely_and_collect_says_what_it_raised(bench):
+def test_a_task_that_raises_each_time_is_sent_again_more_and_more_rarely_and_collect_says_what_it_raised(
+    bench, never_idle
+):
     words, (before, after) = poison.task_that_raises(bench)
     assert "the task raised LookupError: no scale at hand" in words
     assert "on queue gpu" in words

@@ -61,7 +61,7 @@ def test_a_stopped_worker_gives_back_what_takes_too_long_and_another_takes_it_wi
     assert max(seen.added_s) < 30  # no claim expired by then
 
 
-def test_a_stopped_worker_leaves_neither_claims_nor_starts(bench):
+def test_a_stopped_worker_leaves_neither_claims_nor_starts(bench, never_idle):
     """Else its samples would wait for the claims to expire, and after a few deployments be taken for poison."""
     reward = reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=4.0, batch_size=4)
     client = bench.clients(reward)
@@ -118,7 +118,7 @@ def test_a_worker_starts_scores_and_stops_with_every_warning_as_an_error(bench):
 
 
 @pytest.mark.parametrize("grace_s", [8, 0.3], ids=["within the grace", "past the grace"])
-def test_a_gpu_worker_stops_with_work_in_hand_and_every_warning_as_an_error(bench, grace_s):
+def test_a_gpu_worker_stops_with_work_in_hand_and_every_warning_as_an_error(bench, grace_s, never_idle):
     (worker,) = bench.workers("gpu", env={**STRICT, "REWARDQ_STOP_GRACE_S": str(grace_s)})
     client = bench.clients(reward_of("LoggedAtOnce", calls=str(bench.calls.path), seconds=2.0, batch_size=4))
     client.submit(samples_of(range(8)))

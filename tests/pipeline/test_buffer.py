@@ -59,7 +59,7 @@ def test_a_chunk_fills_over_several_submits_and_goes_when_it_is_full(clients, se
 def test_a_chunk_that_is_not_full_goes_after_a_short_idle_time(clients, sent):
     client = clients({"reward_model": "PixelCode", "batch_size": 16})
     client.submit(samples_of(range(3)))
-    wait_until(lambda: sent() == [3])
+    wait_until(lambda: sum(sent()) == 3)
 
 
 def test_a_group_goes_as_soon_as_it_is_full(clients, sent, never_idle):
@@ -209,7 +209,7 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
     with RewardClient.from_dict(config, "test", settings=settings) as client:
         client.submit([Sample(image=image_of(n, 64, 64)) for n in range(12)])
         with redis_server.client() as broker:
-            wait_until(lambda: len(messages_in(broker, "gpu")) == 4)
+            wait_until(lambda: len(messages_in(broker, "gpu")) >= 4)
             wait_until(lambda: client._session.board.trouble is not None)
             broker.delete(*broker.keys("gpu*"))
         workers("gpu", settings=settings)

@@ -103,7 +103,9 @@ def test_a_child_forked_after_submits_works_and_leaves_the_parents_step_alone(cl
     assert_rewards(client.collect(timeout_s=60), range(8))
 
 
-def test_messages_are_small_whatever_the_images_and_no_payload_is_left_after_collect(clients, settings, workers):
+def test_messages_are_small_whatever_the_images_and_no_payload_is_left_after_collect(
+    clients, settings, workers, never_idle
+):
     client = clients("PixelCode", {"reward_model": "Null", "batch_size": 32})
     images = [image_of(n, 512, 512) for n in range(32)]
     client.submit([Sample(prompt="p" * 5000, image=image) for image in images])
@@ -233,7 +235,7 @@ def test_collect_with_nan_returns_at_its_deadline_and_the_next_step_is_not_mixed
     assert_rewards(client.collect(timeout_s=60), [4, 5])
 
 
-def test_rewards_that_are_not_async_wait_for_collect(clients, settings, workers):
+def test_rewards_that_are_not_async_wait_for_collect(clients, settings, workers, never_idle):
     client = clients({"reward_model": "PixelCode", "async_reward": False}, "Null")
     client.submit(samples_of(range(20)))
     client.flush()
