@@ -115,7 +115,7 @@ def hang_judge(bench: Bench, *, tries: int, timeout_s: float) -> Seen:
             seen.check(batch, own)
             assert [(f.reward, f.kind) for f in batch.failures] == [("hangs", "timeout")] * len(own)
             assert silent.num_asked >= len(own)
-            wait_until(lambda: silent.num_given_up == silent.num_asked, 5)
+            wait_until(lambda: silent.num_given_up == silent.num_asked, 30)
             client.close()
     assert worker.process.poll() is None
     seen.again = len(judge.asked) - len(set(judge.asked))

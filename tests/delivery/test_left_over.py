@@ -74,7 +74,7 @@ def assert_passed_over(bench):
     with connect(bench.settings.broker_url) as broker:
         assert len(queued_in(broker, "gpu")) == NUM_SAMPLES // 4
         bench.workers("gpu", concurrency=1)
-        wait_until(lambda: not queued_in(broker, "gpu"), 10)
+        wait_until(lambda: not queued_in(broker, "gpu"), 30)
     assert bench.calls.begun == []
     seen = Seen()
     client = bench.clients(reward_of("Logged", calls=str(bench.calls.path)), run="next")
