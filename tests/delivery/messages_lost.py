@@ -227,16 +227,18 @@ class Filler:
         wait_until(lambda: self._is_full)
 
     def _run(self) -> None:
-        size, i = 1_000_000, 0
+        smallest, largest = 100, 1_000_000
+        size, i = largest, 0
         while not self._ended.is_set():
             try:
                 self._client.set(f"filler{i}", b"x" * size)
                 i += 1
+                size = min(2 * size, largest)  # a connection that ends leaves room for hundreds of small values
             except redis.OutOfMemoryError:
-                self._is_full = size < 1000
-                size = max(100, size // 2)
-                if self._is_full:
+                if size == smallest:
+                    self._is_full = True
                     time.sleep(0.002)
+                size = max(smallest, size // 2)
 
     def make_room(self) -> None:
         """Stop, and take everything of it away."""
