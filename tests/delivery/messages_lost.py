@@ -185,7 +185,8 @@ def fill_redis(bench: Bench, *, tries: int, full_s: float) -> Seen:
 
 def queue_much(bench: Bench, *, num_chunks: int) -> tuple[Seen, int]:
     """Many chunks before one slow worker, with a message taken out by hand; also how many messages were sent."""
-    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=1))
+    settings = bench.settings.model_copy(update={"reconcile_s": 2.0})  # a pause of the worker's is no loss
+    client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), batch_size=1), settings=settings)
     seen, own = Seen(tries=1), Numbers().take(num_chunks)
     client.submit(samples_of(own))
     client.flush(timeout_s=120)
