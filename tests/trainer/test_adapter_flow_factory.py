@@ -165,7 +165,7 @@ def ranks(settings: Settings, workers: Callable[..., Any]) -> Iterator[Callable[
 
 
 def test_a_rank_without_samples_keeps_step_with_the_others(ranks: Callable[..., list[RewardClient]]) -> None:
-    first, second = (RewardBuffer(client, 4, timeout_s=20) for client in ranks(CONFIG))
+    first, second = (RewardBuffer(client, 4, timeout_s=60) for client in ranks(CONFIG))
     for numbers in ([1, 2], [3]):
         for buffer in (first, second):
             buffer.clear()
@@ -187,7 +187,7 @@ def test_a_sample_that_a_loader_gives_two_ranks_is_compared_with_none(
     ranks: Callable[..., list[RewardClient]],
 ) -> None:
     config = {"rewards": {"name": "rank", "reward_model": "jpeg_incompressibility_Rank"}}
-    buffers = [RewardBuffer(client, 1, split="eval", timeout_s=20) for client in ranks(config)]
+    buffers = [RewardBuffer(client, 1, split="eval", timeout_s=60) for client in ranks(config)]
     for buffer in buffers:
         buffer.add_samples(samples_of([1, 2]))  # of one prompt
         buffer.add_samples(samples_of([1]))
