@@ -53,7 +53,7 @@ def read(url: str) -> str:
 def score_until_shown(flower: str, clients):
     """Play steps until Flower, which hears only of what happens after it has connected, shows two of them."""
     client = clients("PixelCode", {"reward_model": "PixelCode", "name": "other", "queue": "vlm", "add": 1}, run="demo")
-    for step in range(20):
+    for step in range(200):
         client.submit(samples_of(range(16 * step, 16 * step + 16)))
         client.collect(timeout_s=60)
         tasks = json.loads(read(f"{flower}/api/tasks"))
