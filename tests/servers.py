@@ -194,7 +194,7 @@ class WorkerProcess:
         try:
             return next((w for w in outcomes_of(app).workers() if w.pid == self.pid), None)
         finally:
-            app.backend.client.close()
+            app.backend.client.connection_pool.disconnect()  # else the garbage collector may come to its socket first
             app.close()
 
     def wait_ready(self) -> None:
