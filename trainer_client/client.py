@@ -136,6 +136,9 @@ class RewardClient:
             session.close()
         with contextlib.suppress(*LOST):
             self._lease.leave()
+        self._ranks.close()
+        # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.
+        outcomes_of(self._app).redis.connection_pool.disconnect(inuse_connections=False)
 
     # --- submit ----------------------------------------------------------------------------------
 

@@ -72,6 +72,10 @@ class Ranks:
         self._tell = redis.register_script(_TELL)
         self._forget = redis.register_script(_FORGET)
 
+    def close(self) -> None:
+        """Give back the connections."""
+        self._redis.close()
+
     def gather(
         self, topic: str, mine: Any, deadline: float, is_retried: IsRetried = lambda answers: False
     ) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -334,6 +335,23 @@ def test_a_whole_job_runs_with_warnings_as_errors_and_leaves_no_thread(workers, 
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["[0.5]", "['MainThread']"]
+
+
+def test_a_client_that_is_closed_leaves_no_connection(clients, settings, redis_server):
+    with redis_server.client() as admin:
+        num_before = len(admin.client_list())
+        gc.disable()  # which would end them too, with a warning of each
+        try:
+            for rank in range(2):
+                client = clients("PixelCode", rank=rank, world_size=2, launch="one")
+                client.submit(samples_of(range(4)), step=0)
+                with pytest.raises(CollectTimeoutError):
+                    client.collect(timeout_s=0.5)
+                assert len(admin.client_list()) > num_before
+                client.close()
+                wait_until(lambda: len(admin.client_list()) == num_before)
+        finally:
+            gc.enable()
 
 
 def test_progress_bars_are_shown_when_asked_for_and_off_where_there_is_no_terminal(clients, workers, capsys):
