@@ -53,6 +53,12 @@ def clients(settings: Settings) -> Iterator[Callable[..., RewardClient]]:
         client.close()
 
 
+@pytest.fixture
+def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that is not full does not go by itself, however slow this machine is."""
+    monkeypatch.setattr("trainer_client.sender.IDLE_S", 60.0)
+
+
 def assert_rewards(batch: Any, numbers: Sequence[int], name: str = "PixelCode") -> None:
     """Every reward is there and is its own sample's."""
     np.testing.assert_array_equal(batch.rewards[name], np.array(numbers, np.float32), batch.describe_failures())

@@ -20,12 +20,6 @@ from trainer_client import CollectTimeoutError, RewardClient, Sample
 
 
 @pytest.fixture
-def never_idle(monkeypatch):
-    """A chunk that is not full does not go by itself, however slow this machine is."""
-    monkeypatch.setattr("trainer_client.sender.IDLE_S", 60.0)
-
-
-@pytest.fixture
 def sent(settings):
     """How many samples each message in the queue `gpu` is for."""
     with connect(settings.broker_url) as broker, connect(settings.payloads) as store:
