@@ -238,6 +238,23 @@ class WorkerProcess:
             raise AssertionError(f"worker for {self.queue} left processes behind\n{self.log_text}")
 
 
+def run_python(
+    *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None, timeout_s: float = 150.0
+) -> subprocess.CompletedProcess[str]:
+    """A Python process that ends well, and what it said."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def messages_in(broker: redis.Redis, queue: str) -> list[bytes]:
     """The messages that wait in a queue; kombu keeps a list for each of its four steps of priority."""
     return [

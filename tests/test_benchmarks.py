@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from tests.servers import ROOT, clean_env
+from tests.servers import ROOT, clean_env, run_python
 
 
 def test_the_benchmark_compares_both_payload_stores_with_the_pattern_in_use_today():
     small = ("--size", "32", "--num-images", "32", "--num-http-images", "16", "--rounds", "1")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput", *small],
-        cwd=ROOT,
-        env=clean_env(),
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
+    words = run_python("-m", "benchmarks.throughput", *small, cwd=ROOT, env=clean_env()).stdout.split()
     assert {"HTTP", "Redis", "/dev/shm", "encode", "store", "queue", "fetch", "decode", "result"} <= set(words)

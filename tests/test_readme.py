@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import yaml
 from PIL import Image
 
 from tasks.rewards import RewardConfig
-from tests.servers import ROOT, WorkerProcess, clean_env
+from tests.servers import ROOT, WorkerProcess, clean_env, run_python
 from trainer_client import RewardClient, Sample
 
 README = (ROOT / "README.md").read_text()
@@ -28,15 +26,8 @@ def test_the_snippet_runs_against_a_worker_started_from_another_directory(worker
     workers("gpu")
     snippet = blocks("python")[0]
     assert len(snippet.strip().splitlines()) <= 12
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", snippet],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url}
+    done = run_python("-W", "error", "-c", snippet, cwd=tmp_path, env=env)
     assert done.stderr == ""
     numbers = re.findall(r"-?\d+\.\d*(?:e-?\d+)?", done.stdout)
     assert len(numbers) == 3 * (16 + 16)

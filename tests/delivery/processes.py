@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.settings import Settings
-from tests.servers import ROOT, WorkerProcess, clean_env, ends_with_us, wait_until, worker_env
+from tests.servers import ROOT, WorkerProcess, clean_env, ends_with_us, run_python, wait_until, worker_env
 
 CHUNK_BYTES = 65_536
 
@@ -309,12 +309,5 @@ class TrainerProcess:
 
 def python(script: str, settings: Settings, *, timeout_s: float = 60.0) -> str:
     """What a Python script prints; it must end well."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url},
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url}
+    return run_python("-c", script, env=env, timeout_s=timeout_s).stdout

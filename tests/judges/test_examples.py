@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from tasks.catalog import VLM
 from tasks.judges import JUDGES
 from tasks.rewards import RewardConfig
 from tests.judges.scripted import MODEL, fails, says_yes
-from tests.servers import worker_env
+from tests.servers import run_python, worker_env
 
 FOLDER = Path(__file__).parents[2] / "examples" / "judges"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -107,12 +105,9 @@ def test_the_script_prints_rewards_and_reasons(settings, workers, judge_server, 
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": reward}))
     for i in range(2):
         picture(i).save(tmp_path / f"{i}.png")
-    command = [sys.executable, FOLDER / "score.py", "rewards.yaml", "a cat", "0.png", "1.png"]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=worker_env(settings, {}), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    lines = sorted(line for line in run.stdout.splitlines() if "  good  " in line)
+    score = (FOLDER / "score.py", "rewards.yaml", "a cat", "0.png", "1.png")
+    done = run_python(*score, cwd=tmp_path, env=worker_env(settings, {}))
+    lines = sorted(line for line in done.stdout.splitlines() if "  good  " in line)
     assert sorted(line.split("  good  ")[1] for line in lines) == [
         "0.7500",
         "failed: the judge answered 400 after 1 request: no such picture",

@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from tasks.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of
 from tests.reward_models import image_of
-from tests.servers import ROOT, clean_env, messages_in, wait_until
+from tests.servers import ROOT, clean_env, messages_in, run_python, wait_until, worker_env
 from trainer_client import CollectTimeoutError, RewardClient, Sample, ScoringError, Ticket
 
 
@@ -303,14 +301,8 @@ def test_a_pickled_ticket_is_collected_by_another_process(clients, workers, sett
     )
     (tmp_path / "ticket").write_bytes(saved)
     workers("gpu")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, tmp_path / "ticket"],
-        capture_output=True,
-        text=True,
-        env={**clean_env(), "PYTHONPATH": str(ROOT)},
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
+    env = {**clean_env(), "PYTHONPATH": str(ROOT)}
+    done = run_python("-W", "error", script, tmp_path / "ticket", env=env)
     assert json.loads(done.stdout) == [float(n) for n in range(40)]
     wait_until(lambda: not payload_keys(settings))
 
@@ -326,13 +318,7 @@ def test_a_whole_job_runs_with_warnings_as_errors_and_leaves_no_thread(workers, 
         "    print(client.collect(timeout_s=60).rewards['Null'].tolist())\n"
         "print([t.name for t in threading.enumerate()])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script],
-        capture_output=True,
-        text=True,
-        env={**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url},
-        timeout=90,
-    )
+    done = run_python("-W", "error", script, env=worker_env(settings, {}))
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["[0.5]", "['MainThread']"]
 

@@ -14,7 +14,7 @@ import yaml
 from tasks.rewards import RewardConfig
 from tests.remote.conftest import post
 from tests.remote.test_server import picture, png
-from tests.servers import ROOT, worker_env
+from tests.servers import ROOT, run_python, worker_env
 
 FOLDER = ROOT / "examples" / "remote_server"
 PORT = "127.0.0.1:8000"
@@ -27,16 +27,7 @@ def test_the_step_prints_the_rewards_and_what_the_server_said(settings, workers,
     (tmp_path / "rewards.yaml").write_text(rewards.replace(PORT, f"127.0.0.1:{server.port}"))
     (tmp_path / "score.py").write_text((FOLDER / "score.py").read_text())
     workers("vlm")
-    done = subprocess.run(
-        [sys.executable, "score.py"],
-        cwd=tmp_path,
-        env=worker_env(settings, {}),
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("score.py", cwd=tmp_path, env=worker_env(settings, {}))
     lines = re.findall(r"^(a .*?door) +\((\d+), (\d+), (\d+)\) +(.*)$", done.stdout, re.MULTILINE)
     assert len(lines) == 12
     colours = {"a red door": (255, 0, 0), "a blue door": (0, 0, 255)}

@@ -9,8 +9,6 @@ import importlib.util
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ import yaml
 
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
-from tests.servers import ROOT, WorkerProcess, worker_env
+from tests.servers import ROOT, WorkerProcess, run_python, worker_env
 from tests.trainer.test_adapter_flow_factory import tensor_of
 from trainer_client.adapters.flow_factory import QueuedRewardModel
 
@@ -56,16 +54,7 @@ def test_the_example_for_trl_trains(settings: Settings, workers: Callable[..., A
     assert [spec.reward_model for spec in RewardConfig.from_yaml(rewards).rewards] == ["OCR", "jpeg_compressibility"]
     rewards.write_text(rewards.read_text().replace("OCR", "jpeg_incompressibility"))  # reading takes a second a picture
     workers("gpu")
-    done = subprocess.run(
-        [sys.executable, "trl/train.py", "--steps", "5"],
-        cwd=tmp_path,
-        env=worker_env(settings, {}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("trl/train.py", "--steps", "5", cwd=tmp_path, env=worker_env(settings, {}))
     logged = ast.literal_eval(re.findall(r"^{.*}$", done.stdout, re.MULTILINE)[0])
     readable, plain = (float(logged[f"rewards/{name}/mean"]) for name in ("readable", "plain"))
     assert readable == pytest.approx(-plain, rel=1e-3)
@@ -99,15 +88,7 @@ def test_the_example_for_flow_factory_trains_and_evaluates(
     ]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
     code = "from tests.trainer.test_adapter_examples import train_as_theirs; train_as_theirs()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "config.yaml")],
-        env=worker_env(settings, {}),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code, tmp_path / "config.yaml", env=worker_env(settings, {}))
 
 
 def train_as_theirs() -> None:

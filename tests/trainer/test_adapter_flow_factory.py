@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from tasks.errors import ConfigError, ScoringError
 from tasks.settings import Settings
 from tests.pipeline.conftest import together
 from tests.reward_models import image_of
-from tests.servers import ROOT
+from tests.servers import ROOT, run_python
 from trainer_client import RewardClient
 from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation, sample_of
 from trainer_client.advantages import gdpo, weighted_sum
@@ -290,10 +289,7 @@ def test_several_rewards_and_several_ranks_of_an_elastic_launch_do_not_take_each
         QueuedRewardModel(arguments(run="ff", model="tests.reward_models.PixelCode", add=add), SimpleNamespace())
         for add in (0, 100)
     ]
-    there = subprocess.run(
-        [sys.executable, "-c", another_rank], env=os.environ, capture_output=True, text=True, timeout=60
-    )
-    assert there.stdout.strip() == "[7.0]", there.stderr
+    assert run_python("-c", another_rank, env=os.environ).stdout.strip() == "[7.0]"
     assert [model(prompt=["p"], image=[tensor_of(7)]).rewards.tolist() for model in models] == [[7.0], [107.0]]
     for model in models:
         model.client.close()
