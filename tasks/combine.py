@@ -32,7 +32,7 @@ def score_group(
     def work(desk: Desk, request: GroupRequest, taken_ms: int) -> str:
         if _is_answered(desk, request):
             return "answered already"
-        words = Chunk(desk, request.chunk(), taken_ms).score()
+        words = Chunk(desk, request.chunk(), taken_ms).score() if request.parts else "nothing to score"
         combined = _combine(desk, request)
         if combined == WAITING:
             _send_body(self, label, request_id, store, num_returns=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tasks.errors import BusyError
@@ -166,3 +167,18 @@ def test_a_group_is_ranked_by_the_share_of_comparisons_won(
         assert reward_found == pytest.approx(sum(own) / len(own))
     if opponents == "all":
         assert rewards == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_the_only_fit_member_of_a_group_abstains_at_once(settings, workers, judge_server, picture):
+    server = judge_server(by_size)
+    workers("vlm")
+    reward = {"reward_model": "pairwise_judge", "api_base_url": server.url, "vlm_model": "scripted"}
+    with RewardClient.from_dict({"rewards": reward}, run="alone", settings=settings) as client:
+        broken = np.full((3, 16, 16), np.nan, np.float32)
+        pair = [Sample(prompt="a cat", image=image, group="cats") for image in (broken, picture(1))]
+        client.submit(pair, group_size=2)
+        client.submit([Sample(prompt="a dog", image=picture(2), group="dogs")], group_size=1)
+        batch = client.collect(30, on_failure="nan", progress=False)
+    assert [f.kind for f in batch.failures] == ["invalid", "abstained", "abstained"]
+    assert "it was compared with nobody" in batch.failures[1].message
+    assert server.questions == []

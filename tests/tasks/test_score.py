@@ -126,7 +126,7 @@ class Bench:
         arguments = ["size x 2", request_id, wire, number, self.store.identity() if store is None else store]
         return score.score.apply(arguments).get()
 
-    def request_group(self, *members: SampleRequest) -> None:
+    def request_group(self, *members: SampleRequest, how: str = "rank") -> None:
         request = GroupRequest(
             id="c.request",
             run="run",
@@ -134,7 +134,7 @@ class Bench:
             sent_ms=self.outcomes.now_ms(),
             deadline_ms=2**43,
             reward=CALL,
-            how="rank",
+            how=how,
             address=at("group"),
             members=members,
         )
@@ -477,6 +477,19 @@ def test_a_part_of_a_group_that_ends_its_process_each_time_is_run_alone_and_give
     members = bench.outcomes.look_up([at("group")])[0].members
     assert [m.reward for m in members] == [0.0, None, 0.5]
     assert "ended without an answer each of the 3 times" in members[1].failure.message
+
+
+@pytest.mark.parametrize("how", ["rank", "wins"])
+def test_a_group_without_a_part_to_score_says_so_of_each_member(bench, how):
+    unfit = Failure(kind="invalid", message="192 values are NaN")
+    bad = bench.sample("a").model_copy(update={"failure": unfit})
+    lonely = bench.sample("b").model_copy(update={"failure": unfit if how == "rank" else None})
+    bench.request_group(bad, lonely, how=how)
+    assert bench.run_group() == "nothing to score; combined"
+    first, second = bench.outcomes.look_up([at("group")])[0].members
+    assert "192 values are NaN" in first.failure.message
+    assert second.failure.kind == ("invalid" if how == "rank" else "abstained")
+    assert bench.runner.ran == []
 
 
 def test_what_was_written_before_a_crash_stays_and_the_rest_is_given_back(bench):
