@@ -195,16 +195,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def loss_of_device() -> RuntimeError | None:
+def loss_of_device(name: str) -> RuntimeError | None:
     """What CUDA says if this process can use its GPU no more, whatever it calls; only a new process can.
 
     So it is after an assert or a wrong address in a kernel, or when the GPU fell off its bus.
+
+    Args:
+        name: The GPU, as REWARDQ_DEVICE names it; without an index (or `cpu`) it is torch's current one. To ask
+            another would not tell, and would take memory there.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     try:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(name if name.startswith("cuda") else None)
     except RuntimeError as error:
         return None if is_out_of_memory(error) else error
     return None

@@ -32,6 +32,7 @@ class ModelRunner:
 
     def __init__(self, settings: Settings) -> None:
         self.models = Models(settings)
+        self._device = settings.device
         self.watch: Watch = lambda _samples, _timeout_s: contextlib.nullcontext()
         """Entered around each call of a model; the worker's watchdog, where there is one."""
         self.lose_device: Callable[[RuntimeError], None] = lambda _loss: None
@@ -108,7 +109,7 @@ class ModelRunner:
         except BusyError as error:
             return [error] * len(inputs)
         except BaseException as error:  # a reward model is the user's code and may raise anything
-            loss = loss_of_device()
+            loss = loss_of_device(self._device)
             if loss is not None:  # else every later sample would fail, with an error that is not its own
                 self.lose_device(loss)
             outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)

@@ -294,6 +294,19 @@ def test_the_devices_memory_is_freed_once_the_failed_call_holds_none_any_more(re
     assert seen == [[False]]
 
 
+@pytest.mark.parametrize(("device", "asked"), [("cuda:3", "cuda:3"), ("cuda", "cuda"), ("", None), ("cpu", None)])
+def test_after_an_error_the_workers_own_gpu_is_asked_whether_it_is_lost(requests, in_env, monkeypatch, device, asked):
+    """Another one would answer that all is well, and a context there takes memory of the process it belongs to."""
+    import torch
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda which=None: seen.append(which))
+    in_env(REWARDQ_DEVICE=device)
+    run(raising(ValueError(), "0"), numbered(requests, 1), requests.payloads)
+    assert seen == [asked]
+
+
 @pytest.mark.parametrize("message", ["\ud800", "x" * 100_000, "tab\0nul"])
 def test_a_reason_of_any_text_can_be_written(requests, message):
     outcomes = run(raising(ValueError(message), "0"), numbered(requests, 2), requests.payloads)
