@@ -128,7 +128,7 @@ class Reconciler:
         if not unqueued:
             return {}
         loading = {(q, f) for w in self._outcomes.workers() for q in w.queues for f in w.loading}
-        unqueued = [c for c in unqueued if (c.spec.queue, c.spec.fingerprint) not in loading]
+        unqueued = [c for c in unqueued if (c.spec.queue, c.spec.part.fingerprint) not in loading]
         pairs = [(c, e, a) for c in unqueued for e in list(c.entries) for a in _in_hand_with(e)]
         claimed = self._outcomes.claimed([a for _, _, a in pairs])
         in_hand = {e for (_, e, _), is_claimed in zip(pairs, claimed, strict=True) if is_claimed}

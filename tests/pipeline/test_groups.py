@@ -20,6 +20,8 @@ import pytest
 from tasks import keys
 from tasks.celery_app import make_app
 from tasks.connections import connect
+from tasks.messages import WIRE_VERSION, Heartbeat
+from tasks.rewards import RewardConfig
 from tests.pipeline.conftest import (
     assert_rewards,
     config_of,
@@ -73,6 +75,33 @@ def test_ranks_equal_those_by_hand_whether_the_group_is_one_task_or_a_chord(clie
     expected = [r for images in groups.values() for r in expected_ranks([jpeg_bytes(i) for i in images])]
     np.testing.assert_allclose(batch.rewards["jpeg_incompressibility_Rank"], np.float32(expected), rtol=0, atol=1e-7)
     assert batch.info["jpeg_incompressibility_Rank"][0]["score"] == jpeg_bytes(groups["x"][0]) / 1000
+
+
+@pytest.mark.parametrize("model", ["jpeg_incompressibility", "jpeg_incompressibility_Rank"])
+def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, outcomes, model):
+    """A rank waits for the model that it ranks."""
+    client = clients({"reward_model": model})
+    (loading,) = (r.part.fingerprint for r in RewardConfig.from_dict(config_of({"reward_model": model})).rewards)
+    worker = Heartbeat(
+        wire=WIRE_VERSION,
+        node="gpu.1@h",
+        queues=("gpu",),
+        host="h",
+        pid=1,
+        store="",
+        state="loading",
+        loading=(loading,),
+    )
+    outcomes.beat(worker, ttl_s=60)
+    client.submit(rank_samples({"g": [noisy(i, 20 * i) for i in range(2)]}), group_size=2)
+    client.flush()
+    with connect(settings.broker_url) as broker:
+        broker.delete("gpu\x06\x166")  # taken, and not claimed before the model is there
+        outcomes.take("gpu", 1)
+        time.sleep(8 * settings.reconcile_s)
+        assert messages_in(broker, "gpu") == []
+        outcomes.end_beat(worker.node)
+        wait_until(lambda: messages_in(broker, "gpu"))
 
 
 def test_ties_can_be_ranked_in_their_order_as_flow_factory_does(clients, workers):
