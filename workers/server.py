@@ -260,6 +260,8 @@ class _Desk:
             raise _RequestError(503, f"{self._num_calls} requests are in hand: {text}") from None
         finally:
             late.cancel()
+            if call.cancelled():
+                given.clear()  # its media: the call itself stays in line until a thread comes to it
         if error is not None:
             raise _failed(error, num_samples)
         return _checked(found, num_samples)

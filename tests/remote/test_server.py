@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import http.client
 import io
 import json
@@ -418,6 +419,35 @@ def test_a_request_whose_turn_does_not_come_is_given_back(serve):
         assert first.result()[1] == {"rewards": [5.0]}
     assert post(f"{url}/compute", {"prompt": ["third"]})[0] == 200
     assert computed == ["first", "third"]
+
+
+def test_what_was_given_back_holds_no_media_while_a_call_hangs(serve):
+    go, computed = threading.Event(), []
+
+    def compute(prompt, image):
+        computed.append(prompt[0])
+        go.wait(20)
+        return length(prompt)
+
+    def num_images():
+        gc.collect()
+        return sum(type(one) is Image.Image and one.size == (211, 109) for one in gc.get_objects())
+
+    url = serve(compute, max_wait_s=0.2)
+    body = {"prompt": ["a"], "image": [png(picture(1, 211, 109))]}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, f"{url}/compute", body)
+        wait_until(lambda: computed)
+        assert [post(f"{url}/compute", body)[0] for _ in range(3)] == [503] * 3
+        leaving = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+        leaving.request("POST", "/compute", json.dumps(body))
+        wait_until(lambda: get(f"{url}/health")["num_in_hand"] == 2)
+        leaving.close()
+        wait_until(lambda: get(f"{url}/health")["num_in_hand"] == 1)
+        wait_until(lambda: num_images() <= 1)  # of the call that hangs
+        go.set()
+        assert first.result()[0] == 200
+    assert computed == ["a"]
 
 
 @pytest.mark.parametrize("max_waiting", [1, 0], ids=["taken", "refused"])
