@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from redis import ResponseError
 
 from tasks import keys
 from tasks.connections import connect
@@ -72,6 +73,23 @@ def test_a_lease_lives_as_long_as_its_process_holds_it(redis, budget):
         later_ms = ends_ms + num_lives * 1000 * TTL_S
         wait_until(lambda later_ms=later_ms: (redis.zscore(keys.judge_leases(URL), lease) or 0) > later_ms)
         assert budget.acquire(URL, 1) is None
+
+
+def test_leases_are_renewed_again_after_any_error(budget, redis):
+    """A server whose rights were changed for a moment, for example."""
+    renew, refused = budget._renew, threading.Event()
+
+    def refuse_once(**how):
+        if not refused.is_set():
+            refused.set()
+            raise ResponseError("NOPERM this user has no permissions to run the 'evalsha' command")
+        return renew(**how)
+
+    budget._renew = refuse_once
+    assert budget.acquire(URL, 1)
+    assert refused.wait(TTL_S)
+    time.sleep(2 * TTL_S)
+    assert redis.zcard(keys.judge_leases(URL)) == 1
 
 
 def test_a_lease_whose_process_is_gone_runs_out(new_budget, budget):

@@ -113,6 +113,8 @@ class FleetBudget:
                     self._drop_released(endpoint, leases)
             except LOST as error:
                 log.warning("leases not renewed error=%s", type(error).__name__)
+            except Exception:  # without this thread every lease runs out, and the budget bounds nothing any more
+                log.exception("leases not renewed")
 
     def _drop_released(self, endpoint: str, leases: list[str]) -> None:
         """What was released while it was renewed is gone for good."""
