@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tasks.errors import ModelLoadError
+from tasks.errors import BusyError, ModelLoadError
 from tests.judges.scripted import Answer, fails, says, says_yes, together
 from tests.servers import wait_until
 from workers import Unscored
-from workers.judges import client, endpoints
+from workers.judges import chat, client, endpoints
+from workers.judges.budget import FleetBudget
 
 ODD_PROMPT = "a {cat} {prompt} {0} <image> %s \\n \u0000 </s> <|im_end|> 🐈 {"
 
@@ -166,6 +168,25 @@ def test_a_model_that_is_not_served_is_said_with_the_names_that_are(judge_server
     assert found.kind == "failed"
     assert found.message == f"{server.url} serves no model 'three' (vlm_model); it lists: one, two"
     assert not server.questions
+
+
+def test_a_urls_password_is_in_no_reason(judge_server, make_judge, picture, monkeypatch, outcomes):
+    server = judge_server(models=["one", "two"])
+    hidden = server.url.replace("://", "://me:***@")
+
+    def judge(url, **options):
+        return make_judge("vllm_evaluate", url.replace("://", "://me:secret@"), **options)
+
+    assert hidden in reason(ask(judge(server.url, vlm_model="three"), picture)).message
+    assert hidden in reason(ask(judge(server.url, vlm_model=""), picture)).message
+    assert hidden in reason(ask(judge(server.root), picture)).message
+    budget = FleetBudget(outcomes.redis, 1.0)
+    monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
+    busy = judge(server.url, fleet_max_concurrent=1)
+    budget.acquire(server.url.replace("://", "://me:secret@"), 1)
+    with pytest.raises(BusyError, match=re.escape(hidden)):
+        busy.admit()
+    budget.close()
 
 
 def test_a_missing_v1_is_said_with_the_url_that_has_it(judge_server, make_judge, picture):

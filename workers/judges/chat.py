@@ -194,7 +194,7 @@ class Chat:
             release.add_done_callback(self._loop.releases.discard)
 
     def _busy(self) -> BusyError:
-        urls = ", ".join(e.url for e in self._endpoints)
+        urls = ", ".join(e.name for e in self._endpoints)
         return BusyError(f"all {self._fleet_max} requests that fleet_max_concurrent allows are in flight at {urls}")
 
 

@@ -51,14 +51,14 @@ class Endpoint(Server):
         names = ", ".join(self.names or ())
         if self.names is None:
             if not wanted:
-                raise Unscored("failed", f"{self.url} lists no models; name the one to ask as vlm_model")
+                raise Unscored("failed", f"{self.name} lists no models; name the one to ask as vlm_model")
             return wanted  # it does not say: let the request tell
         if not wanted and len(self.names) == 1:
             return self.names[0]
         if not wanted:
-            raise Unscored("failed", f"{self.url} serves several models; name one of them as vlm_model: {names}")
+            raise Unscored("failed", f"{self.name} serves several models; name one of them as vlm_model: {names}")
         if wanted not in self.names:
-            raise Unscored("failed", f"{self.url} serves no model {wanted!r} (vlm_model); it lists: {names or 'none'}")
+            raise Unscored("failed", f"{self.name} serves no model {wanted!r} (vlm_model); it lists: {names or 'none'}")
         return wanted
 
     def _is_listed(self, wanted: str) -> bool:
@@ -73,7 +73,7 @@ class Endpoint(Server):
         if names is None and not urlsplit(self.url).path:
             with_v1 = client.with_options(base_url=f"{self.url}/v1")
             if await _names_at(with_v1) is not None:
-                raise Unscored("failed", f"api_base_url {self.url} has no /v1; the API is at {self.url}/v1")
+                raise Unscored("failed", f"api_base_url {self.name} has no /v1; the API is at {self.name}/v1")
         return names
 
 
