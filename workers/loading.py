@@ -44,6 +44,8 @@ class LoadedModel:
     lock: threading.Lock = field(default_factory=threading.Lock)
     max_batch: int = 1_000_000
     """The batch size that fitted into the device's memory."""
+    num_too_large: int = 0
+    """Samples that did not fit even alone."""
 
 
 @dataclass(slots=True, eq=False)

@@ -100,7 +100,8 @@ class ModelRunner:
     ) -> list[Scored]:
         """What became of each input. A batch that raises is halved, down to the sample that alone fails.
 
-        One that does not fit into the device's memory bounds the batches after it.
+        One that does not fit into the device's memory bounds the batches after it, unless it has a sample that does not
+        fit even alone.
         """
         try:
             return outcomes_of(self._call(model, call, samples, inputs), len(inputs))
@@ -113,9 +114,12 @@ class ModelRunner:
             if loss is not None:  # else every later sample would fail, with an error that is not its own
                 self.lose_device(loss)
             outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)
-        half = max(1, len(inputs) // 2)
+        half, before, num_too_large = max(1, len(inputs) // 2), model.max_batch, model.num_too_large
         if did_not_fit:
-            model.max_batch = min(model.max_batch, half)
+            if len(inputs) == 1:
+                model.num_too_large += 1
+            else:
+                model.max_batch = min(model.max_batch, half)
             free_memory()  # not before: the error's frames hold what the call had on the device
         if len(inputs) == 1 or isinstance(model.model, GroupwiseRewardModel):
             return [outcome] * len(inputs)
@@ -123,6 +127,8 @@ class ModelRunner:
         while len(scored) < len(inputs):
             part = slice(len(scored), len(scored) + min(half, model.max_batch))
             scored += self._score(model, call, samples[part], inputs[part])
+        if model.num_too_large > num_too_large:  # of what others of this size need, that says nothing
+            model.max_batch = before
         return scored
 
     def _call(

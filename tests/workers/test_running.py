@@ -266,6 +266,22 @@ def test_a_sample_too_large_for_the_device_fails_alone(requests):
     assert "CUDA out of memory" in outcomes[0].failure.message
 
 
+@pytest.mark.parametrize("num", [1, 8])
+def test_a_sample_too_large_for_the_device_does_not_bound_the_batches_of_others(requests, num):
+    class FitsButForOne(Fits):
+        def __call__(self, prompt, image=None, **kwargs):
+            if "0" in prompt:
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 200 GiB")
+            return super().__call__(prompt, image)
+
+    model = make(FitsButForOne, room=4)
+    outcomes = run(model, numbered(requests, num), requests.payloads)
+    assert plain(outcomes) == ["failed", *map(float, range(1, num))]
+    model.model.sizes = []
+    assert plain(run(model, numbered(requests, 13)[1:], requests.payloads)) == list(map(float, range(1, 13)))
+    assert model.model.sizes == [12, 6, 3, 3, 3, 3], "halved for what has no room, not to one"
+
+
 def test_the_devices_memory_is_freed_once_the_failed_call_holds_none_any_more(requests, monkeypatch):
     """The error's traceback holds the frames of the failed forward, and with them its tensors."""
     import gc
