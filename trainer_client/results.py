@@ -46,7 +46,7 @@ class RewardBatch:
             in `rewards` and not valid.
         failures: Every (sample, reward) without a reward, and why.
         info: By reward name, `N` mappings: what the reward model says beside the reward, and under `origin` where it
-            was computed (worker, versions, seconds).
+            was computed (worker, device, versions, seconds).
         groups: `N` group ids, as submitted.
         timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: it waited in `collect()`; `span_s`:
             from the first submit to the last outcome; `hidden_s`: the part of `span_s` not waited for; `encode_s`,

@@ -413,6 +413,19 @@ def test_an_outcome_says_what_it_was_computed_with(requests):
     assert outcome.origin["score_s"] >= 0
 
 
+def test_an_outcome_says_which_device_a_model_of_one_uses(requests):
+    """A worker whose GPU is gone computes on the CPU, unless told: slow, and nowhere else to be seen."""
+
+    class OnDevice(PointwiseRewardModel):
+        def __call__(self, prompt, image=None, **kwargs):
+            return [float(self.device.type == "cpu")] * len(prompt)
+
+    (outcome,) = run(make(OnDevice), numbered(requests, 1), requests.payloads)
+    assert (outcome.reward, outcome.origin["device"]) == (1.0, "cpu")
+    (outcome,) = outcomes_for(requests, lambda n: [1.0], num=1)
+    assert "device" not in outcome.origin
+
+
 class Sees(PointwiseRewardModel):
     """Keeps what it is called with."""
 
