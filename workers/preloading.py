@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Sequence
 
-from tasks.errors import SettingsError
+from tasks.errors import ModelLoadError, SettingsError
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings
+from workers.base import RewardModel
 from workers.loading import Models
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def preload(settings: Settings, queues: Sequence[str], models: Models) -> None:
     Raises:
         ConfigError: A name or the YAML file is wrong.
         SettingsError: There are more than REWARDQ_MAX_MODELS.
-        ModelLoadError: One cannot be loaded.
+        ModelLoadError: One cannot be loaded, or its first call raises.
     """
     specs = specs_to_preload(settings.preload, queues)
     num_local = sum(s.is_local for s in specs)
@@ -28,7 +29,16 @@ def preload(settings: Settings, queues: Sequence[str], models: Models) -> None:
         raise SettingsError(f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}")
     for spec in specs:
         with models.lend(spec.call) as loaded:
-            loaded.model.warm_up()
+            _warm_up(spec, loaded.model)
+
+
+def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
+    try:
+        model.warm_up()
+    except Exception as error:  # a reward model may be the user's code
+        raise ModelLoadError(
+            f"reward model {spec.reward_model} cannot be warmed up: {type(error).__name__}: {error}"
+        ) from error
 
 
 def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:

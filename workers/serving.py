@@ -45,22 +45,34 @@ def _add_steps(sender: Any, **_: Any) -> None:
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def open_desk(sender: str, instance: Any, **_: Any) -> None:
-    """Make this process ready to score, before it takes its first task."""
+    """Make this process ready to score, before it takes its first task, or end it.
+
+    Celery would log what is raised here and go on: a worker that loses every message that it takes.
+    """
+    try:
+        _open_desk(sender, instance.app)
+    except RewardError as error:
+        raise SystemExit(f"worker cannot start: {error}") from None
+    except Exception as error:
+        log.exception("worker cannot start")
+        raise SystemExit(f"worker cannot start: {type(error).__name__}: {error}") from None
+
+
+def _open_desk(node: str, app: Any) -> None:
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
-    app = instance.app
     settings: Settings = app.settings
     outcomes, store = outcomes_of(app), open_store(settings)
     runner = ModelRunner(settings)
     queues = tuple(app.amqp.queues.consume_from)
-    beats = HeartbeatThread(sender, queues, outcomes, store, runner.models, settings.claim_ttl_s)
+    beats = HeartbeatThread(node, queues, outcomes, store, runner.models, settings.claim_ttl_s)
     watchdog = Watchdog(
         time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),
         num_busy=lambda: len(beats.held),
         hand_back=lambda: _hand_back(outcomes, beats),
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
-    serve_at(Desk(sender, outcomes, store, beats, runner))
+    serve_at(Desk(node, outcomes, store, beats, runner))
     beats.start()
     watchdog.start()
     atexit.register(beats.end)

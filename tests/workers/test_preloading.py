@@ -22,6 +22,8 @@ warmed: list[str] = []
 
 class Mine(PointwiseRewardModel):
     def warm_up(self) -> None:
+        if self.config.extra_kwargs.get("no_room"):
+            raise RuntimeError("CUDA out of memory")
         warmed.append(self.config.name)
 
 
@@ -100,6 +102,14 @@ def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match="REWARDQ_MODULES=my_rewards"):
+        preload(settings, ["gpu"], Models(settings))
+
+
+def test_a_model_that_cannot_be_warmed_up_is_an_error(tmp_path):
+    entry = {"reward_model": f"{__name__}.Mine", "version": "1", "no_room": True}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError, match=r"Mine cannot be warmed up: RuntimeError: CUDA out of memory"):
         preload(settings, ["gpu"], Models(settings))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tasks import keys
 from tasks.celery_app import make_app
-from tests.servers import ROOT, clean_env, wait_until
+from tests.servers import ROOT, clean_env, wait_until, worker_env
 
 
 @pytest.fixture
@@ -50,3 +50,12 @@ def test_a_worker_with_a_wrong_variable_says_so_and_does_not_start(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "did you mean 'REWARDQ_DEVICE'" in done.stderr
+
+
+def test_a_worker_that_cannot_be_made_ready_ends_and_takes_no_message(settings, tmp_path):
+    (tmp_path / "file").touch()
+    env = worker_env(settings, {"REWARDQ_PAYLOAD_URL": f"file://{tmp_path}/file/rewardq"})
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "worker cannot start: REWARDQ_PAYLOAD_URL: cannot make the folder" in done.stderr
