@@ -7,6 +7,7 @@ back, half as many when one does. However many wait, workers are offered about a
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -38,13 +39,11 @@ class _Queue:
             self.num_of[request[0]] += 1
         self.came_back = True
 
-    def take(self) -> Request:
-        request = next(iter(self.waiting))
+    def drop(self, request: Request) -> None:
         del self.waiting[request]
         self.num_of[request[0]] -= 1
         if not self.num_of[request[0]]:
             del self.num_of[request[0]]
-        return request
 
     def more_now(self, now: float) -> int:
         """How many go without an answer."""
@@ -83,13 +82,13 @@ class BusyMessages:
         """Send what may have a place now; a chunk of which all is sent is looked after again `look_after_s` later."""
         now = time.monotonic()
         for fingerprint, queue in self._queues.items():
-            num = self._num_answered[fingerprint] + queue.more_now(now)
-            for _ in range(min(num, len(queue.waiting))):
-                chunk, request = queue.take()
-                if not chunk.entries:  # answered, or given up
-                    continue
-                self._send(chunk, request)
-                if not queue.num_of[chunk]:
+            num = self._num_answered.pop(fingerprint, 0) + queue.more_now(now)
+            for chunk, request in list(itertools.islice(queue.waiting, num)):
+                is_wanted = bool(chunk.entries)  # neither answered nor given up
+                if is_wanted:
+                    self._send(chunk, request)  # what it raises leaves the message waiting
+                queue.drop((chunk, request))
+                if is_wanted and not queue.num_of[chunk]:
                     chunk.look_at = now + look_after_s
                     chunk.is_missed = bool(chunk.more_requests)  # a group is put together once its parts are there
         self._num_answered.clear()

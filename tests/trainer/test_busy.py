@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import redis
 
 from tasks.rewards import RewardConfig
 from trainer_client import busy
@@ -76,6 +77,30 @@ def test_the_parts_of_a_group_go_one_by_one_and_the_group_is_looked_after_when_a
     assert sent == ["part 0", "part 1", "part 2"]
     assert chunk.look_at <= time.monotonic() + LOOK_AFTER_S
     assert chunk.is_missed, "the parts' answers are not awaited one by one"
+
+
+def test_a_message_that_could_not_be_sent_waits_on(sent, monkeypatch):
+    monkeypatch.setattr(busy, "EVERY_S", 0.1)
+    is_away = True
+
+    def send(chunk, request):
+        if is_away:
+            raise redis.ConnectionError
+        sent.append(request)
+
+    waiting = BusyMessages(send)
+    some = chunks_of("a", 2)
+    for chunk in some:
+        waiting.add(chunk, chunk.request)
+    for _ in range(2):
+        time.sleep(0.11)
+        with pytest.raises(redis.ConnectionError):
+            waiting.send_some(LOOK_AFTER_S)
+    is_away = False
+    time.sleep(0.11)
+    waiting.send_some(LOOK_AFTER_S)
+    assert sent == ["a0", "a1"]
+    assert all(chunk.look_at < float("inf") for chunk in some)
 
 
 def test_what_waits_is_not_looked_after_until_it_is_sent(waiting):
