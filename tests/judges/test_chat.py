@@ -226,6 +226,26 @@ def test_the_models_are_listed_once(judge_server, make_judge, picture):
     assert server.num_lists == 1
 
 
+def test_a_server_that_is_restarted_with_another_model_is_asked_for_that(
+    judge_server, make_judge, picture, monkeypatch
+):
+    """Where no name is given."""
+
+    def script(question):
+        name = question.body["model"]
+        return says_yes(0.75) if name in server.models else fails(404, f"The model `{name}` does not exist.")
+
+    monkeypatch.setattr(endpoints, "LIST_AGAIN_S", 0.2)
+    server = judge_server(script, models=["old"])
+    judge = make_judge("vllm_evaluate", server, vlm_model="")
+    assert ask(judge, picture).rewards == [pytest.approx(0.75)]
+    server.models = ["new"]
+    time.sleep(0.3)
+    assert "404 after 1 request: The model `old` does not exist." in reason(ask(judge, picture)).message
+    assert [ask(judge, picture).rewards[0] for _ in range(3)] == [pytest.approx(0.75)] * 3
+    assert server.num_lists == 2
+
+
 def test_a_model_that_comes_later_is_found(judge_server, make_judge, picture, monkeypatch):
     monkeypatch.setattr(endpoints, "LIST_AGAIN_S", 0.2)
     server = judge_server(models=["other"])

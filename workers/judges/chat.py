@@ -121,6 +121,7 @@ class Chat:
                 try:
                     reply = await self._ask_at(endpoint, retries, messages, params, count)
                 except (openai.APIConnectionError, openai.APIStatusError) as error:
+                    endpoint.is_doubted |= isinstance(error, openai.NotFoundError)
                     if _is_the_servers(error):
                         endpoint.failed()
                     else:

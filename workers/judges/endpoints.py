@@ -16,7 +16,8 @@ from workers.network import Server
 
 LIST_TIMEOUT_S = 10.0
 LIST_AGAIN_S = 15.0
-"""Names that lacked the one wanted are asked for again after this long: the server may have been restarted."""
+"""Names that lacked the one wanted, or had one that is not there, are asked for again after this long: the server may
+have been restarted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,8 @@ class Endpoint(Server):
     """Its `AsyncOpenAI`."""
     names: tuple[str, ...] | None = None
     """Models it lists; None if it was not asked or lists none."""
+    is_doubted: bool = False
+    """Whether a model that it listed was not found when it was asked for."""
     listed_at: float = float("-inf")
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -41,9 +44,11 @@ class Endpoint(Server):
             openai.OpenAIError: Without a name, the server could not be asked for one.
         """
         async with self.listing:
-            if not self._is_listed(wanted) and time.monotonic() - self.listed_at > LIST_AGAIN_S:
+            is_known = self._is_listed(wanted) and not self.is_doubted
+            if not is_known and time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 try:
                     self.names = await self._list(client if not wanted else self._quick_client())
+                    self.is_doubted = False
                 except (openai.APIConnectionError, openai.APIStatusError):
                     if not wanted:
                         raise  # else the question itself will meet the same, with its retries
