@@ -12,6 +12,7 @@ from tasks.connections import FULL, is_nearly_full, why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tasks.outcomes import USUAL_STARTS, Outcomes, QueueState
 from tasks.payloads import PayloadStore
+from tasks.rewards import RewardSpec
 from tasks.settings import Settings
 from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
 from trainer_client.busy import BusyMessages
@@ -127,8 +128,8 @@ class Reconciler:
         unqueued = [c for c in due if not states[c.spec.queue].holds(c.number)]
         if not unqueued:
             return {}
-        loading = {(q, f) for w in self._outcomes.workers() for q in w.queues for f in w.loading}
-        unqueued = [c for c in unqueued if (c.spec.queue, c.spec.part.fingerprint) not in loading]
+        workers = self._outcomes.workers()
+        unqueued = [c for c in unqueued if not _waits_for_load(c.spec, workers)]
         pairs = [(c, e, a) for c in unqueued for e in list(c.entries) for a in _in_hand_with(e)]
         claimed = self._outcomes.claimed([a for _, _, a in pairs])
         in_hand = {e for (_, e, _), is_claimed in zip(pairs, claimed, strict=True) if is_claimed}
@@ -215,6 +216,15 @@ class Reconciler:
 def _in_hand_with(entry: Entry) -> list[str]:
     """Addresses of which a claim says that an entry is being scored: a group's is while one of its parts is."""
     return [entry.address, *(p.address for p in (entry.comparisons or entry.members) if p.address)]
+
+
+def _waits_for_load(spec: RewardSpec, workers: Sequence[Heartbeat]) -> bool:
+    """Whether a worker is loading the model of a reward, and no other has it: a load that hangs is no reason to wait
+    where somebody else could score."""
+    model, fingerprint = spec.part.reward_model, spec.part.fingerprint
+    own = [w for w in workers if spec.queue in w.queues]
+    is_there = any(model in w.models and fingerprint not in w.loading for w in own)
+    return not is_there and any(fingerprint in w.loading for w in own)
 
 
 def _answers(outcome: Outcome, entry: Entry) -> bool:

@@ -77,22 +77,19 @@ def test_ranks_equal_those_by_hand_whether_the_group_is_one_task_or_a_chord(clie
     assert batch.info["jpeg_incompressibility_Rank"][0]["score"] == jpeg_bytes(groups["x"][0]) / 1000
 
 
+@pytest.mark.parametrize("another", [True, False], ids=["another has it", "it ends"])
 @pytest.mark.parametrize("model", ["jpeg_incompressibility", "jpeg_incompressibility_Rank"])
-def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, outcomes, model):
-    """A rank waits for the model that it ranks."""
+def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, outcomes, model, another):
+    """A rank waits for the model that it ranks. It waits no longer once another worker has the model."""
     client = clients({"reward_model": model})
-    (loading,) = (r.part.fingerprint for r in RewardConfig.from_dict(config_of({"reward_model": model})).rewards)
-    worker = Heartbeat(
-        wire=WIRE_VERSION,
-        node="gpu.1@h",
-        queues=("gpu",),
-        host="h",
-        pid=1,
-        store="",
-        state="loading",
-        loading=(loading,),
-    )
-    outcomes.beat(worker, ttl_s=60)
+    (spec,) = (r.part for r in RewardConfig.from_dict(config_of({"reward_model": model})).rewards)
+
+    def beat(node, **how):
+        given = {"wire": WIRE_VERSION, "queues": ("gpu",), "host": "h", "pid": 1, "store": "", "state": "ready"}
+        outcomes.beat(Heartbeat(node=node, **{**given, **how}), ttl_s=60)
+
+    beat("gpu.1@h", state="loading", loading=(spec.fingerprint,), models=(spec.reward_model,))  # of other options
+    beat("other.1@h", queues=("other",), models=(spec.reward_model,))
     client.submit(rank_samples({"g": [noisy(i, 20 * i) for i in range(2)]}), group_size=2)
     client.flush()
     with connect(settings.broker_url) as broker:
@@ -100,7 +97,10 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
         outcomes.take("gpu", 1)
         time.sleep(8 * settings.reconcile_s)
         assert messages_in(broker, "gpu") == []
-        outcomes.end_beat(worker.node)
+        if another:
+            beat("gpu.2@h", models=(spec.reward_model,))
+        else:
+            outcomes.end_beat("gpu.1@h")
         wait_until(lambda: messages_in(broker, "gpu"))
 
 
