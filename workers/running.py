@@ -106,7 +106,7 @@ class ModelRunner:
         fit even alone.
         """
         try:
-            return outcomes_of(self._call(model, call, samples, inputs), len(inputs))
+            return self._call(model, call, samples, inputs)
         except KeyboardInterrupt as error:
             return [outcome_of(error)] * len(inputs)
         except BusyError as error:
@@ -135,12 +135,13 @@ class ModelRunner:
 
     def _call(
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
-    ) -> Any:
+    ) -> list[Scored]:
         columns = {name: [one[name] for one in inputs] for name in inputs[0]}
         given = {name: None if name != "prompt" and all(v is None for v in c) else c for name, c in columns.items()}
         lock = contextlib.nullcontext() if model.model.thread_safe else model.lock
         with lock, self.watch(samples, call.timeout_s):
-            return model.model(**given)  # type: ignore[operator]
+            # A tensor on a GPU is computed by the time it is read, not when the model returns it.
+            return outcomes_of(model.model(**given), len(inputs))  # type: ignore[operator]
 
 
 def decode(model: RewardModel, sample: SampleRequest, payloads: Mapping[str, bytes]) -> Inputs:

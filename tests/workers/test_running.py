@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image
 
 from tasks.messages import pack_outcome, unpack_outcome
+from tasks.settings import load_settings
 from tests.reward_models import image_of
 from tests.workers.requests import Requests, call_of, iter_run, make, plain, run
 from workers import PointwiseRewardModel, RewardModelOutput, Unscored
+from workers.running import ModelRunner
 
 RNG = np.random.default_rng(5)
 
@@ -404,6 +407,32 @@ def test_information_of_any_kind_can_be_written_and_costs_no_reward(requests, va
 @pytest.mark.parametrize("extra_info", [["a", "b", "c"], "text", 5])
 def test_information_of_another_form_costs_no_reward(requests, extra_info):
     assert len(info_for(requests, extra_info)) == 3
+
+
+def test_rewards_are_read_under_the_watch_and_the_lock_of_the_call(requests):
+    """A tensor on a GPU is computed by the time it is read: one that never is must not hang where nobody looks."""
+    seen, watching = [], []
+
+    class OnDevice(np.ndarray):
+        """Stands in for such a tensor."""
+
+        def tolist(self):
+            seen.append((len(watching), model.lock.locked()))
+            return super().tolist()
+
+    @contextlib.contextmanager
+    def watch(samples, timeout_s):
+        watching.append(samples)
+        yield
+        watching.pop()
+
+    model = make(returning(lambda n: np.ones(n).view(OnDevice)))
+    runner = ModelRunner(load_settings())
+    runner.watch = watch
+    call = call_of(reward_model="tests.Mine")
+    (outcomes,) = runner.run(model, call, numbered(requests, 3), requests.payloads)
+    assert plain(outcomes.values()) == [1.0] * 3
+    assert seen == [(1, True)]
 
 
 def test_an_outcome_says_what_it_was_computed_with(requests):
