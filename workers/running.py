@@ -112,7 +112,8 @@ class ModelRunner:
         except BusyError as error:
             return [error] * len(inputs)
         except BaseException as error:  # a reward model is the user's code and may raise anything
-            loss = loss_of_device(self._device)
+            with self.watch(samples, call.timeout_s):  # it waits for what the call has begun there
+                loss = loss_of_device(self._device)
             if loss is not None:  # else every later sample would fail, with an error that is not its own
                 self.lose_device(loss)
             outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)

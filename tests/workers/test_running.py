@@ -40,6 +40,22 @@ def returning(make_output) -> type[PointwiseRewardModel]:
     return Returning
 
 
+def watched() -> tuple[ModelRunner, list]:
+    """A runner, and what is under its watch at any time."""
+    runner, watching = ModelRunner(load_settings()), []
+
+    @contextlib.contextmanager
+    def watch(samples, timeout_s):
+        watching.append(samples)
+        try:
+            yield
+        finally:
+            watching.pop()
+
+    runner.watch = watch
+    return runner, watching
+
+
 def outcomes_for(requests, make_output, num: int = 3):
     return run(make(returning(make_output)), numbered(requests, num), requests.payloads)
 
@@ -320,10 +336,12 @@ def test_after_an_error_the_workers_own_gpu_is_asked_whether_it_is_lost(requests
 
     seen = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda which=None: seen.append(which))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda which=None: seen.append((which, len(watching))))
     in_env(REWARDQ_DEVICE=device)
-    run(raising(ValueError(), "0"), numbered(requests, 1), requests.payloads)
-    assert seen == [asked]
+    runner, watching = watched()
+    call = call_of(reward_model="tests.Mine")
+    list(runner.run(raising(ValueError(), "0"), call, numbered(requests, 1), requests.payloads))
+    assert seen == [(asked, 1)], "a GPU that hangs must not do so where nobody looks"
 
 
 @pytest.mark.parametrize("message", ["\ud800", "x" * 100_000, "tab\0nul"])
@@ -411,7 +429,7 @@ def test_information_of_another_form_costs_no_reward(requests, extra_info):
 
 def test_rewards_are_read_under_the_watch_and_the_lock_of_the_call(requests):
     """A tensor on a GPU is computed by the time it is read: one that never is must not hang where nobody looks."""
-    seen, watching = [], []
+    seen = []
 
     class OnDevice(np.ndarray):
         """Stands in for such a tensor."""
@@ -420,15 +438,8 @@ def test_rewards_are_read_under_the_watch_and_the_lock_of_the_call(requests):
             seen.append((len(watching), model.lock.locked()))
             return super().tolist()
 
-    @contextlib.contextmanager
-    def watch(samples, timeout_s):
-        watching.append(samples)
-        yield
-        watching.pop()
-
     model = make(returning(lambda n: np.ones(n).view(OnDevice)))
-    runner = ModelRunner(load_settings())
-    runner.watch = watch
+    runner, watching = watched()
     call = call_of(reward_model="tests.Mine")
     (outcomes,) = runner.run(model, call, numbered(requests, 3), requests.payloads)
     assert plain(outcomes.values()) == [1.0] * 3
