@@ -46,7 +46,7 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
         own = [entries[a] for a in sorted(answered) if entries[a].spec is spec]
         asked.append(_chunk(f"{ANSWERED}{uuid.uuid4().hex}", "", 0, own, spec, pause_s))
     session.board.adopt(slots, [*chunks, *asked])
-    awaited = {e.address: e for slot in slots for e in (slot.entries or {}).values()}
+    awaited = {e.address: e for slot in slots for e in slot.known_entries}
     for chunk in chunks:
         session.sender.soon(functools.partial(_adopt_payloads, session, chunk, awaited))
     is_done = threading.Event()

@@ -49,6 +49,8 @@ class Slot:
     rewards: tuple[RewardSpec, ...]
     submitted_at: float
     group_size: int | None = None
+    ticket: int = 0
+    """Number of the ticket that it is of."""
     entries: dict[str, Entry] | None = None
     """By reward name; None until it is encoded. A groupwise reward's comes when its group is sealed."""
     places: dict[str, int] = field(default_factory=dict)
@@ -81,11 +83,15 @@ class Slot:
         return self.problem is not None or (entry is not None and entry.outcome is not None)
 
     @property
+    def known_entries(self) -> list[Entry]:
+        """Its entries at this moment: other threads give it more meanwhile."""
+        return list((self.entries or {}).values())
+
+    @property
     def is_sent(self) -> bool:
         """Whether all that it needs is in a message, or answered."""
-        entries = self.entries
         return self.addresses is not None and all(
-            e.outcome is not None or e.chunk is not None for e in (entries or {}).values()
+            e.outcome is not None or e.chunk is not None for e in self.known_entries
         )
 
     def record(self) -> SlotRecord:
@@ -94,7 +100,7 @@ class Slot:
 
     def chunk_records(self) -> list[ChunkRecord]:
         """The messages under way for it, those that another rank sent among them."""
-        return [e.chunk.record() for e in (self.entries or {}).values() if e.chunk is not None]
+        return [chunk.record() for chunk in (e.chunk for e in self.known_entries) if chunk is not None]
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +171,7 @@ class Board:
     """Everything a client process waits for. Safe between threads; `changed` is notified whenever something arrives."""
 
     def __init__(self, client_id: str) -> None:
-        self._client_id = client_id
+        self.client_id = client_id
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self._entries: dict[str, Entry] = {}
@@ -233,8 +239,8 @@ class Board:
                 if before is not None and before is not known:
                     before.slots = [s for s in before.slots if s is not slot]
                     earlier[before.address] = before
-                slot.entries[name] = known
                 slot.places[name] = entry.places[place]  # of equal members in other places, the order is the same
+                slot.entries[name] = known  # last: with it a ticket that is pickled now counts the slot as sent
                 if not any(s is slot for s in known.slots):
                     known.slots.append(slot)
                 known.payloads += member.holder.payloads
@@ -263,8 +269,11 @@ class Board:
             self._end(holder)
 
     def adopt(self, slots: Iterable[Slot], chunks: Iterable[Chunk]) -> None:
-        """Wait for what another process submitted: slots whose entries are made already, and their messages."""
-        with self.lock:
+        """Wait for what another process submitted: slots whose entries are made already, and their messages.
+
+        A message may be for several tickets, and what it brings may be awaited here already.
+        """
+        with self.changed:
             for slot in slots:
                 for name, entry in (slot.entries or {}).items():
                     known = self._entries.setdefault(entry.address, entry)
@@ -273,8 +282,15 @@ class Board:
                     if not any(s is slot for s in known.slots):
                         known.slots.append(slot)
             for chunk in chunks:
-                chunk.entries = [e for e in (self._entries.get(e.address) for e in chunk.entries) if e is not None]
-            self.send(chunks)
+                awaited = [self._entries.get(e.address) for e in chunk.entries]
+                chunk.entries = [e for e in awaited if e is not None and e.chunk is None]
+                if chunk.entries:
+                    under_way = self._chunks.setdefault(chunk.request, chunk)
+                    if under_way is not chunk:
+                        under_way.entries += chunk.entries
+                    for entry in chunk.entries:
+                        entry.chunk = under_way
+            self.changed.notify_all()
 
     def fail(self, slot: Slot, problem: Failure) -> None:
         """A slot that cannot be scored at all."""
@@ -321,8 +337,7 @@ class Board:
             for chunk in chunks:
                 chunk.entries = [e for e in chunk.entries if self.is_wanted(e)]
                 for entry in chunk.entries:
-                    self._leave_chunk(entry)
-                    entry.chunk = chunk
+                    self._leave_chunk(entry, chunk)
                 if chunk.entries:
                     self._chunks[chunk.request] = chunk
                 else:
@@ -372,6 +387,8 @@ class Board:
     def adopt_payload(self, name: str, digest: str, entry: Entry) -> None:
         """Let a payload that another process stored live for as long as this entry, or another, needs it."""
         with self.lock:
+            if any(payload.name == name for payload in entry.payloads):
+                return
             payload = self._adopted.setdefault(name, Payload(name, digest))
             payload.stored.set()
             self._use_too(entry, [payload])
@@ -389,7 +406,7 @@ class Board:
         """A name in the payload store that was never used before: freeing an old one takes no new one away."""
         with self.lock:
             self._num_names += 1
-            return f"{self._client_id}.{self._num_names}.{suffix}"
+            return f"{self.client_id}.{self._num_names}.{suffix}"
 
     def names_in_use(self) -> list[str]:
         """Everything of ours in the payload store that is still needed."""
@@ -446,8 +463,8 @@ class Board:
                 self._to_free.append(payload.name)
         entry.payloads = []
 
-    def _leave_chunk(self, entry: Entry) -> None:
-        chunk, entry.chunk = entry.chunk, None
+    def _leave_chunk(self, entry: Entry, other: Chunk | None = None) -> None:
+        chunk, entry.chunk = entry.chunk, other
         if chunk is None:
             return
         chunk.entries = [e for e in chunk.entries if e is not entry]

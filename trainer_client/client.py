@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import threading
@@ -185,6 +186,7 @@ class RewardClient:
             if groupwise is not None:
                 open_step.count_members(samples, group_size)
             start = open_step.num_submitted
+            self._num_tickets += 1
             slots = [
                 Slot(
                     split=split,
@@ -196,11 +198,12 @@ class RewardClient:
                     rewards=rewards,
                     submitted_at=started,
                     group_size=group_size,
+                    ticket=self._num_tickets,
                 )
                 for i, sample in enumerate(samples)
             ]
             open_step.add(slots, time.monotonic() - started)
-            ticket = self._ticket(split, open_step.number, start, slots)
+            ticket = self._ticket(session, split, open_step.number, start, slots)
         session.sender.submit(slots)
         return ticket
 
@@ -357,6 +360,7 @@ class RewardClient:
         self._session = None
         self._steps = Steps(self.world_size)
         self._adopted = {}
+        self._num_tickets = 0
         in_bounds = {"socket_timeout": ASK_S, "socket_connect_timeout": ASK_S}
         ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
         self._ranks = Ranks(ranks, self.run, self.launch, self.rank, self.world_size)
@@ -368,7 +372,7 @@ class RewardClient:
 
     # --- private: submit -------------------------------------------------------------------------
 
-    def _ticket(self, split: Split, step: int, start: int, slots: Sequence[Slot]) -> Ticket:
+    def _ticket(self, session: Session, split: Split, step: int, start: int, slots: Sequence[Slot]) -> Ticket:
         return Ticket(
             run=self.run,
             launch=self.launch,
@@ -379,6 +383,8 @@ class RewardClient:
             stop=start + len(slots),
             fingerprints=_fingerprints(self.config.of(split)),
             slots=tuple(slots),
+            client=session.board.client_id,
+            number=self._num_tickets,
         )
 
     # --- private: collect ------------------------------------------------------------------------
@@ -392,11 +398,13 @@ class RewardClient:
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
                 f"this client has {dict(_fingerprints(rewards))}"
             )
-        live = [slot for slot in ticket.slots if isinstance(slot, Slot)]
-        if len(live) == len(ticket.slots):
-            return live
+        if ticket.client == session.board.client_id:
+            live = [slot for slot in ticket.slots if isinstance(slot, Slot)] or self._steps.slots_of(ticket)
+            if len(live) == len(ticket.slots):
+                return live
         if ticket.place not in self._adopted:
-            self._adopted[ticket.place] = adopt(session, ticket, rewards, self.settings.reconcile_s)
+            # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
+            self._adopted[ticket.place] = adopt(session, copy.copy(ticket), rewards, self.settings.reconcile_s)
         return self._adopted[ticket.place]
 
     def _close_step(self, session: Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:

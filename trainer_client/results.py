@@ -143,7 +143,7 @@ def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.fl
 
 
 def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
-    last_answer = max((e.answered_at for s in slots for e in (s.entries or {}).values()), default=0.0)
+    last_answer = max((e.answered_at for s in slots for e in s.known_entries), default=0.0)
     span_s = max(0.0, last_answer - min(s.submitted_at for s in slots)) if last_answer else 0.0
     return {"span_s": span_s, "hidden_s": max(0.0, span_s - wait_s)}
 

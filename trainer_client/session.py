@@ -155,7 +155,7 @@ class Session:
         """The client's own reason for what is missing at the deadline; never stored."""
         late = sum(not slot.is_done for slot in slots)
         queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
-        awaited = [e for slot in slots for e in (slot.entries or {}).values() if e.outcome is None]
+        awaited = [e for slot in slots for e in slot.known_entries if e.outcome is None]
 
         def ask() -> str | None:
             self.groups.look_at_slots()

@@ -12,6 +12,7 @@ from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardSpec, Split
 from tasks.samples import Sample
 from trainer_client.board import Slot
+from trainer_client.ticket import Ticket
 
 
 @dataclass(slots=True)
@@ -70,6 +71,11 @@ class Steps:
     def get(self, split: Split) -> Step | None:
         """The open step of a split."""
         return self._open.get(split)
+
+    def slots_of(self, ticket: Ticket) -> list[Slot]:
+        """The samples of a ticket as far as they are in the open step of its split."""
+        step = self._open.get(ticket.split)
+        return [slot for slot in step.slots if slot.ticket == ticket.number] if step is not None else []
 
     def number(self, split: Split) -> int:
         """The number of the open step, or of the next."""

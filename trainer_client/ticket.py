@@ -48,7 +48,8 @@ class Ticket:
     """A claim on the outcomes of the samples of one `submit()`.
 
     It can be pickled at any time: it then lists what has been sent so far (`num_sent`) and counts what has not. A
-    successor process with the same rewards collects it by `client.collect(ticket=...)`.
+    successor process with the same rewards collects it by `client.collect(ticket=...)`. The client that made it takes
+    it back too, and waits for all of it while its step is open.
     """
 
     run: str
@@ -66,6 +67,10 @@ class Ticket:
     """Its samples: live where it was made, records after a pickle."""
     chunks: tuple[ChunkRecord, ...] = ()
     """Messages that were sent for it; filled in when it is pickled."""
+    client: str = ""
+    """Which client, in which process, has its live samples."""
+    number: int = 0
+    """Its own among the tickets of that client."""
 
     @property
     def place(self) -> tuple[str, str, int, int, int, int]:

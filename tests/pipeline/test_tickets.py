@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
 
 from tests.pipeline.conftest import assert_rewards, samples_of
 from tests.servers import wait_until
-from trainer_client import ScoringError
+from trainer_client import CollectTimeoutError, ScoringError
 
 ORDER = {"reward_model": "OrderInGroup", "version": "1"}
 
@@ -88,3 +89,44 @@ def test_a_ticket_of_evaluation_has_the_times_of_its_own_step(clients, workers):
     assert_rewards(batch, range(4))
     assert (batch.split, batch.step) == ("eval", 0)
     assert batch.timings["submit_s"] > 0
+
+
+def test_a_pickled_ticket_is_collected_where_it_was_made(clients, workers):
+    workers("gpu")
+    client = clients("PixelCode")
+    for numbers in (range(8), range(4)):  # at once, when nothing is sent yet, and in the next step
+        ticket = pickle.loads(pickle.dumps(client.submit(samples_of(numbers))))
+        assert_rewards(client.collect(timeout_s=30, ticket=ticket), numbers)
+    assert client.pending() == 0
+
+
+def test_tickets_of_one_message_are_collected_whatever_became_of_the_wait_for_another(clients, workers):
+    client = clients({"reward_model": "PixelCode", "batch_size": 4}, launch="one")
+    tickets = [client.submit(samples_of([n])) for n in range(4)]
+    client.flush()
+    saved = [pickle.dumps(ticket) for ticket in tickets]
+    end(client)
+    successor = clients({"reward_model": "PixelCode", "batch_size": 4}, launch="one")
+    for one in saved:
+        with pytest.raises(CollectTimeoutError):
+            successor.collect(timeout_s=0.2, ticket=pickle.loads(one))
+    workers("gpu")
+    for n, one in enumerate(saved):
+        assert_rewards(successor.collect(timeout_s=30, ticket=pickle.loads(one)), [n])
+
+
+def test_a_forked_child_collects_a_ticket_of_its_parent(clients, workers):
+    workers("gpu")
+    client = clients({"reward_model": "Slow", "seconds": 1})
+    ticket = client.submit(samples_of(range(4)))
+    client.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            assert_rewards(client.collect(timeout_s=30, ticket=ticket), range(4), "Slow")
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert_rewards(client.collect(timeout_s=30), range(4), "Slow")
