@@ -117,7 +117,7 @@ local old = redis.call('HGET', KEYS[1], 'k' .. slot)
 local sealed = redis.call('HGET', KEYS[1], 'digest')
 if old and old ~= key then
   if sealed and redis.call('EXISTS', outcomes .. sealed) == 1 then return {'scored', sealed, 0, 0} end
-  redis.call('HDEL', KEYS[1], 'digest', 'number')
+  redis.call('HDEL', KEYS[1], 'digest', 'number', 'attempt')
 elseif not old and sealed then
   return {'full', sealed, 0, 0}
 end
@@ -142,6 +142,22 @@ return {'sealed', found, #slots, 1}
 """KEYS: the group. ARGV: slot, member's key, member, group size, ms, prefix of outcomes. Returns what became of it
 (open, sealed, full, scored, size), the digest, how many slots there are, and whether this call completed the group."""
 
+_ASK = """
+local digest, attempt = ARGV[2], ARGV[4]
+if redis.call('HGET', KEYS[1], 'digest') ~= digest then return {tonumber(attempt), 0} end
+local asker, mine = 'asked' .. ARGV[1], ARGV[3] .. ' ' .. digest .. ' '
+local asked = redis.call('HGET', KEYS[1], 'attempt')
+if not asked or redis.call('HGET', KEYS[1], asker) == mine .. asked then
+  redis.call('HSET', KEYS[1], 'attempt', attempt)
+  redis.call('HDEL', KEYS[1], 'number')
+  asked = attempt
+end
+redis.call('HSET', KEYS[1], asker, mine .. asked)
+return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
+"""
+"""KEYS: the group. ARGV: rank, digest, client, attempt. Returns the attempt that this rank asks for and the number of
+the message sent for it (0: none)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Registered:
@@ -165,6 +181,7 @@ class GroupSlots:
         self._redis, self._run, self._launch = redis, run, launch
         self._ttl_ms = round(1000 * ttl_s)
         self._register = redis.register_script(_REGISTER)
+        self._ask = redis.register_script(_ASK)
 
     def key(self, split: str, step: int, fingerprint: str, group: str) -> str:
         """Where a group's slots are."""
@@ -179,12 +196,21 @@ class GroupSlots:
         state, found, num_members, is_now = self._register(keys=[key], args=args)
         return Registered(state.decode(), found.decode(), int(num_members), bool(is_now))
 
-    def digests(self, group_keys: Sequence[str]) -> list[tuple[str, int]]:
-        """Of each group its digest (empty while it is open) and the number of the message sent for it (0: none)."""
+    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int) -> tuple[int, int]:
+        """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
+
+        That is the one that another rank asked for before, so that a group has one outcome on all ranks also where
+        a part of it failed; `attempt` where there is none, or this client has had that one already.
+        """
+        found = self._ask(keys=[key], args=[rank, digest, client, attempt])
+        return int(found[0]), int(found[1])
+
+    def digests(self, group_keys: Sequence[str]) -> list[str]:
+        """Of each group its digest; empty while it is open."""
         with self._redis.pipeline(transaction=False) as pipe:
             for key in group_keys:
-                pipe.hmget(key, "digest", "number")
-            return [((d or b"").decode(), int(n or 0)) for d, n in pipe.execute()]
+                pipe.hget(key, "digest")
+            return [(found or b"").decode() for found in pipe.execute()]
 
     def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Of each group the slots (rank, index) that are filled, in order."""

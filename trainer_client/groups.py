@@ -105,17 +105,25 @@ class Groups:
 
     def poll(self, *, register: bool) -> list[Entry]:
         """Several ranks: ask which groups others have sealed; `register` puts our members there again, after a Redis
-        that was emptied. Returns entries that are new here, with the number of the message sent for each."""
+        that was emptied. Returns entries that are new here."""
         if self._slots is None:
             return []
         with self._lock:
             groups = [g for g in self._groups.values() if g.members]
         new = [e for g in groups for e in self._register(g, list(g.members.values()))] if register else []
-        for group, (found, number) in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
+        for group, found in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
             if found and (found != group.digest or _is_unjoined(group, group.members.values())):
-                new += self._seal_shared(group, found, number)
+                new += self._seal_shared(group, found)
         self._forget_answered()
         return new
+
+    def ask(self, entry: Entry) -> None:
+        """Let a group's entry ask for the attempt that other ranks ask for, and know the message that one has sent."""
+        if self._slots is not None and entry.group_key:
+            found = entry.address.rpartition(":")[2]
+            entry.attempt, entry.sent_number = self._slots.ask(
+                entry.group_key, found, self._rank, self._board.client_id, entry.attempt
+            )
 
     def tell_number(self, chunk: Chunk) -> None:
         """Tell the other ranks which message was sent for a group."""
@@ -193,7 +201,7 @@ class Groups:
             if found.state in ("full", "scored", "size"):
                 self._refuse(group, member, found)
             elif found.state == "sealed" and (found.digest != group.digest or _is_unjoined(group, [member])):
-                return self._seal_shared(group, found.digest, 0)
+                return self._seal_shared(group, found.digest)
         return []
 
     def _refuse(self, group: Group, member: Member, found: Registered) -> None:
@@ -210,7 +218,7 @@ class Groups:
         self._board.fail_reward(member.slot, group.spec, Failure(kind="invalid", message=message))
         self._board.release(member.holder)
 
-    def _seal_shared(self, group: Group, found: str, number: int) -> list[Entry]:
+    def _seal_shared(self, group: Group, found: str) -> list[Entry]:
         """A group that all ranks together have completed, or completed anew with another member."""
         assert self._slots is not None
         members = self._slots.members(group.key)
@@ -219,7 +227,6 @@ class Groups:
         with self._lock:
             group.digest = found
             entry = group.entry = self._entry(group, members)
-            entry.sent_number = number
             own = dict(group.members)
         return self._join(group, entry, own)
 

@@ -240,12 +240,18 @@ class Sender:
         }
 
     def _without_answered(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Take the rewards that are there already; ask for another attempt where a failure is."""
+        """Take the rewards that are there already; ask for another attempt where a failure is, but for one that other
+        ranks have asked for."""
         found = self._patience.insist(lambda: self._outcomes.look_up([e.address for e in entries]))
-        hits = {e: o for e, o in zip(entries, found, strict=True) if o is not None and o.is_final}
+        hits = {}
         for entry, outcome in zip(entries, found, strict=True):
-            if outcome is not None and not outcome.is_final:
+            is_final = outcome is not None and outcome.is_final
+            if outcome is not None and not is_final:
                 entry.attempt = outcome.attempt + 1
+            if not is_final and self._board.is_wanted(entry):
+                self._patience.insist(functools.partial(self._groups.ask, entry))
+            if outcome is not None and (is_final or outcome.attempt >= entry.attempt):
+                hits[entry] = outcome
         self._board.answer(hits, is_hit=True)
         return [e for e in entries if e not in hits]
 

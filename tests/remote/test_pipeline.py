@@ -313,3 +313,46 @@ def test_the_rank_of_a_remote_reward_is_taken_in_each_group(settings, workers, s
     reward = {"name": "remote", "reward_model": "RemotePointwiseRewardModel_Rank", "server_url": url}
     batch = run(settings, reward, [Sample(prompt="p", image=i, group=0) for i in images], group_size=4)
     assert batch.rewards["remote"].tolist() == [0.75, 0.0, 0.5, 0.25]
+
+
+def test_a_group_of_two_ranks_has_one_outcome_where_a_part_failed_before_both_had_seen_it_sealed(
+    settings, workers, serve
+):
+    failed = set()
+
+    def compute(prompt, image):
+        if prompt[0].endswith("!") and prompt[0] not in failed:
+            failed.add(prompt[0])
+            raise RuntimeError("a hiccup")
+        return [float(np.asarray(one)[0, 0, 0]) for one in image]
+
+    reward = {
+        **remote(serve(compute), version="1", batch_size=1, retry_attempts=1),
+        "reward_model": "RemotePointwiseRewardModel_Rank",
+    }
+    workers("vlm")
+    options = {"settings": settings, "world_size": 2, "launch": "one"}
+
+    def collect(clients, step):
+        with ThreadPoolExecutor(2) as pool:
+            batches = pool.map(lambda one: one.collect(60, on_failure="nan", step=step, progress=False), clients)
+            return [batch.rewards["remote"].tolist() for batch in batches]
+
+    with (
+        RewardClient.from_dict({"rewards": reward}, "remote", rank=0, **options) as first,
+        RewardClient.from_dict({"rewards": reward}, "remote", rank=1, **options) as second,
+    ):
+        for step in range(4):
+            own = [
+                Sample(prompt=f"{step}{'!' * (red == 10)}", image=np.full((2, 2, 3), red, np.uint8), group=0)
+                for red in (0, 10, 20, 30)
+            ]
+            for again in (False, True):
+                first.submit(own[:2], 4, step=step)
+                first.flush()
+                time.sleep(0.1 * step)  # it looks for what others have sealed twice a second while nobody waits
+                second.submit(own[2:], 4, step=step)
+                wait_until(lambda: second.pending() == 0, 30)
+                whole = [[0.0, 0.25], [0.5, 0.75]]
+                lacking = [[0.0, np.nan], [np.float32(1 / 3), np.float32(2 / 3)]]
+                np.testing.assert_array_equal(collect((first, second), step), whole if again else lacking)

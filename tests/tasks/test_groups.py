@@ -101,11 +101,31 @@ def test_slots_seal_under_the_digest_of_their_keys_in_slot_order_whoever_comes_l
     assert found[2].is_completed_now
     assert found[2].digest == digest(["k1", "k2", "k3"])
     assert list(slots.members(key)) == [(0, 9), (0, 10), (1, 0)]
-    assert slots.digests([key]) == [(found[2].digest, 0)]
+    assert slots.digests([key]) == [found[2].digest]
     assert slots.register(key, (0, 9), "k1", sample("k1"), 3, "f").state == "sealed"  # again
     assert slots.register(key, (2, 0), "k4", sample("k4"), 3, "f").state == "full"
     replaced = slots.register(key, (0, 9), "other", sample("other"), 3, "f")
     assert (replaced.state, replaced.digest) == ("sealed", digest(["other", "k2", "k3"]))
     outcomes.write({f"run:f:{replaced.digest}": Outcome(reward=1.0)}, "token")
     assert slots.register(key, (0, 9), "third", sample("third"), 3, "f").state == "scored"
-    assert slots.digests([key]) == [(replaced.digest, 0)]
+    assert slots.digests([key]) == [replaced.digest]
+
+
+def test_ranks_ask_for_one_attempt_of_a_group_until_one_that_has_had_it_asks_again(outcomes):
+    slots = GroupSlots(outcomes.redis, "run", "launch", 60)
+    key = slots.key("train", 0, "f", "g")
+    sealed = [slots.register(key, (rank, 0), f"k{rank}", sample(f"k{rank}"), 2, "f") for rank in range(2)][-1].digest
+    assert slots.ask(key, sealed, 0, "a", 1) == (1, 0)
+    slots.set_number(key, 7)
+    assert slots.ask(key, sealed, 1, "b", 2) == (1, 7)  # its failure is there already
+    assert slots.ask(key, sealed, 1, "b", 2) == (2, 0)  # the step is submitted again
+    slots.set_number(key, 8)
+    assert slots.ask(key, sealed, 0, "a", 3) == (2, 8)
+    assert slots.ask(key, sealed, 0, "restarted", 3) == (2, 8)
+    assert slots.ask(key, digest(["other"]), 0, "a", 1) == (1, 0)  # sealed anew meanwhile: nothing is noted
+    assert slots.ask(key, sealed, 1, "b", 3) == (3, 0)
+    anew = slots.register(key, (0, 0), "other", sample("other"), 2, "f").digest
+    assert slots.ask(key, anew, 1, "b", 1) == (1, 0)
+    assert slots.ask(key, anew, 0, "a", 2) == (1, 0)
+    slots.ask("gone", anew, 0, "a", 1)
+    assert not outcomes.redis.exists("gone")
