@@ -140,19 +140,20 @@ class Groups:
                 group.places_seen = places
 
     def why_open(self, slot: Slot, spec: RewardSpec) -> str | None:
-        """Why a slot's group has no entry yet: which of its slots are there, as far as is known."""
+        """If a slot's group has no entry yet since members are missing: which are there, as far as is known."""
         group = self._groups.get((slot.split, slot.step, spec.name, slot.group))
         if group is None or group.entry is not None:
             return None
         places = sorted({*group.members, *group.places_seen})
+        if group.size is None or len(places) >= group.size:  # no member is missing: it waits for something else
+            return None
         ranks: dict[int, list[int]] = {}
         for rank, index in places:
             ranks.setdefault(rank, []).append(index)
         there = "; ".join(f"rank {rank}: samples {', '.join(map(str, found))}" for rank, found in ranks.items())
-        size = group.size or 0
         return (
-            f"group {group.id!r} of step {group.step} has {len(places)} of {size} members, "
-            f"{size - len(places)} are missing ({there} are there)"
+            f"group {group.id!r} of step {group.step} has {len(places)} of {group.size} members, "
+            f"{group.size - len(places)} are missing ({there} are there)"
         )
 
     def forget(self, slots: Iterable[Slot]) -> None:

@@ -22,6 +22,7 @@ from tasks.celery_app import make_app
 from tasks.connections import connect
 from tasks.messages import WIRE_VERSION, Heartbeat
 from tasks.rewards import RewardConfig
+from tasks.settings import load_settings
 from tests.pipeline.conftest import (
     assert_rewards,
     config_of,
@@ -215,6 +216,19 @@ def test_a_group_that_stays_incomplete_says_which_members_are_there(clients, wor
     batch = client.collect(timeout_s=60)
     assert_rewards(batch, [1, 2, 3, 4, 5])
     assert_rewards(batch, [0, 1, 2, 3, 4], "OrderInGroup")
+
+
+def test_a_group_of_unknown_size_that_waits_for_redis_says_so_and_misses_no_member(clients, private_redis):
+    server = private_redis()
+    client = clients("OrderInGroup", settings=load_settings(broker_url=server.url))
+    client.submit(samples_of([1, 2], group="g"))
+    client.flush()
+    server.pause()
+    client.submit(samples_of([3], group="g"))
+    batch = client.collect(timeout_s=1, on_failure="nan")
+    server.resume()
+    assert len(batch.failures) == 3
+    assert all("Redis is away" in failed.message for failed in batch.failures)
 
 
 def trainer_rank(settings, rank, plan, pipe, config, first_step, dies_in_step):
