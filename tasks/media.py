@@ -113,12 +113,11 @@ def encode_image(held: Held, where: str) -> PixelsHWC:
 
     Raises:
         InvalidSampleError: A float is NaN or outside [0, 1], a file is truncated, an alpha channel is not opaque,
-            or a tensor was changed in place after `submit()`.
+            a tensor was changed in place after `submit()`, or its values are not here (distributed, sparse, meta).
     """
-    value = _value(held, where)
-    if isinstance(value, Image.Image):
-        return _encode_pil(value, where)
-    array = _to_numpy(value)
+    if isinstance(held.value, Image.Image):
+        return _encode_pil(held.value, where)
+    array = _to_numpy(held, where)
     pixels = array if array.dtype == np.uint8 else _to_uint8(array, where)
     pixels = np.ascontiguousarray(pixels)
     _check_unchanged(held, where)
@@ -129,7 +128,7 @@ def encode_video(held: Held, where: str) -> PixelsTHWC:
     """The checked pixels of one video, uint8 `(T, H, W, 3)`, C-contiguous. Raises as `encode_image`."""
     if isinstance(held.value, tuple):
         return np.stack([encode_image(frame, f"{where}[{t}]") for t, frame in enumerate(held.value)])
-    array = _to_numpy(_value(held, where))
+    array = _to_numpy(held, where)
     pixels = array if array.dtype == np.uint8 else _to_uint8(array, where)
     pixels = np.ascontiguousarray(pixels)
     _check_unchanged(held, where)
@@ -139,7 +138,7 @@ def encode_video(held: Held, where: str) -> PixelsTHWC:
 def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:
     """The waveform as float32 `(C, T)`. Raises `InvalidSampleError` where it is not finite."""
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        array = np.atleast_2d(_to_numpy(_value(held, where)).astype(np.float32))
+        array = np.atleast_2d(_to_numpy(held, where).astype(np.float32))
     _check_unchanged(held, where)
     if not np.isfinite(array).all():
         raise InvalidSampleError(f"{where}: the waveform has values that are NaN or infinite")
@@ -256,12 +255,6 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _value(held: Held, where: str) -> Any:
-    """The held media, after checking that a tensor is still what was submitted."""
-    _check_unchanged(held, where)
-    return held.value if held.event is None else _from_cuda(held)
-
-
 def _check_unchanged(held: Held, where: str) -> None:
     if held.version is not None and held.value._version != held.version:
         raise InvalidSampleError(
@@ -282,15 +275,21 @@ def _from_cuda(held: Held) -> Any:
     return copy
 
 
-def _to_numpy(value: Any) -> npt.NDArray[Any]:
-    if not is_tensor(value):
-        array = np.asarray(value)
+def _to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
+    """The values of an array or tensor, after checking that the tensor is still what was submitted."""
+    _check_unchanged(held, where)
+    if not is_tensor(held.value):
+        array = np.asarray(held.value)
         return array.astype(np.float32) if array.dtype == np.float16 else array  # 255 x needs more than 11 bits
     torch = sys.modules["torch"]
-    tensor = value.detach()
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.float()
-    return np.asarray(tensor.cpu().numpy())
+    try:
+        tensor = (held.value if held.event is None else _from_cuda(held)).detach()
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.float()
+        return np.asarray(tensor.cpu().numpy())
+    except (RuntimeError, TypeError) as error:  # of a kind of tensor that is taken for a plain one by its shape
+        kind = f"{type(held.value).__name__} on {held.value.device}"
+        raise InvalidSampleError(f"{where}: a {kind} that cannot be read as a plain tensor: {error}") from None
 
 
 def _to_uint8(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:

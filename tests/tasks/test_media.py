@@ -104,6 +104,27 @@ def test_torch_tensors_of_every_kind_are_taken():
         assert np.array_equal(encode(tensor), PIXELS)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta", "wrapped"])
+def test_tensors_whose_values_are_not_here_are_refused(kind):
+    torch = pytest.importorskip("torch")
+
+    class Wrapped(torch.Tensor):
+        """A shape whose values are elsewhere, as distributed tensors are made."""
+
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (3, 8, 8))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return args[0]
+
+    plain = torch.zeros(3, 8, 8)
+    tensor = {"sparse": plain.to_sparse, "meta": lambda: plain.to("meta"), "wrapped": Wrapped}[kind]()
+    with pytest.raises(InvalidSampleError, match=r"image: a .+ cannot be read as a plain tensor"):
+        encode(tensor)
+
+
 def test_tensors_made_in_inference_mode_are_taken():
     import torch
 
