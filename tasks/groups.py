@@ -205,6 +205,13 @@ class GroupSlots:
         found = self._ask(keys=[key], args=[rank, digest, client, attempt])
         return int(found[0]), int(found[1])
 
+    def put_back(self, key: str, digest: str, rank: int, client: str, attempt: int) -> None:
+        """Note in an emptied Redis that this rank has had this attempt; its members are registered anew after it."""
+        fields = {"attempt": attempt, f"asked{rank}": f"{client} {digest} {attempt}"}
+        with self._redis.pipeline() as pipe:
+            pipe.hset(key, mapping=fields).pexpire(key, self._ttl_ms)
+            pipe.execute()
+
     def digests(self, group_keys: Sequence[str]) -> list[str]:
         """Of each group its digest; empty while it is open."""
         with self._redis.pipeline(transaction=False) as pipe:

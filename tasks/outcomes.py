@@ -278,6 +278,13 @@ class Outcomes:
         """The outcomes in order, None where there is none (or one of a wire version we cannot read)."""
         return [_readable(value) for value in self._mget([keys.outcome(a) for a in addresses])]
 
+    def are_there(self, addresses: Sequence[str]) -> list[bool]:
+        """Which addresses have an outcome, whatever it is."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for address in addresses:
+                pipe.exists(keys.outcome(address))
+            return [bool(found) for found in pipe.execute()]
+
     def notes(self, request_ids: Sequence[str]) -> list[Note | None]:
         """Notes of workers on these requests, in order."""
         found = self._mget([keys.note(i) for i in request_ids])

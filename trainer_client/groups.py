@@ -16,6 +16,7 @@ from typing import Any
 from tasks import outcomes
 from tasks.groups import GroupSlots, Registered, digest, draw_pairs
 from tasks.messages import Failure, SampleRequest
+from tasks.outcomes import Outcomes
 from tasks.rewards import RewardSpec, Split
 from trainer_client.board import Board, Chunk, Entry, Place, Slot
 
@@ -41,7 +42,7 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A group of one groupwise reward that is not yet sealed, or not yet answered."""
+    """A group of one groupwise reward: on one rank until it is sealed, with several until its step is over."""
 
     spec: RewardSpec
     split: Split
@@ -56,6 +57,11 @@ class Group:
     entry: Entry | None = None
     places_seen: list[SlotPlace] = field(default_factory=list)
     """Slots that were filled, by this rank and others, when it was last asked."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether its outcome is known here."""
+        return self.entry is not None and self.entry.outcome is not None
 
 
 class Groups:
@@ -109,13 +115,29 @@ class Groups:
         if self._slots is None:
             return []
         with self._lock:
-            groups = [g for g in self._groups.values() if g.members]
+            groups = [g for g in self._groups.values() if g.members and not g.is_answered]
         new = [e for g in groups for e in self._register(g, list(g.members.values()))] if register else []
         for group, found in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
             if found and (found != group.digest or _is_unjoined(group, group.members.values())):
                 new += self._seal_shared(group, found)
-        self._forget_answered()
         return new
+
+    def put_back_answered(self, results: Outcomes) -> None:
+        """Several ranks: put what this rank has its answer of into a Redis that was emptied. Others may have none yet,
+        and the media of this rank's members are freed."""
+        if self._slots is None:
+            return
+        with self._lock:
+            groups = [(g, g.entry, list(g.members.values())) for g in self._groups.values() if g.entry is not None]
+        answered = [(g, entry, entry.outcome, members) for g, entry, members in groups if entry.outcome is not None]
+        are_there = results.are_there([entry.address for _, entry, _, _ in answered])
+        digests = self._slots.digests([group.key for group, *_ in answered])
+        for (group, entry, outcome, members), is_there, found in zip(answered, are_there, digests, strict=True):
+            if not is_there:
+                results.write({entry.address: outcome}, self._board.client_id)
+            if not found:
+                self._slots.put_back(group.key, group.digest, self._rank, self._board.client_id, entry.attempt)
+                self._register(group, members)
 
     def ask(self, entry: Entry) -> None:
         """Let a group's entry ask for the attempt that other ranks ask for, and know the message that one has sent."""
@@ -257,12 +279,6 @@ class Groups:
             if group.entry is entry:
                 group.entry = known
         return [known] if known is entry else []
-
-    def _forget_answered(self) -> None:
-        with self._lock:
-            for key, group in list(self._groups.items()):
-                if group.entry is not None and group.entry.outcome is not None:
-                    del self._groups[key]
 
 
 def _text_of(group: Any) -> str:

@@ -56,6 +56,8 @@ class Reconciler:
     def poll_groups(self, *, register: bool) -> None:
         """Send, or look after, the groups that this or another rank has completed; `register` puts our members into
         their slots again, should Redis have been emptied."""
+        if register:
+            self._groups.put_back_answered(self._outcomes)
         sealed = self._groups.poll(register=register)
         if sealed:
             self._sender.send_sealed(sealed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -390,6 +391,32 @@ def test_groups_survive_an_emptied_redis(clients, workers, settings, redis_serve
     name = "jpeg_incompressibility_Rank"
     batches = together(lambda: first.collect(timeout_s=60), lambda: second.collect(timeout_s=60))
     np.testing.assert_allclose([*batches[0].rewards[name], *batches[1].rewards[name]], np.float32(ranks))
+
+
+@pytest.mark.parametrize("is_answered_late", [False, True])
+def test_a_group_that_one_rank_alone_has_seen_answered_survives_an_emptied_redis(
+    clients, workers, redis_server, monkeypatch, tmp_path, is_answered_late
+):
+    calls = tmp_path / "calls"
+    config = {"reward_model": "OrderInGroup", "file": str(calls), "version": "1"}
+    workers("gpu")
+    ranks = [clients(config, rank=r, world_size=2, launch="one") for r in range(2)]
+    ranks[1].submit(samples_of([20, 40], group="g"), group_size=4, step=0)
+    ranks[1].flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks[1]._session.watcher, "_round", lambda: 0.05)
+        time.sleep(0.6)
+        ranks[0].submit(samples_of([10, 30], group="g"), group_size=4, step=0)
+        wait_until(lambda: ranks[0].pending() == 0, 30)
+        with redis_server.client() as redis:
+            kept = [(name, redis.dump(name)) for name in redis.keys("rewardq:outcome:*") if is_answered_late]
+            redis.flushall()
+            for name, outcome in kept:
+                redis.restore(name, 60_000, outcome)
+    batches = together(*(functools.partial(rank.collect, timeout_s=30) for rank in ranks))
+    assert_rewards(batches[0], [0, 2], "OrderInGroup")
+    assert_rewards(batches[1], [1, 3], "OrderInGroup")
+    assert calls.read_text().split() == ["4"]
 
 
 def test_messages_that_arrive_twice_change_nothing(clients, workers, settings, redis_server, tmp_path):
