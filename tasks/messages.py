@@ -196,6 +196,8 @@ class Heartbeat(_Message):
     state: Literal["ready", "loading"]
     loading: tuple[str, ...] = ()
     """Fingerprints whose models are being loaded now."""
+    loaded: tuple[str, ...] = ()
+    """Fingerprints whose models are in memory."""
     models: tuple[str, ...] = ()
     """Names of the reward models in memory."""
 

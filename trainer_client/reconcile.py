@@ -223,10 +223,9 @@ def _in_hand_with(entry: Entry) -> list[str]:
 def _waits_for_load(spec: RewardSpec, workers: Sequence[Heartbeat]) -> bool:
     """Whether a worker is loading the model of a reward, and no other has it: a load that hangs is no reason to wait
     where somebody else could score."""
-    model, fingerprint = spec.part.reward_model, spec.part.fingerprint
+    fingerprint = spec.part.fingerprint
     own = [w for w in workers if spec.queue in w.queues]
-    is_there = any(model in w.models and fingerprint not in w.loading for w in own)
-    return not is_there and any(fingerprint in w.loading for w in own)
+    return any(fingerprint in w.loading for w in own) and not any(fingerprint in w.loaded for w in own)
 
 
 def _answers(outcome: Outcome, entry: Entry) -> bool:

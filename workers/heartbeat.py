@@ -131,6 +131,7 @@ class HeartbeatThread(threading.Thread):
             store=self._store.identity(),
             state="loading" if loading else "ready",
             loading=loading,
+            loaded=self._models.loaded,
             models=self._models.names,
         )
         self._outcomes.beat(heartbeat, self._ttl_s)

@@ -88,11 +88,14 @@ class Models:
             return tuple(kept.call.fingerprint for kept in self._kept.values() if not kept.load.done())
 
     @property
+    def loaded(self) -> tuple[str, ...]:
+        """Fingerprints of the models in memory."""
+        return tuple(call.fingerprint for call in self._in_memory())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the models in memory."""
-        with self._lock:
-            loaded = [k.call.model for k in self._kept.values() if k.load.done() and not k.has_failed]
-        return tuple(dict.fromkeys(loaded))
+        return tuple(dict.fromkeys(call.model for call in self._in_memory()))
 
     @contextlib.contextmanager
     def lend(self, call: RewardCall) -> Iterator[LoadedModel]:
@@ -116,6 +119,10 @@ class Models:
                 kept.num_lent -= 1
                 kept.used_at = time.monotonic()
                 self._lock.notify_all()
+
+    def _in_memory(self) -> list[RewardCall]:
+        with self._lock:
+            return [k.call for k in self._kept.values() if k.load.done() and not k.has_failed]
 
     def _reserve(self, call: RewardCall) -> tuple[_Kept, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""

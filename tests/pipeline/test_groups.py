@@ -90,8 +90,9 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
         given = {"wire": WIRE_VERSION, "queues": ("gpu",), "host": "h", "pid": 1, "store": "", "state": "ready"}
         outcomes.beat(Heartbeat(node=node, **{**given, **how}), ttl_s=60)
 
-    beat("gpu.1@h", state="loading", loading=(spec.fingerprint,), models=(spec.reward_model,))  # of other options
-    beat("other.1@h", queues=("other",), models=(spec.reward_model,))
+    beat("gpu.1@h", state="loading", loading=(spec.fingerprint,))
+    beat("gpu.2@h", loaded=("of other options",), models=(spec.reward_model,))
+    beat("other.1@h", queues=("other",), loaded=(spec.fingerprint,), models=(spec.reward_model,))
     client.submit(rank_samples({"g": [noisy(i, 20 * i) for i in range(2)]}), group_size=2)
     client.flush()
     with connect(settings.broker_url) as broker:
@@ -100,7 +101,7 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
         time.sleep(8 * settings.reconcile_s)
         assert messages_in(broker, "gpu") == []
         if another:
-            beat("gpu.2@h", models=(spec.reward_model,))
+            beat("gpu.2@h", loaded=(spec.fingerprint,), models=(spec.reward_model,))
         else:
             outcomes.end_beat("gpu.1@h")
         wait_until(lambda: messages_in(broker, "gpu"))

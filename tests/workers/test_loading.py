@@ -113,11 +113,13 @@ def test_a_model_is_said_to_be_loading_while_it_is_and_loaded_once_it_is(models,
     thread.start()
     assert has_begun.wait(30)
     assert models.loading == (call.fingerprint,)
+    assert models.loaded == ()
     assert not models.is_loaded(call)
     assert models.names == ()
     go.set()
     thread.join()
     assert models.loading == ()
+    assert models.loaded == (call.fingerprint,)
     assert models.is_loaded(call)
     assert models.names == (f"{OURS}Held",)
 
