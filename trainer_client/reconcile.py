@@ -112,6 +112,19 @@ class Reconciler:
             "ends their worker (its log may tell); one that does is given up once its reward's timeout_s has passed"
         )
 
+    def loads(self, entries: Iterable[Entry]) -> str | None:
+        """Which workers still load the models that these entries wait for; None if none does."""
+        specs = {e.spec.fingerprint: e.spec for e in entries}.values()
+        workers = self._outcomes.workers()
+        words = [
+            f"{worker.node} is still loading {spec.part.reward_model}"
+            for spec in specs
+            if _waits_for_load(spec, workers)
+            for worker in workers
+            if spec.queue in worker.queues and spec.part.fingerprint in worker.loading
+        ]
+        return "; ".join(words) or None
+
     def warn_of_idle_queues(self) -> None:
         """Log once which queue of what is under way has no worker."""
         self._warn_once(self.idle_queues({c.spec.queue for c in self._board.chunks()}))

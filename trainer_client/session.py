@@ -159,7 +159,8 @@ class Session:
 
         def ask() -> str | None:
             self.groups.look_at_slots()
-            return self.reconciler.idle_queues(queues) or self.reconciler.suspects(awaited)
+            reconciler = self.reconciler
+            return reconciler.idle_queues(queues) or reconciler.loads(awaited) or reconciler.suspects(awaited)
 
         why = _ask(ask) or self.board.trouble
         return Failure(

@@ -87,7 +87,8 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
     (spec,) = (r.part for r in RewardConfig.from_dict(config_of({"reward_model": model})).rewards)
 
     def beat(node, **how):
-        given = {"wire": WIRE_VERSION, "queues": ("gpu",), "host": "h", "pid": 1, "store": "", "state": "ready"}
+        store = client._session.store.identity()
+        given = {"wire": WIRE_VERSION, "queues": ("gpu",), "host": "h", "pid": 1, "store": store, "state": "ready"}
         outcomes.beat(Heartbeat(node=node, **{**given, **how}), ttl_s=60)
 
     beat("gpu.1@h", state="loading", loading=(spec.fingerprint,))
@@ -100,6 +101,8 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
         outcomes.take("gpu", 1)
         time.sleep(8 * settings.reconcile_s)
         assert messages_in(broker, "gpu") == []
+        with pytest.raises(CollectTimeoutError, match=r"gpu\.1@h is still loading jpeg_incompressibility\n"):
+            client.collect(timeout_s=0.5)
         if another:
             beat("gpu.2@h", loaded=(spec.fingerprint,), models=(spec.reward_model,))
         else:
