@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tasks.errors import WireError
 from tasks.messages import Failure, GroupRequest, ScoreRequest, unpack
-from tasks.rewards import RewardSpec
+from tasks.rewards import RewardConfig, RewardSpec
 from trainer_client.board import Chunk, Entry, Slot
 from trainer_client.session import ASK_S, Session
 from trainer_client.ticket import SlotRecord, Ticket
@@ -19,16 +19,18 @@ ANSWERED = "answered:"
 """Before the name of a chunk of what was answered when its ticket was pickled; there is no request of that name."""
 
 
-def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pause_s: float) -> list[Slot]:
+def adopt(session: Session, ticket: Ticket, config: RewardConfig, pause_s: float) -> list[Slot]:
     """Slots for a pickled ticket, whose messages are looked after from now on.
 
     What was answered when it was pickled is asked for once more: only its address is in the ticket.
 
     Args:
-        rewards: Those of the ticket's split, the same that it was made with.
+        config: The rewards that it was made with, as they stand in its launch.
         pause_s: A message that is lost is sent again so much later.
     """
+    rewards = config.of(ticket.split)
     specs = {spec.name: spec for spec in rewards}
+    of_both_splits = {spec.fingerprint: spec for spec in (*config.rewards, *config.eval_rewards)}
     entries: dict[str, Entry] = {}
     slots = []
     for record in ticket.slots:
@@ -37,7 +39,9 @@ def adopt(session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...], pau
     answered = set(entries)
     chunks = []
     for sent in ticket.chunks:
-        spec = next(s for s in rewards if s.fingerprint == sent.fingerprint)
+        spec = of_both_splits.get(sent.fingerprint)  # what one split needs may travel with a group of the other
+        if spec is None:  # of which this client has but the rewards of the ticket's
+            continue
         own = [entries[a] for a in sent.addresses if a in entries]
         chunks.append(_chunk(sent.request, sent.label, sent.number, own, spec, pause_s))
         answered.difference_update(sent.addresses)

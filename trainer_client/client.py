@@ -267,14 +267,15 @@ class RewardClient:
         started = time.monotonic()
         if ticket is not None:
             split = ticket.split
-        rewards = (self.config if ticket is None else self.config.for_launch(ticket.launch)).of(split)
+        config = self.config if ticket is None else self.config.for_launch(ticket.launch)
+        rewards = config.of(split)
         with self._lock:
             session = self._open_session()
             if step is not None and ticket is None:
                 self._steps.open(split, step)
             open_step = self._steps.get(split)
             if ticket is not None:
-                slots = self._slots_of(session, ticket, rewards)
+                slots = self._slots_of(session, ticket, config)
             else:
                 slots = list(open_step.slots) if open_step is not None else []
             number = self._steps.number(split) if ticket is None else ticket.step
@@ -389,8 +390,9 @@ class RewardClient:
 
     # --- private: collect ------------------------------------------------------------------------
 
-    def _slots_of(self, session: Session, ticket: Ticket, rewards: tuple[RewardSpec, ...]) -> Sequence[Slot]:
-        """The samples of a ticket; `rewards` are those of its split, as they stand in its launch."""
+    def _slots_of(self, session: Session, ticket: Ticket, config: RewardConfig) -> Sequence[Slot]:
+        """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""
+        rewards = config.of(ticket.split)
         if ticket.run != self.run:
             raise TicketError(f"this ticket is of run {ticket.run!r}, this client of {self.run!r}")
         if ticket.fingerprints != _fingerprints(rewards):
@@ -404,7 +406,7 @@ class RewardClient:
                 return live
         if ticket.place not in self._adopted:
             # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
-            self._adopted[ticket.place] = adopt(session, copy.copy(ticket), rewards, self.settings.reconcile_s)
+            self._adopted[ticket.place] = adopt(session, copy.copy(ticket), config, self.settings.reconcile_s)
         return self._adopted[ticket.place]
 
     def _close_step(self, session: Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:

@@ -8,8 +8,9 @@ import pickle
 import pytest
 
 from tests.pipeline.conftest import assert_rewards, samples_of
+from tests.reward_models import image_of
 from tests.servers import wait_until
-from trainer_client import CollectTimeoutError, ScoringError
+from trainer_client import CollectTimeoutError, RewardClient, Sample, ScoringError
 
 ORDER = {"reward_model": "OrderInGroup", "version": "1"}
 
@@ -130,3 +131,23 @@ def test_a_forked_child_collects_a_ticket_of_its_parent(clients, workers):
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert_rewards(client.collect(timeout_s=30), range(4), "Slow")
+
+
+def test_a_ticket_of_evaluation_is_collected_though_its_samples_travelled_with_a_group_of_training(settings, workers):
+    alone = {"reward_model": "jpeg_incompressibility"}
+    config = {"rewards": [alone, {"reward_model": "jpeg_incompressibility_Rank"}], "eval_rewards": alone}
+    samples = [Sample(prompt="p", image=image_of(n), group="g") for n in (1, 2)]
+    client = RewardClient.from_dict(config, "test", launch="one", settings=settings)
+    client.submit(samples, group_size=2)
+    ticket = client.submit(samples, split="eval")
+    client.flush()
+    assert [chunk.fingerprint for chunk in pickle.loads(pickle.dumps(ticket)).chunks] == [
+        client.config.rewards[1].fingerprint
+    ]
+    saved = pickle.dumps(ticket)
+    end(client)
+    workers("gpu")
+    with RewardClient.from_dict(config, "test", launch="one", settings=settings) as successor:
+        batch = successor.collect(timeout_s=30, ticket=pickle.loads(saved))
+    assert batch.valid["jpeg_incompressibility"].tolist() == [True, True]
+    client.close()
