@@ -114,6 +114,9 @@ def test_a_sample_without_a_reward_raises_or_is_masked_as_asked(client: RewardCl
     strict.add_samples(samples)
     with pytest.raises(ScoringError, match=r"reward 'picky': 1 of 4 samples \(1 abstained\).*no opinion"):
         strict.finalize()
+    strict.add_samples(samples_of([8]))
+    with pytest.raises(ScoringError, match="no opinion"):  # else later samples would be given the rewards of others
+        strict.finalize()
     strict.clear()
     strict.add_samples(samples[:2])
     assert strict.finalize()["picky"].tolist() == [8.0, 9.0]

@@ -63,6 +63,8 @@ class RewardBuffer:
         self._step = 0
         self._is_open = False
         """Whether the client may have this step open."""
+        self._failed: ScoringError | None = None
+        """Why `finalize()` raised; its samples have no place in what later ones return."""
         self._num_added = 0
         """Samples of this rank, ever."""
 
@@ -85,10 +87,13 @@ class RewardBuffer:
             split: Rewards of which kind of model; all are computed in any case.
 
         Raises:
-            ScoringError: Some samples have no reward, and `on_failure` is `raise`; carries the batch.
+            ScoringError: Some samples have no reward, and `on_failure` is `raise`; carries the batch. Raised again
+                until `clear()`.
         """
         import torch
 
+        if self._failed is not None:
+            raise self._failed
         if self._is_open or self.client.world_size > 1:
             self._collect()
         rewards = {
@@ -108,7 +113,7 @@ class RewardBuffer:
         if self._is_open:
             self.client.cancel(self.split)
         self._next_step()  # also where nothing is open: steps are numbered alike on all ranks
-        self.all_samples, self.batches = [], []
+        self.all_samples, self.batches, self._failed = [], [], None
 
     def metrics(self) -> dict[str, float]:
         """Of what the last `finalize()` collected, over all ranks, for their `log_data`; empty before it.
@@ -133,7 +138,8 @@ class RewardBuffer:
             batch = self.client.collect(self.timeout_s, on_failure=self.on_failure, split=self.split, step=self._step)
         except CollectTimeoutError:
             raise  # the step is still open: finalize() again, or clear()
-        except ScoringError:
+        except ScoringError as error:
+            self._failed = error
             self._next_step()
             raise
         self.batches.append(batch)
