@@ -47,6 +47,11 @@ class LoadedModel:
     num_too_large: int = 0
     """Samples that did not fit even alone."""
 
+    @property
+    def device(self) -> str:
+        """What it computes on; empty until it has asked for its device, which a judge never does."""
+        return str(vars(self.model).get("device", ""))
+
 
 @dataclass(slots=True, eq=False)
 class _Kept:
@@ -185,7 +190,8 @@ class Models:
             log.warning("load failed reward=%s error=%s", call.model, type(error).__name__)
             kept.load.set_exception(_as_load_error(call, error))
         else:
-            log.info("loaded reward=%s load_s=%.2f", call.model, time.perf_counter() - started)
+            device = f" device={model.device}" if model.device else ""
+            log.info("loaded reward=%s load_s=%.2f%s", call.model, time.perf_counter() - started, device)
             kept.load.set_result(model)
             return
         free_memory()

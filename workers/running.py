@@ -87,10 +87,9 @@ class ModelRunner:
         ready = [(s, i) for s, i in zip(samples, inputs, strict=True) if not isinstance(i, Outcome)]
         scored = iter(self._score(model, call, [s for s, _ in ready], [i for _, i in ready]) if ready else ())
         outcomes = [i if isinstance(i, Outcome) else next(scored) for i in inputs]
-        device = vars(model.model).get("device")  # there once the model has asked for it: a judge never does
         origin = {
             **where_computed(),
-            **({"device": str(device)} if device is not None else {}),
+            **({"device": model.device} if model.device else {}),
             "model_version": call.version,
             "decode_s": round(decode_s, 4),
             "score_s": round(time.perf_counter() - started - decode_s, 4),

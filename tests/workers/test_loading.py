@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from tasks.errors import ModelLoadError
 from tasks.settings import load_settings
@@ -45,11 +47,26 @@ def test_a_class_in_an_allowed_module_is_loaded_with_its_configuration(models):
 
 
 def test_a_model_knows_its_device_and_dtype(models):
-    import torch
-
     model = load(models, reward_model=f"{OURS}PixelCode", dtype="half").model
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float16
+
+
+def test_the_log_says_what_a_model_that_asks_for_its_device_was_given(models, monkeypatch, caplog):
+    """A worker that lost its GPU goes on on the CPU, with the same rewards and much later."""
+    from tests import reward_models
+
+    class OnDevice(reward_models.PixelCode):
+        def __init__(self, config, accelerator):
+            super().__init__(config, accelerator)
+            self.weight = torch.ones(1, device=self.device)
+
+    monkeypatch.setattr(reward_models, "OnDevice", OnDevice, raising=False)
+    caplog.set_level(logging.INFO)
+    load(models, reward_model=f"{OURS}OnDevice")
+    load(models, reward_model=f"{OURS}PixelCode")
+    said = [line for line in caplog.text.splitlines() if "loaded reward=" in line]
+    assert [line.endswith(" device=cpu") for line in said] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "JPEG_incompressibility"])
