@@ -123,7 +123,8 @@ class Uploads:
         while not self._has_room(num_bytes) and not self._may_exceed(slot, num_bytes):
             self._board.trouble = (
                 f"the payload store holds {self._in_use} bytes of all clients, REWARDQ_MAX_STORE_BYTES is "
-                f"{self._settings.max_store_bytes}; sending waits for workers to score what is there"
+                f"{self._settings.max_store_bytes}; sending waits for workers to score what is there (what "
+                "`async_reward: false` holds they score from collect() on)"
             )
             self._patience.pause(STORE_LOOK_S)
             if not is_needed():
