@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.media import PixelsHWC
@@ -62,21 +62,19 @@ def run_alone(settings: Settings, queue: str, images: Sequence[PixelsHWC]) -> li
     One thread encodes and stores, so that the steps follow one another and add up to the time from `submit()` to the
     reward. `queue` is what is left between the measured ones: put the request together, send, take, read, and claim.
     """
-    client_s = dict.fromkeys(_CLIENT_STEPS, 0.0)
     chunks = []
     with _client(settings.model_copy(update={"sender_threads": 1}), queue) as client:
         for i in range(0, len(images), BATCH_SIZE):
             submitted_at = time.monotonic()
             client.submit([Sample(PROMPT, image) for image in images[i : i + BATCH_SIZE]])
             batch = client.collect(COLLECT_S, progress=False)
-            so_far_s = {step: batch.timings[name] for step, name in _CLIENT_STEPS.items()}
-            chunks.append(_steps(batch, submitted_at, {step: so_far_s[step] - client_s[step] for step in client_s}))
-            client_s = so_far_s
+            chunks.append(_steps(batch, submitted_at))
     return chunks
 
 
-def _steps(batch: RewardBatch, submitted_at: float, client_s: Mapping[str, float]) -> dict[str, float]:
+def _steps(batch: RewardBatch, submitted_at: float) -> dict[str, float]:
     """Seconds by step of a batch that travelled as one chunk."""
+    client_s = {step: batch.timings[name] for step, name in _CLIENT_STEPS.items()}
     info = batch.info["null"][-1]
     worker_s = {step: info["origin"][f"{step}_s"] for step in ("fetch", "decode")}
     result_s = submitted_at + batch.timings["span_s"] - info["called_at"]
