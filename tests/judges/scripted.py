@@ -98,15 +98,6 @@ def fails(status: int, words: str, **headers: str) -> Answer:
     return Answer(status, json.dumps(body).encode(), named)
 
 
-class Clock:
-    """In the place of a module's `time`; it goes on when a test says so, however long the test takes."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 class ScriptedServer:
     """A server of the standard library; `get` and `post` of a subclass answer what comes."""
 

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.judges.scripted import Clock, fails, says_yes
+from tests.clock import Clock
+from tests.judges.scripted import fails, says_yes
 from workers import Unscored, network
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.judges.scripted import Answer, Clock, together
+from tests.clock import Clock
+from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
 from workers import Unscored, network, remote

@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.judges.scripted import Clock
+from tests.clock import Clock
 from tests.remote.conftest import get, post
 from tests.servers import ROOT, STOP_S, clean_env, wait_until
 from workers.server import RewardServer

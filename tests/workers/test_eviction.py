@@ -109,17 +109,6 @@ def test_the_model_that_is_not_in_use_goes_though_it_was_used_later():
         assert alive() == [0, 2]
 
 
-class Clock:
-    """In the place of `time` there; it goes on when a test says so."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    perf_counter = monotonic
-
-
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(loading, "time", found := Clock())
