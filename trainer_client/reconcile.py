@@ -117,11 +117,7 @@ class Reconciler:
         specs = {e.spec.fingerprint: e.spec for e in entries}.values()
         workers = self._outcomes.workers()
         words = [
-            f"{worker.node} is still loading {spec.part.reward_model}"
-            for spec in specs
-            if _waits_for_load(spec, workers)
-            for worker in workers
-            if spec.queue in worker.queues and spec.part.fingerprint in worker.loading
+            f"{node} is still loading {spec.part.reward_model}" for spec in specs for node in _loaders(spec, workers)
         ]
         return "; ".join(words) or None
 
@@ -144,7 +140,7 @@ class Reconciler:
         if not unqueued:
             return {}
         workers = self._outcomes.workers()
-        unqueued = [c for c in unqueued if not _waits_for_load(c.spec, workers)]
+        unqueued = [c for c in unqueued if not _loaders(c.spec, workers)]
         pairs = [(c, e, a) for c in unqueued for e in list(c.entries) for a in _in_hand_with(e)]
         claimed = self._outcomes.claimed([a for _, _, a in pairs])
         in_hand = {e for (_, e, _), is_claimed in zip(pairs, claimed, strict=True) if is_claimed}
@@ -233,12 +229,13 @@ def _in_hand_with(entry: Entry) -> list[str]:
     return [entry.address, *(p.address for p in (entry.comparisons or entry.members) if p.address)]
 
 
-def _waits_for_load(spec: RewardSpec, workers: Sequence[Heartbeat]) -> bool:
-    """Whether a worker is loading the model of a reward, and no other has it: a load that hangs is no reason to wait
-    where somebody else could score."""
-    fingerprint = spec.part.fingerprint
+def _loaders(spec: RewardSpec, workers: Sequence[Heartbeat]) -> list[str]:
+    """Which workers load the model of a reward that waits for them; none does where another worker has it: a load that
+    hangs is no reason to wait where somebody else could score."""
     own = [w for w in workers if spec.queue in w.queues]
-    return any(fingerprint in w.loading for w in own) and not any(fingerprint in w.loaded for w in own)
+    if any(spec.part.fingerprint in w.loaded for w in own):
+        return []
+    return [w.node for w in own if spec.part.fingerprint in w.loading]
 
 
 def _answers(outcome: Outcome, entry: Entry) -> bool:
