@@ -185,6 +185,11 @@ def address(run: str, fingerprint: str, key: str) -> str:
     return f"{run}:{fingerprint}:{key}"
 
 
+def key_of(address: str) -> str:
+    """The sample's or group's key in an address."""
+    return address.rpartition(":")[2]
+
+
 class Outcomes:
     """The outcomes, claims and heartbeats in one Redis.
 

@@ -140,12 +140,12 @@ class Groups:
                 self._register(group, members)
 
     def ask(self, entry: Entry) -> None:
-        """Let a group's entry ask for the attempt that other ranks ask for, and know the message that one has sent."""
-        if self._slots is not None and entry.group_key:
-            found = entry.address.rpartition(":")[2]
-            entry.attempt, entry.sent_number = self._slots.ask(
-                entry.group_key, found, self._rank, self._board.client_id, entry.attempt
-            )
+        """Let the entry of a group of several ranks ask for the attempt that the others ask for, and know the message
+        that one has sent."""
+        assert self._slots is not None
+        entry.attempt, entry.sent_number = self._slots.ask(
+            entry.group_key, outcomes.key_of(entry.address), self._rank, self._board.client_id, entry.attempt
+        )
 
     def tell_number(self, chunk: Chunk) -> None:
         """Tell the other ranks which message was sent for a group."""

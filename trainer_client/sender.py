@@ -248,7 +248,7 @@ class Sender:
             is_final = outcome is not None and outcome.is_final
             if outcome is not None and not is_final:
                 entry.attempt = outcome.attempt + 1
-            if not is_final and self._board.is_wanted(entry):
+            if entry.group_key and not is_final and self._board.is_wanted(entry):
                 self._patience.insist(functools.partial(self._groups.ask, entry))
             if outcome is not None and (is_final or outcome.attempt >= entry.attempt):
                 hits[entry] = outcome
