@@ -13,6 +13,7 @@ from tasks.errors import ModelLoadError
 from tasks.messages import RewardCall
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
+from tests.clock import Clock
 from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import RewardClient, Sample
