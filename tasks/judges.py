@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tasks.entries import IMAGE_OR_VIDEO, VLM, ModelEntry, Option
+from tasks.urls import DEFAULT_JUDGE_URL, ApiUrls
 
 T2I_ASPECTS = ("text_faithfulness", "physical_quality", "text_rendering")
 """What the rubric for generated images scores, in its order."""
@@ -16,9 +17,9 @@ EDIT_ASPECTS = ("text_faithfulness", "image_faithfulness", "physical_quality", "
 
 _T2IAspect = Literal["text_faithfulness", "physical_quality", "text_rendering"]
 _EditAspect = Literal["text_faithfulness", "image_faithfulness", "physical_quality", "text_rendering"]
-_Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Positive = Annotated[int, Field(ge=1)]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -27,11 +28,11 @@ def _asking(model: str, temperature: float, timeout: float) -> dict[str, Option]
     """Options of every judge."""
     return {
         "api_base_url": Option(
-            _Url | Annotated[list[_Url], Field(min_length=1)],
-            "http://localhost:8000/v1",
+            ApiUrls,
+            DEFAULT_JUDGE_URL,
             "URL of the OpenAI-compatible API with its /v1, or a list: the least busy is asked",
         ),
-        "vlm_model": Option(str, model, "model name as the server lists it; empty for the only one it lists"),
+        "vlm_model": Option(str, model, "model name as the server takes it; empty for the only one it lists"),
         "api_key": Option(str, "EMPTY", "EMPTY or empty; a real key is named by api_key_env", is_answer=False),
         "api_key_env": Option(
             str,
@@ -94,7 +95,7 @@ JUDGES: dict[str, ModelEntry] = {
         path="workers.judges.yes_no:YesNoJudge",
         queue=VLM,
         required=(("prompt",), IMAGE_OR_VIDEO),
-        version="2",
+        version="3",
         extra="judge",
         batch_size=1,
         max_batch_size=4,
@@ -108,7 +109,10 @@ JUDGES: dict[str, ModelEntry] = {
                 Annotated[int, Field(ge=1, le=20)], 20, "candidates of the first token that are looked at"
             ),
             "canonicalize": Option(
-                bool, True, "sum Yes, yes, ' YES' and the like; false takes exactly Yes and No, as Flow-Factory does"
+                bool, True, "sum Yes, yes, '**YES' and the like; false takes exactly Yes and No, as Flow-Factory does"
+            ),
+            "min_answer_mass": Option(
+                _Share, 0.25, "P(Yes) + P(No) below which a sample is unparsable; 0 takes any, as Flow-Factory does"
             ),
             "max_cache_size": Option(_Count, 0, "accepted for Flow-Factory's configs; not used", is_answer=False),
         },
@@ -118,7 +122,7 @@ JUDGES: dict[str, ModelEntry] = {
         path="workers.judges.rational:RationalT2I",
         queue=VLM,
         required=(("prompt",), IMAGE_OR_VIDEO),
-        version="1",
+        version="2",
         extra="judge",
         batch_size=1,
         max_batch_size=4,
@@ -132,7 +136,7 @@ JUDGES: dict[str, ModelEntry] = {
         path="workers.judges.rational:RationalEdit",
         queue=VLM,
         required=(("prompt",), IMAGE_OR_VIDEO, ("condition_images",)),
-        version="1",
+        version="2",
         extra="judge",
         batch_size=1,
         max_batch_size=4,
@@ -146,7 +150,7 @@ JUDGES: dict[str, ModelEntry] = {
         path="workers.judges.pairwise:PairwiseJudge",
         queue=VLM,
         required=(("prompt",), IMAGE_OR_VIDEO),
-        version="1",
+        version="2",
         extra="judge",
         how="wins",
         batch_size=1,

@@ -56,7 +56,10 @@ def _shown(value: Any) -> Any:
     """What was given, without the passwords of URLs."""
     if isinstance(value, list):
         return [_shown(one) for one in value]
-    return without_password(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    has_scheme = "://" in value or "@" not in value
+    return without_password(value) if has_scheme else without_password(f"://{value}").removeprefix("://")
 
 
 def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:

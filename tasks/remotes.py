@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tasks.entries import IMAGE_OR_VIDEO, VLM, How, ModelEntry, Option
+from tasks.urls import ServerUrls
 
-_Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
 _Field = Literal["prompt", "image", "video", "condition_images", "condition_videos", "metadata"]
 
 
@@ -24,7 +24,7 @@ def _remote(name: str, how: How, doc: str) -> ModelEntry:
         is_yours=True,
         options={
             "server_url": Option(
-                _Url | Annotated[list[_Url], Field(min_length=1)],
+                ServerUrls,
                 "",
                 "URL of the reward server, or a list of servers that give the same rewards: the least busy is asked",
                 is_needed=True,

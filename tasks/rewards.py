@@ -321,6 +321,10 @@ def _say_whose_concurrency() -> None:
     log.warning("num_workers is accepted and not used: concurrency is the workers', celery worker --concurrency")
 
 
+def _say_default_url(where: str, url: str) -> None:
+    log.warning("%s has no api_base_url: each worker asks the judge at %s, on the worker's own host", where, url)
+
+
 def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: needs a mapping with reward_model, found {_kind(entry)}")
@@ -359,6 +363,8 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
         known.setdefault("timeout_s", builtin.timeout_s)
         known["reward_model"] = canonical
         known["options"] = check_options(canonical, builtin, options, _KEYS, where, folder)
+        if builtin.is_judge and "api_base_url" not in options:
+            _say_default_url(where, known["options"]["api_base_url"])
         named = known["options"].get("required_fields")
         known["required"] = builtin.required if not named else tuple((f,) for f in named if f != "metadata")
         known["fields"] = tuple(named or builtin.fields)

@@ -21,19 +21,19 @@ def logprobs(probabilities: dict[str, float]) -> Reply:
     ("candidates", "summed", "exact"),
     [
         ({"Yes": 0.6, "No": 0.2}, 0.75, 0.75),
-        ({"Yes": 0.3, " yes": 0.2, "YES": 0.1, "no": 0.1, " No": 0.1}, 0.75, 1.0),
+        ({"Yes": 0.3, " yes": 0.2, "YES": 0.1, "no": 0.1, " No": 0.1}, 0.75, None),  # exactly No: at most 0.1
         ({"Yes": 0.3, "No": 0.1, "no": 0.5}, 1 / 3, 0.75),
         ({"yes": 0.3, "no": 0.1}, 0.75, None),
         ({"Yes": 0.5, "Maybe": 0.5}, 1.0, 1.0),
         ({"No": 0.5, "Maybe": 0.5}, 0.0, 0.0),
-        ({"Yes.": 0.5, "Nope": 0.5}, None, None),
+        ({"Yes.": 0.5, "Nope": 0.5}, 1.0, None),
         ({"Maybe": 1.0}, None, None),
     ],
 )
 def test_the_reward_is_yes_over_yes_and_no(candidates, summed, exact):
     for canonicalize, expected in ((True, summed), (False, exact)):
         if expected is None:
-            with pytest.raises(Unscored, match="neither Yes nor No") as caught:
+            with pytest.raises(Unscored, match="among the judge's") as caught:
                 yes_probability(logprobs(candidates), canonicalize=canonicalize)
             assert caught.value.kind == "unparsable"
         else:

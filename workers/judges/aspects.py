@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from workers.judges.thought import without_thought
+
 LOWEST, HIGHEST = 1.0, 4.0
-"""The rubric's scale; a score outside it counts as its nearest end."""
+"""The rubric's scale; a score a little outside it counts as its nearest end."""
+
+ANOTHER_SCALE = 4.5
+"""A score above this is one on another scale, of 5, 10 or 100, and says nothing on ours."""
 
 TITLES = {
     "text_faithfulness": r"text\s+faithfulness",
@@ -41,8 +46,6 @@ _SUMMARY = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _REFINED = re.compile(rf"^{_MARKS}refined\s+request{_MARKS}[:：]{_MARKS}", re.IGNORECASE | re.MULTILINE)
-_THOUGHT_BEGINS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
-_THOUGHT_ENDS = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
 _AROUND = r"[\s*_`\[\](){}\"'~]*"
 _NONE = re.compile(rf"^{_AROUND}(?:n\s*[/.]?\s*a\b|not\s+applicable\b)", re.IGNORECASE)
@@ -64,38 +67,36 @@ class Judgement:
         scores: By aspect, in [1, 4], or `N/A`; what the reply lacks is not in it.
         unclear: Aspects whose scores contradict each other.
         refined_request: How the judge would put the request; empty if it does not say.
+        beyond: By aspect, the number on another scale that stands for its score.
     """
 
     scores: Mapping[str, Score]
     unclear: tuple[str, ...]
     refined_request: str
+    beyond: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_judgement(text: str) -> Judgement:
     """The scores in a reply. The summary and what follows it are not looked at, nor a model's thinking."""
-    text = _THOUGHT_BEGINS.split(_THOUGHT_ENDS.split(text)[-1])[0]
+    text = without_thought(text)
     scores: dict[str, Score] = {}
     unclear: dict[str, None] = {}
+    beyond: dict[str, float] = {}
     for aspect, values in _values(_judged_part(text)):
-        for score in (s for s in map(read_score, values) if s is not None):
+        for found in (n for n in map(_number, values) if n is not None):
+            score = _on_scale(found)
             if scores.setdefault(aspect, score) != score:
                 unclear[aspect] = None
+            if not isinstance(found, str) and found > ANOTHER_SCALE:
+                beyond.setdefault(aspect, found)
     kept = {aspect: score for aspect, score in scores.items() if aspect not in unclear}
-    return Judgement(kept, tuple(unclear), _refined_request(text))
+    return Judgement(kept, tuple(unclear), _refined_request(text), beyond)
 
 
 def read_score(value: str) -> Score | None:
     """The score that stands behind `Score:`, clamped to [1, 4]; None if it is no one number on that scale."""
-    if _NONE.match(value):
-        return NOT_APPLICABLE
-    found = _NUMBER.match(value)
-    if found is None:
-        return None
-    of_four = _OF_FOUR.match(found["rest"])
-    if _NO_SCORE.match(of_four["rest"] if of_four else found["rest"]):
-        return None
-    number = float(found["number"].replace(",", "."))
-    return min(max(number, LOWEST), HIGHEST) if math.isfinite(number) else None
+    found = _number(value)
+    return None if found is None else _on_scale(found)
 
 
 def mean_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
@@ -108,6 +109,24 @@ def mean_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> fl
 
 
 # --- private -------------------------------------------------------------------------------------
+
+
+def _on_scale(found: Score) -> Score:
+    return found if isinstance(found, str) else min(max(found, LOWEST), HIGHEST)
+
+
+def _number(value: str) -> Score | None:
+    """The one number that stands behind `Score:`, as it is, or that there is no score; None if it is neither."""
+    if _NONE.match(value):
+        return NOT_APPLICABLE
+    found = _NUMBER.match(value)
+    if found is None:
+        return None
+    of_four = _OF_FOUR.match(found["rest"])
+    if _NO_SCORE.match(of_four["rest"] if of_four else found["rest"]):
+        return None
+    number = float(found["number"].replace(",", "."))
+    return number if math.isfinite(number) else None
 
 
 def _judged_part(text: str) -> str:

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import platform
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 
 from tasks.connections import LOST
-from tasks.errors import BusyError
+from tasks.errors import BusyError, ModelLoadError
+from tasks.urls import DEFAULT_JUDGE_URL
 from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
-from workers.judges.endpoints import Endpoint
+from workers.judges.endpoints import Endpoint, says_no_such_model
+from workers.judges.inner_errors import MARK, InnerError, words_of
+from workers.judges.reply import Reply, cut, read_reply
 from workers.network import least_busy
 
-MAX_WORDS = 500
-"""Characters of a server's answer that a reason repeats."""
+__all__ = ["Chat", "Reply", "read_reply"]
 
-COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
-"""Finish reasons of a reply that ended by itself; some servers give none."""
+CHECK_TIMEOUT_S = 30.0
+"""Seconds for what is asked of a server before there are samples."""
 
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A chat completion."""
-
-    text: str
-    finish_reason: str | None
-    candidates: tuple[tuple[str, float], ...]
-    """Of the first token: text and log probability, most likely first; empty if the server gave none."""
-    model: str
-    num_requests: int
-
-    def complete_text(self) -> str:
-        """The text, if it is whole.
-
-        Raises:
-            Unscored: `unparsable`; it was cut or is empty. What arrived is kept in its info.
-        """
-        info = {"judge": {"text": self.text, "finish_reason": self.finish_reason}}
-        if self.finish_reason == "length":
-            raise Unscored("unparsable", "the judge's reply was cut at max_tokens; it is not scored on a part", info)
-        if self.finish_reason not in COMPLETE:
-            raise Unscored("unparsable", f"the judge's reply ended by {self.finish_reason!r}, not by itself", info)
-        if not self.text.strip():
-            raise Unscored("unparsable", "the judge's reply is empty", info)
-        return self.text
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Chat:
@@ -98,6 +75,27 @@ class Chat:
         """
         return self._loop.run_all([self._ask_one(messages, params) for messages in chats], self._timeout_s)
 
+    def warm_up(self) -> None:
+        """Ask each server for its models, and an unlisted model for an answer of one token.
+
+        Raises:
+            ModelLoadError: A server is away, refuses the key or the model, or its URL is wrong; the text says what.
+        """
+        for found in self._loop.run_all([self._check(endpoint) for endpoint in self._endpoints], CHECK_TIMEOUT_S):
+            if found is not None:
+                raise ModelLoadError(str(found))
+
+    async def _check(self, endpoint: Endpoint) -> None:
+        count = Requests(endpoint=endpoint)
+        requests.set(count)
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await endpoint.check(self._model)
+        except TimeoutError:
+            raise Unscored("timeout", f"no answer from {endpoint.name} within {CHECK_TIMEOUT_S:g} seconds") from None
+        except openai.OpenAIError as error:
+            raise await self._reason(error, count) from None
+
     async def _ask_one(self, messages: list[Any], params: Mapping[str, Any]) -> Reply:
         count = Requests()
         requests.set(count)
@@ -106,9 +104,18 @@ class Chat:
                 return await self._ask_somewhere(messages, params, count)
         except TimeoutError:
             after = _after(count)
-            raise Unscored("timeout", f"no answer within timeout_s={self._timeout_s:g} seconds{after}") from None
+            words = f"no answer within timeout_s={self._timeout_s:g} seconds{after}{_way(count)}"
+            raise Unscored("timeout", words) from None
         except openai.OpenAIError as error:
-            raise _reason(error, self._timeout, count) from None
+            raise await self._reason(error, count) from None
+
+    async def _reason(self, error: openai.OpenAIError, count: Requests) -> Unscored:
+        """The reason for an error of the API, with what the server lists if it has no such model."""
+        found = _reason(error, self._timeout, count)
+        if count.endpoint is not None and says_no_such_model(error):
+            found.message += await count.endpoint.refused(self._model)
+        found.message += _way(count)
+        return found
 
     async def _ask_somewhere(self, messages: list[Any], params: Mapping[str, Any], count: Requests) -> Reply:
         """Ask the least busy server; one that fails is followed by the next, the last gets the retries left."""
@@ -116,12 +123,13 @@ class Chat:
         while True:
             async with self._place(left) as endpoint:
                 left.remove(endpoint)
+                count.endpoint = endpoint
                 others = any(e.is_well for e in left)
                 retries = 0 if others else max(0, self._max_retries - count.num)
                 try:
                     reply = await self._ask_at(endpoint, retries, messages, params, count)
                 except (openai.APIConnectionError, openai.APIStatusError) as error:
-                    endpoint.is_doubted |= isinstance(error, openai.NotFoundError)
+                    endpoint.is_doubted |= says_no_such_model(error)
                     if _is_the_servers(error):
                         endpoint.failed()
                     else:
@@ -142,7 +150,11 @@ class Chat:
             requests.reset(uncounted)
         completions = self._client(endpoint, retries).chat.completions.with_raw_response
         raw = await completions.create(model=name, messages=messages, **self._params, **params)
-        return read_reply(raw.content, name, count.num)
+        try:
+            return read_reply(raw.content, name, count.num)
+        except Unscored as reason:
+            reason.message += endpoint.way
+            raise
 
     def _client(self, endpoint: Endpoint, retries: int) -> Any:
         if (endpoint, retries) not in self._clients:
@@ -199,43 +211,7 @@ class Chat:
         return BusyError(f"all {self._fleet_max} requests that fleet_max_concurrent allows are in flight at {urls}")
 
 
-def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
-    """The reply in the body of an answer.
-
-    Raises:
-        Unscored: `failed`; it is no chat completion, or one without a choice.
-    """
-    try:
-        choice = json.loads(content)["choices"][0]
-        message = choice["message"]
-        return Reply(
-            text=_text(message.get("content")),
-            finish_reason=choice.get("finish_reason"),
-            candidates=_candidates(choice.get("logprobs")),
-            model=model,
-            num_requests=num_requests,
-        )
-    except (ValueError, LookupError, TypeError, AttributeError):
-        words = _cut(content.decode("utf-8", "replace"))
-        raise Unscored("failed", f"the judge's server sent no chat completion but {words!r}") from None
-
-
 # --- private -------------------------------------------------------------------------------------
-
-
-def _text(content: Any) -> str:
-    """The text of a message, which is a text or a list of parts."""
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
-    return str(content or "")
-
-
-def _candidates(logprobs: Any) -> tuple[tuple[str, float], ...]:
-    tokens = (logprobs or {}).get("content")
-    if not tokens:
-        return ()
-    found = tokens[0].get("top_logprobs") or [tokens[0]]
-    return tuple((str(c["token"]), float(c["logprob"])) for c in found)
 
 
 def _is_the_servers(error: openai.OpenAIError) -> bool:
@@ -254,11 +230,48 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     if isinstance(error, openai.APITimeoutError):
         return Unscored("timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}")
     if isinstance(error, openai.APIStatusError):
-        return Unscored("failed", f"the judge answered {error.status_code}{after}: {_server_words(error)}")
+        return Unscored("failed", f"the judge answered {_status(error)}{after}: {_server_words(error)}")
     if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__ or error
-        return Unscored("failed", f"no connection to the judge{after}: {type(cause).__name__}: {cause}")
+        return Unscored("failed", f"no connection to the judge{after}: {_whereto(count)}: {_cause(error)}")
     return Unscored("failed", f"{type(error).__name__}{after}: {error}")
+
+
+def _status(error: Any) -> str:
+    """The status of an answer, or the code of the error that was inside one of 200."""
+    inner: InnerError | None = error.response.extensions.get(MARK)
+    if inner is None:
+        return str(error.status_code)
+    return f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
+
+
+def _whereto(count: Requests) -> str:
+    """The URL that was asked, and from which host: it may be well, and out of this host's reach."""
+    here = platform.node()
+    if count.endpoint is None:
+        return f"from {here}"
+    url = count.endpoint.name
+    if count.endpoint.url == DEFAULT_JUDGE_URL:
+        url += " (the default, where api_base_url is not given)"
+    is_here = urlsplit(count.endpoint.url).hostname in _LOOPBACK
+    return f"{url} from {here}{', which is the worker itself' if is_here else ''}"
+
+
+def _cause(error: openai.OpenAIError) -> str:
+    """What went wrong, down to the words of the operating system, which libraries do not repeat."""
+    cause: BaseException = error.__cause__ or error
+    words = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    below = cause.__cause__ or cause.__context__
+    seen = {id(cause)}
+    while below is not None and id(below) not in seen:
+        seen.add(id(below))
+        if isinstance(below, OSError) and below.strerror and below.strerror not in words:
+            return f"{words} ({below.strerror})"
+        below = below.__cause__ or below.__context__
+    return words
+
+
+def _way(count: Requests) -> str:
+    return count.endpoint.way if count.endpoint is not None else ""
 
 
 def _after(count: Requests) -> str:
@@ -267,12 +280,7 @@ def _after(count: Requests) -> str:
 
 def _server_words(error: Any) -> str:
     """What the server said, without the key: the message in its error, else its answer as it is."""
-    body = error.body if isinstance(error.body, Mapping) else {}
-    found = [body[name] for name in ("message", "detail", "error") if isinstance(body.get(name), str)]
-    words: str = found[0] if found else error.response.text
+    inner: InnerError | None = error.response.extensions.get(MARK)
+    words: str = inner.words if inner is not None else words_of(error.body) or error.response.text
     key = error.request.headers.get("Authorization", "").removeprefix("Bearer ")
-    return _cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
+    return cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)

@@ -13,8 +13,11 @@ import openai
 
 from tasks.errors import ModelLoadError
 from tasks.settings import Settings, load_settings
+from tasks.urls import whats_wrong_with_api
 from workers.judges.endpoints import Endpoint
+from workers.judges.inner_errors import MARK, inner_error
 from workers.network import NetworkLoop, Once
+from workers.proxies import proxy_for, trusted_certificates
 
 OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"
@@ -23,9 +26,12 @@ NO_KEY = "EMPTY"
 
 @dataclass(slots=True)
 class Requests:
-    """How many requests one question took so far, the SDK's retries included."""
+    """The requests of one question."""
 
     num: int = 0
+    """How many so far, the SDK's retries included."""
+    endpoint: Endpoint | None = None
+    """Where the last one went."""
 
 
 requests: ContextVar[Requests] = ContextVar("requests")
@@ -52,19 +58,46 @@ class JudgeLoop(NetworkLoop):
         """Places in a budget of the fleet that are being given back."""
 
     def endpoint(self, url: str, key: str) -> Endpoint:
-        """The one endpoint at this URL, with the one client that has this key."""
+        """The one endpoint at this URL, with the one client that has this key.
+
+        Raises:
+            ModelLoadError: Nothing could be asked at this URL, or not through the proxy that the environment names.
+        """
         url = url.rstrip("/")
+        wrong = whats_wrong_with_api(url)  # a class of the user's has options that the trainer does not check
+        if wrong:
+            raise ModelLoadError(f"api_base_url {wrong}")
         with self._lock:
             if (url, key) not in self._endpoints:
-                # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
-                headers = {"Authorization": f"Bearer {key}"}
-                client = CountingClient(base_url=url, api_key=key, default_headers=headers)
-                self._endpoints[url, key] = Endpoint(url, client=client)
+                self._endpoints[url, key] = _endpoint(url, key)
             return self._endpoints[url, key]
 
     async def _close_clients(self) -> None:
         for endpoint in self._endpoints.values():
             await endpoint.client.close()
+
+
+def _endpoint(url: str, key: str) -> Endpoint:
+    proxy = proxy_for(url)
+    http_client = openai.DefaultAsyncHttpxClient(
+        proxy=proxy.url if proxy else None,
+        trust_env=False,  # else the transports of proxies are built that this URL does not need
+        verify=trusted_certificates(),
+        event_hooks={"response": [_give_its_errors_status]},
+    )
+    # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
+    headers = {"Authorization": f"Bearer {key}"}
+    client = CountingClient(base_url=url, api_key=key, default_headers=headers, http_client=http_client)
+    return Endpoint(url, client=client, proxy=proxy)
+
+
+async def _give_its_errors_status(response: Any) -> None:
+    """Give an answer of 200 with an error in it that error's status, so that the SDK does what it does about that."""
+    if response.is_success:
+        error = inner_error(await response.aread())
+        if error is not None:
+            response.status_code = error.status
+            response.extensions[MARK] = error
 
 
 @Once

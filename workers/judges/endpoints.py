@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,12 +16,26 @@ from urllib.parse import urlsplit
 import openai
 
 from workers.base import Unscored
+from workers.judges.inner_errors import words_of
 from workers.network import Server
+from workers.proxies import Proxy
+
+log = logging.getLogger(__name__)
 
 LIST_TIMEOUT_S = 10.0
 LIST_AGAIN_S = 15.0
 """Names that lacked the one wanted, or had one that is not there, are asked for again after this long: the server may
 have been restarted."""
+
+MOST_NAMES = 20
+"""So many of the models that a server lists are told; gateways list hundreds."""
+
+_NO_SUCH_MODEL = re.compile(
+    r"model_not_found|\bmodel\b.{0,120}(?:does not exist|not exist|not found|not a valid model)|"
+    r"(?:no such|unknown|invalid) model\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""How gateways say with another status than 404 that there is no model of a name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +44,8 @@ class Endpoint(Server):
 
     client: Any = field(kw_only=True)
     """Its `AsyncOpenAI`."""
+    proxy: Proxy | None = None
+    """What requests to it go through."""
     names: tuple[str, ...] | None = None
     """Models it lists; None if it was not asked or lists none."""
     is_doubted: bool = False
@@ -33,38 +53,90 @@ class Endpoint(Server):
     listed_at: float = float("-inf")
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def way(self) -> str:
+        """What a reason says of the way to it; empty if it is asked directly."""
+        return self.proxy.words if self.proxy else ""
+
     async def model_name(self, wanted: str, client: Any) -> str:
         """The name of the model to ask for: `wanted`, or the only one that the server lists if that is empty.
+
+        A name that the server does not list is asked for all the same: aliases, variants, adapters and names behind a
+        wildcard are on no list. Whether there is such a model is for the server to say.
 
         Args:
             client: Asks with the question's retries, where there is no question without a name.
 
         Raises:
-            Unscored: The server does not list it, names those that it does, or its URL lacks the /v1.
+            Unscored: No name is given and the server lists not just one, or its URL lacks the /v1.
             openai.OpenAIError: Without a name, the server could not be asked for one.
         """
         async with self.listing:
-            is_known = self._is_listed(wanted) and not self.is_doubted
+            is_known = (self._is_listed(wanted) or (wanted and self.names is not None)) and not self.is_doubted
             if not is_known and time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 try:
-                    self.names = await self._list(client if not wanted else self._quick_client())
-                    self.is_doubted = False
+                    await self._learn_names(client if not wanted else self._quick_client())
                 except (openai.APIConnectionError, openai.APIStatusError):
                     if not wanted:
                         raise  # else the question itself will meet the same, with its retries
                 self.listed_at = time.monotonic()
-        names = ", ".join(self.names or ())
+                if wanted and self.names and wanted not in self.names:
+                    log.warning("model not listed but asked url=%s model=%r listed=%s", self.name, wanted, self.listed)
+        if wanted:
+            return wanted
         if self.names is None:
-            if not wanted:
-                raise Unscored("failed", f"{self.name} lists no models; name the one to ask as vlm_model")
-            return wanted  # it does not say: let the request tell
-        if not wanted and len(self.names) == 1:
+            raise Unscored("failed", f"{self.name} lists no models; name the one to ask as vlm_model")
+        if len(self.names) == 1:
             return self.names[0]
+        raise Unscored("failed", f"{self.name} serves several models; name one of them as vlm_model: {self.listed}")
+
+    async def refused(self, wanted: str) -> str:
+        """What to say behind the words of a server that has no model of this name; the names are asked for anew."""
+        self.is_doubted = True
+        async with self.listing:
+            if time.monotonic() - self.listed_at > LIST_AGAIN_S:
+                self.listed_at = time.monotonic()
+                with contextlib.suppress(openai.APIConnectionError, openai.APIStatusError, Unscored):
+                    await self._learn_names(self._quick_client())
+        if self.names is None:
+            return f"; {self.name} lists no models: is this the URL of an OpenAI-compatible API?"
+        if wanted in self.names:
+            return ""
         if not wanted:
-            raise Unscored("failed", f"{self.name} serves several models; name one of them as vlm_model: {names}")
-        if wanted not in self.names:
-            raise Unscored("failed", f"{self.name} serves no model {wanted!r} (vlm_model); it lists: {names or 'none'}")
-        return wanted
+            return f"; it lists: {self.listed}"
+        return f"; {self.name} serves no model {wanted!r} (vlm_model); it lists: {self.listed}"
+
+    async def check(self, wanted: str) -> None:
+        """Ask for the models, and for an answer of one token by a model that is not listed.
+
+        Raises:
+            Unscored: There is no model to ask for.
+            openai.OpenAIError: The server cannot be asked, or refuses the model.
+        """
+        client = self._quick_client()
+        self.listed_at = time.monotonic()
+        await self._learn_names(client)
+        name = await self.model_name(wanted, client)
+        if self._is_listed(name):
+            return
+        question = [{"role": "user", "content": "Answer Yes."}]
+        try:
+            await client.chat.completions.with_raw_response.create(model=name, messages=question, max_tokens=1)
+        except (openai.APIStatusError, openai.APITimeoutError) as error:
+            if says_no_such_model(error) or getattr(error, "status_code", None) in (401, 403, 404):
+                raise
+            log.warning("model not asked for a trial url=%s model=%r error=%s", self.name, name, error)
+
+    @property
+    def listed(self) -> str:
+        """The names of the models that it lists, for people."""
+        names = self.names or ()
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return (", ".join(names[:MOST_NAMES]) or "none") + more
+
+    async def _learn_names(self, client: Any) -> None:
+        self.names = await self._list(client)
+        self.is_doubted = False
 
     def _is_listed(self, wanted: str) -> bool:
         return self.names is not None and (wanted in self.names or (not wanted and len(self.names) == 1))
@@ -82,9 +154,21 @@ class Endpoint(Server):
         return names
 
 
+def says_no_such_model(error: Any) -> bool:
+    """Whether the server's refusal is about the model's name: a 404, or another status with such words."""
+    if isinstance(error, openai.NotFoundError):
+        return True
+    if getattr(error, "status_code", None) not in (400, 403, 422):
+        return False
+    body = error.body if isinstance(error.body, Mapping) else {}
+    return bool(_NO_SUCH_MODEL.search(f"{body.get('code')} {words_of(body) or error.response.text}"))
+
+
 async def _names_at(client: Any) -> tuple[str, ...] | None:
     try:
         raw = await client.models.with_raw_response.list()
-        return tuple(str(model["id"]) for model in json.loads(raw.content)["data"])
+        listed = json.loads(raw.content)
+        models = listed if isinstance(listed, list) else listed["data"]
+        return tuple(str(model["id"]) for model in models)
     except (openai.NotFoundError, ValueError, KeyError, TypeError):
         return None

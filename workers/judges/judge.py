@@ -16,8 +16,9 @@ from workers.base import (
     Unscored,
     frames_of,
 )
-from workers.judges.chat import Chat, Reply
+from workers.judges.chat import Chat
 from workers.judges.images import DATA_URLS, evenly_spaced
+from workers.judges.reply import Reply
 from workers.network import its_own_deadline
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
@@ -47,6 +48,10 @@ class Judge(PointwiseRewardModel):
     def admit(self) -> None:
         """Raise `BusyError` if the fleet's budget is in use."""
         self.chat.admit()
+
+    def warm_up(self) -> None:
+        """Raise `ModelLoadError` if a server is away, or refuses the key or the model; no picture is asked about."""
+        self.chat.warm_up()
 
     def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
         """The question about one sample. `frames` are its image, or the frames of its video to show."""

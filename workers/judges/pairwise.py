@@ -10,10 +10,10 @@ from typing import Any, Literal
 from tasks.errors import BusyError
 from workers.base import Accelerator, RewardArguments, RewardModelOutput, Unscored
 from workers.judges import rubrics
-from workers.judges.chat import Reply
 from workers.judges.images import evenly_spaced
 from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
+from workers.judges.reply import Reply
 from workers.judges.template import Template
 from workers.network import its_own_deadline
 
@@ -50,7 +50,7 @@ class PairwiseJudge(Judge):
 
     Each pair is shown in both orders, which cancels a judge's liking for one place: a member wins if it is ahead over
     both; it is a tie if each order speaks for another. A pair that misses an answer abstains and counts for neither.
-    Version 1.
+    Version 2.
     """
 
     catalog_name = "pairwise_judge"

@@ -11,8 +11,8 @@ from tasks.judges import EDIT_ASPECTS, T2I_ASPECTS
 from workers.base import Accelerator, RewardArguments, Unscored
 from workers.judges import rubrics
 from workers.judges.aspects import Judgement, mean_reward, read_judgement
-from workers.judges.chat import Reply
 from workers.judges.judge import Judge
+from workers.judges.reply import Reply
 from workers.judges.template import Template
 
 
@@ -20,8 +20,8 @@ class RationalJudge(Judge):
     """`(mean - 1) / 3` over the scores in [1, 4] of the aspects asked for, in [0, 1].
 
     A score of N/A is left out. A reply that lacks an aspect, contradicts itself, is cut, or has no score at all is
-    `unparsable`. `info["judge"]` keeps the aspects' scores, the text and the refined request. Subclass it to aggregate
-    otherwise.
+    `unparsable`; so is one with a score of another scale. `info["judge"]` keeps the aspects' scores, the text and the
+    refined request. Subclass it to aggregate otherwise.
     """
 
     all_aspects: ClassVar[tuple[str, ...]]
@@ -61,7 +61,7 @@ class RationalJudge(Judge):
 
     def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
         """The reward, with the aspects' scores, the text and the refined request."""
-        judgement = read_judgement(reply.complete_text())
+        judgement = read_judgement(reply.complete_text(f"readable score for {', '.join(self.aspects)}"))
         info = {
             "aspects": dict(judgement.scores),
             "text": reply.text,
@@ -77,6 +77,9 @@ class RationalJudge(Judge):
         unclear = [a for a in self.aspects if a in judgement.unclear]
         if unclear:
             raise Unscored("unparsable", f"the judge gave two different scores for {', '.join(unclear)}")
+        beyond = [f"{judgement.beyond[a]:g} for {a}" for a in self.aspects if a in judgement.beyond]
+        if beyond:
+            raise Unscored("unparsable", f"the judge gave {', '.join(beyond)}; the rubric's scale is 1 to 4")
         missing = [a for a in self.aspects if a not in judgement.scores]
         if missing and (self.options["missing_aspects"] != "skip" or len(missing) == len(self.aspects)):
             raise Unscored("unparsable", f"the judge's reply has no readable score for {', '.join(missing)}")
@@ -88,7 +91,7 @@ class RationalJudge(Judge):
 
 
 class RationalT2I(RationalJudge):
-    """For generated images. Of a video the first frame is judged unless `frames` says otherwise. Version 1."""
+    """For generated images. Of a video the first frame is judged unless `frames` says otherwise. Version 2."""
 
     catalog_name = "rational_rewards_t2i"
     all_aspects = T2I_ASPECTS
@@ -96,7 +99,7 @@ class RationalT2I(RationalJudge):
 
 
 class RationalEdit(RationalJudge):
-    """For edited images: the source is the first condition image, and is shown first. Version 1."""
+    """For edited images: the source is the first condition image, and is shown first. Version 2."""
 
     catalog_name = "rational_rewards_edit"
     required_fields = ("prompt", "condition_images")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.base import Accelerator, RewardArguments, Unscored
-from workers.judges.chat import Reply
 from workers.judges.judge import Judge
+from workers.judges.reply import COMPLETE, Candidates, Reply
 from workers.judges.template import Template
+from workers.judges.thought import HINT, looks_like_thought
+from workers.judges.tokens import word_of
 
 QUESTION = (
     "<image>\nThis picture was generated for the following request:\n{prompt}\n\n"
@@ -20,18 +22,33 @@ QUESTION = (
 )
 """Version 2 of the question; `{prompt}` is the sample's prompt."""
 
+MIN_ANSWER_MASS = 0.25
+"""P(Yes) + P(No) below which a token is no answer, unless `min_answer_mass` says otherwise."""
+
+MAX_DOUBT = 0.05
+"""A reward that a word which is not among the candidates could move by more than this is none."""
+
 ROUNDING = 1e-3
 """A log probability above 0 by more than this is none."""
+
+MOST_MASS = 1.05
+"""What the probabilities of all candidates may come to; more, rounding aside, and they are no probabilities."""
+
+NUM_SEEN = 5
+"""How many of the likeliest candidates a reason names."""
 
 
 class YesNoJudge(Judge):
     """`P(Yes) / (P(Yes) + P(No))` over the candidates of the answer's first token, in [0, 1].
 
     The probabilities are those of the chat API's `top_logprobs`. With `canonicalize` (the default) candidates that are
-    the same word once white space is cut and case is folded are summed; without it only `Yes` and `No` as they stand
-    count, as in Flow-Factory's VLMEvaluate. With neither word among the candidates the sample is `unparsable`, and
-    with one of them the other counts as 0. Of a video the first frame is judged unless `frames` says otherwise.
-    Version 2.
+    the same word without marks around it and in any case are summed; without it only `Yes` and `No` as they stand
+    count, as in Flow-Factory's VLMEvaluate. The answer begins behind the judge's thought, if there is one.
+
+    The sample is `unparsable` if the reply is all thought, if P(Yes) + P(No) is below `min_answer_mass`, or if one
+    of both words is not among the candidates and could move the reward by more than 0.05. That word counts as 0, but
+    may have as much as the least of the candidates, and no more than what all candidates leave. Of a video the first
+    frame is judged unless `frames` says otherwise. Version 3.
     """
 
     catalog_name = "vllm_evaluate"
@@ -50,32 +67,132 @@ class YesNoJudge(Judge):
         return self._template.messages(prompt, [self.urls(frames)])
 
     def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
-        """The reward, with both probabilities and the answer's text."""
-        return yes_probability(reply, canonicalize=self.options["canonicalize"])
+        """The reward, with both probabilities, their sum and the answer's text."""
+        return yes_probability(
+            reply, canonicalize=self.options["canonicalize"], min_answer_mass=self.options["min_answer_mass"]
+        )
 
 
-def yes_probability(reply: Reply, *, canonicalize: bool) -> tuple[float, dict[str, Any]]:
+def yes_probability(
+    reply: Reply, *, canonicalize: bool, min_answer_mass: float = MIN_ANSWER_MASS
+) -> tuple[float, dict[str, Any]]:
     """The reward in a reply, and what it was made of.
 
     Raises:
-        Unscored: `unparsable`; there are no log probabilities, or neither Yes nor No is among the candidates.
+        Unscored: `unparsable`; there is no answer, or it says too little of Yes and No.
     """
     if not reply.candidates:
-        words = "no logprobs; does the server give them?"
-        raise Unscored("unparsable", f"the judge's answer has {words}", {"judge": {"text": reply.text}})
+        raise Unscored("unparsable", _why_no_candidates(reply), {"judge": {"text": reply.text, **reply.thought_info()}})
     yes, no = (_mass(word, reply.candidates, canonicalize) for word in ("Yes", "No"))
-    info = {"text": reply.text, "p_yes": yes, "p_no": no}
-    total = yes + no
-    if not total > 0.0 or not math.isfinite(total):
-        seen = ", ".join(repr(token) for token, _ in reply.candidates[:5])
-        reason = f"neither Yes nor No is among the judge's candidates; the first are {seen}"
-        raise Unscored("unparsable", reason, {"judge": info})
-    return yes / total, info
+    mass = (yes or 0.0) + (no or 0.0)
+    info = {"text": reply.text, "p_yes": yes or 0.0, "p_no": no or 0.0, "mass": mass, **reply.thought_info()}
+    why_not = (
+        _what_is_no_probability(reply.candidates)
+        or _why_no_answer(reply, mass, min_answer_mass)
+        or _why_in_doubt(reply.candidates, yes, no)
+    )
+    if why_not:
+        raise Unscored("unparsable", why_not, {"judge": info})
+    return (yes or 0.0) / mass, info
 
 
-def _mass(word: str, candidates: Sequence[tuple[str, float]], canonicalize: bool) -> float:
+# --- private -------------------------------------------------------------------------------------
+
+
+def _mass(word: str, candidates: Candidates, canonicalize: bool) -> float | None:
+    """The probability of a word; None if it is not among the candidates."""
     if canonicalize:
-        same = [logprob for token, logprob in candidates if token.strip().lower() == word.lower()]
+        same = [logprob for token, logprob in candidates if word_of(token) == word.casefold()]
     else:
         same = [logprob for token, logprob in candidates if token == word]
-    return math.fsum(math.exp(logprob) if logprob <= ROUNDING else math.nan for logprob in same)
+    return math.fsum(_probability(logprob) for logprob in same) if same else None
+
+
+def _probability(logprob: float) -> float:
+    return math.exp(logprob) if logprob <= ROUNDING else math.nan
+
+
+def _what_is_no_probability(candidates: Candidates) -> str:
+    """Why the candidates' numbers say nothing; empty if they may be log probabilities."""
+    wrong = [(token, logprob) for token, logprob in candidates if not logprob <= ROUNDING]
+    if wrong:
+        token, logprob = wrong[0]
+        return f"neither P(Yes) nor P(No) is known: {logprob:g} is no log probability, which the judge gave {token!r}"
+    total = math.fsum(_probability(logprob) for _, logprob in candidates)
+    if total > MOST_MASS:
+        return f"neither P(Yes) nor P(No) is known: the probabilities of the judge's candidates sum to {total:.3g}"
+    return ""
+
+
+def _why_no_candidates(reply: Reply) -> str:
+    if reply.is_all_thought:
+        return f"the judge's reply is all thought, and the server gave no logprobs; {HINT}"
+    if reply.num_tokens:
+        return (
+            "the judge thought before it answered, and the server gives logprobs of the thought but not of the answer; "
+            f"{HINT}"
+        )
+    if reply.finish_reason not in (*COMPLETE, "length"):
+        return f"the judge's answer ended by {reply.finish_reason!r} and has no logprobs"
+    return "the judge's answer has no logprobs; does the server give them?"
+
+
+def _why_no_answer(reply: Reply, mass: float, min_answer_mass: float) -> str:
+    """Why the token is no answer to the question; empty if it is one."""
+    is_first_of_flow_factory = min_answer_mass == 0.0 and reply.num_tokens == 1
+    if reply.is_all_thought and not is_first_of_flow_factory:
+        of_first = f"P(Yes) + P(No) of its first token is {mass:.2g}; {_seen(reply)}"
+        return f"the judge's reply is all thought; {of_first}; {HINT}"
+    if not mass > 0.0:
+        return f"neither Yes nor No is among the judge's candidates; {_seen(reply)}; {_what_to_do(reply)}"
+    if mass < min_answer_mass - ROUNDING**2:
+        return (
+            f"the judge does not answer Yes or No: P(Yes) + P(No) is {mass:.2g}, below "
+            f"min_answer_mass={min_answer_mass:g}; {_seen(reply)}; {_what_to_do(reply)}"
+        )
+    return ""
+
+
+def _why_in_doubt(candidates: Candidates, yes: float | None, no: float | None) -> str:
+    """How far a word that is not among the candidates could move the reward; empty if not by more than `MAX_DOUBT`."""
+    if yes is not None and no is not None:
+        return ""
+    seen, known, missing = (yes, "Yes", "No") if yes is not None else (no, "No", "Yes")
+    assert seen, "what has no answer at all was told before"
+    unseen = _most_unseen(candidates)
+    doubt = unseen / (seen + unseen)
+    if doubt <= MAX_DOUBT + ROUNDING**2:
+        return ""
+    least, most = (1 - doubt, 1.0) if known == "Yes" else (0.0, doubt)
+    return (
+        f"{missing} is not among the judge's {len(candidates)} candidates and may have a probability of {unseen:.2g} "
+        f"beside the {seen:.2g} of {known}, so the reward is anything from {least:.2f} to {most:.2f}; raise "
+        "top_logprobs (20 is the most), or ask a question that is answered by Yes or No in one word"
+    )
+
+
+def _most_unseen(candidates: Candidates) -> float:
+    """The most that the probability of a token can be which is not among the candidates.
+
+    Servers list the likeliest tokens, and before them the chosen one even if that is not among the likeliest.
+    """
+    all_of_them = [_probability(logprob) for _, logprob in candidates]
+    left = max(0.0, 1.0 - math.fsum(all_of_them))
+    chosen, *others = all_of_them
+    is_apart = len(others) > 1 and chosen < others[-1] and others == sorted(others, reverse=True)
+    likeliest = others if is_apart else all_of_them
+    return min([left, *(p for p in likeliest if p > 0.0)])
+
+
+def _seen(reply: Reply) -> str:
+    """The likeliest candidates with their probabilities."""
+    likeliest = sorted(reply.candidates, key=lambda candidate: -candidate[1])[:NUM_SEEN]
+    tokens = ", ".join(repr(token) for token, _ in likeliest)
+    return f"the first are {tokens} (probabilities {', '.join(f'{_probability(lp):.2g}' for _, lp in likeliest)})"
+
+
+def _what_to_do(reply: Reply) -> str:
+    likeliest = sorted(reply.candidates, key=lambda candidate: -candidate[1])[:3]
+    if reply.has_thought or any(looks_like_thought(token) for token, _ in likeliest):
+        return HINT
+    return "ask a question that is answered by Yes or No in one word"

@@ -1,0 +1,96 @@
+"""Where a judge's thought ends and its answer begins, by the marks that models in use put around a thought."""
+
+from __future__ import annotations
+
+import re
+
+HINT = "a thinking model? extra_body: {chat_template_kwargs: {enable_thinking: false}} turns its thinking off"
+"""What to do about a judge that thinks before it answers. vLLM and SGLang pass the field on to the chat template."""
+
+_NAMES = r"(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)"
+
+_OPENS = re.compile(
+    "|".join(
+        (
+            rf"<\s*(?:[\w-]+:)?{_NAMES}(?:\s[^<>]*)?>",  # Qwen, DeepSeek, <seed:think>, EXAONE's <thought>
+            r"\[think(?:ing)?\]",  # Magistral
+            r"◁think(?:ing)?▷",  # Kimi-VL
+            rf"<[|｜](?:(?:start|begin)[_▁]?(?:of[_▁])?)?{_NAMES}[|｜]>",  # Command A, OpenThinker
+            r"<\|channel\|>\s*(?:analysis|commentary)",  # gpt-oss
+            r"<\|channel>\s*thought",  # Gemma
+            r"<unused94>",  # MedGemma
+        )
+    ),
+    re.IGNORECASE,
+)
+_CLOSES = re.compile(
+    "|".join(
+        (
+            rf"<\s*/\s*(?:[\w-]+:)?{_NAMES}\s*>",
+            r"\[/think(?:ing)?\]",
+            r"◁/think(?:ing)?▷",
+            rf"<[|｜](?:end[_▁]?(?:of[_▁])?|/){_NAMES}[|｜]>",
+            r"<\|channel\|>\s*final[^<]*<\|message\|>",
+            r"<channel\|>",
+            r"<unused95>",
+        )
+    ),
+    re.IGNORECASE,
+)
+
+_IN_WORDS = (
+    (re.compile(r"^\s*analysis(?=[A-Z])"), re.compile(r"assistant\s*final")),  # gpt-oss without its special tokens
+    (re.compile(r"^\s*here is my thought process:", re.I), re.compile(r"^\s*here is my response:", re.I | re.M)),
+)
+"""Thoughts that begin and end with words of the text. The words mean nothing in a text that begins otherwise."""
+
+_BEGINNINGS = frozenset(
+    (
+        *("so", "okay", "ok", "got", "let", "first", "alright", "hmm", "we", "the", "i", "wait", "now"),
+        *("looking", "to", "here", "thinking", "thought", "analysis"),
+    )
+)
+"""Words with which a thought begins whose opening mark is already in the prompt."""
+
+
+def without_thought(text: str) -> str:
+    """The answer in a reply: what follows the last end of a thought, up to the next thought, without outer white space.
+
+    A thought may lack its beginning, which is in the prompt of some models, or its end, if the reply was cut. The
+    answer is empty where the reply is all thought.
+    """
+    for opens, closes in _IN_WORDS:
+        if opens.match(text):
+            end = _end_of_last(closes, text)
+            text = text[end:] if end else ""
+    text = text[_end_of_last(_CLOSES, text) :]
+    begins = _OPENS.search(text)
+    return (text[: begins.start()] if begins else text).strip()
+
+
+def end_of_thought(text: str) -> int:
+    """How many characters of a text the thought takes, its last mark included; 0 if no thought ends in the text."""
+    ends = [_end_of_last(_CLOSES, text)]
+    ends += [_end_of_last(closes, text) for opens, closes in _IN_WORDS if opens.match(text)]
+    return max(ends)
+
+
+def has_thought(text: str) -> bool:
+    """Whether a thought begins or ends in a text."""
+    return bool(_OPENS.search(text) or _CLOSES.search(text) or any(opens.match(text) for opens, _ in _IN_WORDS))
+
+
+def looks_like_thought(token: str) -> bool:
+    """Whether a reply that begins with this token looks like one that begins with a thought."""
+    bare = token.strip(" \t\r\n\u0120\u010a▁*,.:'\"“")
+    return has_thought(bare) or bare.startswith(("<", "[TH", "◁")) or bare.casefold() in _BEGINNINGS
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+def _end_of_last(pattern: re.Pattern[str], text: str) -> int:
+    end = 0
+    for found in pattern.finditer(text):
+        end = found.end()
+    return end
