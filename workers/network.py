@@ -7,16 +7,20 @@ import heapq
 import itertools
 import logging
 import math
+import os
+import platform
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from tasks.errors import BusyError
 from tasks.settings import without_password
 from workers.base import Unscored, this_call
+from workers.proxies import Proxy
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ for _name in ("httpx", "httpx2"):  # one line a request at INFO, of which there 
 
 FIRST_REST_S, LONGEST_REST_S = 5.0, 120.0
 """A server that failed is left alone for so long, then asked one real question; each further failure doubles it."""
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 LOOP_GRACE_S = 30.0
 """So long after its deadline a call is waited for; only a loop that hangs is later."""
@@ -68,11 +74,24 @@ class Server:
     rest_s: float = 0.0
     """How long it is left alone after its last failure; 0 while it is well."""
     rests_until: float = 0.0
+    proxy: Proxy | None = None
+    """What requests to it go through."""
 
     @property
     def name(self) -> str:
         """Its URL for people."""
         return without_password(self.url)
+
+    @property
+    def whence(self) -> str:
+        """The host that asks, for people: a server may be well and out of this host's reach."""
+        is_here = (urlsplit(self.url).hostname or "") in LOOPBACK
+        return f"from the worker's host {platform.node()}{', which is that of the URL' if is_here else ''}"
+
+    @property
+    def way(self) -> str:
+        """What a reason says of the way to it; empty if it is asked directly."""
+        return self.proxy.words if self.proxy else ""
 
     @property
     def is_well(self) -> bool:
@@ -202,6 +221,19 @@ class NetworkLoop:
 
 async def _gather(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
     return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+def cause_of(error: BaseException) -> str:
+    """An error and, behind it, what the operating system says below it, which libraries do not repeat."""
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    below, seen = error.__cause__ or error.__context__, {id(error)}
+    while below is not None and id(below) not in seen:
+        if isinstance(below, OSError) and below.errno:
+            says = os.strerror(below.errno) if below.errno > 0 else str(below.strerror)  # resolvers count below 0
+            return words if says in words else f"{words} ({says})"
+        seen.add(id(below))
+        below = below.__cause__ or below.__context__
+    return words
 
 
 @contextmanager

@@ -15,8 +15,9 @@ import httpx2
 import msgpack
 
 from tasks import catalog
-from tasks.errors import FailureKind
+from tasks.errors import FailureKind, ModelLoadError
 from tasks.samples import MEDIA_FIELDS
+from tasks.urls import whats_wrong_with_server
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
@@ -26,7 +27,9 @@ from workers.base import (
     Unscored,
 )
 from workers.judges.images import DATA_URLS
-from workers.network import Gate, NetworkLoop, Once, Server, its_own_deadline, least_busy
+from workers.judges.inner_errors import inner_error
+from workers.network import Gate, NetworkLoop, Once, Server, cause_of, its_own_deadline, least_busy
+from workers.proxies import proxy_for, trusted_certificates
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 
@@ -74,17 +77,37 @@ class RemoteLoop(NetworkLoop):
     def __init__(self) -> None:
         super().__init__("rewardq-remote")
         self._servers: dict[str, RemoteServer] = {}
-        limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
-        self.client = httpx2.AsyncClient(timeout=None, limits=limits)
+        self._clients: dict[str | None, httpx2.AsyncClient] = {}
 
     def server(self, url: str) -> RemoteServer:
-        """The one server at this URL."""
+        """The one server at this URL.
+
+        Raises:
+            ModelLoadError: Nothing could be asked at this URL, or not through the proxy that the environment names.
+        """
+        wrong = whats_wrong_with_server(url)  # a class of the user's has options that the trainer does not check
+        if wrong:
+            raise ModelLoadError(f"server_url {wrong}")
         url = str(httpx2.URL(url)).rstrip("/")
         with self._lock:
-            return self._servers.setdefault(url, RemoteServer(url))
+            if url not in self._servers:
+                self._servers[url] = RemoteServer(url, proxy=proxy_for(url))
+            return self._servers[url]
+
+    def client(self, server: RemoteServer) -> httpx2.AsyncClient:
+        """The client of all servers that are asked through the same proxy, or through none. Used on the loop only."""
+        proxy = server.proxy.url if server.proxy else None
+        if proxy not in self._clients:
+            limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
+            # a client that trusts the environment builds the transports of proxies that these servers do not need
+            self._clients[proxy] = httpx2.AsyncClient(
+                timeout=None, limits=limits, proxy=proxy, trust_env=False, verify=trusted_certificates()
+            )
+        return self._clients[proxy]
 
     async def _close_clients(self) -> None:
-        await self.client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
 
 @Once
@@ -282,13 +305,14 @@ class Remote:
         headers = {"Content-Type": content_type} if content_type else {}
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._loop.client.request(method, server.url + path, content=content, headers=headers)
+                client = self._loop.client(server)
+                return await client.request(method, server.url + path, content=content, headers=headers)
         except TimeoutError:
-            reason = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds"
+            reason = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.way}"
             raise NoAnswerError(Unscored("timeout", reason)) from None
         except httpx2.RequestError as error:
-            words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise NoAnswerError(Unscored("failed", f"no answer from {server.name}: {words}")) from None
+            reason = f"no answer from {server.name}: {cause_of(error)}; asked {server.whence}{server.way}"
+            raise NoAnswerError(Unscored("failed", reason)) from None
 
 
 class RemotePointwiseRewardModel(PointwiseRewardModel):
@@ -355,9 +379,11 @@ def terms_of(server: RemoteServer, response: httpx2.Response) -> Terms:
         Unscored: It is none of ours.
     """
     if response.status_code >= 500 or response.status_code == 429:
-        raise NoAnswerError(Unscored("failed", f"{server.name}/health answered {_words(response)}"))
+        raise NoAnswerError(Unscored("failed", f"{server.name}/health answered {_words(response)}{server.way}"))
     if not response.is_success:
-        raise Unscored("failed", f"{server.name}/health answered {_words(response)}; is a reward server there?")
+        raise Unscored(
+            "failed", f"{server.name}/health answered {_words(response)}; is a reward server there?{server.way}"
+        )
     said = _mapping(response)
     most, takes = said.get("max_body_bytes"), said.get("takes")
     return Terms(
@@ -374,20 +400,21 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
         RejectedError: It says that it does not take these samples, or broke down and may take fewer.
         Unscored: It says something else.
     """
-    said, status = _mapping(response), response.status_code
+    said, status = _mapping(response), status_of(response)
+    is_success = response.is_success and status == response.status_code
     rewards: Any = said.get("rewards")
     is_list = isinstance(rewards, list) and len(rewards) == num_samples
-    if response.is_success and not said.get("error"):
+    if is_success and not said.get("error"):
         if is_list:
             return list(rewards)
         found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {_cut(response.text)!r}"
-        raise Unscored("failed", f"{server.name} gave {found} for {num_samples} samples")
+        raise Unscored("failed", f"{server.name} gave {found} for {num_samples} samples{server.way}")
     kind: FailureKind = "invalid" if status in (400, 413, 422) else "failed"
     reasons = _reasons(server, said, kind, num_samples)
     if reasons and is_list:
         return [reasons.get(i, reward) for i, reward in enumerate(rewards)]
-    reason = Unscored(kind, f"{server.name} answered {_words(response)}")
-    if reasons or response.is_success or kind == "invalid" or (status == 500 and may_split and num_samples > 1):
+    reason = Unscored(kind, f"{server.name} answered {_words(response)}{server.way}")
+    if reasons or is_success or kind == "invalid" or (status == 500 and may_split and num_samples > 1):
         raise RejectedError(reason, reasons)
     pause_s = _retry_after_s(response) if status in (429, 503) else None
     if pause_s is not None:
@@ -395,6 +422,12 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
     if status >= 500 or status in (408, 425, 429):
         raise NoAnswerError(reason, is_well=status == 500)
     raise reason
+
+
+def status_of(response: httpx2.Response) -> int:
+    """The status of an answer; of one of 200 with an error in it the code of that, if it is a status."""
+    error = inner_error(response.content) if response.is_success else None
+    return error.status if error is not None and error.code == str(error.status) else response.status_code
 
 
 def backoff_s(num_failures: int) -> float:

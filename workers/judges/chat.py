@@ -7,7 +7,6 @@ import platform
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 
@@ -20,14 +19,12 @@ from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, request
 from workers.judges.endpoints import Endpoint, says_no_such_model
 from workers.judges.inner_errors import MARK, InnerError, words_of
 from workers.judges.reply import Reply, cut, read_reply
-from workers.network import least_busy
+from workers.network import cause_of, least_busy
 
 __all__ = ["Chat", "Reply", "read_reply"]
 
 CHECK_TIMEOUT_S = 30.0
 """Seconds for what is asked of a server before there are samples."""
-
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Chat:
@@ -232,7 +229,10 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     if isinstance(error, openai.APIStatusError):
         return Unscored("failed", f"the judge answered {_status(error)}{after}: {_server_words(error)}")
     if isinstance(error, openai.APIConnectionError):
-        return Unscored("failed", f"no connection to the judge{after}: {_whereto(count)}: {_cause(error)}")
+        return Unscored(
+            "failed",
+            f"no connection to the judge{after}: {_whereto(count.endpoint)}: {cause_of(error.__cause__ or error)}",
+        )
     return Unscored("failed", f"{type(error).__name__}{after}: {error}")
 
 
@@ -244,30 +244,12 @@ def _status(error: Any) -> str:
     return f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
 
 
-def _whereto(count: Requests) -> str:
-    """The URL that was asked, and from which host: it may be well, and out of this host's reach."""
-    here = platform.node()
-    if count.endpoint is None:
-        return f"from {here}"
-    url = count.endpoint.name
-    if count.endpoint.url == DEFAULT_JUDGE_URL:
-        url += " (the default, where api_base_url is not given)"
-    is_here = urlsplit(count.endpoint.url).hostname in _LOOPBACK
-    return f"{url} from {here}{', which is the worker itself' if is_here else ''}"
-
-
-def _cause(error: openai.OpenAIError) -> str:
-    """What went wrong, down to the words of the operating system, which libraries do not repeat."""
-    cause: BaseException = error.__cause__ or error
-    words = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-    below = cause.__cause__ or cause.__context__
-    seen = {id(cause)}
-    while below is not None and id(below) not in seen:
-        seen.add(id(below))
-        if isinstance(below, OSError) and below.strerror and below.strerror not in words:
-            return f"{words} ({below.strerror})"
-        below = below.__cause__ or below.__context__
-    return words
+def _whereto(endpoint: Endpoint | None) -> str:
+    """What was asked and from where."""
+    if endpoint is None:
+        return f"from {platform.node()}"
+    is_default = endpoint.url == DEFAULT_JUDGE_URL
+    return f"{endpoint.name}{' (the default of api_base_url)' if is_default else ''} {endpoint.whence}"
 
 
 def _way(count: Requests) -> str:

@@ -18,7 +18,6 @@ import openai
 from workers.base import Unscored
 from workers.judges.inner_errors import words_of
 from workers.network import Server
-from workers.proxies import Proxy
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +43,12 @@ class Endpoint(Server):
 
     client: Any = field(kw_only=True)
     """Its `AsyncOpenAI`."""
-    proxy: Proxy | None = None
-    """What requests to it go through."""
     names: tuple[str, ...] | None = None
     """Models it lists; None if it was not asked or lists none."""
     is_doubted: bool = False
     """Whether a model that it listed was not found when it was asked for."""
     listed_at: float = float("-inf")
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def way(self) -> str:
-        """What a reason says of the way to it; empty if it is asked directly."""
-        return self.proxy.words if self.proxy else ""
 
     async def model_name(self, wanted: str, client: Any) -> str:
         """The name of the model to ask for: `wanted`, or the only one that the server lists if that is empty.

@@ -64,6 +64,8 @@ def inner_error(content: bytes) -> InnerError | None:
 def words_of(error: Any) -> str:
     """What an error says: its message, with what a gateway adds of the server behind it; empty if it says nothing."""
     if isinstance(error, list):
+        if any(isinstance(one, Mapping) and "loc" in one for one in error):  # FastAPI's say which field is wrong
+            return json.dumps(error)
         return "; ".join(words for words in map(words_of, error) if words)
     if not isinstance(error, Mapping):
         return error if isinstance(error, str) else ""
