@@ -22,6 +22,9 @@ _BEHIND_API = re.compile(r"/(?:chat/)?completions/*$|(?<=/v1)/(?:chat|models|res
 
 _BEHIND_SERVER = re.compile(r"/(?:compute|health)/*$")
 
+_SCHEME_OF_SORTS = re.compile(r"^(?:https?:(?!\d)/*|\w*(?:://|:/+|//+)|/+)", re.IGNORECASE)
+"""What stands in the place of http:// in a wrong URL."""
+
 
 def whats_wrong(url: str) -> str:
     """Why a worker could not ask a server at this URL; empty if nothing is to be seen. Passwords are not repeated."""
@@ -65,7 +68,8 @@ def _call(url: str, behind: re.Pattern[str], what: str) -> str:
 
 def _with_scheme(url: str) -> str:
     """What was probably meant by a URL without http://, or with a part of that."""
-    return "http" + ("s" if url.startswith("https") else "") + "://" + re.sub(r"^\w*(?:://|:/+(?!\d)|//+)|^/+", "", url)
+    scheme = "https" if url.lower().startswith("https") else "http"
+    return f"{scheme}://{_SCHEME_OF_SORTS.sub('', url)}"
 
 
 def _checked(value: str | list[str], check: Any) -> str | list[str]:

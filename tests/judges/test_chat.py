@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tasks.errors import BusyError, ModelLoadError
+from tasks.urls import DEFAULT_JUDGE_URL
 from tests.judges.scripted import Answer, fails, says, says_yes, together
 from tests.servers import wait_until
 from workers import Unscored
@@ -37,6 +40,7 @@ def test_the_reward_is_the_share_of_yes(judge_server, make_judge, picture):
         "text": "Yes",
         "p_yes": pytest.approx(0.27),
         "p_no": pytest.approx(0.63),
+        "mass": pytest.approx(0.9),
         "model": "scripted",
         "num_requests": 1,
     }
@@ -111,7 +115,23 @@ def test_a_connection_that_is_cut_is_retried(judge_server, make_judge, picture, 
 def test_nobody_there_is_a_reason(make_judge, picture):
     found = reason(ask(make_judge("vllm_evaluate", "http://127.0.0.1:9/v1", max_retries=1), picture))
     assert found.kind == "failed"
-    assert found.message.startswith("no connection to the judge after 2 requests: ")
+    assert found.message.startswith("no connection to the judge after 2 requests: http://127.0.0.1:9/v1 from the ")
+    assert platform.node() in found.message
+    assert "Connection refused" in found.message
+
+
+def test_nobody_at_the_default_url_is_said_to_be_that(make_judge, picture):
+    judge = make_judge("vllm_evaluate", DEFAULT_JUDGE_URL, max_retries=0)
+    assert "http://localhost:8000/v1 (the default of api_base_url) from" in reason(ask(judge, picture)).message
+
+
+def test_a_host_that_nobody_knows_is_told_in_the_resolvers_words(make_judge, picture):
+    judge = make_judge("vllm_evaluate", "http://judge.invalid:8000/v1", max_retries=0)
+    message = reason(ask(judge, picture)).message
+    with pytest.raises(socket.gaierror) as caught:
+        socket.getaddrinfo("judge.invalid", 8000)
+    assert "http://judge.invalid:8000/v1 from the worker's host" in message
+    assert caught.value.strerror in message
 
 
 PAGE = Answer(body=b"<html>welcome</html>", headers={"Content-Type": "text/html"})
@@ -162,16 +182,78 @@ def test_a_reply_that_is_not_whole_is_unparsable(judge_server, make_judge, pictu
     assert words in found.message
 
 
+def serves(*models):
+    """A script that answers for these models, and 404 for others as vLLM does."""
+
+    def script(question):
+        name = question.body["model"]
+        return says_yes(0.75) if name in models else fails(404, f"The model `{name}` does not exist.")
+
+    return script
+
+
 def test_a_model_that_is_not_served_is_said_with_the_names_that_are(judge_server, make_judge, picture):
-    server = judge_server(models=["one", "two"])
+    server = judge_server(serves("one", "two"), models=["one", "two"])
     found = reason(ask(make_judge("vllm_evaluate", server, vlm_model="three"), picture))
     assert found.kind == "failed"
-    assert found.message == f"{server.url} serves no model 'three' (vlm_model); it lists: one, two"
-    assert not server.questions
+    assert found.message == (
+        "the judge answered 404 after 1 request: The model `three` does not exist.; "
+        f"{server.url} serves no model 'three' (vlm_model); it lists: one, two"
+    )
+    assert len(server.questions) == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "wanted"),
+    [
+        (["acme/*"], "acme/vision-2"),
+        (["seer:latest"], "seer"),
+        (["models/seer-2"], "seer-2"),
+        (["acme/seer"], "acme/seer:fast"),
+        (["base"], "my-adapter"),
+        (["seer-2026-01-01"], "seer"),
+        ([], "seer"),
+    ],
+)
+def test_a_name_that_is_not_listed_is_asked_for(judge_server, make_judge, picture, listed, wanted, caplog):
+    server = judge_server(serves(wanted), models=listed)
+    judge = make_judge("vllm_evaluate", server, vlm_model=wanted)
+    assert [ask(judge, picture, number=i).rewards[0] for i in range(3)] == [pytest.approx(0.75)] * 3
+    assert server.num_lists == 1
+    told = [r.message for r in caplog.records if "not listed" in r.message]
+    assert len(told) == (1 if listed else 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "three is not a valid model ID"),
+        (400, "Invalid model name passed in model=three"),
+        (400, "Model Not Exist"),
+        (403, "The model three does not exist or you do not have access to it"),
+    ],
+)
+def test_a_refused_name_is_told_with_the_list_whatever_the_status(judge_server, make_judge, picture, status, words):
+    server = judge_server(lambda _: fails(status, words), models=["one", "two"])
+    message = reason(ask(make_judge("vllm_evaluate", server, vlm_model="three"), picture)).message
+    assert words in message
+    assert message.endswith("it lists: one, two")
+
+
+def test_another_refusal_says_nothing_of_models(judge_server, make_judge, picture):
+    server = judge_server(lambda _: fails(400, "the image is invalid for this model"), models=["one", "two"])
+    message = reason(ask(make_judge("vllm_evaluate", server, vlm_model="three"), picture)).message
+    assert message == "the judge answered 400 after 1 request: the image is invalid for this model"
+
+
+def test_of_hundreds_of_names_some_are_told(judge_server, make_judge, picture):
+    server = judge_server(serves(), models=[f"m{i}" for i in range(300)])
+    message = reason(ask(make_judge("vllm_evaluate", server, vlm_model="three"), picture)).message
+    assert message.endswith("it lists: " + ", ".join(f"m{i}" for i in range(20)) + " and 280 more")
 
 
 def test_a_urls_password_is_in_no_reason(judge_server, make_judge, picture, monkeypatch, outcomes):
-    server = judge_server(models=["one", "two"])
+    server = judge_server(serves("one", "two"), models=["one", "two"])
     hidden = server.url.replace("://", "://me:***@")
 
     def judge(url, **options):
@@ -248,10 +330,10 @@ def test_a_server_that_is_restarted_with_another_model_is_asked_for_that(
 
 def test_a_model_that_comes_later_is_found(judge_server, make_judge, picture, monkeypatch):
     monkeypatch.setattr(endpoints, "LIST_AGAIN_S", 0.2)
-    server = judge_server(models=["other"])
+    server = judge_server(serves("other"), models=["other"])
     judge = make_judge("vllm_evaluate", server)
     assert "serves no model" in reason(ask(judge, picture)).message
-    server.models = ["scripted"]
+    server.script, server.models = serves("scripted"), ["scripted"]
     time.sleep(0.3)
     assert ask(judge, picture).rewards == [pytest.approx(0.75)]
 

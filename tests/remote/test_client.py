@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import platform
 import socket
 import threading
 import time
@@ -313,7 +314,28 @@ def test_nobody_at_the_url_is_said(make_remote):
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         message = reason_of(ask(make_remote("Pointwise", url), "a", "b"))
     assert message.startswith(f"no answer from {url}: ConnectError")
+    assert "Connection refused" in message
+    assert f"from the worker's host {platform.node()}" in message
     assert "after 3 requests" in message
+
+
+def test_a_host_in_no_proxy_is_asked_and_a_proxy_that_was_used_is_named(json_server, make_remote, in_env):
+    server = json_server(lambda _: gives([0.5]))
+    in_env(ALL_PROXY="socks5://127.0.0.1:9", NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+    assert ask(make_remote("Pointwise", server.url), "a") == [0.5]
+    in_env(http_proxy="http://me:secret@127.0.0.1:9", NO_PROXY="", no_proxy="")
+    other = json_server(lambda _: gives([0.5]))
+    message = reason_of(ask(make_remote("Pointwise", other.url, retry_attempts=1), "a"))
+    assert "through the proxy http://me:***@127.0.0.1:9 (http_proxy" in message
+    assert not other.asked
+
+
+@pytest.mark.parametrize("body", [{"error": {"code": 503, "message": "loading"}}, {"error": "loading", "code": 503}])
+def test_an_error_with_a_code_inside_a_200_is_repeated_like_the_code(json_server, make_remote, body):
+    server = json_server(lambda q: says_error(200, body) if q.number == 0 else gives([0.5]))
+    assert ask(make_remote("Pointwise", server.url), "a") == [0.5]
+    server = json_server(lambda q: says_error(200, body))
+    assert "loading" in reason_of(ask(make_remote("Pointwise", server.url, retry_attempts=1), "a"))
 
 
 def test_pauses_grow_and_are_varied(monkeypatch):

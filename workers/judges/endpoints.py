@@ -30,8 +30,8 @@ MOST_NAMES = 20
 """So many of the models that a server lists are told; gateways list hundreds."""
 
 _NO_SUCH_MODEL = re.compile(
-    r"model_not_found|\bmodel\b.{0,120}(?:does not exist|not exist|not found|not a valid model)|"
-    r"(?:no such|unknown|invalid) model\b",
+    r"model_not_found|\bmodel\b.{0,120}(?:does not exist|not exist|not found)|"
+    r"(?:no such|unknown|invalid|not a valid) model\b",
     re.IGNORECASE | re.DOTALL,
 )
 """How gateways say with another status than 404 that there is no model of a name."""

@@ -12,7 +12,7 @@ _NAMES = r"(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)"
 _OPENS = re.compile(
     "|".join(
         (
-            rf"<\s*(?:[\w-]+:)?{_NAMES}(?:\s[^<>]*)?>",  # Qwen, DeepSeek, <seed:think>, EXAONE's <thought>
+            rf"<(?:[\w-]+:)?{_NAMES}(?:\s+[\w-]+\s*=[^<>]*)?\s*>",  # Qwen, DeepSeek, <seed:think>, EXAONE's <thought>
             r"\[think(?:ing)?\]",  # Magistral
             r"◁think(?:ing)?▷",  # Kimi-VL
             rf"<[|｜](?:(?:start|begin)[_▁]?(?:of[_▁])?)?{_NAMES}[|｜]>",  # Command A, OpenThinker
@@ -26,7 +26,7 @@ _OPENS = re.compile(
 _CLOSES = re.compile(
     "|".join(
         (
-            rf"<\s*/\s*(?:[\w-]+:)?{_NAMES}\s*>",
+            rf"</\s*(?:[\w-]+:)?{_NAMES}\s*>",
             r"\[/think(?:ing)?\]",
             r"◁/think(?:ing)?▷",
             rf"<[|｜](?:end[_▁]?(?:of[_▁])?|/){_NAMES}[|｜]>",
