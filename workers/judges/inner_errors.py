@@ -121,7 +121,8 @@ def _first_error(body: Mapping[str, Any], choice: Mapping[str, Any]) -> Any:
     places = (body.get("error"), choice.get("error"), message.get("error") if isinstance(message, Mapping) else None)
     for error in (*places, body.get("errors")):
         if error and not _says_nothing_is_wrong(error):
-            return body if error is True else error
+            is_bare = error is True or (isinstance(error, str) and not choice)
+            return body if is_bare else error  # its code stands beside it
     status = body.get("base_resp")  # MiniMax
     return status if isinstance(status, Mapping) and status.get("status_code") else None
 
