@@ -104,10 +104,15 @@ def test_the_image_counts(real_server, make_judge, picture):
     assert abs(one - again) < 1e-3 < abs(one - other)
 
 
-def test_our_question_is_understood(real_server, make_judge, picture):
-    judge = make_judge("vllm_evaluate", real_server, vlm_model="", timeout_s=300)
-    (reward,) = judge(["a cat"], image=[picture()]).rewards
+def test_our_question_is_understood_and_an_answer_of_little_mass_is_told(real_server, make_judge, picture):
+    """The model is small: it would rather say something else than Yes or No."""
+    options = {"vlm_model": "", "timeout_s": 300}
+    (found,) = make_judge("vllm_evaluate", real_server, **options)(["a cat"], image=[picture()]).rewards
+    output = make_judge("vllm_evaluate", real_server, min_answer_mass=0.0, **options)(["a cat"], image=[picture()])
+    (reward,), (info,) = output.rewards, output.extra_info["judge"]
     assert 0 < reward < 1
+    assert info["mass"] < 0.25
+    assert f"P(Yes) + P(No) is {info['mass']:.2g}" in found.message
 
 
 def test_rubric_replies_that_are_cut_are_no_rewards(settings, workers, real_server, picture):
@@ -130,7 +135,12 @@ def test_rubric_replies_that_are_cut_are_no_rewards(settings, workers, real_serv
     assert all(info["judge"]["text"] for info in batch.info["rubric"])
 
 
-def test_a_model_that_it_does_not_serve_is_named(real_server, make_judge, picture):
-    (found,) = make_judge("vllm_evaluate", real_server, vlm_model="Qwen3-VL")(["x"], image=[picture()]).rewards
-    assert "serves no model 'Qwen3-VL'" in found.message
-    assert ".gguf" in found.message
+def test_a_name_that_it_does_not_list_is_asked_for_and_logged_with_its_list(real_server, make_judge, picture, caplog):
+    """llama.cpp serves its one model under every name."""
+    judge = make_judge("vllm_evaluate", real_server, vlm_model="Qwen3-VL", question=QUESTION, timeout_s=300)
+    judge.warm_up()
+    (reward,) = judge(["a cat"], image=[picture(1, 64)]).rewards
+    assert 0 < reward < 1
+    (said,) = [r.getMessage() for r in caplog.records if "not listed" in r.getMessage()]
+    assert "'Qwen3-VL'" in said
+    assert ".gguf" in said

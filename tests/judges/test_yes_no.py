@@ -76,7 +76,7 @@ def test_little_of_yes_and_no_is_no_reward(candidates):
     assert "below min_answer_mass=0.25" in why_not(candidates)
 
 
-@pytest.mark.parametrize("token", ["Sure", "It", "Describe", "A"])
+@pytest.mark.parametrize("token", ["Sure", "The", "Describe", "A"])
 def test_the_hint_at_thinking_is_given_only_where_it_looks_like_that(token):
     assert HINT not in why_not({token: 0.9, "Yes": 0.06, "No": 0.04})
     assert "one word" in why_not({token: 0.9, "Yes": 0.06, "No": 0.04})

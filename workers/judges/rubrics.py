@@ -1,4 +1,4 @@
-"""The rubrics of our judges, in our own words; each is version 1; the `version` of a catalog entry counts its rubric and how answers are read."""
+"""The rubrics of our judges, in our own words; each is version 1, and counted in its catalog entry's `version`."""
 
 from __future__ import annotations
 

@@ -45,10 +45,7 @@ _IN_WORDS = (
 """Thoughts that begin and end with words of the text. The words mean nothing in a text that begins otherwise."""
 
 _BEGINNINGS = frozenset(
-    (
-        *("so", "okay", "ok", "got", "let", "first", "alright", "hmm", "we", "the", "i", "wait", "now"),
-        *("looking", "to", "here", "thinking", "thought", "analysis"),
-    )
+    ("so", "okay", "ok", "got", "let", "first", "alright", "hmm", "we", "wait", "thinking", "thought", "analysis")
 )
 """Words with which a thought begins whose opening mark is already in the prompt."""
 
