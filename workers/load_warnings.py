@@ -24,6 +24,9 @@ LIBRARIES = (
 """Loggers that may keep what they say to themselves (`propagate = False`), as transformers' does, or be told to be
 quieter than a warning (TRANSFORMERS_VERBOSITY=error)."""
 
+PRINTED = "celery.redirected"
+"""The logger of what is printed in a worker, progress bars among it; as warnings, says Celery."""
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -92,7 +95,7 @@ class _Hearing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stack = _stack()
-        if not stack or getattr(record, "rewardq_heard", False):
+        if not stack or record.name == PRINTED or getattr(record, "rewardq_heard", False):
             return
         record.rewardq_heard = True
         stack[-1].append(Said(record.name, record.getMessage()))

@@ -87,7 +87,7 @@ def check_preprocessing(place: str, said: Mapping[str, Any]) -> None:
             )
     unsaid = [key for key in ("mean", "std") if said.get(key) is None]
     if unsaid:
-        note(f"{CONFIG_FILE} of {place} does not say {' and '.join(unsaid)} of its images; OpenAI's are taken")
+        note(f"{CONFIG_FILE} does not say the {' and '.join(unsaid)} of its images; OpenAI's are taken")
 
 
 class NothingResized(TorchFunctionMode):  # type: ignore[misc]
@@ -193,7 +193,7 @@ def _check_file(name: str, file: str, is_quick: bool, tags: Mapping[str, Mapping
         )
     if any(bool(cfg.get("quick_gelu", False)) != is_quick for cfg in possible):
         note(
-            f"{file} does not say the activation it was trained with: {name} computes with "
+            f"{Path(file).name} does not say the activation it was trained with: {name} computes with "
             f"{'QuickGELU' if is_quick else 'GELU'}, and some of its published weights need the other"
         )
 

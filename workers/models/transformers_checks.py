@@ -45,14 +45,14 @@ def check_config(option: str, path: str, revision: str) -> Mapping[str, Any]:
     config: Mapping[str, Any] = found
     kind = config.get("model_type")
     if kind is None:
-        note(f"config.json of {path} does not say its model_type")
+        note("config.json does not say its model_type")
     elif kind != "clip":
         raise ModelLoadError(
             f"{option}: {path!r} is a model of type {kind!r}, and this reward needs one of type 'clip'; transformers "
             f"would load it as a CLIP with a warning only. Name a CLIP, or score by a class of your own"
         )
     if config.get("quantization_config"):
-        note(f"config.json of {path} has a quantization_config: its weights are rounded")
+        note("config.json has a quantization_config: its weights are rounded")
     return config
 
 
@@ -68,47 +68,44 @@ def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
         ModelLoadError: Weights are missing or of another shape (they would be random), or are left over (the checkpoint
             has layers or heads that the model has not).
     """
-    lacking = sorted({*found["missing_keys"], *(str(k) for k in found["mismatched_keys"])})
+    advice = "Are config.json and the weights of one model, without an adapter or a head of its own?"
+    what = f"{option}: {name!r} is no CLIPModel as its config.json describes it"
+    lacking = sorted(found["missing_keys"])
     if lacking:
         raise ModelLoadError(
-            f"{option}: {name!r} is no CLIPModel: its checkpoint lacks {len(lacking)} of the weights, {lacking[0]} "
-            f"first"
+            f"{what}: its checkpoint lacks {len(lacking)} of the weights, {lacking[0]} first. {advice}"
+        )
+    of_other_shape = sorted(found["mismatched_keys"], key=str)
+    if of_other_shape:
+        key, *shapes = of_other_shape[0]
+        sizes = " and ".join(str(tuple(shape)) for shape in shapes)
+        raise ModelLoadError(
+            f"{what}: {len(of_other_shape)} weights have another shape in its checkpoint than in the model, "
+            f"{key} first ({sizes}). {advice}"
         )
     left = sorted(key for key in found["unexpected_keys"] if not key.endswith("position_ids"))  # a buffer of old CLIPs
     if left:
         raise ModelLoadError(
-            f"{option}: {name!r} is no CLIPModel as its config.json describes it: its checkpoint has {len(left)} "
-            f"weights "
-            f"that the model has no place for, {left[0]} first. Are config.json and the weights of one model, without "
-            f"an "
-            "adapter or a head of its own?"
+            f"{what}: its checkpoint has {len(left)} weights that the model has no place for, {left[0]} first. {advice}"
         )
 
 
-def check_built(option: str, name: str, said: Mapping[str, Any], built: Any) -> None:
-    """Whether a CLIP was built as its config.json says it.
+def note_what_is_said_twice(said: Mapping[str, Any], built: Any) -> None:
+    """Note where a config.json says two things of one, and which of them counts.
 
-    A config.json may say things twice (`text_config`, and `text_config_dict` of old): transformers takes the latter,
-    and its defaults for what the latter does not say, such as the activation, without a warning.
+    Old ones have `text_config_dict` beside `text_config`: transformers takes the former, and its defaults for what that
+    does not say, such as the activation, without a warning. The reward is that of everybody who uses transformers.
 
     Args:
-        option: The option that names the model.
-        name: What it says.
         said: The content of config.json.
         built: The configuration that the model was built by.
-
-    Raises:
-        ModelLoadError: Names both values.
     """
     for tower in ("text_config", "vision_config"):
         given = said.get(tower) or {}
         for key in _NUMBERS_DEPEND_ON:
             used = getattr(getattr(built, tower), key, None)
             if given.get(key) is not None and given[key] != used:
-                raise ModelLoadError(
-                    f"{option}: config.json of {name!r} says {key} {given[key]!r} in {tower}, and the model was built "
-                    f"with {used!r}; is it said a second time, in {tower}_dict? Remove {tower}_dict"
-                )
+                note(f"config.json says {key} {given[key]!r} in {tower}, {tower}_dict counts: it is {used!r}")
 
 
 def check_tokenizer(option: str, name: str, tokenizer: Any, tokens: Any, text_config: Any) -> None:
@@ -164,7 +161,7 @@ def check_image_processor(option: str, path: str, revision: str, processor: CLIP
     said, _ = CLIPImageProcessor.get_image_processor_dict(path, revision=revision or "main")
     kind = said.get("image_processor_type") or said.get("feature_extractor_type")
     if kind is None:
-        note(f"the image processor of {path} does not say its kind; CLIP's is taken")
+        note("the image processor's file does not say its kind; CLIP's is taken")
     elif kind not in KINDS_OF_PROCESSOR:
         raise ModelLoadError(
             f"{option}: the image processor of {path!r} is a {kind}, and this reward sees images as a "
@@ -173,7 +170,7 @@ def check_image_processor(option: str, path: str, revision: str, processor: CLIP
         )
     unsaid = [key for key in _PREPROCESSED_BY if said.get(key) is None]
     if unsaid:
-        note(f"the image processor of {path} does not say {', '.join(unsaid)}; CLIP's own are taken")
+        note(f"the image processor's file does not say {', '.join(unsaid)}; CLIP's own are taken")
     factor = float(getattr(processor, "rescale_factor", 1 / 255))
     if abs(255 * factor - 1) > 1e-6 or getattr(processor, "do_pad", None):
         raise ModelLoadError(
