@@ -45,9 +45,9 @@ def python(code: str, folder: Path | str = ROOT, **env: str) -> subprocess.Compl
 
 @pytest.mark.parametrize(
     ("module", "library"),
-    [("workers.models.ocr", "onnxruntime"), ("workers.models.clip_towers", "huggingface_hub")],
+    [("workers.models.ocr", "onnxruntime"), ("workers, huggingface_hub", "huggingface_hub")],
 )
-def test_telemetry_is_off_before_a_built_in_imports_its_libraries(module, library):
+def test_telemetry_is_off_before_a_reward_model_imports_its_libraries(module, library):
     assert f"{library} 1" in python(f"{ASKED_WHILE_IMPORTED}\nimport {module}").stdout.splitlines()
 
 
