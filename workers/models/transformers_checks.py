@@ -68,8 +68,10 @@ def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
         ModelLoadError: Weights are missing or of another shape (they would be random), or are left over (the checkpoint
             has layers or heads that the model has not).
     """
-    advice = "Are config.json and the weights of one model, without an adapter or a head of its own?"
-    what = f"{option}: {name!r} is no CLIPModel as its config.json describes it"
+    advice = (
+        "Are the weights those of the model that its config.json describes, without an adapter or a head of its own?"
+    )
+    what = f"{option}: {name!r} is no CLIPModel"
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise ModelLoadError(
