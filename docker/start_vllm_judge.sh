@@ -11,6 +11,7 @@
 # DATA_PARALLEL_SIZE       copies of the model (as many as CUDA_VISIBLE_DEVICES has room for; 1 if that is not set)
 # GPU_MEMORY_UTILIZATION   share of each GPU's memory that vLLM takes (0.9)
 # VLLM_BIN                 the vllm command (vllm)
+# VLLM_NO_USAGE_STATS      1 unless set to 0: vLLM sends no usage statistics
 set -euo pipefail
 
 MODEL_PATH=${MODEL_PATH:-TIGER-Lab/RationalRewards-8B-T2I}
@@ -19,6 +20,7 @@ PORT=${PORT:-8000}
 TENSOR_PARALLEL_SIZE=${TENSOR_PARALLEL_SIZE:-1}
 GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.9}
 VLLM_BIN=${VLLM_BIN:-vllm}
+export VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 
 if [[ -z ${SERVED_MODEL_NAME:-} ]]; then
   SERVED_MODEL_NAME=${MODEL_PATH%/}

@@ -167,7 +167,8 @@ class Outcome(_Answer):
     info: dict[str, Any] = {}
     """What the reward model says beside the reward: judge text, aspects, raw score."""
     origin: dict[str, Any] = {}
-    """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took."""
+    """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took. What
+    libraries warned of while its model loaded is under `load_warnings`."""
 
     @property
     def is_final(self) -> bool:

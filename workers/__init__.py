@@ -13,6 +13,7 @@ if Path(getattr(tasks, "__file__", None) or "").resolve().parent != Path(__file_
         f"{Path(__file__).parents[1] / 'tasks'}; rename that file, or start from another directory"
     )
 
+from workers import telemetry
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
@@ -22,6 +23,8 @@ from workers.base import (
     RewardModelOutput,
     Unscored,
 )
+
+telemetry.turn_off()  # before any reward model imports what it is made of
 
 __all__ = [
     "Accelerator",

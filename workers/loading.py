@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from tasks.errors import MissingExtraError, ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import Accelerator, RewardArguments, RewardModel
+from workers.load_warnings import Said, in_short, listening, one_line
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class LoadedModel:
     """The batch size that fitted into the device's memory."""
     num_too_large: int = 0
     """Samples that did not fit even alone."""
+    load_warnings: tuple[str, ...] = ()
+    """What libraries warned of while it loaded, in short; its outcomes' origin has it."""
 
     @property
     def device(self) -> str:
@@ -183,8 +186,12 @@ class Models:
     def _load_into(self, kept: _Kept) -> None:
         started = time.perf_counter()
         call = kept.call
+        heard: list[Said] = []
         try:
-            model = LoadedModel(build(call, self._settings))
+            reward_class(call.model, self._settings)  # what an import warns of is not the model's
+            with listening() as heard:
+                model = LoadedModel(build(call, self._settings))
+            model.load_warnings = in_short(heard)
         except BaseException as error:  # a reward model's constructor may raise anything, SystemExit too
             kept.failed_at = time.monotonic()
             log.warning("load failed reward=%s error=%s", call.model, type(error).__name__)
@@ -194,6 +201,8 @@ class Models:
             log.info("loaded reward=%s load_s=%.2f%s", call.model, time.perf_counter() - started, device)
             kept.load.set_result(model)
             return
+        finally:
+            _say_what_was_heard(call, heard)
         free_memory()
 
 
@@ -295,6 +304,12 @@ def _class_in(path: str, name: str) -> type[RewardModel]:
             f"{path}.{name} is no reward model; subclass workers.PointwiseRewardModel or GroupwiseRewardModel"
         )
     return cls
+
+
+def _say_what_was_heard(call: RewardCall, heard: Sequence[Said]) -> None:
+    """In the log, each once: what is heard here is shown nowhere else."""
+    for said in dict.fromkeys(heard):
+        log.warning("load warning reward=%s from=%s said=%s", call.model, said.source, one_line(said.text))
 
 
 def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:

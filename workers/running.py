@@ -90,6 +90,7 @@ class ModelRunner:
         origin = {
             **where_computed(),
             **({"device": model.device} if model.device else {}),
+            **({"load_warnings": list(model.load_warnings)} if model.load_warnings else {}),
             "model_version": call.version,
             "decode_s": round(decode_s, 4),
             "score_s": round(time.perf_counter() - started - decode_s, 4),

@@ -25,8 +25,10 @@ import json
 import logging
 import math
 import numbers
+import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -40,6 +42,13 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 log = logging.getLogger(__name__)
+
+if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:  # it reads that while it is imported
+    log.warning(
+        "onnxruntime was imported before the reward server and may send telemetry to Microsoft; import the server "
+        "first, or set ORT_DISABLE_TELEMETRY=1 where the process is started"
+    )
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 MEDIA_DEPTHS = {"image": 0, "video": 1, "condition_images": 1, "condition_videos": 2}
 """Media fields of a request, and how deep the images of one sample lie in lists."""

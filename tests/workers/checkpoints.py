@@ -21,6 +21,9 @@ ARCHITECTURE = {
 }
 """An open_clip architecture."""
 
+SEEN_AS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+"""What published models of open_clip say of their images in `preprocess_cfg`."""
+
 
 def save_tokenizer(folder: Path) -> None:
     """CLIP's tokenizer, from the byte-pair vocabulary that open_clip ships, as files for any transformers version."""
@@ -68,7 +71,7 @@ def save_open_clip(folder: Path, seed: int) -> Path:
 
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE, "preprocess_cfg": SEEN_AS}))
     model = open_clip.CLIP(**ARCHITECTURE)
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     return folder

@@ -9,6 +9,7 @@ import torch
 
 from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
+from workers.models import transformers_checks
 from workers.models.checkpoints import find_file, loading
 from workers.models.clip_towers import FrameReward, load_preprocessing, load_transformers, pooled
 
@@ -46,11 +47,21 @@ class _ImageTower:
         name, revision = options["model_name_or_path"], options["revision"]
         self.preprocessing = load_preprocessing("model_name_or_path", name, revision, options["preprocessing"])
         model = load_transformers(name, revision)
+        transformers_checks.check_sizes("model_name_or_path", name, self.preprocessing, model.config.vision_config)
+        _check_width(name, model.config.projection_dim)
         del model.text_model, model.text_projection
         self._model = model.to(device, dtype)
 
     def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
         return pooled(self._model.get_image_features(pixel_values=inputs))
+
+
+def _check_width(name: str, width: int) -> None:
+    if width != HEAD_WIDTHS[0]:
+        raise ModelLoadError(
+            f"model_name_or_path: {name!r} makes embeddings of {width} numbers, the aesthetic head takes "
+            f"{HEAD_WIDTHS[0]}; name a CLIP ViT-L/14, openai/clip-vit-large-patch14 for the published scores"
+        )
 
 
 def load_head(path: str) -> torch.nn.Module:
@@ -60,6 +71,13 @@ def load_head(path: str) -> torch.nn.Module:
         ModelLoadError: Its layers are others.
     """
     weights = torch.load(path, map_location="cpu", weights_only=True)
+    known = {f"layers.{at}.{part}" for at in HEAD_LAYERS for part in ("weight", "bias")}
+    others = sorted(set(weights) - known)
+    if others:
+        raise ModelLoadError(
+            f"{path} is no LAION aesthetic head: it has {len(others)} weights that the head has no place for, "
+            f"{others[0]} first"
+        )
     layers = []
     for at, wide, narrow in zip(HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False):
         weight, bias = (weights.get(f"layers.{at}.{part}") for part in ("weight", "bias"))

@@ -15,15 +15,19 @@ from huggingface_hub import constants
 from torch.overrides import TorchFunctionMode
 
 from tasks.errors import ModelLoadError
+from workers.load_warnings import Said, listening
+from workers.models.refusals import refuse_other_numbers
 
 _one_load = threading.Lock()
 
 
 @contextlib.contextmanager
-def loading(option: str, name: str, revision: str = "") -> Iterator[None]:
+def loading(option: str, name: str, revision: str = "") -> Iterator[list[Said]]:
     """Held around what reads a checkpoint; whatever goes wrong becomes an error that says what to do.
 
     One thread at a time: while they build a model, transformers and open_clip change what is global in the process.
+    What they warn of within is in the list, and a warning that means other numbers is something that went wrong; a
+    caller that has looked for itself at what is warned of takes it out.
 
     Args:
         option: The reward's option that names the checkpoint.
@@ -33,9 +37,10 @@ def loading(option: str, name: str, revision: str = "") -> Iterator[None]:
     Raises:
         ModelLoadError: Names the option, the checkpoint and, for one on the hub, HF_HUB_OFFLINE.
     """
-    with _one_load:
+    with _one_load, listening() as heard:
         try:
-            yield
+            yield heard
+            refuse_other_numbers(option, name, heard)
         except ModelLoadError:
             raise
         except Exception as error:  # the libraries have no tree: OSError, ValueError, RuntimeError, errors of their own

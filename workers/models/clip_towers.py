@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import open_clip
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from tasks.errors import ModelLoadError
 from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
-from workers.models import clip_pixels
+from workers.models import clip_pixels, open_clip_checks, transformers_checks
 from workers.models.checkpoints import loading, local_or_hub, without_initialising
 from workers.models.clip_pixels import Backend, Preprocessing
 
@@ -63,6 +63,10 @@ class TransformersTowers:
         self.logit_scale = float(model.logit_scale.detach().exp())
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._model = model.to(device, dtype)
+        tokens = self.tokenise(transformers_checks.probe())
+        config = model.config
+        transformers_checks.check_tokenizer(option, processor, self._tokenizer, tokens, config.text_config)
+        transformers_checks.check_sizes(option, processor, self.preprocessing, config.vision_config)
 
     def tokenise(self, texts: Sequence[str]) -> Any:
         """Tokens, padded to the context length so that a reward does not depend on its neighbours' prompts."""
@@ -104,7 +108,10 @@ class OpenClipTowers:
         backend: Backend = "pil",
         file_option: str = "pretrained",
     ) -> None:
-        with loading(*_whence(name, pretrained, file_option)), without_initialising():
+        name = open_clip_checks.plain_name(name)
+        whence = _whence(name, pretrained, file_option)
+        with loading(*whence), without_initialising(), open_clip_checks.NothingResized(*whence):
+            open_clip_checks.check_name(name, pretrained, file_option)
             self._model = open_clip.create_model(
                 name,
                 pretrained=pretrained or None,
@@ -119,6 +126,8 @@ class OpenClipTowers:
         self._one_tokenises = threading.Lock()
         self._device = device
         self._model.eval()
+        tokens = self.tokenise(transformers_checks.probe())
+        open_clip_checks.check_tokenizer(*whence, self._model, tokens, end_of_text(self._tokenizer))
 
     def tokenise(self, texts: Sequence[str]) -> Any:
         """Tokens `(P, L)`, after open_clip's own cleaning."""
@@ -209,19 +218,23 @@ def load_transformers(name: str, revision: str) -> Any:
     """A `CLIPModel` in float32 on the CPU, for inference.
 
     Raises:
-        ModelLoadError: There is none of that name, or its checkpoint lacks weights (they would be random).
+        ModelLoadError: There is none of that name, its checkpoint lacks weights (they would be random) or has others,
+            or it is not what its config.json describes.
     """
-    path = local_or_hub("model_name_or_path", name)
-    with loading("model_name_or_path", name, revision):
+    option = "model_name_or_path"
+    path = local_or_hub(option, name)
+    with loading(option, name, revision) as heard:
+        said = transformers_checks.check_config(option, path, revision)
         model, found = CLIPModel.from_pretrained(
-            path, revision=revision or "main", torch_dtype=torch.float32, output_loading_info=True
+            path,
+            revision=revision or "main",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else transformers raises, and names none of them
+            **{_dtype_argument(): torch.float32},
         )
-        lacking = sorted({*found["missing_keys"], *(str(k) for k in found["mismatched_keys"])})
-        if lacking:
-            raise ModelLoadError(
-                f"model_name_or_path: {name!r} is no CLIPModel: its checkpoint lacks {len(lacking)} of the "
-                f"weights, {lacking[0]} first"
-            )
+        transformers_checks.check_weights(option, name, found)
+        transformers_checks.note_what_is_said_twice(said, model.config)
+        heard[:] = [one for one in heard if "LOAD REPORT" not in one.text]  # of the weights, which were looked at
     return model.eval()
 
 
@@ -230,6 +243,7 @@ def load_preprocessing(option: str, name: str, revision: str, backend: Backend) 
     path = local_or_hub(option, name)
     with loading(option, name, revision):
         processor = CLIPImageProcessor.from_pretrained(path, revision=revision or "main")
+        transformers_checks.check_image_processor(option, path, revision, processor)
         return clip_pixels.of_transformers(processor, backend)
 
 
@@ -246,6 +260,20 @@ def _whence(name: str, pretrained: str, file_option: str) -> tuple[str, str]:
         return file_option, pretrained
     _, colon, place = name.partition(":")
     return "model_name_or_path", place if colon else f"{name} {pretrained}".strip()
+
+
+def _dtype_argument() -> str:
+    """What transformers calls the dtype to load as; the older name is a warning since 4.56."""
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """The token that an open_clip tokenizer ends texts with, None if it does not say."""
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return int(tokenizer.eot_token_id)
+    found = getattr(getattr(tokenizer, "tokenizer", None), "eos_token_id", None)
+    return found if isinstance(found, int) else None
 
 
 def take_special_tokens_as_text(tokenizer: Any) -> None:

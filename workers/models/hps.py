@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import clip_pixels
 from workers.models.checkpoints import find_file
@@ -27,7 +30,18 @@ class HPSv2(TextImageReward):
         options = config.extra_kwargs
         file = HPS_FILES[options["hps_version"]]
         checkpoint = find_file("checkpoint_path", options["checkpoint_path"], file, options["revision"])
+        _check_version(checkpoint, options["hps_version"])
         self.tower = OpenClipTowers(
             self.architecture, checkpoint, self.device, self.dtype, file_option="checkpoint_path"
         )
         self.tower.preprocessing = clip_pixels.as_hps(self.tower.preprocessing)
+
+
+def _check_version(checkpoint: str, version: str) -> None:
+    """A file that is named by itself may be that of the other score."""
+    for other, file in HPS_FILES.items():
+        if other != version and Path(checkpoint).name == file:
+            raise ModelLoadError(
+                f"checkpoint_path: {checkpoint!r} is by its name HPS {other}, and hps_version says {version}; write "
+                f"hps_version: {other}, or name {HPS_FILES[version]}"
+            )
