@@ -13,7 +13,8 @@ from redis.exceptions import ClusterDownError, TryAgainError
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.settings import Sentinels, several_urls, without_password
+from tasks.redis_urls import several_urls
+from tasks.settings import Sentinels, without_password
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
