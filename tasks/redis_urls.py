@@ -7,6 +7,8 @@ TypeError for an option that it does not know. None of the texts here repeats wh
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from redis.connection import URL_QUERY_ARGUMENT_PARSERS
@@ -27,6 +29,8 @@ OTHER_OPTIONS = (
 """Options of a URL for results or payloads; kombu, which reads the broker's, takes none of them."""
 
 CERTIFICATE_CHECKS = ("required", "optional", "none", "CERT_REQUIRED", "CERT_OPTIONAL", "CERT_NONE")
+
+_PARSERS: Mapping[str, Any] = URL_QUERY_ARGUMENT_PARSERS
 
 ENCODE = "a password with one of / ? # @ % in it is written percent-encoded (%2F %3F %23 %40 %25)"
 
@@ -113,9 +117,10 @@ def _wrong_options(parts: SplitResult, known: tuple[str, ...]) -> str | None:
             return _unknown(name, parts.scheme, known)
         if name == "ssl_cert_reqs" and value not in CERTIFICATE_CHECKS:
             return f"ssl_cert_reqs must be required, optional or none, found {value!r}"
-        if name in URL_QUERY_ARGUMENT_PARSERS:
+        parse = _PARSERS.get(name)
+        if parse is not None:
             try:
-                URL_QUERY_ARGUMENT_PARSERS[name](value)
+                parse(value)
             except (TypeError, ValueError):
                 return f"its option {name} cannot be {value!r}"
     return None
