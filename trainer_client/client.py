@@ -30,7 +30,7 @@ from trainer_client.lease import Lease
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
-from trainer_client.session import ASK_S, Session, check_servers
+from trainer_client.session import ASK_S, Session, check_stores
 from trainer_client.steps import Steps, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
@@ -68,6 +68,7 @@ class RewardClient:
 
     Raises:
         RedisUnreachableError: No server answers; says which, and what to start.
+        RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
         ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common.
@@ -103,7 +104,7 @@ class RewardClient:
         self.max_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
-        check_servers(self._app)
+        check_stores(self.settings)
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, check_reachable, connect, why_away
+from tasks.connections import LOST, why_away
 from tasks.errors import CollectTimeoutError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore, open_store
+from tasks.redis_needs import check_servers
 from tasks.settings import Settings
 from trainer_client.board import Board, Slot
 from trainer_client.groups import Groups
@@ -44,18 +45,12 @@ LOOK_EVERY_S = 0.25
 """How often a wait in `collect()` looks at the clock, and shows how far it is."""
 
 
-def check_servers(app: Any) -> None:
-    """Raises `RedisUnreachableError` or `EvictionError` unless every server of `app.settings` can be used."""
-    settings: Settings = app.settings
-    results = outcomes_of(app).redis
-    check_reachable(results, settings.results, "Redis for results")
-    check_eviction(results, settings.results)
-    if settings.results != settings.broker_url:
-        with connect(settings.broker_url, settings.sentinels) as broker:
-            check_reachable(broker, settings.broker_url, "Redis for queues")
-            check_eviction(broker, settings.broker_url)
-    with contextlib.closing(open_store(settings)) as store:
-        store.check()
+def check_stores(settings: Settings) -> None:
+    """Raises `RedisUnreachableError` or `EvictionError` unless every server and folder of `settings` can be used."""
+    check_servers(settings, "trainer")
+    if settings.payloads.startswith("file:"):
+        with contextlib.closing(open_store(settings)) as store:
+            store.check()
 
 
 class Session:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import redis
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
 from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
-from tasks import keys
-from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, connect, refusal, why_away
-from tasks.errors import EvictionError, RedisUnreachableError
+from tasks.connections import LOST, why_away
+from tasks.errors import EvictionError, RedisRefusalError
+from tasks.redis_needs import ask
+from tasks.redis_refusals import servers_of
 from tasks.settings import Settings
 from workers.watchdog import EXIT_HUNG
 
@@ -42,8 +40,8 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
     """What a worker's consumer does first, at its start and whenever it was disconnected: wait for its Redis.
 
     Celery would wait up to 30 s between two looks at one that is away, and try several times a second, with a traceback
-    each, at one that is full, since its consumer writes to it while it starts. One that drops keys, or does not know
-    this user, is refused: the process ends with status EX_CONFIG.
+    each, at one that is full, since its consumer writes to it while it starts. One that drops keys, or will not serve
+    us however long we wait, is refused: the process ends with status EX_CONFIG.
     """
 
     def include(self, parent: Any) -> bool:
@@ -56,14 +54,14 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Return once the broker takes writes.
 
         Raises:
-            WorkerShutdown: A Redis drops keys or refuses this user, or the worker was asked to stop meanwhile.
+            WorkerShutdown: A Redis drops keys or will not serve us, or the worker was asked to stop meanwhile.
         """
         pause_s, say_at = FIRST_PAUSE_S, 0.0
         while True:
             maybe_shutdown()
             try:
-                return _look(parent.app)
-            except (EvictionError, RedisUnreachableError) as error:
+                return _look(parent.app.settings)
+            except (EvictionError, RedisRefusalError) as error:
                 log.critical("worker refuses to start: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
@@ -77,26 +75,24 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing is held open."""
 
 
-def _look(app: Any) -> None:
-    settings: Settings = app.settings
-    with _known_to(settings.broker_url), app.connection_for_write() as connection:
-        broker = connection.channel().client
-        check_eviction(broker, settings.broker_url)
-        broker.set(keys.ROOM, b"", px=1000)
-    with _known_to(settings.results):
-        check_eviction(outcomes_of(app).redis, settings.results)
-    if not settings.payloads.startswith("file:"):  # one that is full is no trouble: a worker only reads from it
-        with _known_to(settings.payloads), connect(settings.payloads, settings.sentinels) as payloads:
-            check_eviction(payloads, settings.payloads)
+def _look(settings: Settings) -> None:
+    for server in servers_of(settings):
+        ask(server, settings.sentinels, "worker")
 
 
-@contextlib.contextmanager
-def _known_to(url: str) -> Iterator[None]:
-    """Raises `RedisUnreachableError`, which names the server, where it refuses this user: to wait would not help."""
+def refuse_early(settings: Settings) -> None:
+    """End the process, as `AwaitRedis` would, before it loads models for minutes. One that is away is waited for later.
+
+    Raises:
+        SystemExit: With EX_CONFIG, if a Redis drops keys or will not serve us; the log says why.
+    """
     try:
-        yield
-    except redis.AuthenticationError as error:
-        raise RedisUnreachableError(refusal("the Redis", url, error)) from None
+        _look(settings)
+    except (EvictionError, RedisRefusalError) as error:
+        log.critical("worker refuses to start: %s", error)
+        raise SystemExit(os.EX_CONFIG) from None
+    except LOST:
+        return
 
 
 class KeepSecret(bootsteps.StartStopStep):  # type: ignore[misc]

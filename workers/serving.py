@@ -19,7 +19,15 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
-from workers.lifetime import AwaitRedis, KeepSecret, TakeForGood, end_in_time, end_without_device, hush_known_warnings
+from workers.lifetime import (
+    AwaitRedis,
+    KeepSecret,
+    TakeForGood,
+    end_in_time,
+    end_without_device,
+    hush_known_warnings,
+    refuse_early,
+)
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
@@ -62,6 +70,7 @@ def _open_desk(node: str, app: Any) -> None:
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
     settings: Settings = app.settings
+    refuse_early(settings)
     outcomes, store = outcomes_of(app), open_store(settings)
     runner = ModelRunner(settings)
     queues = tuple(app.amqp.queues.consume_from)

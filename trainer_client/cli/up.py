@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.catalog import GPU
-from tasks.celery_app import make_app
-from tasks.connections import check_reachable
+from tasks.redis_needs import check_servers
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings, load_settings, without_password
 from trainer_client.cli.processes import Fleet, stop_signals, worker_command
@@ -69,11 +68,7 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
 
 
 def _check_redis(settings: Settings) -> None:
-    app = make_app(settings)
-    try:
-        check_reachable(app.backend.client, settings.results, "Redis")
-    finally:
-        app.close()
+    check_servers(settings, "worker")  # the workers that are started here will ask the same, one after the other
 
 
 def _start_workers(fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str) -> None:
