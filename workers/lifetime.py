@@ -16,11 +16,12 @@ from celery.signals import worker_shutting_down
 from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
-from tasks.connections import LOST, why_away
+from tasks.connections import LOST
 from tasks.errors import EvictionError, RedisRefusalError
 from tasks.redis_needs import ask
 from tasks.redis_refusals import servers_of
 from tasks.settings import Settings
+from workers.terminal import RedisLog
 from workers.watchdog import EXIT_HUNG
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,6 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 HAND_BACK_S = 1.5
 """How long a worker that must end tries to give back what it has in hand; a Redis that hangs is not waited for.
 With the 8 s of REWARDQ_STOP_GRACE_S it fits into the 10 s that a container's stop takes by default."""
-
-SAY_EVERY_S = 60.0
-"""How often the log says that this is waited for."""
 
 
 class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -56,18 +54,19 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         Raises:
             WorkerShutdown: A Redis drops keys or will not serve us, or the worker was asked to stop meanwhile.
         """
-        pause_s, say_at = FIRST_PAUSE_S, 0.0
+        redis_log: RedisLog = parent.app.redis_log
+        pause_s = FIRST_PAUSE_S
         while True:
             maybe_shutdown()
             try:
-                return _look(parent.app.settings)
+                _look(parent.app.settings)
             except (EvictionError, RedisRefusalError) as error:
                 log.critical("worker refuses to start: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
-                if time.monotonic() > say_at:
-                    log.warning("worker waits: %s", why_away(error))
-                    say_at = time.monotonic() + SAY_EVERY_S
+                redis_log.gone("consumer", error)
+            else:
+                return redis_log.back("consumer")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
 

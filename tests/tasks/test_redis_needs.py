@@ -79,7 +79,7 @@ def test_asking_leaves_nothing_behind_that_stays_and_tells_nobody_who_listens(re
         assert everything.get_message(timeout=0.2) is None
         for database in (0, 1):
             with redis.Redis.from_url(redis_url, db=database) as one:
-                assert all(0 < one.pttl(key) <= 10_000 for key in one.keys())
+                assert all(0 < one.pttl(key) <= 10_000 for key in one.scan_iter())
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,7 @@ def saying(words: bytes) -> Iterator[str]:
 
 
 def test_protected_mode_is_said() -> None:
-    with saying(
-        b"-DENIED Redis is running in protected mode because protected mode is enabled and no password\r\n"
-    ) as url:
+    with saying(b"-DENIED Redis is running in protected mode because protected mode is enabled\r\n") as url:
         assert "it is in protected mode and serves its own host only; give it a password" in refusal_of(url, "worker")
 
 
@@ -305,16 +303,10 @@ def test_a_client_raises_our_error_and_a_worker_ends_at_once_with_the_same_words
         assert unwanted not in log
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [(("--databases", "1"), "REWARDQ_PAYLOAD_URL="), (("--cluster-enabled", "yes"), "cluster mode")],
-)
-def test_a_worker_ends_with_the_status_of_a_wrong_configuration(
-    private_redis: Any, tmp_path: Path, options: tuple[str, ...], words: str
-) -> None:
-    worker = WorkerProcess("gpu", load_settings(broker_url=private_redis(*options).url), tmp_path, None, {})
+def test_a_worker_ends_with_the_status_of_a_wrong_configuration(private_redis: Any, tmp_path: Path) -> None:
+    worker = WorkerProcess("gpu", load_settings(broker_url=private_redis("--databases", "1").url), tmp_path, None, {})
     assert worker.process.wait(60) == os.EX_CONFIG
-    assert words in worker.log_text
+    assert "REWARDQ_PAYLOAD_URL=" in worker.log_text
     assert worker.log_text.count("worker refuses to start") == 1
     assert "Traceback" not in worker.log_text
 
