@@ -174,10 +174,7 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [
-            f"{PREFIX}{'.'.join(str(p) for p in e['loc']).upper()}: {e['msg']} (found {_shown(e)})"
-            for e in error.errors()
-        ]
+        lines = [_line(one) for one in error.errors()]
         is_url = any(str(e["loc"][-1]).lower().endswith("_url") for e in error.errors() if e["loc"])
         raise (ServerUrlError if is_url else SettingsError)("; ".join(lines)) from None
 
@@ -186,6 +183,15 @@ def _is_another_ones(name: str, value: str) -> bool:
     """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
     is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
     return name.startswith(KEY_PREFIX) or is_address or _SERVICE_LINK.fullmatch(name) is not None
+
+
+def _line(error: Any) -> str:
+    """What is wrong with the value of a variable."""
+    name = PREFIX + ".".join(str(part) for part in error["loc"]).upper()
+    words = str(error["msg"])
+    if error["type"] == "value_error":  # one of ours, which says what was found
+        return f"{name}: {words.removeprefix('Value error, ')}"
+    return f"{name}: {words} (found {_shown(error)})"
 
 
 def _shown(error: Any) -> str:
