@@ -126,7 +126,8 @@ def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callab
     queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
     try:
         return _work(_desk, queue, message, kind, work)
-    except LOST as error:  # for as long as a task waits for it; the worker's log says so once, not for each task
+    except LOST as error:  # for as long as a task waits; the worker's log says so once, and not for each task
+        _note_error(_desk, message, error)
         return f"left to be sent again: {why_away(error)}"
     except BaseException as error:
         _note_error(_desk, message, error)

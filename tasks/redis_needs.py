@@ -10,7 +10,6 @@ import contextlib
 import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import redis
 from redis.exceptions import NoPermissionError, NoScriptError
@@ -222,8 +221,8 @@ _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads
 
 def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     """What a worker is refused of channels, asked with the names that Celery uses; nothing is sent to who listens."""
-    database = urlsplit(server.url).path.strip("/") or "0"
-    names = [f"/{database}.celery.pidbox", f"/{database}.celeryev/worker.*"]
+    prefix = f"/{server.database}."
+    names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
     with contextlib.closing(client.pubsub(ignore_subscribe_messages=False)) as channels:
         try:
@@ -233,7 +232,7 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
             error.add_note("PSUBSCRIBE")
             errors.append(error)
     try:
-        client.publish(f"/{database}.{keys.PROBE}", b"")
+        client.publish(f"{prefix}{keys.PROBE}", b"")
     except redis.ResponseError as error:
         if "channel" not in str(error):  # this one is ours alone, and need not be allowed
             error.add_note("PUBLISH")

@@ -11,11 +11,12 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from redis.exceptions import ClusterCrossSlotError, InvalidResponse, MovedError, NoPermissionError
 
+from tasks.redis_urls import several_urls
 from tasks.settings import Settings, without_password
 
 OLDEST = "6.2"
@@ -45,9 +46,19 @@ class Server:
         return without_password(self.url)
 
     @property
+    def parts(self) -> SplitResult:
+        """Of its URL; of the first where sentinels have several, which has the account and the database."""
+        return urlsplit(several_urls(self.url)[0])
+
+    @property
     def user(self) -> str:
         """The ACL user."""
-        return urlsplit(self.url).username or "default"
+        return unquote(self.parts.username or "default")
+
+    @property
+    def database(self) -> int:
+        """Its number."""
+        return int(self.parts.path.strip("/") or 0)
 
     def says(self, words: str) -> str:
         """One line on this server."""
@@ -135,7 +146,7 @@ def without_files(server: Server) -> str | None:
 def _wrong_user(said: str, server: Server) -> str:
     if "Authentication required" in said:
         advice = f"it wants a password; write it in {server.variable}, redis://:PASSWORD@host:6379/0 or user:PASSWORD@"
-    elif server.user != "default" and not urlsplit(server.url).password:
+    elif server.user != "default" and not server.parts.password:
         advice = f"{server.variable} has a user and no password; a password without a user is redis://:PASSWORD@host"
     else:
         advice = (
@@ -164,23 +175,22 @@ def _refused_in_general(said: str, server: Server) -> str | None:
 
 
 def _no_database(server: Server) -> str:
-    number = urlsplit(server.url).path.strip("/") or "0"
+    number = server.database
     if server.is_next_database:
         return (
             f"it has no database {number}, the next after the broker's, where media go unless REWARDQ_PAYLOAD_URL is "
             f"set; set REWARDQ_PAYLOAD_URL={_same_database(server)} (the broker's own) or to another Redis, or start "
-            f"this one with `databases {max(16, int(number) + 1)}`"
+            f"this one with `databases {max(16, number + 1)}`"
         )
     return (
         f"it has no database {number}; name a lower one in {server.variable} (0 is always there), or start it with "
-        f"`databases {max(16, int(number) + 1)}`"
+        f"`databases {max(16, number + 1)}`"
     )
 
 
 def _same_database(server: Server) -> str:
     """The broker's own URL, of a server that is its next database."""
-    parts = urlsplit(server.shown)
-    return parts._replace(path=f"/{int(parts.path.strip('/')) - 1}").geturl()
+    return urlsplit(server.shown)._replace(path=f"/{server.database - 1}").geturl()
 
 
 def _no_redis(server: Server) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.connections import why_away
+from tasks.connections import LOST, why_away
 from tasks.settings import Settings, without_password
 from tasks.tally import Tally
 
@@ -131,14 +131,21 @@ class _LostConnections(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown; one of restarts that are frequent is shown without its traceback."""
         text = record.getMessage()
-        errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
         if "Connection to broker lost" in text or "Cannot connect to" in text:
-            self._redis_log.gone("consumer", errors[0] if errors else ConnectionError("connection lost"))
-            return False
+            return self._is_another(record)
         if text.startswith("Error on ") and self._redis_log.is_gone:  # a step that cannot say goodbye to a lost server
             return False
         if "Frequent restarts detected" in text:
             record.exc_info = None
+        return True
+
+    def _is_another(self, record: logging.LogRecord) -> bool:
+        """Whether it is not a lost server that a record is about; that one is said."""
+        errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
+        for error in errors:
+            if isinstance(error, LOST) or isinstance(error.__cause__, LOST):
+                self._redis_log.gone("consumer", error)
+                return False
         return True
 
 

@@ -18,6 +18,7 @@ import redis
 
 from tasks.errors import EvictionError, RedisRefusalError, RedisUnreachableError
 from tasks.redis_needs import check_servers
+from tasks.redis_refusals import servers_of
 from tasks.settings import load_settings
 from tests.servers import RedisServer, WorkerProcess, free_port, wait_until
 from trainer_client import RewardClient
@@ -276,6 +277,13 @@ def test_a_server_that_passes_is_unreachable_and_no_refusal(private_redis: Any) 
             with pytest.raises(RedisUnreachableError, match=said) as caught:
                 check_servers(load_settings(broker_url=url), "trainer")
             assert not isinstance(caught.value, RedisRefusalError)
+
+
+def test_of_several_sentinels_the_first_has_the_account_and_no_password_is_shown() -> None:
+    url = f"sentinel://me:{SECRET}@one:26379/3;sentinel://me:{SECRET}@two:26379/3"
+    for server in servers_of(load_settings(broker_url=url)):
+        assert (server.user, server.database) == ("me", 3)
+        assert SECRET not in server.says("words")
 
 
 def test_each_server_is_named_by_its_own_variable(redis_url: str) -> None:
