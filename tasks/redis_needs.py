@@ -35,6 +35,9 @@ Side = Literal["trainer", "worker"]
 
 PROBE_TTL_MS = 10_000
 
+PRIORITY_STEP = "\x06\x163"
+"""Ends the name of one of the lists that kombu makes of a queue, one for each step of priority."""
+
 _SCRIPT = """
 local time = redis.call('TIME')
 redis.call('SET', KEYS[1], time[1], 'PX', ARGV[1])
@@ -48,8 +51,8 @@ _NO_SCRIPT = "0" * 40
 Commands = Sequence[tuple[Any, ...]]
 
 
-def check_servers(settings: Settings, side: Side) -> None:
-    """Ask every Redis of a configuration for what one side needs of it.
+def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) -> None:
+    """Ask every Redis of a configuration for what one side needs of it, for the queues that it uses.
 
     Raises:
         RedisRefusalError: One will not serve us; says the variable or the right that is missing, and what to write.
@@ -58,14 +61,14 @@ def check_servers(settings: Settings, side: Side) -> None:
     """
     for server in servers_of(settings):
         try:
-            ask(server, settings.sentinels, side)
+            ask(server, settings.sentinels, side, queues)
         except RedisRefusalError:  # a ConnectionError too, for whoever catches those
             raise
         except LOST as error:
             raise RedisUnreachableError(_unreachable(server, error)) from None
 
 
-def ask(server: Server, sentinels: Sentinels, side: Side) -> None:
+def ask(server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()) -> None:
     """Ask one server.
 
     Raises:
@@ -80,7 +83,7 @@ def ask(server: Server, sentinels: Sentinels, side: Side) -> None:
         raise RedisRefusalError(server.says(no_tls(server)))
     with connect(server.url, sentinels) as client:
         try:
-            _ask(client, server, side)
+            _ask(client, server, side, queues)
         except (redis.RedisError, OSError) as error:
             words = words_for(error, server)
             if words is None:
@@ -89,9 +92,11 @@ def ask(server: Server, sentinels: Sentinels, side: Side) -> None:
         check_eviction(client, server.url)
 
 
-def _ask(client: Any, server: Server, side: Side) -> None:
+def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None:
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
+    if server.role == QUEUES:  # a user may be allowed some names of keys only
+        then = [*then, *(("LLEN", queue + step) for queue in queues for step in ("", PRIORITY_STEP))]
     about, of_cluster, *answers = _answers(client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first])
     if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
         raise RedisRefusalError(server.says(cluster(server)))
@@ -171,6 +176,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
         ("SREM", binding, "1"),
         ("ZADD", name, "GT", 1, "1"),
         ("DEL", binding),
+        ("LLEN", f"{name.removeprefix(keys.PROBE)}.reply.celery.pidbox{PRIORITY_STEP}"),
         *_scripts(name),
     ]
 
@@ -187,6 +193,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
         ("HINCRBY", name, "1", 1),
         ("ZADD", name, 1, "1"),
         ("TIME",),
+        ("GET", f"celery-taskset-meta-{name}"),
         *_scripts(name),
     ]
     if side == "worker":

@@ -130,12 +130,18 @@ def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
 
 
 def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
-    """The mappings that `<<` brings into this one."""
-    found: list[yaml.Node] = []
-    for key, value in node.value:
-        if key.value == MERGE:
-            found += value.value if isinstance(value, yaml.SequenceNode) else [value]
-    return [one for one in found if isinstance(one, yaml.MappingNode)]
+    """The mappings that `<<` brings into this one, and those that it brings into them."""
+    found: list[yaml.MappingNode] = []
+    left: list[yaml.Node] = [node]
+    while left:
+        current = left.pop(0)
+        if not isinstance(current, yaml.MappingNode) or any(current is one for one in found):
+            continue
+        found.append(current)
+        for key, value in current.value:
+            if key.value == MERGE:
+                left += value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return found[1:]
 
 
 def _keep_texts(entry: yaml.Node) -> None:

@@ -104,7 +104,7 @@ class RewardClient:
         self.max_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
-        check_stores(self.settings)
+        check_stores(self.settings, self.config.queues)
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()

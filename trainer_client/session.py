@@ -45,9 +45,9 @@ LOOK_EVERY_S = 0.25
 """How often a wait in `collect()` looks at the clock, and shows how far it is."""
 
 
-def check_stores(settings: Settings) -> None:
+def check_stores(settings: Settings, queues: Sequence[str]) -> None:
     """Raises `RedisUnreachableError` or `EvictionError` unless every server and folder of `settings` can be used."""
-    check_servers(settings, "trainer")
+    check_servers(settings, "trainer", queues)
     if settings.payloads.startswith("file:"):
         with contextlib.closing(open_store(settings)) as store:
             store.check()

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import bootsteps
@@ -19,7 +19,7 @@ from celery.worker.state import maybe_shutdown
 from tasks.connections import LOST
 from tasks.errors import EvictionError, RedisRefusalError
 from tasks.redis_needs import ask
-from tasks.redis_refusals import servers_of
+from tasks.redis_refusals import servers_of, words_for
 from tasks.settings import Settings
 from workers.terminal import RedisLog
 from workers.watchdog import EXIT_HUNG
@@ -58,8 +58,9 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         pause_s = FIRST_PAUSE_S
         while True:
             maybe_shutdown()
+            _end_if_refused(redis_log, parent.app.settings)
             try:
-                _look(parent.app.settings)
+                _look(parent.app.settings, tuple(parent.app.amqp.queues.consume_from))
             except (EvictionError, RedisRefusalError) as error:
                 log.critical("worker refuses to start: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
@@ -74,19 +75,29 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing is held open."""
 
 
-def _look(settings: Settings) -> None:
+def _end_if_refused(redis_log: RedisLog, settings: Settings) -> None:
+    """Raises `WorkerShutdown` for what the broker refused Celery's consumer with, which would ask for ever."""
+    refusal, redis_log.refusal = redis_log.refusal, None
+    broker = servers_of(settings)[0]
+    words = words_for(refusal, broker) if refusal is not None else None
+    if words is not None:
+        log.critical("worker ends: %s", broker.says(words))
+        raise WorkerShutdown(os.EX_CONFIG)
+
+
+def _look(settings: Settings, queues: Sequence[str]) -> None:
     for server in servers_of(settings):
-        ask(server, settings.sentinels, "worker")
+        ask(server, settings.sentinels, "worker", queues)
 
 
-def refuse_early(settings: Settings) -> None:
+def refuse_early(settings: Settings, queues: Sequence[str]) -> None:
     """End the process, as `AwaitRedis` would, before it loads models for minutes. One that is away is waited for later.
 
     Raises:
         SystemExit: With EX_CONFIG, if a Redis drops keys or will not serve us; the log says why.
     """
     try:
-        _look(settings)
+        _look(settings, queues)
     except (EvictionError, RedisRefusalError) as error:
         log.critical("worker refuses to start: %s", error)
         raise SystemExit(os.EX_CONFIG) from None

@@ -73,10 +73,10 @@ def _open_desk(node: str, app: Any) -> None:
         Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
     settings: Settings = app.settings
     app.redis_log = redis_log = RedisLog()
-    refuse_early(settings)
+    queues = tuple(app.amqp.queues.consume_from)
+    refuse_early(settings, queues)
     outcomes, store = outcomes_of(app), open_store(settings)
     runner = ModelRunner(settings)
-    queues = tuple(app.amqp.queues.consume_from)
     beats = HeartbeatThread(node, queues, outcomes, store, runner.models, settings.claim_ttl_s, redis_log)
     watchdog = Watchdog(
         time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),

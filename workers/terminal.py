@@ -11,7 +11,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import redis
+
 from tasks.connections import LOST, why_away
+from tasks.redis_refusals import Server, servers_of, words_for
 from tasks.settings import Settings, without_password
 from tasks.tally import Tally
 
@@ -32,6 +35,8 @@ class RedisLog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._without: set[str] = set()
+        self.refusal: BaseException | None = None
+        """What the broker last refused the consumer with, that waiting may not mend."""
         self._since = 0.0
 
     def gone(self, who: str, error: BaseException) -> None:
@@ -102,7 +107,7 @@ def quiet_celery(redis_log: RedisLog, settings: Settings) -> None:
     """Let our own lines stand for Celery's on lost connections, and show URLs as they are written."""
     has_password = without_password(settings.broker_url) != settings.broker_url
     for name in ("celery.worker.consumer.consumer", "celery.bootsteps"):
-        logging.getLogger(name).addFilter(_LostConnections(redis_log))
+        logging.getLogger(name).addFilter(_LostConnections(redis_log, servers_of(settings)[0]))
     if not has_password:
         for name in ("celery.worker.consumer.connection", "celery.worker.consumer.consumer"):
             logging.getLogger(name).addFilter(_without_marks)
@@ -124,9 +129,9 @@ def show_urls_as_written(worker: Any, settings: Settings) -> None:
 class _LostConnections(logging.Filter):
     """Drops what Celery says of a connection that is lost or cannot be made: `RedisLog` says it, once."""
 
-    def __init__(self, redis_log: RedisLog) -> None:
+    def __init__(self, redis_log: RedisLog, broker: Server) -> None:
         super().__init__()
-        self._redis_log = redis_log
+        self._redis_log, self._broker = redis_log, broker
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown; one of restarts that are frequent is shown without its traceback."""
@@ -140,11 +145,14 @@ class _LostConnections(logging.Filter):
         return True
 
     def _is_another(self, record: logging.LogRecord) -> bool:
-        """Whether it is not a lost server that a record is about; that one is said."""
+        """Whether a record is about something else than a server that is lost or refuses; that one is said."""
         errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
         for error in errors:
             if isinstance(error, LOST) or isinstance(error.__cause__, LOST):
                 self._redis_log.gone("consumer", error)
+                return False
+            if isinstance(error, redis.ResponseError) and words_for(error, self._broker) is not None:
+                self._redis_log.refusal = error
                 return False
         return True
 

@@ -54,6 +54,7 @@ def as_user(redis_server: RedisServer) -> Iterator[Any]:
 
 
 EVERYTHING = ("~*", "&*", "+@all")
+SOME_KEYS = ("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "~*.pidbox*")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -63,12 +64,31 @@ EVERYTHING = ("~*", "&*", "+@all")
         EVERYTHING,
         (*EVERYTHING, "-@admin", "-@dangerous", "+info"),  # as docker/README.md has it
         (*EVERYTHING, "-@admin", "-@dangerous"),
-        ("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "&/0.celery.pidbox", "&/0.celeryev/worker.*", "+@all", "-info"),
+        (
+            "~rewardq:*",
+            "~_kombu*",
+            "~celery*",
+            "~gpu*",
+            "~*.pidbox*",
+            "&/0.celery.pidbox",
+            "&/0.celeryev/worker.*",
+            "+@all",
+            "-info",
+        ),
     ],
     ids=" ".join,
 )
 def test_a_user_with_the_rights_that_are_needed_is_let_in(as_user: Any, side: Any, rules: tuple[str, ...]) -> None:
-    check_servers(load_settings(broker_url=as_user(*rules)), side)
+    check_servers(load_settings(broker_url=as_user(*rules)), side, ["gpu"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_user_who_may_not_use_a_queue_of_this_config_is_refused(as_user: Any, side: Any) -> None:
+    settings = load_settings(
+        broker_url=as_user("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "~*.pidbox*", "&*", "+@all")
+    )
+    with pytest.raises(RedisRefusalError, match="the user 'mine' may not use keys of any name"):
+        check_servers(settings, side, ["gpu", "vlm"])
 
 
 def test_asking_leaves_nothing_behind_that_stays_and_tells_nobody_who_listens(redis_url: str) -> None:
@@ -331,3 +351,14 @@ def test_a_server_that_drops_keys_is_still_refused(private_redis: Any) -> None:
     for side in SIDES:
         with pytest.raises(EvictionError, match="maxmemory-policy allkeys-lru"):
             check_servers(load_settings(broker_url=url), side)  # type: ignore[arg-type]
+
+
+def test_a_right_that_is_lost_later_ends_a_worker_too(as_user: Any, redis_server: RedisServer, tmp_path: Path) -> None:
+    worker = WorkerProcess("gpu", load_settings(broker_url=as_user(*EVERYTHING)), tmp_path, None, {})
+    wait_until(lambda: "] ready: " in worker.log_text, 60)
+    with redis_server.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "mine", "-brpop")
+    assert worker.process.wait(60) == os.EX_CONFIG
+    assert "the user 'mine' may not run BRPOP: `ACL SETUSER mine +brpop`" in worker.log_text
+    assert "Frequent restarts" not in worker.log_text
+    assert "Traceback" not in worker.log_text

@@ -45,7 +45,7 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     given_url = redis_url or os.environ.get(BROKER_URL)
     settings = load_settings(**({"broker_url": given_url} if given_url else {}))
     if given_url:
-        _check_redis(settings)
+        _check_redis(settings, queues)
     log_dir = Path(tempfile.mkdtemp(prefix="rewardq-up-"))
 
     def say(line: str) -> None:
@@ -67,8 +67,8 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     say(f"all stopped; the logs are in {log_dir}")
 
 
-def _check_redis(settings: Settings) -> None:
-    check_servers(settings, "worker")  # the workers that are started here will ask the same, one after the other
+def _check_redis(settings: Settings, queues: tuple[str, ...]) -> None:
+    check_servers(settings, "worker", queues)  # as the workers that are started here will
 
 
 def _start_workers(fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str) -> None:
