@@ -30,7 +30,7 @@ TRAIN_KEYS = ("advantage_aggregation", "global_std")
 """Keys of the trainer's own block that are read here."""
 
 OWN_WORDS = (
-    "cached", "caches", "devices", "extra_args", "kinds", "names", "queues", "timeout", "timeout_ms",
+    "cached", "caches", "devices", "dtypes", "extra_args", "kinds", "names", "queues", "timeout", "timeout_ms",
     "timeouts", "versions", "weights",
 )  # fmt: skip
 """Options that a class of one's own may well have, though they are close to a key of ours."""

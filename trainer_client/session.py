@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import redis
+
 from tasks.celery_app import outcomes_of
 from tasks.connections import LOST, why_away
-from tasks.errors import CollectTimeoutError, RewardError
+from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
 from tasks.outcomes import Outcomes
@@ -92,6 +94,11 @@ class Session:
         broken = self.board.broken
         if isinstance(broken, RewardError):  # none of ours: another process took this rank
             raise broken
+        if isinstance(broken, redis.ResponseError):
+            raise RedisRefusalError(
+                f"a Redis refuses what it allowed when this client was made: {broken}; look at the rights of its user "
+                "(`ACL GETUSER`) and at its configuration, then make a new client"
+            ) from broken
         if broken is not None:
             raise RewardError(f"a background thread ended by a bug: {broken!r}") from broken
 

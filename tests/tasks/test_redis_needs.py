@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 
@@ -21,7 +22,7 @@ from tasks.redis_needs import check_servers
 from tasks.redis_refusals import servers_of
 from tasks.settings import load_settings
 from tests.servers import RedisServer, WorkerProcess, free_port, wait_until
-from trainer_client import RewardClient
+from trainer_client import RewardClient, Sample
 
 SECRET = "s3cr3t-pa55"
 SIDES = ("trainer", "worker")
@@ -362,3 +363,16 @@ def test_a_right_that_is_lost_later_ends_a_worker_too(as_user: Any, redis_server
     assert "the user 'mine' may not run BRPOP: `ACL SETUSER mine +brpop`" in worker.log_text
     assert "Frequent restarts" not in worker.log_text
     assert "Traceback" not in worker.log_text
+
+
+def test_a_right_that_a_trainer_loses_later_is_said_as_such(as_user: Any, redis_server: RedisServer) -> None:
+    settings = load_settings(broker_url=as_user(*EVERYTHING), reconcile_s=0.2)
+    config = {"rewards": {"reward_model": "jpeg_compressibility"}}
+    with RewardClient.from_dict(config, "run", settings=settings) as client:
+        with redis_server.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "mine", "-evalsha", "-eval")
+        client.submit([Sample(image=np.zeros((8, 8, 3), np.uint8))])
+        with pytest.raises(RedisRefusalError, match=r"refuses what it allowed when this client was made: .*'eval"):
+            client.collect(timeout_s=30)
+        with redis_server.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "mine", "+@all")
