@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from typing import Literal
 
@@ -79,14 +80,26 @@ ALIASES: dict[str, str] = {
 }
 """Dotted paths of Flow-Factory's built-ins to ours."""
 
-NOT_BUILT = ("clap", "imagebind")
-"""Names of Flow-Factory's whose configs load; a reward of that name is refused when it is used."""
+NOT_BUILT = (
+    "aesthetic_score", "clap", "consistent_editing", "geneval", "geneval2_soft_tifa", "geneval_ascend", "hpsv3",
+    "imagebind", "image_reward", "imagereward", "ocr_v27", "qwen_image_bench", "sudoku", "unifiedreward", "unireward",
+    "videoalign", "vision_reward", "visionreward",
+)  # fmt: skip
+"""Names of Flow-Factory's and of its forks whose configs load; a reward of that name is refused when it is used."""
+
+SLIP = 0.8
+"""From this likeness on an unknown name is taken for a built-in's, misspelt."""
 
 _BY_LOWER = {name.lower(): name for name in CATALOG} | {path.lower(): name for path, name in ALIASES.items()}
 
 
-def find(name: str) -> tuple[str, ModelEntry] | None:
+def find(name: str, *, may_be_unknown: bool = False) -> tuple[str, ModelEntry] | None:
     """The canonical name and entry of a built-in (case does not count); None for a dotted path and for `NOT_BUILT`.
+
+    Args:
+        name: As the config says it.
+        may_be_unknown: None for other names as well, unless it is a built-in's misspelt: only evaluation uses it, and
+            a name that it cannot use there is no reason to refuse the training's.
 
     Raises:
         UnknownRewardError: Neither a built-in nor a dotted path; the nearest built-in is named.
@@ -95,6 +108,8 @@ def find(name: str) -> tuple[str, ModelEntry] | None:
     if canonical is not None:
         return canonical, CATALOG[canonical]
     if "." in name.strip(".") or name.lower() in NOT_BUILT:
+        return None
+    if may_be_unknown and not difflib.get_close_matches(name.lower(), _BY_LOWER, n=1, cutoff=SLIP):
         return None
     raise UnknownRewardError(
         f"unknown reward model {name!r}{nearest(name, CATALOG)}; built in: "

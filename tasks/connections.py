@@ -13,7 +13,8 @@ from redis.exceptions import ClusterDownError, TryAgainError
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.settings import Sentinels, several_urls, without_password
+from tasks.redis_urls import several_urls
+from tasks.settings import Sentinels, without_password
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -78,6 +79,13 @@ LOST: tuple[type[Exception], ...] = (
     TimeoutError,
 )
 """What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
+
+SERVES_NOT_NOW: tuple[type[Exception], ...] = (redis.ReadOnlyError, redis.BusyLoadingError, *REFUSED)
+"""Those of them that a server answers with: it is there."""
+
+READ_ONLY = "it is a replica and takes no writes; right after a failover that passes, else the URL must name its master"
+
+MAX_CLIENTS = "it has as many clients as its `maxclients` allows; raise that, or end some"
 
 NEARLY = 0.99
 """Share of its maxmemory from which a server may refuse a write."""
@@ -153,7 +161,7 @@ def check_reachable(client: Any, url: str, role: str) -> None:
     try:
         client.ping()
     except redis.AuthenticationError as error:
-        raise RedisUnreachableError(refusal(role, url, error)) from None
+        raise RedisUnreachableError(f"{role} at {without_password(url)} refuses this user: {error}") from None
     except REFUSED as error:  # MISCONF refuses a PING as well
         raise RedisUnreachableError(f"{role} at {without_password(url)}: {why_away(error)}") from None
     except (redis.RedisError, OSError) as error:
@@ -161,11 +169,6 @@ def check_reachable(client: Any, url: str, role: str) -> None:
             f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
             "rewards.yaml`) or point REWARDQ_BROKER_URL at the one you have"
         ) from None
-
-
-def refusal(role: str, url: str, error: redis.AuthenticationError) -> str:
-    """What is said of a server that refuses this user; trying again would not help."""
-    return f"{role} at {without_password(url)} refuses this user: {error}"
 
 
 def check_eviction(client: Any, url: str) -> None:
@@ -210,6 +213,10 @@ def why_away(error: BaseException) -> str:
                 return words
     if isinstance(error, MasterNotFoundError):  # with all that it knows of each sentinel, and what each said last
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
+    if isinstance(error, redis.ReadOnlyError):
+        return f"Redis is away: {READ_ONLY}"
+    if "max number of clients reached" in str(error):
+        return f"Redis is away: {MAX_CLIENTS}"
     return f"Redis is away: {error}"
 
 

@@ -7,13 +7,13 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import redis
 
 from tasks.celery_app import app
-from tasks.connections import persist
+from tasks.connections import LOST, persist, why_away
 from tasks.errors import BusyError, PayloadGoneError, WireError
 from tasks.messages import (
     WIRE_VERSION,
@@ -27,6 +27,7 @@ from tasks.messages import (
 )
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore
+from tasks.tally import Tally
 
 REDIS_AWAY_S = 120.0
 """How long a task waits for a Redis that is away before it leaves its chunk to be sent again."""
@@ -79,6 +80,7 @@ class Desk:
     store: PayloadStore
     claims: Claims
     runner: Runner
+    tally: Tally = field(default_factory=Tally)
 
 
 _desk: Desk | None = None
@@ -124,6 +126,9 @@ def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callab
     queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
     try:
         return _work(_desk, queue, message, kind, work)
+    except LOST as error:  # for as long as a task waits; the worker's log says so once, and not for each task
+        _note_error(_desk, message, error)
+        return f"left to be sent again: {why_away(error)}"
     except BaseException as error:
         _note_error(_desk, message, error)
         if isinstance(error, Exception) and not isinstance(error, MemoryError):

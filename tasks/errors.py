@@ -2,6 +2,7 @@
 
 RewardError
 |-- SettingsError           the operator's: a REWARDQ_* variable is unknown or wrong; nothing was started
+|   `-- ServerUrlError      the operator's: a URL leads to no Redis, or to another than it seems to
 |-- ConfigError             the caller's: a rewards block is wrong; nothing was sent
 |   |-- UnknownRewardError  no reward model of that name; names the nearest
 |   `-- UnknownOptionError  a built-in has no such option; names the nearest
@@ -9,6 +10,7 @@ RewardError
 |-- MissingExtraError       the operator's: an optional dependency is not installed
 |-- ModelLoadError          the worker's: a reward model cannot be loaded; every sample of the chunk gets the reason
 |-- RedisUnreachableError   the operator's: no server answers; trying again helps once it does
+|   `-- RedisRefusalError   the operator's: it answers, and refuses what we need; names the right or the variable
 |-- BusyError               the worker's: not now; nothing was asked, and the chunk is sent again after a pause
 |-- PayloadGoneError        media or a request left the store before they were read; the client uploads again
 |-- WireError               a message of another wire version, or not one of ours
@@ -43,6 +45,10 @@ class RewardError(Exception):
 
 class SettingsError(RewardError, ValueError):
     """A `REWARDQ_*` variable is unknown or has a wrong value."""
+
+
+class ServerUrlError(SettingsError):
+    """A `REWARDQ_*_URL` leads to no Redis, or to another than it seems to; says which part is wrong."""
 
 
 class ConfigError(RewardError, ValueError):
@@ -91,6 +97,10 @@ class BusyError(RewardError):
 
 class RedisUnreachableError(RewardError, ConnectionError):
     """No Redis answers at the URL in the message (its password left out)."""
+
+
+class RedisRefusalError(RedisUnreachableError):
+    """A server answers and refuses what this pipeline needs; the message says what to set. Waiting would not help."""
 
 
 class PayloadGoneError(RewardError):

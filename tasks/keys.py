@@ -66,6 +66,9 @@ WORKERS = f"{ROOT}workers"
 ROOM = f"{ROOT}room"
 """Written to learn whether a server takes writes; means nothing."""
 
+PROBE = f"{ROOT}probe:"
+"""Begins keys that live for seconds, to learn what a server lets us do."""
+
 STORE_IDENTITY = f"{ROOT}store"
 """In the payload store's Redis: its identity, a random text."""
 

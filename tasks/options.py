@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tasks.entries import ModelEntry
 from tasks.errors import ConfigError, UnknownOptionError, nearest
+from tasks.numerals import as_numbers
 from tasks.settings import without_password
 
 MAX_FILE_BYTES = 256 * 1024
@@ -40,8 +41,9 @@ def check_options(
                 f"its options: {', '.join(builtin.options) or 'none'}"
             )
         try:
-            needed = _FiniteFloat if builtin.options[name].type is float else builtin.options[name].type
-            checked[name] = TypeAdapter(needed).validate_python(value, strict=True)  # an integer is a float too
+            needed = TypeAdapter(_FiniteFloat if builtin.options[name].type is float else builtin.options[name].type)
+            written = as_numbers(value, needed.json_schema())
+            checked[name] = needed.validate_python(written, strict=True)  # an integer is a float too
         except ValidationError as error:
             raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})") from None
     for name, option in builtin.options.items():

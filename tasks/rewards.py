@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgpack
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from tasks import catalog
+from tasks import catalog, rewards_file
 from tasks.classes import declared_by
 from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
+from tasks.numerals import in_exponent_form
 from tasks.options import answer_options, check_options
+from tasks.reward_keys import KEYS, check_blocks, check_not_built, check_own_options, split_keys
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,6 @@ DTYPES = {
 RAW, JPEG = "raw", "jpeg"
 SAMPLE_FIELDS = ("prompt", "image", "video", "audio", "condition_images", "condition_videos", "metadata")
 
-_KEYS = (
-    "name", "reward_model", "weight", "dtype", "device", "batch_size", "async_reward", "num_workers",
-    "queue", "version", "on_failure", "timeout_s", "cache", "image_format", "kind", "required_fields", "extra_kwargs",
-)  # fmt: skip
-
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -53,9 +49,20 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _text_of_number(value: Any) -> Any:
+    """`version: 1` as YAML reads it is a number."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _number_of_text(value: Any) -> Any:
+    """`batch_size: 1e1` as YAML 1.1 reads it is a text."""
+    found = in_exponent_form(value)
+    return value if found is None else found
+
+
 Number = Annotated[float, BeforeValidator(_no_bool)]
 FiniteNumber = Annotated[Number, Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_no_bool), BeforeValidator(_number_of_text), Field(ge=1)]
 
 
 class ConstantOnFailure(BaseModel):
@@ -83,7 +90,7 @@ class RewardSpec(BaseModel):
     num_workers: Count = 1
     """Accepted for Flow-Factory's configs; concurrency is the workers'."""
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
-    version: str = ""
+    version: Annotated[str, BeforeValidator(_text_of_number)] = ""
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
     on_failure: Literal["raise", "nan"] | ConstantOnFailure | None = None
     timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0
@@ -120,6 +127,11 @@ class RewardSpec(BaseModel):
     def is_builtin(self) -> bool:
         """Whether the model is in the catalog."""
         return self.reward_model in catalog.CATALOG
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it can be used: false for a name, of Flow-Factory's or a fork's, that means nothing here."""
+        return self.is_builtin or "." in self.reward_model
 
     @property
     def is_local(self) -> bool:
@@ -221,17 +233,9 @@ class RewardConfig(BaseModel):
         Its other blocks are the trainer's, but for `advantage_aggregation` and `global_std` in `train:`.
 
         Raises:
-            ConfigError: The file cannot be read, is no YAML, or a block is wrong.
+            ConfigError: The file cannot be read, is no YAML, a key is given twice, or a block is wrong.
         """
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the rewards file {os.fspath(path)}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{os.fspath(path)} is no YAML: {error}") from None
-        if not isinstance(loaded, Mapping):
-            raise ConfigError(f"{os.fspath(path)}: needs a mapping with a rewards: block, found {_kind(loaded)}")
-        return cls.from_dict(loaded, Path(path).parent)
+        return cls.from_dict(rewards_file.read(path), Path(path).parent)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], folder: Path = Path()) -> RewardConfig:
@@ -242,14 +246,13 @@ class RewardConfig(BaseModel):
         Raises:
             ConfigError: Says which reward and key is wrong, what was found and what is needed.
         """
-        if "rewards" not in config:
-            raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}")
+        check_blocks(config)
         return cls(
             rewards=_parse_block(config["rewards"], "rewards", folder),
             eval_rewards=(
                 ()
                 if config.get("eval_rewards") in (None, [], {}, ())
-                else _parse_block(config["eval_rewards"], "eval_rewards", folder)
+                else _parse_block(config["eval_rewards"], "eval_rewards", folder, for_evaluation=True)
             ),
             **_parse_train(config.get("train")),
         )
@@ -258,14 +261,15 @@ class RewardConfig(BaseModel):
         """The rewards of a split, for use.
 
         Raises:
-            UnknownRewardError: One is a name of Flow-Factory's that loads but is not built here.
+            UnknownRewardError: One has a name that loads but is not built here.
         """
         specs = (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
         for spec in specs:
-            if spec.reward_model in catalog.NOT_BUILT:
+            if not spec.is_built:
                 raise UnknownRewardError(
-                    f"reward {spec.name!r}: {spec.reward_model} is not built here; bring a class of your own and name "
-                    "it by its dotted path, reward_model: my_rewards.MyReward"
+                    f"reward {spec.name!r}: {spec.reward_model} is not built here"
+                    f"{nearest(spec.reward_model, catalog.CATALOG)}; bring a class of your own and name it by its "
+                    "dotted path, reward_model: my_rewards.MyReward"
                 )
         return specs
 
@@ -281,14 +285,14 @@ class RewardConfig(BaseModel):
     @property
     def queues(self) -> tuple[str, ...]:
         """Every queue that serves this config, in order of first use."""
-        return tuple(dict.fromkeys(r.queue for r in (*self.rewards, *self.eval_rewards)))
+        return tuple(dict.fromkeys(r.queue for r in (*self.rewards, *self.eval_rewards) if r.is_built))
 
 
-def _parse_block(block: Any, where: str, folder: Path) -> tuple[RewardSpec, ...]:
+def _parse_block(block: Any, where: str, folder: Path, *, for_evaluation: bool = False) -> tuple[RewardSpec, ...]:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple) or not entries:
         raise ConfigError(f"{where}: needs a list of rewards or one reward, found {_kind(block)}")
-    specs = tuple(_parse_reward(entry, f"{where}[{i}]", folder) for i, entry in enumerate(entries))
+    specs = tuple(_parse_reward(entry, f"{where}[{i}]", folder, for_evaluation) for i, entry in enumerate(entries))
     names = [s.name for s in specs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -325,44 +329,42 @@ def _say_default_url(where: str, url: str) -> None:
     log.warning("%s has no api_base_url: each worker asks the judge at %s, on the worker's own host", where, url)
 
 
-def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
+def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) -> RewardSpec:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: needs a mapping with reward_model, found {_kind(entry)}")
-    entry = dict(entry)
     model = entry.get("reward_model")
     if not isinstance(model, str) or not model.strip():
         raise ConfigError(f"{where}: reward_model must name a reward model, found {model!r}")
-    found = catalog.find(model.strip())
+    model = model.strip()
+    found = catalog.find(model, may_be_unknown=for_evaluation)
     name = entry.get("name") or (found[0] if found else model)
     where = f"{where} ({' '.join(str(name).split())})"
 
-    known: dict[str, Any] = {key: entry.pop(key) for key in _KEYS if key in entry and key != "extra_kwargs"}
-    known = {key: value for key, value in known.items() if value is not None}
-    nested = entry.pop("extra_kwargs", None)
-    nested = {} if nested is None else nested
-    if not isinstance(nested, Mapping):
-        raise ConfigError(f"{where}: extra_kwargs must be a mapping, found {_kind(nested)}")
-    options = {**nested, **entry}
+    ours, beside, nested = split_keys(entry, where)
+    known = {key: value for key, value in ours.items() if value is not None}
+    check_not_built(beside, found[0] if found else model, where)
+    options = {**nested, **beside}
     known["name"] = name
     if "dtype" in known:
         known["dtype"] = _dtype(known["dtype"], where)
 
     if found is None:
-        _declare(known, model.strip(), where)
-        known["reward_model"] = model.strip().lower() if model.strip().lower() in catalog.NOT_BUILT else model.strip()
+        check_own_options(beside, nested, where)
+        _declare(known, model, where)
+        known["reward_model"] = model.lower() if model.lower() in catalog.NOT_BUILT else model
         known["options"] = _plain(options, where)
     else:
         canonical, builtin = found
         for key in ("kind", "required_fields"):
             if key in known and key not in builtin.options:
                 raise ConfigError(f"{where}: {key} is for a class of your own; {canonical} has its own")
-        options |= {key: known.pop(key) for key in tuple(known) if key in builtin.options}
+        options |= _options_among(known, builtin, nested, where)
         known["how"] = builtin.how
         known.setdefault("queue", builtin.queue)
         known.setdefault("batch_size", builtin.batch_size)
         known.setdefault("timeout_s", builtin.timeout_s)
         known["reward_model"] = canonical
-        known["options"] = check_options(canonical, builtin, options, _KEYS, where, folder)
+        known["options"] = check_options(canonical, builtin, options, KEYS, where, folder)
         if builtin.is_judge and "api_base_url" not in options:
             _say_default_url(where, known["options"]["api_base_url"])
         named = known["options"].get("required_fields")
@@ -380,6 +382,15 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
         _say_whose_concurrency()
     most = found[1].max_batch_size if found else spec.batch_size
     return spec.model_copy(update={"batch_size": min(spec.batch_size, most)})
+
+
+def _options_among(known: dict[str, Any], builtin: ModelEntry, nested: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys of ours that this built-in has an option of the same name for, taken out of `known`."""
+    names = [key for key in known if key in builtin.options]
+    for key in names:
+        if key in nested:
+            raise ConfigError(f"{where}: {key!r} is given twice, beside extra_kwargs and in it; say it once")
+    return {key: known.pop(key) for key in names}
 
 
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
@@ -428,7 +439,8 @@ def _plain(options: Mapping[str, Any], where: str) -> dict[str, Any]:
         arrived: dict[str, Any] = msgpack.unpackb(msgpack.packb(dict(options)))
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{where}: options must be plain data (numbers, text, lists, mappings by text): {error}"
+            f"{where}: options must be plain data (numbers, text, lists, mappings by text; what YAML takes for a date "
+            f"goes in quotes): {error}"
         ) from None
     return arrived
 

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tasks.catalog import ALIASES, CATALOG, NOT_BUILT, ModelEntry, Option
+from tasks.numerals import EXPONENT_PATTERN
+from tasks.reward_keys import NOT_BUILT as KEYS_NOT_BUILT
 from tasks.rewards import DTYPES, JPEG, RAW, SAMPLE_FIELDS, RewardConfig, RewardSpec
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -23,12 +25,17 @@ _NUMBER = r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 _TEXTS = {
     ("number", False): rf"^\s*[+-]?{_NUMBER}",
     ("number", True): rf"^\s*\+?(?=[^eE]*[1-9]){_NUMBER}",
-    ("integer", True): r"^\s*\+?[0-9_]*[1-9][0-9_]*(\.0*)?\s*$",
+    ("integer", True): r"^\s*\+?([0-9_]*[1-9][0-9_]*(\.0*)?|[0-9]*[1-9][0-9]*(\.0*)?[eE]\+?[0-9]+)\s*$",
 }
 """Texts that are taken for a number, above 0 or any: YAML 1.1 reads 1e-3 as text."""
 
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
 """Texts that are taken for a boolean, in any case: YAML 1.2 reads yes as text."""
+
+_NOT_BUILT: dict[str, Any] = {
+    key: {"description": f"not built here: {advice}", "type": "null"} for key, advice in KEYS_NOT_BUILT.items()
+}
+"""Keys of Flow-Factory's that may stand without a value only."""
 
 _OWN_KEYS = ("options", "how", "required", "fields", "launch")
 """Fields of a `RewardSpec` that are no keys of the file."""
@@ -82,7 +89,10 @@ def rewards_schema() -> dict[str, Any]:
         },
         "definitions": {
             "reward": _reward(),
-            "own": {"description": "a class of your own takes any option", "properties": {**_keys(None), **_DECLARED}},
+            "own": {
+                "description": "a class of your own takes any option",
+                "properties": {**_keys(None), **_DECLARED, **_NOT_BUILT},
+            },
             **{name: _builtin(entry) for name, entry in CATALOG.items()},
         },
     }
@@ -121,7 +131,7 @@ def _builtin(entry: ModelEntry) -> dict[str, Any]:
     by_itself, within = {"required": needed}, {"type": "object", "required": needed}
     return {
         "description": entry.doc,
-        "properties": {**not_its, **_keys(entry), **options, "extra_kwargs": nested},
+        "properties": {**not_its, **_NOT_BUILT, **_keys(entry), **options, "extra_kwargs": nested},
         "additionalProperties": False,
         **(
             {"anyOf": [by_itself, {"required": ["extra_kwargs"], "properties": {"extra_kwargs": within}}]}
@@ -132,7 +142,8 @@ def _builtin(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _option(option: Option) -> dict[str, Any]:
-    return {**TypeAdapter(option.type).json_schema(), "description": option.doc, "default": option.default}
+    described = {"description": option.doc, "default": option.default}
+    return {**_or_written_number(TypeAdapter(option.type).json_schema()), **described}
 
 
 def _keys(entry: ModelEntry | None) -> dict[str, Any]:
@@ -146,6 +157,7 @@ def _keys(entry: ModelEntry | None) -> dict[str, Any]:
         {"enum": [*DTYPES, *(f"torch.{name}" for name in dict.fromkeys(DTYPES.values()))]},
         {"pattern": rf"^(torch\.)?({'|'.join(map(_letters, DTYPES))})$"},
     ]
+    keys["version"]["type"] = ["string", "number"]  # YAML reads 1 as a number
     keys["image_format"]["enum"] = ["png", "jpeg", "webp"] if entry and entry.is_judge else [RAW, JPEG]
     if entry is not None:
         keys["queue"]["default"] = entry.queue
@@ -178,6 +190,15 @@ def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
     else:
         return schema
     return {**described, "anyOf": [rest, *others]}
+
+
+def _or_written_number(schema: dict[str, Any]) -> dict[str, Any]:
+    """A number, or a text that an option takes for one; its bounds are the loader's to check."""
+    if schema.get("type") == "number":
+        return {"anyOf": [schema, {"type": "string", "pattern": _TEXTS["number", False]}]}
+    if schema.get("type") == "integer":
+        return {"anyOf": [schema, {"type": "string", "pattern": rf"^\s*{EXPONENT_PATTERN}\s*$"}]}
+    return schema
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,7 @@ class Chunk:
         self.desk.claims.drop(complete, self.token)  # a Redis emptied from now on is not to have them claimed again
         self.left -= complete.keys()
         each = [one for o in outcomes.values() for one in o.members or (o,)]
+        self.desk.tally.count(self.request.reward.name, each)
         self.num_scored += sum(one.reward is not None for one in each)
         self.num_failed += sum(one.reward is None for one in each)
 

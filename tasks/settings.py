@@ -11,11 +11,21 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tasks.errors import SettingsError, nearest
+from tasks.errors import ServerUrlError, SettingsError, nearest
+from tasks.redis_urls import has_known_scheme, several_urls, tidied, what_is_wrong
 
 PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"
 """Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
+
+_SERVICE_LINK = re.compile(
+    r".*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO|START|END))?)"
+)
+"""Variables that Kubernetes (`enableServiceLinks`) and Docker (`--link`) set for a service whose name begins with
+rewardq. Nobody wrote them."""
+
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""What the variable `<SERVICE>_PORT` of such a service begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +120,19 @@ class Settings(BaseSettings):
     @field_validator("broker_url", "result_url", "payload_url", mode="after")
     @classmethod
     def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
-        is_optional, may_be_folder = info.field_name != "broker_url", info.field_name == "payload_url"
-        if (is_optional and not url) or _is_redis(url) or (may_be_folder and _is_folder(url)):
-            return _with_checked_certificate(url)
-        raise ValueError(
-            f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
-            "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
-        )
+        url = tidied(url)
+        is_broker, may_be_folder = info.field_name == "broker_url", info.field_name == "payload_url"
+        if (not is_broker and not url) or (may_be_folder and _is_folder(url)):
+            return url
+        if not has_known_scheme(url):
+            raise ValueError(
+                f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
+                "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
+            )
+        wrong = what_is_wrong(url, is_broker)
+        if wrong is not None:
+            raise ValueError(f"{without_password(url)!r} is no URL of a Redis: {wrong}")
+        return _with_checked_certificate(url)
 
     @property
     def results(self) -> str:
@@ -149,19 +165,33 @@ def load_settings(**given: Any) -> Settings:
 
     Raises:
         SettingsError: A `REWARDQ_*` variable is unknown (the nearest is named) or its value is wrong.
+        ServerUrlError: The wrong value is a URL.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.startswith(PREFIX) and not name.startswith(KEY_PREFIX) and name.upper() not in known:
+    for name, value in os.environ.items():
+        if name.startswith(PREFIX) and name.upper() not in known and not _is_another_ones(name, value):
             raise SettingsError(f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}")
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [
-            f"{PREFIX}{'.'.join(str(p) for p in e['loc']).upper()}: {e['msg']} (found {_shown(e)})"
-            for e in error.errors()
-        ]
-        raise SettingsError("; ".join(lines)) from None
+        lines = [_line(one) for one in error.errors()]
+        is_url = any(str(e["loc"][-1]).lower().endswith("_url") for e in error.errors() if e["loc"])
+        raise (ServerUrlError if is_url else SettingsError)("; ".join(lines)) from None
+
+
+def _is_another_ones(name: str, value: str) -> bool:
+    """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
+    is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
+    return name.startswith(KEY_PREFIX) or is_address or _SERVICE_LINK.fullmatch(name) is not None
+
+
+def _line(error: Any) -> str:
+    """What is wrong with the value of a variable."""
+    name = PREFIX + ".".join(str(part) for part in error["loc"]).upper()
+    words = str(error["msg"])
+    if error["type"] == "value_error":  # one of ours, which says what was found
+        return f"{name}: {words.removeprefix('Value error, ')}"
+    return f"{name}: {words} (found {_shown(error)})"
 
 
 def _shown(error: Any) -> str:
@@ -169,13 +199,7 @@ def _shown(error: Any) -> str:
     return without_password(str(error.get("input")))
 
 
-_BETWEEN_URLS = re.compile(r";(?=\w+://)")
 _PASSWORD_IN_QUERY = re.compile(r"([?&]password=)[^&]*")
-
-
-def several_urls(url: str) -> list[str]:
-    """The URLs in one text: those of several sentinels stand with `;` between them."""
-    return _BETWEEN_URLS.split(url)
 
 
 def without_password(url: str) -> str:
@@ -186,18 +210,8 @@ def without_password(url: str) -> str:
 def _without_password(url: str) -> str:
     before, at, host = _PASSWORD_IN_QUERY.sub(r"\1***", url).rpartition("@")
     scheme, sep, user = before.partition("://")
-    name, colon, _ = user.partition(":")
-    return f"{scheme}{sep}{name}{':***' if colon else ''}{at}{host}"
-
-
-def _is_redis(url: str) -> bool:
-    parts = several_urls(url)
-    try:
-        for part in parts:
-            _ = urlsplit(part).port
-    except ValueError:  # no number
-        return False
-    return all(re.match(r"(redis|rediss|sentinel)://", part) for part in parts)
+    name, colon, password = user.partition(":")
+    return f"{scheme}{sep}{name}{':***' if password else colon}{at}{host}"
 
 
 def _with_checked_certificate(url: str) -> str:

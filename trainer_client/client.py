@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import re
 import threading
@@ -12,13 +13,13 @@ import uuid
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
 from tasks.connections import LOST, connect, why_away
-from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError
+from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError, UnknownRewardError
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings, without_password
@@ -29,11 +30,13 @@ from trainer_client.lease import Lease
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
-from trainer_client.session import ASK_S, Session, check_servers
+from trainer_client.session import ASK_S, Session, check_stores
 from trainer_client.steps import Steps, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
 from trainer_client.verdict import OnFailure, error_for, of_all_ranks
+
+log = logging.getLogger(__name__)
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,99}")
 
@@ -65,10 +68,12 @@ class RewardClient:
 
     Raises:
         RedisUnreachableError: No server answers; says which, and what to start.
+        RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
         ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common.
-        UnknownRewardError: One of the rewards, or eval rewards, is not built here.
+        UnknownRewardError: One of the training rewards is not built here. (One of the evaluation's is said in the log,
+            and refused by `submit(split="eval")`.)
     """
 
     _session: Session | None
@@ -94,12 +99,12 @@ class RewardClient:
         self.run, self.rank, self.world_size = run, rank, world_size
         self.launch = launch or _launch(world_size)
         self.config = config.for_launch(self.launch)
-        for split in get_args(Split):
-            self.config.of(split)
+        self.config.of("train")
+        self._say_what_evaluation_lacks()
         self.max_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
-        check_servers(self._app)
+        check_stores(self.settings, self.config.queues)
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()
@@ -108,6 +113,13 @@ class RewardClient:
         self._start_fresh()
         _live_clients.add(self)
         self._open_session()  # whose watcher keeps the lease, however long the first submit() is away
+
+    def _say_what_evaluation_lacks(self) -> None:
+        """A reward that only evaluation uses does not keep a run from training."""
+        try:
+            self.config.of("eval")
+        except UnknownRewardError as error:
+            log.warning("evaluation cannot run, submit(split='eval') will refuse it: %s", error)
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], run: str, **options: Any) -> Self:

@@ -11,13 +11,16 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import redis
+
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, check_reachable, connect, why_away
-from tasks.errors import CollectTimeoutError, RewardError
+from tasks.connections import LOST, why_away
+from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore, open_store
+from tasks.redis_needs import check_servers
 from tasks.settings import Settings
 from trainer_client.board import Board, Slot
 from trainer_client.groups import Groups
@@ -44,18 +47,12 @@ LOOK_EVERY_S = 0.25
 """How often a wait in `collect()` looks at the clock, and shows how far it is."""
 
 
-def check_servers(app: Any) -> None:
-    """Raises `RedisUnreachableError` or `EvictionError` unless every server of `app.settings` can be used."""
-    settings: Settings = app.settings
-    results = outcomes_of(app).redis
-    check_reachable(results, settings.results, "Redis for results")
-    check_eviction(results, settings.results)
-    if settings.results != settings.broker_url:
-        with connect(settings.broker_url, settings.sentinels) as broker:
-            check_reachable(broker, settings.broker_url, "Redis for queues")
-            check_eviction(broker, settings.broker_url)
-    with contextlib.closing(open_store(settings)) as store:
-        store.check()
+def check_stores(settings: Settings, queues: Sequence[str]) -> None:
+    """Raises `RedisUnreachableError` or `EvictionError` unless every server and folder of `settings` can be used."""
+    check_servers(settings, "trainer", queues)
+    if settings.payloads.startswith("file:"):
+        with contextlib.closing(open_store(settings)) as store:
+            store.check()
 
 
 class Session:
@@ -97,6 +94,11 @@ class Session:
         broken = self.board.broken
         if isinstance(broken, RewardError):  # none of ours: another process took this rank
             raise broken
+        if isinstance(broken, redis.ResponseError):
+            raise RedisRefusalError(
+                f"a Redis refuses what it allowed when this client was made: {broken}; look at the rights of its user "
+                "(`ACL GETUSER`) and at its configuration, then make a new client"
+            ) from broken
         if broken is not None:
             raise RewardError(f"a background thread ended by a bug: {broken!r}") from broken
 

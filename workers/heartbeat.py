@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable
 
 import redis
 
+from tasks.connections import LOST
 from tasks.messages import WIRE_VERSION, Heartbeat
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore
 from workers.loading import Models
+from workers.terminal import RedisLog
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ BEATS_A_TTL = 4
 
 
 SAY_EVERY_S = 60.0
-"""How often the log says that a server is away, full or forbids something."""
+"""How often the log says that a server forbids something; that it is away is said once, by `RedisLog`."""
 
 LAST_BEAT_S = 5.0
 """How long the end waits for a beat under way."""
@@ -47,10 +49,12 @@ class HeartbeatThread(threading.Thread):
         store: PayloadStore,
         models: Models,
         claim_ttl_s: float,
+        redis_log: RedisLog | None = None,
     ) -> None:
         super().__init__(name="rewardq-heartbeat", daemon=True)
         self._node, self._queues, self._outcomes = node, queues, outcomes
         self._store, self._models, self._ttl_s = store, models, claim_ttl_s
+        self._redis_log = redis_log or RedisLog()
         self._lock = threading.Lock()
         self._extending = threading.Lock()
         self._tokens: dict[str, str] = {}
@@ -96,6 +100,9 @@ class HeartbeatThread(threading.Thread):
             started = time.monotonic()
             try:
                 call()
+                self._redis_log.back(failed)
+            except LOST as error:
+                self._redis_log.gone(failed, error)
             except TROUBLE as error:
                 if started >= say_at:
                     log.warning("%s error=%s", failed, error)
@@ -114,7 +121,8 @@ class HeartbeatThread(threading.Thread):
         try:
             self._outcomes.end_beat(self._node)
         except TROUBLE as error:
-            log.warning("heartbeat not ended error=%s", error)
+            if not self._redis_log.is_gone:  # else it is said already
+                log.warning("heartbeat not ended error=%s", error)
 
     def _extend(self) -> None:
         with self._extending:

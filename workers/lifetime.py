@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import redis
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
 from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
-from tasks import keys
-from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, check_eviction, connect, refusal, why_away
-from tasks.errors import EvictionError, RedisUnreachableError
+from tasks.connections import LOST
+from tasks.errors import EvictionError, RedisRefusalError
+from tasks.redis_needs import ask
+from tasks.redis_refusals import servers_of, words_for
 from tasks.settings import Settings
+from workers.terminal import RedisLog
 from workers.watchdog import EXIT_HUNG
 
 log = logging.getLogger(__name__)
@@ -34,16 +33,13 @@ HAND_BACK_S = 1.5
 """How long a worker that must end tries to give back what it has in hand; a Redis that hangs is not waited for.
 With the 8 s of REWARDQ_STOP_GRACE_S it fits into the 10 s that a container's stop takes by default."""
 
-SAY_EVERY_S = 60.0
-"""How often the log says that this is waited for."""
-
 
 class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
     """What a worker's consumer does first, at its start and whenever it was disconnected: wait for its Redis.
 
     Celery would wait up to 30 s between two looks at one that is away, and try several times a second, with a traceback
-    each, at one that is full, since its consumer writes to it while it starts. One that drops keys, or does not know
-    this user, is refused: the process ends with status EX_CONFIG.
+    each, at one that is full, since its consumer writes to it while it starts. One that drops keys, or will not serve
+    us however long we wait, is refused: the process ends with status EX_CONFIG.
     """
 
     def include(self, parent: Any) -> bool:
@@ -56,20 +52,22 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Return once the broker takes writes.
 
         Raises:
-            WorkerShutdown: A Redis drops keys or refuses this user, or the worker was asked to stop meanwhile.
+            WorkerShutdown: A Redis drops keys or will not serve us, or the worker was asked to stop meanwhile.
         """
-        pause_s, say_at = FIRST_PAUSE_S, 0.0
+        redis_log: RedisLog = parent.app.redis_log
+        pause_s = FIRST_PAUSE_S
         while True:
             maybe_shutdown()
+            _end_if_refused(redis_log, parent.app.settings)
             try:
-                return _look(parent.app)
-            except (EvictionError, RedisUnreachableError) as error:
+                _look(parent.app.settings, tuple(parent.app.amqp.queues.consume_from))
+            except (EvictionError, RedisRefusalError) as error:
                 log.critical("worker refuses to start: %s", error)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
-                if time.monotonic() > say_at:
-                    log.warning("worker waits: %s", why_away(error))
-                    say_at = time.monotonic() + SAY_EVERY_S
+                redis_log.gone("consumer", error)
+            else:
+                return redis_log.back("consumer")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
@@ -77,26 +75,34 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing is held open."""
 
 
-def _look(app: Any) -> None:
-    settings: Settings = app.settings
-    with _known_to(settings.broker_url), app.connection_for_write() as connection:
-        broker = connection.channel().client
-        check_eviction(broker, settings.broker_url)
-        broker.set(keys.ROOM, b"", px=1000)
-    with _known_to(settings.results):
-        check_eviction(outcomes_of(app).redis, settings.results)
-    if not settings.payloads.startswith("file:"):  # one that is full is no trouble: a worker only reads from it
-        with _known_to(settings.payloads), connect(settings.payloads, settings.sentinels) as payloads:
-            check_eviction(payloads, settings.payloads)
+def _end_if_refused(redis_log: RedisLog, settings: Settings) -> None:
+    """Raises `WorkerShutdown` for what the broker refused Celery's consumer with, which would ask for ever."""
+    refusal, redis_log.refusal = redis_log.refusal, None
+    broker = servers_of(settings)[0]
+    words = words_for(refusal, broker) if refusal is not None else None
+    if words is not None:
+        log.critical("worker ends: %s", broker.says(words))
+        raise WorkerShutdown(os.EX_CONFIG)
 
 
-@contextlib.contextmanager
-def _known_to(url: str) -> Iterator[None]:
-    """Raises `RedisUnreachableError`, which names the server, where it refuses this user: to wait would not help."""
+def _look(settings: Settings, queues: Sequence[str]) -> None:
+    for server in servers_of(settings):
+        ask(server, settings.sentinels, "worker", queues)
+
+
+def refuse_early(settings: Settings, queues: Sequence[str]) -> None:
+    """End the process, as `AwaitRedis` would, before it loads models for minutes. One that is away is waited for later.
+
+    Raises:
+        SystemExit: With EX_CONFIG, if a Redis drops keys or will not serve us; the log says why.
+    """
     try:
-        yield
-    except redis.AuthenticationError as error:
-        raise RedisUnreachableError(refusal("the Redis", url, error)) from None
+        _look(settings, queues)
+    except (EvictionError, RedisRefusalError) as error:
+        log.critical("worker refuses to start: %s", error)
+        raise SystemExit(os.EX_CONFIG) from None
+    except LOST:
+        return
 
 
 class KeepSecret(bootsteps.StartStopStep):  # type: ignore[misc]

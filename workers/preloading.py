@@ -55,6 +55,9 @@ def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
         config = RewardConfig.from_dict({"rewards": [{"name": name, "reward_model": name} for name in names]})
     found: dict[str, RewardSpec] = {}
     for spec in (s.part for s in (*config.rewards, *config.eval_rewards) if s.queue in queues):
+        if not spec.is_built:
+            log.warning("not preloaded reward=%s reason=it is not built here", spec.reward_model)
+            continue
         if spec.counts_launch:
             log.warning("not preloaded reward=%s reason=it has no version", spec.reward_model)
             continue

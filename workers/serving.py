@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from celery.signals import after_setup_logger, celeryd_after_setup, worker_init
+from celery.signals import after_setup_logger, celeryd_after_setup, worker_init, worker_ready
 from PIL import Image
 
 from tasks.celery_app import outcomes_of
@@ -19,9 +19,18 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
-from workers.lifetime import AwaitRedis, KeepSecret, TakeForGood, end_in_time, end_without_device, hush_known_warnings
+from workers.lifetime import (
+    AwaitRedis,
+    KeepSecret,
+    TakeForGood,
+    end_in_time,
+    end_without_device,
+    hush_known_warnings,
+    refuse_early,
+)
 from workers.preloading import preload
 from workers.running import ModelRunner
+from workers.terminal import RedisLog, ScoreLog, quiet_celery, say_ready, show_urls_as_written
 from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -51,6 +60,7 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
     """
     try:
         _open_desk(sender, instance.app)
+        show_urls_as_written(instance, instance.app.settings)
     except RewardError as error:
         raise SystemExit(f"worker cannot start: {error}") from None
     except Exception as error:
@@ -62,17 +72,24 @@ def _open_desk(node: str, app: Any) -> None:
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
     settings: Settings = app.settings
+    app.redis_log = redis_log = RedisLog()
+    queues = tuple(app.amqp.queues.consume_from)
+    refuse_early(settings, queues)
     outcomes, store = outcomes_of(app), open_store(settings)
     runner = ModelRunner(settings)
-    queues = tuple(app.amqp.queues.consume_from)
-    beats = HeartbeatThread(node, queues, outcomes, store, runner.models, settings.claim_ttl_s)
+    beats = HeartbeatThread(node, queues, outcomes, store, runner.models, settings.claim_ttl_s, redis_log)
     watchdog = Watchdog(
         time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),
         num_busy=lambda: len(beats.held),
         hand_back=lambda: _hand_back(outcomes, beats),
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
-    serve_at(Desk(node, outcomes, store, beats, runner))
+    desk = Desk(node, outcomes, store, beats, runner)
+    serve_at(desk)
+    quiet_celery(redis_log, settings)
+    score_log = ScoreLog(desk.tally)
+    score_log.start()
+    atexit.register(score_log.end)
     beats.start()
     watchdog.start()
     atexit.register(beats.end)
@@ -82,6 +99,11 @@ def _open_desk(node: str, app: Any) -> None:
         preload(settings, queues, runner.models)
     except RewardError as error:
         raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {error}") from None
+
+    def ready(sender: Any, **_: Any) -> None:
+        say_ready(settings, queues, runner.models.names, sender.controller.concurrency)
+
+    worker_ready.connect(ready, weak=False)
 
 
 def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[SampleRequest], message: str) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tasks.errors import SettingsError
-from tasks.settings import load_settings, without_password
+from tasks.settings import Settings, load_settings, without_password
 from tests.servers import clean_env
 
 SECRET = "s3cr3t-pa55"
@@ -95,12 +95,50 @@ def test_all_wrong_values_are_named_at_once(in_env):
         (f"redis://host/0?password={SECRET}&db=1", "redis://host/0?password=***&db=1"),
         (f"sentinel://:{SECRET}@one:26379;sentinel://:{SECRET}@two:26379", "sentinel://:***@one:26379;sentinel://:***@two:26379"),
         ("redis://host:6379/0", "redis://host:6379/0"),
+        ("redis://:@host:6379/0", "redis://:@host:6379/0"),
         ("redis://user@host:6379/0", "redis://user@host:6379/0"),
         ("file:///dev/shm/rewardq", "file:///dev/shm/rewardq"),
     ],
 )  # fmt: skip
 def test_a_url_is_shown_without_its_password(url, shown):
     assert without_password(url) == shown
+
+
+@pytest.mark.parametrize("service", ["REWARDQ", "REWARDQ_REDIS", "REWARDQ_PAYLOAD", "REWARDQ_BROKER_URL"])
+@pytest.mark.parametrize(
+    ("suffix", "value"),
+    [
+        ("SERVICE_HOST", "10.0.0.7"),
+        ("SERVICE_PORT", "6379"),
+        ("SERVICE_PORT_HTTP_METRICS", "9121"),
+        ("PORT", "tcp://10.0.0.7:6379"),
+        ("PORT", "udp://10.0.0.7:53"),
+        ("PORT_6379_TCP", "tcp://10.0.0.7:6379"),
+        ("PORT_6379_TCP_ADDR", "10.0.0.7"),
+        ("PORT_6379_TCP_PORT", "6379"),
+        ("PORT_53_UDP_PROTO", "udp"),
+        ("PORT_9_SCTP", "sctp://10.0.0.7:9"),
+    ],
+)
+def test_what_kubernetes_says_of_a_service_is_nobodys_typo(in_env, service, suffix, value):
+    in_env(**{f"{service}_{suffix}": value})
+    assert load_settings() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("REWARDQ_REDIS_PORT", "6379"),
+        ("REWARDQ_PORT", "6379"),
+        ("REWARDQ_SERVICE_HOSTS", "10.0.0.7"),
+        ("REWARDQ_REDIS_HOST", "10.0.0.7"),
+        ("REWARDQ_PORT_TCP", "tcp://10.0.0.7:6379"),
+    ],
+)
+def test_what_only_looks_like_a_service_is_still_refused(in_env, variable, value):
+    in_env(**{variable: value})
+    with pytest.raises(SettingsError, match=f"unknown variable {variable}"):
+        load_settings()
 
 
 @pytest.mark.parametrize("scheme", ["http", "redsi"])

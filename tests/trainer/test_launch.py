@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tasks.errors import ConfigError, UnknownRewardError
-from trainer_client import RewardClient
+from trainer_client import RewardClient, Sample
 
 CONFIG = {"rewards": [{"reward_model": "jpeg_compressibility"}]}
 
@@ -41,7 +42,22 @@ def test_several_ranks_need_a_launch(settings):
         launch_of(settings, rank=0, world_size=2)
 
 
-def test_a_reward_that_is_not_built_here_is_refused_before_the_first_step(settings):
-    config = {**CONFIG, "eval_rewards": {"name": "audio", "reward_model": "clap"}}
+def test_a_training_reward_that_is_not_built_here_is_refused_before_the_first_step(settings):
+    config = {"rewards": {"name": "audio", "reward_model": "clap"}}
     with pytest.raises(UnknownRewardError, match="reward 'audio': clap is not built here"):
         RewardClient.from_dict(config, "run", settings=settings)
+
+
+@pytest.mark.parametrize("model", ["clap", "GenEval", "qwen_image_bench", "some_forks_own"])
+def test_a_reward_of_evaluation_that_is_not_built_here_is_said_and_keeps_nobody_from_training(settings, caplog, model):
+    config = {**CONFIG, "eval_rewards": [{"reward_model": "OCR"}, {"name": "later", "reward_model": model}]}
+    with RewardClient.from_dict(config, "run", settings=settings) as client:
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "evaluation cannot run" in caplog.text
+        assert "reward 'later'" in caplog.text
+        assert "my_rewards.MyReward" in caplog.text
+        client.submit([Sample(image=np.zeros((8, 8, 3), np.uint8))])
+        assert client.pending() == 1
+        with pytest.raises(UnknownRewardError, match=r"reward 'later': .* is not built here"):
+            client.submit([Sample(prompt="p", image=np.zeros((8, 8, 3), np.uint8))], split="eval")
+        assert client.pending("eval") == 0

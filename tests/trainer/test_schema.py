@@ -107,7 +107,9 @@ def test_every_config_in_the_tests_that_loads_is_valid(validator: Any) -> None:
 NUMBERS: list[Any] = [1, 0, -1, 0.5, "1e-3", "-2.5E1", " 3 ", "1_000", "+.5", "0", "x", "", "inf", True, None, [], {}]
 VALUES: dict[str, list[Any]] = {
     "name": ["mine", "two words", "", None, 3],
-    "reward_model": ["OCR", "ocr", " OCR ", "PickScore_Rank", "vllm_evaluate", "clap", "my.Mine", "OCRR", "", 3],
+    "reward_model": [
+        *("OCR", "ocr", " OCR ", "PickScore_Rank", "vllm_evaluate", "clap", "GenEval", "my.Mine", "OCRR", "", 3),
+    ],
     "weight": NUMBERS,
     "timeout_s": NUMBERS,
     "batch_size": [*NUMBERS, 16.0, "16.0", "1e1"],
@@ -118,9 +120,10 @@ VALUES: dict[str, list[Any]] = {
     "on_failure": ["raise", "nan", "NaN", None, {}, *({"value": one} for one in NUMBERS), {"value": 1, "x": 1}],
     "image_format": ["raw", "jpeg", "png", "RAW", None],
     "queue": ["gpu", "a b", "", None],
-    "version": ["1", "", 1, None],
+    "version": ["1", "", 1, 1.5, True, None],
     "kind": ["groupwise", "other", None],
     "required_fields": [["image"], ["images"], [], None],
+    "applicable_datasets": [["one"], None],
     "extra_kwargs": [{"ties": "mean"}, {"whatever": 1}, {}, None],
 }  # fmt: skip
 REWARDS = st.fixed_dictionaries(

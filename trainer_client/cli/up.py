@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.catalog import GPU
-from tasks.celery_app import make_app
-from tasks.connections import check_reachable
+from tasks.redis_needs import check_servers
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings, load_settings, without_password
 from trainer_client.cli.processes import Fleet, stop_signals, worker_command
@@ -46,7 +45,7 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     given_url = redis_url or os.environ.get(BROKER_URL)
     settings = load_settings(**({"broker_url": given_url} if given_url else {}))
     if given_url:
-        _check_redis(settings)
+        _check_redis(settings, queues)
     log_dir = Path(tempfile.mkdtemp(prefix="rewardq-up-"))
 
     def say(line: str) -> None:
@@ -68,12 +67,8 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     say(f"all stopped; the logs are in {log_dir}")
 
 
-def _check_redis(settings: Settings) -> None:
-    app = make_app(settings)
-    try:
-        check_reachable(app.backend.client, settings.results, "Redis")
-    finally:
-        app.close()
+def _check_redis(settings: Settings, queues: tuple[str, ...]) -> None:
+    check_servers(settings, "worker", queues)  # as the workers that are started here will
 
 
 def _start_workers(fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str) -> None:

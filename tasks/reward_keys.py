@@ -1,0 +1,119 @@
+"""The keys of one entry of a `rewards:` block: which are ours, which the model's, and none lost between the two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.errors import ConfigError, UnknownOptionError
+from tasks.numerals import in_exponent_form
+from tasks.spelling import misspelt
+
+log = logging.getLogger(__name__)
+
+KEYS = (
+    "name", "reward_model", "weight", "dtype", "device", "batch_size", "async_reward", "num_workers",
+    "queue", "version", "on_failure", "timeout_s", "cache", "image_format", "kind", "required_fields", "extra_kwargs",
+)  # fmt: skip
+"""What any entry may say."""
+
+NOT_BUILT: dict[str, str] = {
+    "applicable_datasets": "a reward scores every sample that is submitted; leave the key out, and submit the samples "
+    "of each dataset to a client that has the rewards for them",
+}
+"""Keys of Flow-Factory's that mean something which is not built here, and what to do instead."""
+
+BLOCKS = ("rewards", "eval_rewards")
+
+TRAIN_KEYS = ("advantage_aggregation", "global_std")
+"""Keys of the trainer's own block that are read here."""
+
+OWN_WORDS = (
+    "cached", "caches", "devices", "dtypes", "extra_args", "kinds", "names", "queues", "timeout", "timeout_ms",
+    "timeouts", "versions", "weights",
+)  # fmt: skip
+"""Options that a class of one's own may well have, though they are close to a key of ours."""
+
+
+def split_keys(entry: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The parts of an entry: our keys, options written beside them, options under `extra_kwargs`.
+
+    Raises:
+        ConfigError: A key is no text, an option is given twice, or `extra_kwargs` is no mapping.
+    """
+    for key in entry:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {key!r} is no text; put it in quotes (YAML reads on and yes as true)")
+    nested = entry.get("extra_kwargs")
+    nested = {} if nested is None else nested
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"{where}: extra_kwargs must be a mapping, found {type(nested).__name__} {nested!r}"[:200])
+    ours = {key: value for key, value in entry.items() if key in KEYS and key != "extra_kwargs"}
+    beside = {key: value for key, value in entry.items() if key not in KEYS}
+    for key in NOT_BUILT:
+        if beside.get(key, "given") is None:  # a key without a value is as if it were not there
+            del beside[key]
+    twice = [key for key in beside if key in nested]
+    if twice:
+        raise ConfigError(f"{where}: {twice[0]!r} is given twice, beside extra_kwargs and in it; say it once")
+    return ours, beside, dict(nested)
+
+
+def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
+    """Raises `UnknownOptionError` for a key that means something in Flow-Factory and nothing here."""
+    for key, advice in NOT_BUILT.items():
+        if key in beside:
+            raise UnknownOptionError(f"{where}: {model} has no option {key!r}: {advice}")
+
+
+def check_own_options(beside: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
+    """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
+
+    What is odd and may be meant is said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), and a key of
+    ours under `extra_kwargs`, which reaches the class only.
+
+    Raises:
+        UnknownOptionError: An option beside our keys is a slip of one of them; says how to mean it nevertheless.
+    """
+    for key in beside:
+        meant = misspelt(key, (*KEYS, *NOT_BUILT), OWN_WORDS)
+        if meant is not None:
+            raise UnknownOptionError(
+                f"{where}: {key!r} is no key of a reward; did you mean {meant!r}? If it is an option of your class, "
+                f"put it under extra_kwargs: {{{key}: ...}}"
+            )
+    for key, value in {**nested, **beside}.items():
+        if in_exponent_form(value) is not None:
+            log.warning(
+                "%s: the option %s is the text %r; where a number is meant, write it with a point, 1.0e-3",
+                where,
+                key,
+                value,
+            )
+        if key in nested and key in KEYS:
+            log.warning(
+                "%s: %s under extra_kwargs is an option of the class; the reward's own %s is beside it", where, key, key
+            )
+
+
+def check_blocks(config: Mapping[Any, Any]) -> None:
+    """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
+    if "rewards" not in config:
+        raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}")
+    for key, block in config.items():
+        meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
+        if meant is not None and _has_rewards(block):
+            raise ConfigError(f"the block {key!r} has rewards in it; did you mean {meant!r}?")
+    train = config.get("train")
+    for key in train if isinstance(train, Mapping) else ():
+        meant = misspelt(str(key), TRAIN_KEYS) if key not in TRAIN_KEYS else None
+        if meant is not None:
+            raise ConfigError(f"train: {key!r} is read by nobody; did you mean {meant!r}?")
+
+
+def _has_rewards(block: Any) -> bool:
+    entries = [block] if isinstance(block, Mapping) else block
+    if not isinstance(entries, list | tuple):
+        return False
+    return any(isinstance(entry, Mapping) and "reward_model" in entry for entry in entries)

@@ -1,0 +1,313 @@
+"""Nothing that a person wrote in a block of rewards is lost, or becomes something else, without a word."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.errors import ConfigError, UnknownOptionError, UnknownRewardError
+from tasks.rewards import RewardConfig, RewardSpec
+
+MINE = "my_rewards.Mine"
+
+
+@pytest.fixture
+def from_text(tmp_path: Path) -> Any:
+    def load(text: str) -> RewardConfig:
+        path = tmp_path / "rewards.yaml"
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return RewardConfig.from_yaml(path)
+
+    return load
+
+
+def spec_of(**entry: Any) -> RewardSpec:
+    return RewardConfig.from_dict({"rewards": entry}).rewards[0]
+
+
+# --- keys given twice ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("rewards:\n  reward_model: OCR\n  weight: 1\n  weight: 2\n", "weight", (3, 4)),
+        ("rewards:\n  - reward_model: OCR\n    name: a\n    batch_size: 4\n    name: b\n", "name", (3, 5)),
+        ("rewards: {reward_model: OCR}\nrewards: {reward_model: PickScore}\n", "rewards", (1, 2)),
+        ("rewards: {reward_model: OCR}\ntrain: {}\ntrain: {advantage_aggregation: sum}\n", "train", (2, 3)),
+        ("rewards: {reward_model: my.Own, extra_kwargs: {size: 1,\n size: 2}}\n", "size", (1, 2)),
+        ("rewards:\n  reward_model: my.Own\n  deep: [{a: {b: 1,\n  b: 2}}]\n", "b", (3, 4)),
+        ("rewards: {reward_model: OCR}\neval_rewards:\n  name: a\n  name: b\n  reward_model: OCR\n", "name", (3, 4)),
+        ("rewards: {reward_model: OCR}\ntrain:\n  global_std: true\n  global_std: false\n", "global_std", (3, 4)),
+        ("x: &a {weight: 1}\ny: &b {weight: 2}\nrewards:\n  reward_model: OCR\n  <<: *a\n  <<: *b\n", "<<", (5, 6)),
+        ("x: &a {weight: 1,\n  weight: 2}\nrewards:\n  reward_model: OCR\n  <<: *a\n", "weight", (1, 2)),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(from_text: Any, text: str, key: str, lines: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_text(text)
+    said = f"the key {key!r} is given twice, in line {lines[0]} and in line {lines[1]}; one of them would be lost"
+    assert said in str(caught.value)
+    assert "rewards.yaml: " in str(caught.value)
+
+
+def test_keys_of_the_trainers_own_that_are_given_twice_are_its_business_and_said(from_text: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = from_text("model: {a: 1}\nmodel: {a: 2}\nrewards: {reward_model: OCR}\ntrain: {lr: 1}\n")
+    assert [spec.name for spec in config.rewards] == ["OCR"]
+    assert "the key 'model' is given twice, in line 1 and in line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ({"reward_model": MINE, "size": 2, "extra_kwargs": {"size": 1}}, "size"),
+        ({"reward_model": MINE, "size": None, "extra_kwargs": {"size": 1}}, "size"),
+        ({"reward_model": MINE, "size": 1, "extra_kwargs": {"size": 1}}, "size"),
+        ({"reward_model": "vllm_evaluate", "question": "A?", "extra_kwargs": {"question": "B?"}}, "question"),
+        (
+            {
+                "reward_model": "RemotePointwiseRewardModel",
+                "server_url": "http://x:1",
+                "required_fields": ["image"],
+                "extra_kwargs": {"required_fields": ["video"]},
+            },
+            "required_fields",
+        ),
+    ],
+)
+def test_an_option_beside_extra_kwargs_and_in_it_is_refused(entry: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rewards\[0\].*{key!r} is given twice, beside extra_kwargs and in it"):
+        spec_of(**entry)
+
+
+def test_what_an_anchor_brings_is_overridden_as_yaml_says(from_text: Any, caplog: Any) -> None:
+    config = from_text(
+        """
+        defaults: &judge {reward_model: vllm_evaluate, weight: 0.5, top_logprobs: 5}
+        rewards:
+          - {<<: *judge, name: one}
+          - {<<: *judge, name: two, weight: 2}
+        """
+    )
+    assert [(s.name, s.weight, s.options["top_logprobs"]) for s in config.rewards] == [("one", 0.5, 5), ("two", 2.0, 5)]
+    assert caplog.text == ""
+
+
+def test_a_mapping_that_takes_the_place_of_an_anchors_is_said(from_text: Any, caplog: Any) -> None:
+    config = from_text(
+        """
+        defaults: &own {reward_model: my.Own, extra_kwargs: {size: 1}}
+        rewards:
+          <<: *own
+          extra_kwargs: {depth: 2}
+        """
+    )
+    assert config.rewards[0].options == {"depth": 2}
+    assert "line 5: extra_kwargs replaces that of <<, of which nothing is kept" in caplog.text
+
+
+# --- what YAML retypes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["1e-1", "1E-1", "+1e-1", ".1e0", "1.e-1", "0.1", "10.0e-2", "100e-3"])
+def test_a_number_in_exponent_form_is_a_number_everywhere(from_text: Any, written: str) -> None:
+    text = f"""
+        rewards:
+          - {{name: judge, reward_model: vllm_evaluate, temperature: {written}, weight: {written}, timeout: {written}}}
+          - {{name: rubric, reward_model: rational_rewards_t2i, aspect_weights: {{text_faithfulness: {written}}}}}
+          - {{name: own, reward_model: my.Own, scale: {written}, deep: [{{x: {written}}}]}}
+    """
+    judge, rubric, own = from_text(text).rewards
+    assert (judge.weight, judge.options["temperature"], judge.options["timeout"]) == (0.1, 0.1, 0.1)
+    assert rubric.options["aspect_weights"] == {"text_faithfulness": 0.1}
+    assert own.options == {"scale": 0.1, "deep": [{"x": 0.1}]}
+    parsed_elsewhere = RewardConfig.from_dict(yaml.safe_load(textwrap.dedent(text))).rewards
+    assert (parsed_elsewhere[0].weight, parsed_elsewhere[0].options) == (judge.weight, judge.options)
+    assert parsed_elsewhere[1].options == rubric.options
+
+
+def test_a_whole_number_in_exponent_form_is_a_whole_number(from_text: Any) -> None:
+    text = "rewards: {reward_model: rational_rewards_t2i, batch_size: 2e0, timeout_s: 1e3, max_tokens: 4e3}"
+    for config in (from_text(text), RewardConfig.from_dict(yaml.safe_load(text))):
+        (spec,) = config.rewards
+        assert (spec.batch_size, spec.timeout_s, spec.options["max_tokens"]) == (2, 1000.0, 4000)
+        assert type(spec.options["max_tokens"]) is int
+
+
+@pytest.mark.parametrize("value", ["1e-1", "1.5e0", "1e400", "2e"])
+def test_what_is_no_whole_number_in_exponent_form_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="option max_tokens: "):
+        spec_of(reward_model="rational_rewards_t2i", max_tokens=value)
+
+
+def test_an_option_of_ones_own_class_that_is_a_number_as_text_is_said(caplog: Any) -> None:
+    assert spec_of(reward_model=MINE, scale="1e-3").options == {"scale": "1e-3"}
+    assert "the option scale is the text '1e-3'; where a number is meant, write it with a point, 1.0e-3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "written", ["1", "2.0", "1.10", "on", "2026-01-01", "0x1F", "010", "1:30", "1_0", "1e3", "007"]
+)
+def test_a_key_whose_value_is_a_text_keeps_what_was_written(from_text: Any, written: str) -> None:
+    (spec,) = from_text(
+        f"""
+        rewards:
+          - reward_model: vllm_evaluate
+            name: {written}
+            version: {written}
+            vlm_model: {written}
+            extra_kwargs: {{question: {written}}}
+        """
+    ).rewards
+    assert (spec.name, spec.version) == (written, written)
+    assert (spec.options["vlm_model"], spec.options["question"]) == (written, written)
+
+
+def test_versions_that_are_one_number_are_two_versions(from_text: Any) -> None:
+    first, second = (from_text(f"rewards: {{reward_model: my.Own, version: {v}}}").rewards[0] for v in ("1.1", "1.10"))
+    assert (first.version, second.version) == ("1.1", "1.10")
+    assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(("given", "version"), [(1, "1"), (2.5, "2.5"), ("1", "1")])
+def test_a_version_that_was_read_elsewhere_as_a_number_is_text(given: Any, version: str) -> None:
+    assert spec_of(reward_model=MINE, version=given).version == version
+    assert (
+        spec_of(reward_model=MINE, version=given).fingerprint == spec_of(reward_model=MINE, version=version).fingerprint
+    )
+
+
+@pytest.mark.parametrize("written", ["010", "1:30", "-0_10", "190:20:30", "1:30.5"])
+@pytest.mark.parametrize("key", ["batch_size", "size"])
+def test_a_number_that_is_another_to_another_reader_is_refused_with_its_line(
+    from_text: Any, written: str, key: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"line 3: .*write the plain number, or put it in quotes"):
+        from_text(f"rewards:\n  reward_model: my.Own\n  {key}: {written}\n")
+    assert from_text(f"rewards:\n  reward_model: my.Own\n  size: '{written}'\n").rewards[0].options == {"size": written}
+
+
+@pytest.mark.parametrize("written", ["007", "0", "-1", "1_000", "0x1F", "0.5"])
+def test_a_number_that_every_reader_reads_alike_is_one(from_text: Any, written: str) -> None:
+    assert from_text(f"rewards: {{reward_model: my.Own, size: {written}}}").rewards[0].options == {
+        "size": yaml.safe_load(written)
+    }
+
+
+def test_a_key_that_yaml_takes_for_a_boolean_is_the_key_that_was_written(from_text: Any) -> None:
+    assert from_text("rewards: {reward_model: my.Own, on: 3}").rewards[0].options == {"on": 3}
+    with pytest.raises(ConfigError, match="the key True is no text; put it in quotes"):
+        RewardConfig.from_dict({"rewards": {"reward_model": MINE, True: 3}})
+
+
+def test_a_date_is_refused_with_what_to_write(from_text: Any) -> None:
+    with pytest.raises(ConfigError, match="what YAML takes for a date goes in quotes"):
+        from_text("rewards: {reward_model: my.Own, day: 2026-01-01}")
+    with pytest.raises(ConfigError, match=r"rewards\.yaml cannot be read: "):
+        from_text("rewards: {reward_model: my.Own, day: 2026-13-41}")
+
+
+# --- keys that are nobody's ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("wieght", "weight"),
+        ("Weight", "weight"),
+        ("weigth", "weight"),
+        ("async_rewards", "async_reward"),
+        ("asnyc_reward", "async_reward"),
+        ("asynch_rewards", "async_reward"),
+        ("batchsize", "batch_size"),
+        ("batch-size", "batch_size"),
+        ("nmae", "name"),
+        ("on_faliure", "on_failure"),
+        ("quue", "queue"),
+        ("verison", "version"),
+        ("required_field", "required_fields"),
+        ("timeouts_s", "timeout_s"),
+        ("extra_kwarg", "extra_kwargs"),
+        ("num_worker", "num_workers"),
+        ("applicable_dataset", "applicable_datasets"),
+    ],
+)
+def test_a_key_of_ours_misspelt_on_a_class_of_ones_own_is_refused(key: str, meant: str) -> None:
+    with pytest.raises(UnknownOptionError) as caught:
+        spec_of(reward_model=MINE, **{key: 1})
+    assert f"{key!r} is no key of a reward; did you mean {meant!r}?" in str(caught.value)
+    assert f"put it under extra_kwargs: {{{key}: ...}}" in str(caught.value)
+    assert spec_of(reward_model=MINE, extra_kwargs={key: 1}).options == {key: 1}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "weights", "names", "device_map", "height", "timeout", "timeout_ms", "type", "kernel", "model_name",
+        "torch_dtype", "max_batch_size", "cached", "versions", "mode", "image_size", "num_frames", "scale", "question",
+        "queues", "cues",
+    ],
+)  # fmt: skip
+def test_a_key_that_only_resembles_one_of_ours_is_an_option_of_the_class(key: str) -> None:
+    assert spec_of(reward_model=MINE, **{key: 1}).options == {key: 1}
+
+
+def test_a_key_of_ours_under_extra_kwargs_reaches_the_class_and_that_is_said(caplog: Any) -> None:
+    spec = spec_of(reward_model=MINE, extra_kwargs={"weight": 0.1})
+    assert (spec.weight, spec.options) == (1.0, {"weight": 0.1})
+    assert "weight under extra_kwargs is an option of the class" in caplog.text
+
+
+@pytest.mark.parametrize("model", ["OCR", "vllm_evaluate", MINE])
+def test_datasets_of_a_reward_are_refused_alike_for_built_ins_and_ones_own(model: str) -> None:
+    with pytest.raises(UnknownOptionError, match=f"{model} has no option 'applicable_datasets': a reward scores every"):
+        spec_of(reward_model=model, applicable_datasets=["signs"])
+
+
+@pytest.mark.parametrize("key", ["eval_reward", "eval-rewards", "evalrewards", "Eval_Rewards", "reward"])
+def test_a_block_of_rewards_under_a_misspelt_name_is_refused(key: str) -> None:
+    config = {"rewards": {"reward_model": "OCR"}, key: [{"reward_model": "OCR"}]}
+    with pytest.raises(ConfigError, match=f"the block {key!r} has rewards in it; did you mean"):
+        RewardConfig.from_dict(config)
+
+
+def test_blocks_of_the_trainers_own_are_let_alone() -> None:
+    others = {"reward": {"scale": 1}, "eval": {"reward_model": "x"}, "eval_args": [1], 3: 4}
+    assert RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, **others}).eval_rewards == ()
+
+
+@pytest.mark.parametrize("key", ["advantage_agregation", "advantages_aggregation", "globl_std", "global-std"])
+def test_a_misspelt_key_of_ours_in_the_trainers_block_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"train: {key!r} is read by nobody; did you mean"):
+        RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, "train": {key: "sum"}})
+
+
+# --- names that are not built here ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GenEval", "geneval2_soft_tifa", "clap", "HPSv3", "a_forks_own", "ImageReward"])
+def test_a_name_that_only_evaluation_uses_loads_and_is_refused_at_use(name: str) -> None:
+    config = RewardConfig.from_dict(
+        {"rewards": {"reward_model": "OCR"}, "eval_rewards": [{"reward_model": "OCR"}, {"reward_model": name, "x": 1}]}
+    )
+    assert [spec.reward_model for spec in config.of("train")] == ["OCR"]
+    assert config.queues == ("gpu",)
+    with pytest.raises(UnknownRewardError, match=rf"(?i)reward '{name}': {name} is not built here"):
+        config.of("eval")
+
+
+@pytest.mark.parametrize("name", ["PickScor", "pick_score", "OCRR", "vlm_evaluate", "PickScoreRank"])
+def test_a_built_in_misspelt_is_refused_for_evaluation_too(name: str) -> None:
+    with pytest.raises(UnknownRewardError, match="did you mean"):
+        RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, "eval_rewards": {"reward_model": name}})
+
+
+def test_an_unknown_name_that_training_uses_is_refused() -> None:
+    with pytest.raises(UnknownRewardError, match="unknown reward model 'a_forks_own'"):
+        spec_of(reward_model="a_forks_own")
