@@ -19,7 +19,15 @@ from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
-from workers.lifetime import AwaitRedis, KeepSecret, TakeForGood, end_in_time, end_without_device, hush_known_warnings
+from workers.lifetime import (
+    AwaitRedis,
+    KeepSecret,
+    TakeForGood,
+    end_in_time,
+    end_to_start_anew,
+    end_without_device,
+    hush_known_warnings,
+)
 from workers.preloading import preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
@@ -72,6 +80,7 @@ def _open_desk(node: str, app: Any) -> None:
         hand_back=lambda: _hand_back(outcomes, beats),
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
+    runner.start_anew = end_to_start_anew
     serve_at(Desk(node, outcomes, store, beats, runner))
     beats.start()
     watchdog.start()
