@@ -36,8 +36,8 @@ class LoadedCode:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._executed: dict[str, Executed] = {}
-        self._tops: set[str] = set()
-        self._roots: set[Path] = set()
+        self._tops: frozenset[str] = frozenset()  # replaced, never changed: imports look at them in any thread
+        self._roots: frozenset[Path] = frozenset()
         self._read: dict[str, Code] = {}
         """By dotted path, the code of a class that no trainer has read, as it was when it was first asked for."""
 
@@ -49,10 +49,10 @@ class LoadedCode:
             top = module.partition(".")[0]
             if top in self._tops:
                 return
-            self._tops.add(top)
+            self._tops |= {top}
             file = find_as_imported(module)
             if file is not None and not is_library(file.root):
-                self._roots.add(file.root)
+                self._roots |= {file.root}
 
     def follows(self, module: str) -> bool:
         """Whether a module is the user's, as far as its name and place tell."""
