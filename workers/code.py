@@ -17,9 +17,11 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
+from tasks import catalog, clips, judges, remotes
 from tasks.code import Code, code_from, digest_of, file_name, hash_of, hash_on_disk
 from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.sources import OURS, SourceFile, find_source, is_library
+from tasks.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,3 +238,28 @@ def _unlike_words(model: str, paths: Sequence[Path]) -> str:
 
 LOADED = LoadedCode()
 """That of this process."""
+
+
+_CATALOG_FILES = tuple(Path(module.__file__) for module in (catalog, clips, judges, remotes) if module.__file__)
+_CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
+
+
+def check_builtin(model: str, version: str) -> None:
+    """Is a built-in here of the version that a trainer asks for? An upgrade changes nothing in a process that runs.
+
+    Args:
+        version: The catalog's of the trainer, perhaps with the user's own behind a `/`.
+
+    Raises:
+        StaleCodeError: rewardq was upgraded on this host since this process started.
+        ModelLoadError: It was not; names both versions.
+    """
+    ours, asked = catalog.CATALOG[model].version, version.partition("/")[0]
+    if ours == asked:
+        return
+    if any(hash_on_disk(path) != before for path, before in _CATALOG_AT_START.items()):
+        raise StaleCodeError(["rewardq"])
+    raise ModelLoadError(
+        f"reward model {model} is of version {ours} in the rewardq {__version__} on {platform.node()}, and the trainer "
+        f"asks for version {asked}; install the same rewardq on both and restart them"
+    )

@@ -19,7 +19,7 @@ from tasks.errors import MissingExtraError, ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import Accelerator, RewardArguments, RewardModel
-from workers.code import LOADED
+from workers.code import LOADED, check_builtin
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +139,16 @@ class Models:
     def _check_before_load(self, call: RewardCall) -> None:
         """As `check_code`; a trainer that could not read the source is given no new instance of code that is outdated
         here."""
-        if catalog.CATALOG.get(call.model) is not None or not _is_allowed(call.model, self._settings):
-            return
+        if call.model in catalog.CATALOG:
+            return check_builtin(call.model, call.version)
+        if not _is_allowed(call.model, self._settings):
+            return None
         LOADED.follow(call.model.rpartition(".")[0])
         if call.code:
             LOADED.check(call.model, call.code)
         elif not self._is_kept(_instance(call)):
             LOADED.check_files(call.model)
+        return None
 
     def _in_memory(self) -> list[_Kept]:
         with self._lock:

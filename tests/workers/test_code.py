@@ -162,3 +162,19 @@ def test_libraries_are_imported_as_ever(folder):
     code.follow("code_i.part")
     assert code.follows("code_i")
     assert not any(code.follows(name) for name in ("torch", "numpy.linalg", "tasks.code", "workers"))
+
+
+def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp_path, monkeypatch):
+    """A trainer that was upgraded, and a worker that was not, or not restarted."""
+    models, call = Models(load_settings()), call_of(reward_model="jpeg_compressibility", version="mine")
+    assert call.version == "1/mine"
+    with models.lend(call):
+        pass
+    newer = call.model_copy(update={"version": "2/mine", "fingerprint": "f" * 16, "instance": "f" * 16})
+    with pytest.raises(ModelLoadError, match=r"of version 1 in the rewardq .* asks for version 2"), models.lend(newer):
+        pass
+    upgraded = tmp_path / "catalog.py"
+    upgraded.write_text("")
+    monkeypatch.setattr("workers.code._CATALOG_AT_START", {upgraded: "0" * 16})
+    with pytest.raises(StaleCodeError, match="rewardq changed since this worker loaded it"), models.lend(newer):
+        pass
