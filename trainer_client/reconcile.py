@@ -259,7 +259,8 @@ def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str, ended: Note 
     own = [w for w in workers if queue in w.queues]
     start = f"celery -A tasks worker -Q {queue}" + (" --concurrency 32" if queue == VLM else "")
     if not own and ended:
-        return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; start it again: {start}"
+        supervised = "start it again, unless its supervisor does"
+        return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; {supervised}: {start}"
     if not own:
         return f"queue {queue!r} has no worker; start one: {start}"
     if all(w.wire != WIRE_VERSION for w in own):

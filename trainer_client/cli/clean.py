@@ -118,11 +118,16 @@ def _chosen(found: Found, run: str, reward: str | None) -> list[str]:
 
 
 def _show(found: Found, chosen: Iterable[str], run: str) -> None:
-    for fingerprint in chosen:
-        num, claimed = found.num_outcomes[fingerprint], found.num_claimed[fingerprint]
-        being_scored = f", {claimed} more are being scored" if claimed else ""
-        if num or claimed:
-            click.echo(f"{found.names_of(fingerprint)}: {_count(num)}{being_scored}")
+    """A line for each reward: each version of it, of its code, and each start of one without version has outcomes."""
+    fingerprints: dict[str, list[str]] = {}
+    for one in chosen:
+        fingerprints.setdefault(found.names_of(one), []).append(one)
+    for names, own in fingerprints.items():
+        num, num_claimed = (sum(of[one] for one in own) for of in (found.num_outcomes, found.num_claimed))
+        versions = f" by {len(own)} versions or codes" if len(own) > 1 else ""
+        being_scored = f", {num_claimed:,} more are being scored" if num_claimed else ""
+        if num or num_claimed:
+            click.echo(f"{names}: {_count(num)}{versions}{being_scored}")
     for trainer in found.trainers:
         click.echo(f"{trainer} of run {run!r} is alive: what it waits for and has not read yet is scored again")
 
