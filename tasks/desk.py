@@ -14,7 +14,7 @@ import redis
 
 from tasks.celery_app import app
 from tasks.connections import LOST, persist, why_away
-from tasks.errors import BusyError, PayloadGoneError, WireError
+from tasks.errors import BusyError, PayloadGoneError, StaleCodeError, WireError
 from tasks.messages import (
     WIRE_VERSION,
     GroupRequest,
@@ -46,7 +46,12 @@ class Runner(Protocol):
         """Whether the model of this computation is in memory."""
 
     def lend(self, call: RewardCall) -> AbstractContextManager[Any]:
-        """The model of this computation, in memory within the context. Raises `ModelLoadError`."""
+        """The model of this computation, in memory within the context.
+
+        Raises:
+            ModelLoadError: It cannot be loaded.
+            StaleCodeError: This process has loaded other code of the user's than is asked for; it ends.
+        """
 
     def admit(self, model: Any) -> None:
         """Raises `BusyError` if the model cannot be asked now."""
@@ -58,6 +63,7 @@ class Runner(Protocol):
 
         Raises:
             BusyError: The model could not be asked for some, which have no outcome.
+            ModelLoadError, StaleCodeError: As for `lend`: it imported more code meanwhile.
         """
 
 
@@ -156,6 +162,8 @@ def _work(desk: Desk, queue: str, message: Message, kind: type[R], work: Callabl
         return _leave_note(desk, message, "wire", str(error))
     except BusyError as error:
         return _leave_note(desk, message, "busy", str(error))
+    except StaleCodeError as error:
+        return _leave_note(desk, message, "stale", str(error))
 
 
 def _read(desk: Desk, message: Message, kind: type[R]) -> R:

@@ -9,6 +9,7 @@ RewardError
 |-- InvalidSampleError      the caller's: wrong shape, dtype, missing field; nothing was sent
 |-- MissingExtraError       the operator's: an optional dependency is not installed
 |-- ModelLoadError          the worker's: a reward model cannot be loaded; every sample of the chunk gets the reason
+|-- StaleCodeError          the worker's: the user's code changed since it was loaded; it ends, the chunk is sent again
 |-- RedisUnreachableError   the operator's: no server answers; trying again helps once it does
 |   `-- RedisRefusalError   the operator's: it answers, and refuses what we need; names the right or the variable
 |-- BusyError               the worker's: not now; nothing was asked, and the chunk is sent again after a pause
@@ -89,6 +90,22 @@ class MissingExtraError(RewardError, ImportError):
 
 class ModelLoadError(RewardError):
     """A reward model cannot be loaded on this worker."""
+
+
+class StaleCodeError(RewardError):
+    """The user's code changed since this worker loaded it; only a new process has what is asked for.
+
+    Args:
+        files: What changed, as names for people.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        super().__init__(files)
+        self.files = tuple(files)
+
+    def __str__(self) -> str:
+        it = "it" if len(self.files) == 1 else "them"
+        return f"{' and '.join(self.files)} changed since this worker loaded {it}"
 
 
 class BusyError(RewardError):

@@ -55,6 +55,16 @@ def trainer(run: str, launch: str, rank: int) -> str:
     return f"{ROOT}trainer:{run}:{launch}:{rank}"
 
 
+def run(run: str) -> str:
+    """What is known of a run (a hash): its rewards by fingerprint, and the code that answered each. By clients."""
+    return f"{ROOT}run:{run}"
+
+
+def ranks(run: str, launch: str) -> str:
+    """What each rank of a launch has read of the user's code (a hash)."""
+    return f"{ROOT}ranks:{run}:{launch}"
+
+
 def judge_leases(endpoint: str) -> str:
     """Sorted set: requests in flight at a judge's endpoint, of all workers, by expiry (Redis's clock, ms)."""
     return f"{ROOT}judge:{endpoint}"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tasks.errors import FailureKind, WireError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised whenever a worker of the last version could misread what a client of this one sends."""
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -74,6 +74,10 @@ class RewardCall(_Message):
     model: Text
     """A built-in's canonical name, or a dotted path."""
     fingerprint: Text
+    instance: Text = ""
+    """The fingerprint but for the code: what a worker keeps the model under."""
+    code: tuple[tuple[Text, Text], ...] = ()
+    """Of a class of the user's: each module of its code with the hash of its source, as the trainer read them."""
     version: str
     dtype: Text
     batch_size: Annotated[int, Field(ge=1)]
@@ -145,9 +149,10 @@ class GroupRequest(_Message):
 class Note(_Answer):
     """What keeps a worker from answering a request: no outcome, the client acts on it. Made by a worker."""
 
-    reason: Literal["gone", "store", "wire", "busy", "error"]
+    reason: Literal["gone", "store", "wire", "busy", "stale", "error"]
     """The request or a payload is not in the store; the worker uses another store; it speaks another wire version;
-    a judge's budget is in use (send it again after a pause); the task raised, and not for one of its samples."""
+    a judge's budget is in use (send it again after a pause); the user's code changed since the worker loaded it, which
+    ends (send it again to another); the task raised, and not for one of its samples."""
     worker: Text
     detail: str
     store: str = ""

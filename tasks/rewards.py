@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tasks import catalog, rewards_file
 from tasks.classes import declared_by
+from tasks.code import Code, code_of, digest_of
 from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
@@ -108,6 +109,8 @@ class RewardSpec(BaseModel):
     """What travels."""
     launch: str = ""
     """Set where edited code must not be answered with old rewards: `counts_launch`."""
+    code: Code = ()
+    """Of a class of the user's: its source when the config was parsed; empty where this host cannot read it."""
 
     @field_validator("name")
     @classmethod
@@ -172,9 +175,21 @@ class RewardSpec(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, timeouts."""
+        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, timeouts.
+
+        Code of the user's counts as far as its source can be read: outcomes of two codes never mix.
+        """
+        return _hash([*self._computation, digest_of(self.code)] if self.code else self._computation)
+
+    @property
+    def instance(self) -> str:
+        """The fingerprint but for the code, of which a worker's process has only one: what its model is kept under."""
+        return _hash(self._computation)
+
+    @property
+    def _computation(self) -> list[Any]:
         uses_dtype = not self.is_builtin or catalog.CATALOG[self.reward_model].uses_dtype
-        parts = [
+        return [
             self.reward_model if self.how != "model" else f"{self.reward_model} of groups",
             self.model_version,
             self.dtype if uses_dtype else "",
@@ -182,7 +197,6 @@ class RewardSpec(BaseModel):
             self.image_format,
             self.launch,
         ]
-        return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:16]
 
     @property
     def _answer_options(self) -> Mapping[str, Any]:
@@ -201,6 +215,8 @@ class RewardSpec(BaseModel):
             name=self.name,
             model=self.reward_model,
             fingerprint=self.fingerprint,
+            instance=self.instance,
+            code=self.code,
             version=self.model_version,
             dtype=self.dtype,
             batch_size=self.batch_size,
@@ -353,6 +369,7 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
         _declare(known, model, where)
         known["reward_model"] = model.lower() if model.lower() in catalog.NOT_BUILT else model
         known["options"] = _plain(options, where)
+        known["code"] = code_of(known["reward_model"])
     else:
         canonical, builtin = found
         for key in ("kind", "required_fields"):
@@ -443,6 +460,10 @@ def _plain(options: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"goes in quotes): {error}"
         ) from None
     return arrived
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:16]
 
 
 def _canonical(value: Any) -> Any:

@@ -53,6 +53,7 @@ class Chunk:
         Raises:
             BusyError: The model cannot be asked now; what is not answered is given back.
             PayloadGoneError: Media are not in the store; all claims are given back.
+            StaleCodeError: This process has loaded other code than is asked for; all claims are given back.
         """
         call, runner = self.request.reward, self.desk.runner
         if not runner.is_loaded(call) and not self._unanswered():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,8 @@ class Board:
         self._adopted: dict[str, Payload] = {}
         """Payloads that another process stored, by name."""
         self._to_free: list[str] = []
+        self.on_answer: Callable[[RewardSpec, Outcome], None] = lambda _spec, _outcome: None
+        """Called with each outcome that arrives, outside of the lock."""
         self._num_names = 0
         self.num_unsent = 0
         """Samples accepted and not yet in a message."""
@@ -301,6 +303,8 @@ class Board:
 
     def answer(self, outcomes: Mapping[Entry, Outcome], *, is_hit: bool = False) -> None:
         """Outcomes have arrived: tell their slots, free what only they needed."""
+        for entry, outcome in outcomes.items():
+            self.on_answer(entry.spec, outcome)
         with self.changed:
             for entry, outcome in outcomes.items():
                 if entry.outcome is not None:

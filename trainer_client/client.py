@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import platform
 import re
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, Self
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
+from tasks.code import changed_files
 from tasks.connections import LOST, connect, why_away
 from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError, UnknownRewardError
 from tasks.rewards import RewardConfig, RewardSpec, Split
@@ -30,6 +32,7 @@ from trainer_client.lease import Lease
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
+from trainer_client.runs import Run
 from trainer_client.session import ASK_S, Session, check_stores
 from trainer_client.steps import Steps, check_groups
 from trainer_client.table import Gather
@@ -71,7 +74,8 @@ class RewardClient:
         RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
-        ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common.
+        ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common, or not the
+            same code of a class of the user's.
         UnknownRewardError: One of the training rewards is not built here. (One of the evaluation's is said in the log,
             and refused by `submit(split="eval")`.)
     """
@@ -108,6 +112,7 @@ class RewardClient:
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()
+            self._check_ranks()
         except LOST as error:
             raise RedisUnreachableError(f"{without_password(self.settings.results)}: {why_away(error)}") from None
         self._start_fresh()
@@ -273,7 +278,7 @@ class RewardClient:
                 is closed.
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
                 that is away). The step stays open: call again, or `cancel()`.
-            TicketError: The ticket is of another run or of other rewards.
+            TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
             InvalidSampleError: Another step than `step` is open.
         """
         started = time.monotonic()
@@ -378,9 +383,26 @@ class RewardClient:
         ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
         self._ranks = Ranks(ranks, self.run, self.launch, self.rank, self.world_size)
 
+    def _check_ranks(self) -> None:
+        """Ranks whose hosts have different files of a class of the user's are told so, before they wait for each other.
+
+        Raises:
+            ConfigError: Names the ranks, their hosts and the files.
+        """
+        if self.world_size == 1:
+            return
+        run = Run(outcomes_of(self._app).redis, self.run, self.settings.result_ttl_s)
+        try:
+            run.check_ranks(self.launch, self.rank, self.world_size, self.config, platform.node())
+        except ConfigError:
+            self._lease.leave()
+            raise
+
     def _open_session(self) -> Session:
         if self._session is None:
-            self._session = Session(self._app, self.run, self.launch, self.rank, self.world_size, self._lease)
+            self._session = Session(
+                self._app, self.run, self.launch, self.rank, self.world_size, self._lease, self.config
+            )
         return self._session
 
     # --- private: submit -------------------------------------------------------------------------
@@ -395,6 +417,7 @@ class RewardClient:
             start=start,
             stop=start + len(slots),
             fingerprints=_fingerprints(self.config.of(split)),
+            codes=tuple((spec.name, spec.code) for spec in self.config.of(split) if spec.code),
             slots=tuple(slots),
             client=session.board.client_id,
             number=self._num_tickets,
@@ -408,6 +431,7 @@ class RewardClient:
         if ticket.run != self.run:
             raise TicketError(f"this ticket is of run {ticket.run!r}, this client of {self.run!r}")
         if ticket.fingerprints != _fingerprints(rewards):
+            _check_code(ticket, rewards)
             raise TicketError(
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
                 f"this client has {dict(_fingerprints(rewards))}"
@@ -458,6 +482,18 @@ def _launch(world_size: int) -> str:
 
 def _fingerprints(rewards: Sequence[RewardSpec]) -> tuple[tuple[str, str], ...]:
     return tuple((spec.name, spec.fingerprint) for spec in rewards)
+
+
+def _check_code(ticket: Ticket, rewards: Sequence[RewardSpec]) -> None:
+    """Raises `TicketError` where the code of a reward is another than when the ticket was made."""
+    codes = dict(ticket.codes)
+    for spec in rewards:
+        files = changed_files(codes.get(spec.name, ()), spec.code)
+        if files and spec.name in codes and spec.code:
+            raise TicketError(
+                f"{' and '.join(files)} changed since this ticket was made: what it asked for of reward {spec.name!r} "
+                "are rewards by other code; submit its samples again, or collect it where the old files are"
+            )
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Reconciler:
         self._outcomes, self._board, self._sender, self._groups = results, board, sender, groups
         self._connection: Any = None
         self._warned: set[str] = set()
+        self._ended: dict[str, Note] = {}
+        """By queue, what the last worker said that ended since its code was outdated."""
         self._busy = BusyMessages(sender.send_same)
 
     def poll(self, *, everything: bool) -> int:
@@ -94,7 +96,7 @@ class Reconciler:
             self._outcomes.check_room()  # where a worker cannot write, its heartbeat is missing too
             workers = self._outcomes.workers()
             store = self._store.identity()
-            reasons = [r for r in (_why_idle(queue, workers, store) for queue in sorted(queues)) if r]
+            reasons = [r for queue in sorted(queues) if (r := _why_idle(queue, workers, store, self._ended.get(queue)))]
             if reasons and is_nearly_full(self._outcomes.redis):  # it may have refused the heartbeats alone
                 reasons.insert(0, FULL)
         except AWAY as error:
@@ -181,6 +183,12 @@ class Reconciler:
         elif note.reason == "busy":
             self._board.trouble = note.detail
             self._busy.add(chunk, request)
+        elif note.reason == "stale":  # that worker takes no more
+            words = f"{note.worker} ended: {note.detail}"
+            self._ended[chunk.spec.queue] = note
+            self._board.trouble = words
+            self._warn_once(f"{words}; its samples are sent again")
+            self._sender.send_same(chunk, request)
         else:  # another worker of this queue may do better; not at once, or the two play ball
             words = f"worker {note.worker} on queue {chunk.spec.queue}: {note.detail}"
             self._board.trouble = words
@@ -242,10 +250,17 @@ def _answers(outcome: Outcome, entry: Entry) -> bool:
     return outcome.is_final or outcome.attempt >= entry.attempt
 
 
-def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str) -> str | None:
-    """Why a queue gets nowhere, or None if some worker serves it."""
+def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str, ended: Note | None) -> str | None:
+    """Why a queue gets nowhere, or None if some worker serves it.
+
+    Args:
+        ended: What a worker of it said that ended since its code was outdated.
+    """
     own = [w for w in workers if queue in w.queues]
     start = f"celery -A tasks worker -Q {queue}" + (" --concurrency 32" if queue == VLM else "")
+    if not own and ended:
+        supervised = "start it again, unless its supervisor does"
+        return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; {supervised}: {start}"
     if not own:
         return f"queue {queue!r} has no worker; start one: {start}"
     if all(w.wire != WIRE_VERSION for w in own):

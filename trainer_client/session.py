@@ -21,7 +21,9 @@ from tasks.messages import Failure
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore, open_store
 from tasks.redis_needs import check_servers
+from tasks.rewards import RewardConfig
 from tasks.settings import Settings
+from trainer_client.answerers import Answerers
 from trainer_client.board import Board, Slot
 from trainer_client.groups import Groups
 from trainer_client.lease import KEEP_EVERY_S, Lease
@@ -29,6 +31,7 @@ from trainer_client.outgoing import Outgoing
 from trainer_client.patience import AWAY
 from trainer_client.progress import bars
 from trainer_client.reconcile import Reconciler
+from trainer_client.runs import Run
 from trainer_client.sender import Sender
 from trainer_client.watcher import Watcher
 
@@ -61,9 +64,12 @@ class Session:
     Args:
         app: Celery's; `app.settings` says where the servers are.
         lease: The place of this rank, kept while the session lives.
+        config: The rewards, which Redis is told.
     """
 
-    def __init__(self, app: Any, run: str, launch: str, rank: int, world_size: int, lease: Lease) -> None:
+    def __init__(
+        self, app: Any, run: str, launch: str, rank: int, world_size: int, lease: Lease, config: RewardConfig
+    ) -> None:
         settings: Settings = app.settings
         with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
             lease.take()
@@ -81,7 +87,19 @@ class Session:
             app, settings, self.store, self.outcomes, self.board, self.sender, groups=self.groups
         )
         self.lease = lease
-        self.watcher = Watcher(settings, self.store, self.board, self.reconciler, lease.keep, KEEP_EVERY_S)
+        answerers = Answerers(run)
+        self.board.on_answer = answerers.see
+        known = Run(self.outcomes.redis, run, settings.result_ttl_s)
+        self.watcher = Watcher(
+            settings,
+            self.store,
+            self.board,
+            self.reconciler,
+            lease.keep,
+            KEEP_EVERY_S,
+            tell_run=lambda: known.tell(config),
+            compare_codes=lambda: answerers.compare(known),
+        )
 
     def close(self) -> None:
         """End the threads and give back the connections."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks.code import Code
 from tasks.messages import Failure
 from tasks.rewards import Split
 
@@ -67,6 +68,8 @@ class Ticket:
     """Its samples: live where it was made, records after a pickle."""
     chunks: tuple[ChunkRecord, ...] = ()
     """Messages that were sent for it; filled in when it is pickled."""
+    codes: tuple[tuple[str, Code], ...] = ()
+    """(name, code) of each reward that is a class of the user's whose source the trainer has read."""
     client: str = ""
     """Which client, in which process, has its live samples."""
     number: int = 0

@@ -33,6 +33,9 @@ EVERYTHING_EVERY = 5
 """Once in so many reconciliations outcomes are asked for whose message is still queued: another client may have
 had the same scored."""
 
+TELL_EVERY_S = 600.0
+"""How often Redis is told what this run's rewards are, at most: it may have been emptied."""
+
 POLL_SHARE = 5
 """Between two polls at least so many times the time that one takes, so that polling is no load for Redis."""
 
@@ -43,9 +46,9 @@ LONGEST_PAUSE_S = 1.0
 class _Every:
     """Something due every so many seconds."""
 
-    def __init__(self, period_s: float, call: Callable[[], object]) -> None:
+    def __init__(self, period_s: float, call: Callable[[], object], *, is_due: bool = False) -> None:
         self._period_s, self._call = period_s, call
-        self._at = time.monotonic() + period_s
+        self._at = time.monotonic() + (0.0 if is_due else period_s)
 
     def run_if_due(self) -> Exception | None:
         """Run it if it is due; returns why its server could not be asked, after which it is due at once."""
@@ -70,8 +73,11 @@ class Watcher:
         reconciler: Reconciler,
         keep_lease: Callable[[], None],
         lease_every_s: float,
+        tell_run: Callable[[], None],
+        compare_codes: Callable[[], None],
     ) -> None:
         self._settings, self._store, self._board, self._reconciler = settings, store, board, reconciler
+        self._compare_codes = compare_codes
         self._num_waiting = 0
         self._is_away = False
         self._wake = threading.Event()
@@ -83,6 +89,7 @@ class Watcher:
             _Every(settings.reconcile_s, self._reconcile),
             _Every(EVERYTHING_EVERY * settings.reconcile_s, lambda: reconciler.poll(everything=True)),
             _Every(min(60.0, settings.payload_ttl_s / 4), self._renew),
+            _Every(min(TELL_EVERY_S, settings.result_ttl_s / 4), tell_run, is_due=True),
         )
         self._is_asked_about_workers = False
         self._thread = threading.Thread(target=self._run, name="rewardq-watch", daemon=True)
@@ -126,6 +133,7 @@ class Watcher:
         try:
             self._reconciler.poll_groups(register=False)
             num_new = self._reconciler.poll(everything=False)
+            self._compare_codes()
             lost = [error for due in self._due if (error := due.run_if_due()) is not None]
             self._free()
         except AWAY as error:

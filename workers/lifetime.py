@@ -13,11 +13,12 @@ from typing import Any
 from celery import bootsteps
 from celery.exceptions import CPendingDeprecationWarning, WorkerShutdown
 from celery.signals import worker_shutting_down
+from celery.worker import state as worker_state
 from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
 from tasks.connections import LOST
-from tasks.errors import EvictionError, RedisRefusalError
+from tasks.errors import EvictionError, RedisRefusalError, StaleCodeError
 from tasks.redis_needs import ask
 from tasks.redis_refusals import servers_of, words_for
 from tasks.settings import Settings
@@ -145,6 +146,13 @@ def end_without_device(loss: RuntimeError) -> None:
     """End at once, as by `kill -9`: what is in hand counts as started, so that a sample that does it is found."""
     log.critical("worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, loss)
     os._exit(EXIT_HUNG)
+
+
+def end_to_start_anew(error: StaleCodeError) -> None:
+    """Take no further task, finish those in hand, and end, for a supervisor to start a process with the new code."""
+    if worker_state.should_stop in (None, False):
+        log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, error)
+        worker_state.should_stop = EXIT_HUNG
 
 
 def end_in_time(hand_back: Callable[[], None], grace_s: float) -> None:

@@ -19,6 +19,7 @@ from tasks.errors import MissingExtraError, ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import Accelerator, RewardArguments, RewardModel
+from workers.code import LOADED, check_builtin
 from workers.load_warnings import Said, in_short, listening, one_line
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class _Kept:
     used_at: float = 0.0
     """When it was last given back (monotonic)."""
     failed_at: float = 0.0
+    fingerprints: set[str] = field(default_factory=set)
+    """Of those who asked for it: a trainer that can read the class's source and one that cannot have their own."""
 
     @property
     def has_failed(self) -> bool:
@@ -93,17 +96,17 @@ class Models:
     def loading(self) -> tuple[str, ...]:
         """Fingerprints of models that are being loaded now."""
         with self._lock:
-            return tuple(kept.call.fingerprint for kept in self._kept.values() if not kept.load.done())
+            return tuple(f for kept in self._kept.values() if not kept.load.done() for f in kept.fingerprints)
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Fingerprints of the models in memory."""
-        return tuple(call.fingerprint for call in self._in_memory())
+        return tuple(f for kept in self._in_memory() for f in kept.fingerprints)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models in memory."""
-        return tuple(dict.fromkeys(call.model for call in self._in_memory()))
+        return tuple(dict.fromkeys(kept.call.model for kept in self._in_memory()))
 
     @contextlib.contextmanager
     def lend(self, call: RewardCall) -> Iterator[LoadedModel]:
@@ -113,11 +116,14 @@ class Models:
 
         Raises:
             ModelLoadError: Says which model, and what to install, allow or mend.
+            StaleCodeError: This process has loaded other code of the user's than is asked for, and than there is now.
         """
+        self._check_before_load(call)
         kept, is_first = self._reserve(call)
         try:
             if is_first:
                 self._load_into(kept)
+            self.check_code(call)  # it has imported more; and an error of other code would mislead
             error = kept.load.exception()
             if error is not None:
                 raise ModelLoadError(str(error))  # a new one: each raise adds to its traceback, which holds all frames
@@ -128,9 +134,28 @@ class Models:
                 kept.used_at = time.monotonic()
                 self._lock.notify_all()
 
-    def _in_memory(self) -> list[RewardCall]:
+    def check_code(self, call: RewardCall) -> None:
+        """Whether the user's code that is loaded is what `call` asks for. Raises as `lend`."""
+        if call.code and _is_allowed(call.model, self._settings):
+            LOADED.check(call.model, call.code)
+
+    def _check_before_load(self, call: RewardCall) -> None:
+        """As `check_code`; a trainer that could not read the source is given no new instance of code that is outdated
+        here."""
+        if call.model in catalog.CATALOG:
+            return check_builtin(call.model, call.version)
+        if not _is_allowed(call.model, self._settings):
+            return None
+        LOADED.follow(call.model.rpartition(".")[0])
+        if call.code:
+            LOADED.check(call.model, call.code)
+        elif not self._is_kept(_instance(call)):
+            LOADED.check_files(call.model)
+        return None
+
+    def _in_memory(self) -> list[_Kept]:
         with self._lock:
-            return [k.call for k in self._kept.values() if k.load.done() and not k.has_failed]
+            return [k for k in self._kept.values() if k.load.done() and not k.has_failed]
 
     def _reserve(self, call: RewardCall) -> tuple[_Kept, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""
@@ -143,6 +168,7 @@ class Models:
             kept = _Kept(call) if is_first else self._kept[key]
             self._kept.pop(key, None)
             self._kept[key] = kept
+            kept.fingerprints.add(call.fingerprint)
             kept.num_lent += 1
         return kept, is_first
 
@@ -265,20 +291,27 @@ def reward_class(model: str, settings: Settings) -> type[RewardModel]:
         path, _, name = builtin.path.partition(":")
         return _class_in(path, name)
     path, _, name = model.rpartition(".")
-    if not any(path == m or path.startswith(f"{m}.") for m in settings.allowed_modules):
+    if not _is_allowed(model, settings):
         raise ModelLoadError(
             f"reward model {model}: this worker may not import {path!r}; "
             f"start it with REWARDQ_MODULES={','.join((*settings.allowed_modules, path))}"
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    LOADED.follow(path)
     return _class_in(path, name)
+
+
+def _is_allowed(model: str, settings: Settings) -> bool:
+    """Whether a dotted path is within REWARDQ_MODULES."""
+    path = model.rpartition(".")[0]
+    return any(path == m or path.startswith(f"{m}.") for m in settings.allowed_modules)
 
 
 def _instance(call: RewardCall) -> Instance:
     builtin = catalog.CATALOG.get(call.model)
     if builtin is None or builtin.is_local:
-        return call.fingerprint, ""
+        return call.instance or call.fingerprint, ""
     return call.fingerprint, f"{call.timeout_s} {sorted(call.options.items())}"
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from tasks import media
-from tasks.errors import BusyError
+from tasks.catalog import CATALOG
+from tasks.errors import BusyError, StaleCodeError
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.samples import MEDIA_FIELDS
 from tasks.settings import Settings
 from workers.base import GroupwiseRewardModel, RewardModel, whole
+from workers.code import LOADED
 from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory, loss_of_device
 from workers.outputs import Scored, failed, outcome_of, outcomes_of
 
@@ -37,14 +39,23 @@ class ModelRunner:
         """Entered around each call of a model; the worker's watchdog, where there is one."""
         self.lose_device: Callable[[RuntimeError], None] = lambda _loss: None
         """Called when a call has broken the process's GPU for good; a worker ends, without an answer."""
+        self.start_anew: Callable[[StaleCodeError], None] = lambda _error: None
+        """Called when a request asks for newer code than this process has loaded; its worker ends."""
 
     def is_loaded(self, call: RewardCall) -> bool:
         """Whether the model is in memory."""
         return self.models.is_loaded(call)
 
-    def lend(self, call: RewardCall) -> contextlib.AbstractContextManager[LoadedModel]:
-        """The model, in memory within the context. Raises `ModelLoadError`."""
-        return self.models.lend(call)
+    @contextlib.contextmanager
+    def lend(self, call: RewardCall) -> Iterator[LoadedModel]:
+        """The model, in memory within the context. Raises `ModelLoadError` and `StaleCodeError`, with which a worker
+        takes no further task."""
+        try:
+            with self.models.lend(call) as model:
+                yield model
+        except StaleCodeError as error:
+            self.start_anew(error)
+            raise
 
     def admit(self, model: LoadedModel) -> None:
         """Raises `BusyError` if the model cannot be asked now."""
@@ -87,8 +98,10 @@ class ModelRunner:
         ready = [(s, i) for s, i in zip(samples, inputs, strict=True) if not isinstance(i, Outcome)]
         scored = iter(self._score(model, call, [s for s, _ in ready], [i for _, i in ready]) if ready else ())
         outcomes = [i if isinstance(i, Outcome) else next(scored) for i in inputs]
+        self.models.check_code(call)  # a call may import what it needs: by then it may have been edited
         origin = {
             **where_computed(),
+            **_code_of(call),
             **({"device": model.device} if model.device else {}),
             **({"load_warnings": list(model.load_warnings)} if model.load_warnings else {}),
             "model_version": call.version,
@@ -183,6 +196,12 @@ def _inputs_of(
         return decode(model, sample, payloads)
     except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
         return failed(f"its media cannot be decoded: {type(error).__name__}: {error}")
+
+
+def _code_of(call: RewardCall) -> dict[str, str]:
+    """The code of a class of the user's."""
+    digest = "" if call.model in CATALOG else LOADED.digest(call.model, call.code)
+    return {"code": digest} if digest else {}
 
 
 def _unfit(call: RewardCall, is_groupwise: bool) -> Failure:

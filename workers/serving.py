@@ -24,6 +24,7 @@ from workers.lifetime import (
     KeepSecret,
     TakeForGood,
     end_in_time,
+    end_to_start_anew,
     end_without_device,
     hush_known_warnings,
     refuse_early,
@@ -84,6 +85,7 @@ def _open_desk(node: str, app: Any) -> None:
         hand_back=lambda: _hand_back(outcomes, beats),
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
+    runner.start_anew = end_to_start_anew
     desk = Desk(node, outcomes, store, beats, runner)
     serve_at(desk)
     quiet_celery(redis_log, settings)

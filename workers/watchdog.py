@@ -17,7 +17,8 @@ from workers.base import this_call
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 75
-"""Exit status of a worker that ended since a model hung, or its GPU was lost to it (EX_TEMPFAIL: start it again)."""
+"""Exit status of a worker that ended since a model hung, its GPU was lost to it, or its code is outdated (EX_TEMPFAIL:
+start it again)."""
 
 GRACE_S = 30.0
 """How long healthy tasks may take to finish before the process ends; what is left goes back to the queue."""

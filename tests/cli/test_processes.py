@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -77,6 +78,22 @@ def test_a_child_that_ends_by_itself_is_started_again_after_growing_pauses(tmp_p
         f"worker ended by itself (exit status 3); starting it again in {pause:g} s" for pause in (0.1, 0.2, 0.4)
     ]
     assert "out of luck" in said[0]
+
+
+def test_a_child_that_asks_to_be_started_again_is_at_once_unless_it_has_only_just_been_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "SETTLED_S", 0.5)
+    monkeypatch.setattr(processes, "FIRST_PAUSE_S", 0.1)
+    said: list[str] = []
+    settled_once = "import os, time; d = os.path.exists('once'); open('once', 'w').close(); time.sleep(0 if d else 1)"
+    with Fleet(tmp_path, said.append) as fleet:
+        child = fleet.start("worker", python(f"{settled_once}; raise SystemExit({os.EX_TEMPFAIL})"))
+        fleet.wait_for(child, lambda: True)
+        wait_until(lambda: len(said) >= 3, 20)
+    assert [line.splitlines()[0].partition("; ")[2] for line in said[:3]] == [
+        "starting it again at once",
+        "starting it again in 0.1 s",
+        "starting it again in 0.2 s",
+    ]
 
 
 def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path):

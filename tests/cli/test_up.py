@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.delivery.seen import reward_of
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of
 from tests.servers import ROOT
 from trainer_client import RewardClient
+from trainer_client.cli.processes import SETTLED_S
 from workers.watchdog import EXIT_HUNG
 
 REWARDS = """
@@ -119,6 +121,35 @@ def test_a_worker_whose_model_hangs_is_replaced_and_the_next_step_is_scored(rewa
         run.wait_for(f"worker-gpu ended by itself (exit status {EXIT_HUNG}); starting it again")
         client.submit(samples_of(range(10, 14)))
         assert_rewards(client.collect(timeout_s=60), range(10, 14), "reward")
+
+
+BRIGHT = """
+from workers import PointwiseRewardModel
+
+
+class Bright(PointwiseRewardModel):
+    required_fields = ("prompt",)
+
+    def __call__(self, prompt, **kwargs):
+        return [{}] * len(prompt)
+"""
+
+
+def test_an_edited_class_is_scored_anew_by_a_worker_that_is_started_again_at_once(rewardq, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "rewards.yaml").write_text("rewards: {reward_model: bright.Bright, name: bright, version: '1'}")
+    (tmp_path / "bright.py").write_text(BRIGHT.format(1.0))
+    run = rewardq("up", "rewards.yaml", env={"REWARDQ_MODULES": "bright", "PYTHONPATH": str(ROOT)})
+    run.wait_for("Ready.")
+    settings = load_settings(broker_url=re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1])
+    time.sleep(SETTLED_S)
+    for value in (1.0, 2.0):
+        (tmp_path / "bright.py").write_text(BRIGHT.format(value))
+        with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
+            client.submit(samples_of(range(3)))
+            assert client.collect(timeout_s=60).rewards["bright"].tolist() == [value] * 3
+    assert f"worker-gpu ended by itself (exit status {EXIT_HUNG}); starting it again at once" in run.output
+    assert "bright.py changed since this worker loaded it" in run.output
 
 
 def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):

@@ -226,7 +226,7 @@ def test_many_threads_and_models_within_a_bound_all_get_what_they_ask_for(monkey
             with models.lend(call_of(n)) as loaded:
                 if loaded.model.config.n != n:
                     wrong.append(n)
-                most.append(sum(models.is_loaded(call_of(k)) for k in range(5)))
+                most.append(len(models.loaded))  # one look: to ask for each in turn may count one that has gone
 
     threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
     for thread in threads:

@@ -8,6 +8,7 @@ import click
 
 from tasks.errors import RewardError
 from tasks.version import __version__
+from trainer_client.cli.clean import clean
 from trainer_client.cli.demo import demo
 from trainer_client.cli.schema import schema
 from trainer_client.cli.up import up
@@ -37,3 +38,4 @@ def main() -> None:
 main.add_command(up)
 main.add_command(demo)
 main.add_command(schema)
+main.add_command(clean)

@@ -42,6 +42,9 @@ LONGEST_PAUSE_S = 30.0
 """Pauses before a child that ended by itself is started again: doubled each time, from the first to the longest."""
 HEALTHY_S = 60.0
 """A child that lived this long starts with the first pause again."""
+SETTLED_S = 5.0
+"""A child that lived this long and ends with status 75 (EX_TEMPFAIL: start me again) is started again at once. One that
+cannot come up and ends so again and again would be a hot loop."""
 LOG_LINES = 5
 """Last lines of a child's log that are shown when it ends by itself."""
 TAIL_BYTES = 8192
@@ -246,11 +249,11 @@ class Fleet:
             return
         now = time.monotonic()
         if child.restart_at is None:
-            was_healthy = not child.pause_s or now - child.started_at > HEALTHY_S
-            child.pause_s = FIRST_PAUSE_S if was_healthy else min(2 * child.pause_s, LONGEST_PAUSE_S)
+            child.pause_s = _pause_before(child, now - child.started_at)
             child.restart_at = now + child.pause_s
             tail = "".join(f"\n    {line}" for line in child.log_tail())
-            self._say(f"{child.name} ended by itself ({ended}); starting it again in {child.pause_s:g} s{tail}")
+            when = f"in {child.pause_s:g} s" if child.pause_s else "at once"
+            self._say(f"{child.name} ended by itself ({ended}); starting it again {when}{tail}")
         elif now >= child.restart_at:
             try:
                 child.process = _spawn(child.command, child.env, child.cwd, child.log_path)
@@ -259,6 +262,14 @@ class Fleet:
                 child.restart_at = now + LONGEST_PAUSE_S
             else:
                 child.started_at, child.restart_at = now, None
+
+
+def _pause_before(child: Child, lived_s: float) -> float:
+    """Seconds before a child that has ended is started again: none where it asks for that, else growing ones."""
+    if child.process.returncode == os.EX_TEMPFAIL and lived_s > SETTLED_S:
+        return 0.0
+    was_healthy = not child.pause_s or lived_s > HEALTHY_S
+    return FIRST_PAUSE_S if was_healthy else min(2 * child.pause_s, LONGEST_PAUSE_S)
 
 
 def worker_command(queue: str) -> tuple[str, ...]:

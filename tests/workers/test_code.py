@@ -1,0 +1,180 @@
+"""What a process knows of the sources that it has executed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.code import code_of, digest_of
+from tasks.errors import ModelLoadError, StaleCodeError
+from tasks.settings import load_settings
+from tests.workers.requests import call_of
+from workers.code import LoadedCode
+from workers.loading import Models
+
+CLASS = """
+from workers import PointwiseRewardModel
+{more}
+
+class Mine(PointwiseRewardModel):
+    value = {value}
+
+    def __init__(self, config, accelerator):
+        super().__init__(config, accelerator)
+        if self.value < 0:
+            raise ValueError("no such value")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of the user's; what is imported from it is forgotten after the test."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finders, before = list(sys.meta_path), set(sys.modules)
+    yield tmp_path
+    sys.meta_path[:] = finders
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def write(folder: Path, module: str, value: float, more: str = "") -> Path:
+    path = folder / f"{module}.py"
+    path.write_text(CLASS.format(value=value, more=more))
+    return path
+
+
+def models_for(*modules: str) -> Models:
+    return Models(load_settings(modules=",".join(modules), device="cpu"))
+
+
+def lent(models: Models, module: str, **entry):
+    """The model of the class as this trainer would ask for it now."""
+    with models.lend(call_of(reward_model=f"{module}.Mine", **entry)) as loaded:
+        return loaded.model
+
+
+def test_a_source_is_executed_and_not_the_bytecode_of_an_earlier_one_of_its_size_and_second(folder):
+    path = write(folder, "code_a", 1)
+    importlib.import_module("code_a")  # leaves its bytecode behind
+    del sys.modules["code_a"]
+    stat = path.stat()
+    write(folder, "code_a", 2)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    model = lent(models_for("code_a"), "code_a")
+    assert model.value == 2
+
+
+def test_a_stale_module_is_named_and_one_that_is_neither_is_named_with_its_place(folder):
+    models, asked = models_for("code_b"), call_of(reward_model="code_b.Mine")
+    path = write(folder, "code_b", 1)
+    old = call_of(reward_model="code_b.Mine")
+    assert lent(models, "code_b").value == 1
+    write(folder, "code_b", 2)
+    with pytest.raises(StaleCodeError, match=r"^code_b\.py changed since this worker loaded it$"):
+        lent(models, "code_b")
+    with models.lend(old) as loaded:  # who asked for what is loaded is served on
+        assert loaded.model.value == 1
+    lost = old.model_copy(update={"code": (("code_b", "0" * 16),)})
+    with pytest.raises(ModelLoadError) as caught, models.lend(lost):
+        pass
+    assert str(path) in str(caught.value)
+    assert "put the same code on both hosts" in str(caught.value)
+    assert asked.code == ()
+
+
+def test_one_load_serves_a_trainer_that_reads_the_source_and_one_that_cannot(folder):
+    """A worker that preloads what its trainers cannot read would have the model in memory twice."""
+    write(folder, "code_c", 1)
+    models = models_for("code_c")
+    read = call_of(reward_model="code_c.Mine", version="1")
+    unread = read.model_copy(update={"code": (), "fingerprint": read.instance})
+    assert read.fingerprint != unread.fingerprint
+    with models.lend(read) as first, models.lend(unread) as second:
+        assert first is second
+    assert sorted(models.loaded) == sorted((read.fingerprint, unread.fingerprint))
+
+
+def test_code_that_could_not_be_made_is_made_anew_once_it_is_mended_without_a_restart_where_none_is_needed(folder):
+    (folder / "code_d.py").write_text("raise RuntimeError('half a module')\n")
+    models = models_for("code_d")
+    with pytest.raises(ModelLoadError, match="half a module"):
+        lent(models, "code_d", version="1")
+    write(folder, "code_d", 1)
+    assert lent(models, "code_d", version="2").value == 1
+
+
+def test_a_class_that_raises_and_is_mended_is_stale_and_not_wrong_for_good(folder):
+    write(folder, "code_e", -1)
+    models = models_for("code_e")
+    with pytest.raises(ModelLoadError, match="no such value"):
+        lent(models, "code_e")
+    write(folder, "code_e", 1)
+    with pytest.raises(StaleCodeError, match=r"code_e\.py changed"):
+        lent(models, "code_e")
+
+
+def test_a_class_that_no_trainer_has_read_gets_no_new_instance_of_outdated_code(folder):
+    write(folder, "code_f", 1)
+    models, call = models_for("code_f"), call_of(reward_model="code_f.Mine", version="1")
+    first = call.model_copy(update={"code": (), "fingerprint": "1" * 16, "instance": "1" * 16})
+    second = call.model_copy(update={"code": (), "fingerprint": "2" * 16, "instance": "2" * 16})
+    with models.lend(first):
+        pass
+    write(folder, "code_f", 2)
+    with models.lend(first) as loaded:
+        assert loaded.model.value == 1
+    with pytest.raises(StaleCodeError), models.lend(second):
+        pass
+
+
+def test_a_module_that_was_imported_before_it_was_followed_counts_as_it_is_then(folder):
+    write(folder, "code_g", 1)
+    importlib.import_module("code_g")
+    code = LoadedCode()
+    code.follow("code_g")
+    asked = code_of("code_g.Mine")
+    code.check("code_g.Mine", asked)
+    assert code.digest("code_g.Mine", ()) == digest_of(asked)
+    write(folder, "code_g", 2)
+    with pytest.raises(StaleCodeError):
+        code.check("code_g.Mine", code_of("code_g.Mine"))
+
+
+def test_a_part_that_only_the_trainer_has_and_the_worker_never_imports_is_no_other_code(folder):
+    write(folder, "code_h", 1, more="try:\n    import code_h_extra\nexcept ImportError:\n    pass")
+    extra = folder / "code_h_extra.py"
+    extra.write_text("")
+    call = call_of(reward_model="code_h.Mine")
+    assert [module for module, _ in call.code] == ["code_h", "code_h_extra"]
+    extra.unlink()
+    with models_for("code_h").lend(call) as loaded:
+        assert loaded.model.value == 1
+
+
+def test_libraries_are_imported_as_ever(folder):
+    write(folder, "code_i", 1)
+    code = LoadedCode()
+    code.follow("code_i.part")
+    assert code.follows("code_i")
+    assert not any(code.follows(name) for name in ("torch", "numpy.linalg", "tasks.code", "workers"))
+
+
+def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp_path, monkeypatch):
+    """A trainer that was upgraded, and a worker that was not, or not restarted."""
+    models, call = Models(load_settings()), call_of(reward_model="jpeg_compressibility", version="mine")
+    assert call.version == "1/mine"
+    with models.lend(call):
+        pass
+    newer = call.model_copy(update={"version": "2/mine", "fingerprint": "f" * 16, "instance": "f" * 16})
+    with pytest.raises(ModelLoadError, match=r"of version 1 in the rewardq .* asks for version 2"), models.lend(newer):
+        pass
+    upgraded = tmp_path / "catalog.py"
+    upgraded.write_text("")
+    monkeypatch.setattr("workers.code._CATALOG_AT_START", {upgraded: "0" * 16})
+    with pytest.raises(StaleCodeError, match="rewardq changed since this worker loaded it"), models.lend(newer):
+        pass
