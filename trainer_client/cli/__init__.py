@@ -11,6 +11,7 @@ from tasks.version import __version__
 from trainer_client.cli.demo import demo
 from trainer_client.cli.schema import schema
 from trainer_client.cli.up import up
+from trainer_client.cli.worker import worker
 
 __all__ = ["main"]
 
@@ -35,5 +36,6 @@ def main() -> None:
 
 
 main.add_command(up)
+main.add_command(worker)
 main.add_command(demo)
 main.add_command(schema)
