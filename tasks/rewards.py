@@ -21,6 +21,7 @@ from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
 from tasks.options import answer_options, check_options
+from tasks.spelling import check_class
 
 log = logging.getLogger(__name__)
 
@@ -378,6 +379,8 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
 
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
     """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
+    if path.lower() not in catalog.NOT_BUILT:
+        check_class(path, where, said=known)
     declared = declared_by(path)
     kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
     if kind not in ("pointwise", "groupwise"):
