@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tasks.errors import FailureKind, WireError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised whenever a worker of the last version could misread what a client of this one sends."""
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -200,6 +200,8 @@ class Heartbeat(_Message):
     """Fingerprints whose models are in memory."""
     models: tuple[str, ...] = ()
     """Names of the reward models in memory."""
+    unanswered: tuple[Text, ...] = ()
+    """Which preloaded rewards wait for a judge or a reward server that has not answered yet, and why."""
 
 
 M = TypeVar("M", bound=_Message)

@@ -20,7 +20,7 @@ from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.heartbeat import TROUBLE, HeartbeatThread
 from workers.lifetime import AwaitRedis, KeepSecret, TakeForGood, end_in_time, end_without_device, hush_known_warnings
-from workers.preloading import preload
+from workers.preloading import AskServers, preload
 from workers.running import ModelRunner
 from workers.watchdog import Watchdog
 
@@ -73,15 +73,20 @@ def _open_desk(node: str, app: Any) -> None:
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
     serve_at(Desk(node, outcomes, store, beats, runner))
+    beats.is_preloading = bool(settings.preload.strip())
     beats.start()
     watchdog.start()
     atexit.register(beats.end)
     hush_known_warnings()
     end_in_time(lambda: _hand_back(outcomes, beats), settings.stop_grace_s)
     try:
-        preload(settings, queues, runner.models)
+        rewards = preload(settings, queues, runner.models)
     except RewardError as error:
-        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {error}") from None
+        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {' '.join(str(error).split())}") from None
+    servers = AskServers(rewards, say=lambda words: setattr(beats, "unanswered", words))
+    servers.ask_all()
+    servers.start()
+    beats.is_preloading = False
 
 
 def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[SampleRequest], message: str) -> None:

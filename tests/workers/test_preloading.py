@@ -11,7 +11,7 @@ from tasks.errors import ConfigError, ModelLoadError, SettingsError, UnknownRewa
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
 from tests.reward_models import image_of
-from tests.servers import wait_until, worker_env
+from tests.servers import free_port, wait_until, worker_env
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
 from workers.loading import Models
@@ -111,6 +111,44 @@ def test_a_model_that_cannot_be_warmed_up_is_an_error(tmp_path):
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match=r"Mine cannot be warmed up: RuntimeError: CUDA out of memory"):
         preload(settings, ["gpu"], Models(settings))
+
+
+def test_a_class_without_a_version_is_tried_and_not_kept(tmp_path):
+    entry = {"reward_model": f"{__name__}.Mine", "name": "mine"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    models = Models(settings)
+    preload(settings, ["gpu"], models)
+    assert warmed == ["mine"]
+    assert models.loaded == ()
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": {**entry, "no_room": True}}))
+    with pytest.raises(ModelLoadError, match=r"reward 'mine' .*Mine cannot be warmed up: RuntimeError: CUDA out of"):
+        preload(settings, ["gpu"], models)
+
+
+def test_each_reward_that_cannot_be_loaded_is_named(tmp_path):
+    names = {"a": "my_rewards.Such", "b": "other_rewards.Such"}
+    rewards = [{"name": name, "reward_model": model, "version": "1"} for name, model in names.items()]
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
+    settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError) as error:
+        preload(settings, ["gpu"], Models(settings))
+    for name, model in names.items():
+        assert f"reward '{name}' ({model}): reward model {model}: this worker may not import" in str(error.value)
+
+
+def test_a_server_that_does_not_answer_keeps_no_worker_from_other_rewards_and_is_told_until_it_does(
+    workers, settings, tmp_path
+):
+    port = free_port()
+    remote = {"name": "asked", "reward_model": "RemotePointwiseRewardModel", "server_url": f"http://127.0.0.1:{port}"}
+    config = {"rewards": [{**remote, "queue": "gpu"}, {"reward_model": "jpeg_compressibility"}]}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
+    (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
+    beat = wait_until(lambda: (beat := worker.heartbeat()) and beat.state == "ready" and beat, timeout_s=60)
+    assert beat.models == ("jpeg_compressibility",)
+    (why,) = beat.unanswered
+    assert why.startswith(f"reward 'asked' (RemotePointwiseRewardModel): no answer from http://127.0.0.1:{port}")
 
 
 def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):
