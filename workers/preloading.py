@@ -109,10 +109,10 @@ def _load(spec: RewardSpec, models: Models, served: list[ServedReward], errors: 
     """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
     try:
         with models.lend(spec.call) as loaded:
-            if spec.is_local:
-                _warm_up(spec, loaded.model)
-            else:
+            if loaded.model.asks_servers:
                 served.append(ServedReward(spec, loaded.model))
+            else:
+                _warm_up(spec, loaded.model)
     except ModelLoadError as error:
         errors.append(f"{_name(spec)}: {error}")
 

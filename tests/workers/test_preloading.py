@@ -15,7 +15,7 @@ from tests.servers import free_port, wait_until, worker_env
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
 from workers.loading import Models
-from workers.preloading import preload, specs_to_preload
+from workers.preloading import AskServers, preload, specs_to_preload
 
 warmed: list[str] = []
 
@@ -124,6 +124,44 @@ def test_a_class_without_a_version_is_tried_and_not_kept(tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": {**entry, "no_room": True}}))
     with pytest.raises(ModelLoadError, match=r"reward 'mine' .*Mine cannot be warmed up: RuntimeError: CUDA out of"):
         preload(settings, ["gpu"], models)
+
+
+class AskedOnce(PointwiseRewardModel):
+    """Its server is away when it is first asked."""
+
+    asks_servers = True
+    num_asked = 0
+
+    def warm_up(self) -> None:
+        AskedOnce.num_asked += 1
+        if AskedOnce.num_asked == 1:
+            raise ConnectionError("nobody there")
+
+
+def test_a_class_of_ones_own_that_asks_a_server_is_asked_again_until_it_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.preloading.ASK_AGAIN_S", 0.01)
+    entry = {"reward_model": f"{__name__}.AskedOnce", "name": "asked", "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    said: list[tuple[str, ...]] = []
+    servers = AskServers(preload(settings, ["gpu"], Models(settings)), said.append)
+    servers.ask_all()
+    assert said == [(f"reward 'asked' ({__name__}.AskedOnce): ConnectionError: nobody there",)]
+    servers.start()
+    servers.join(10)
+    assert said[1:] == [()]
+
+
+def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tasks.py").write_text("def helper(): ...")
+    (tmp_path / "needs_its_own.py").write_text("from tasks import helper\nclass Mine: ...")
+    entry = {"reward_model": "needs_its_own.Mine", "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules="needs_its_own", preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: not imported by workers"):
+        preload(settings, ["gpu"], Models(settings))
 
 
 def test_each_reward_that_cannot_be_loaded_is_named(tmp_path):
