@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init
+from celery.signals import celeryd_init, import_modules
 
 from tasks.catalog import GPU
 from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S, for_sentinels
 from tasks.errors import ServerUrlError, SettingsError
 from tasks.outcomes import Outcomes
 from tasks.settings import Settings, load_settings
+from tasks.shadows import load_ours
 
 SCORE = "rewardq.score"
 """Name of the task that scores a chunk; clients send by name."""
@@ -110,6 +111,12 @@ def _settings_of_process() -> Settings:
 
 app: Any = make_app(_settings_of_process())
 app.set_default()
+
+
+@import_modules.connect  # type: ignore[untyped-decorator]
+def _take_our_names(**_: Any) -> None:
+    """A worker imports our `workers` before Celery looks for it in the folder, which may have one of the user's."""
+    load_ours("workers")
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

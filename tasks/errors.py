@@ -30,6 +30,8 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from tasks.installing import install_command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -83,8 +85,7 @@ class MissingExtraError(RewardError, ImportError):
 
     def __str__(self) -> str:
         return (
-            f"{self.what} needs the module {self.module!r}, which is not installed here: "
-            f"pip install 'rewardq[{self.extra}]'"
+            f"{self.what} needs the module {self.module!r}, which is not installed here: {install_command(self.extra)}"
         )
 
 

@@ -206,6 +206,8 @@ class Heartbeat(_Message):
     """Fingerprints whose models are in memory."""
     models: tuple[str, ...] = ()
     """Names of the reward models in memory."""
+    unanswered: tuple[Text, ...] = ()
+    """Which preloaded rewards wait for a judge or a reward server that has not answered yet, and why."""
 
 
 M = TypeVar("M", bound=_Message)

@@ -15,6 +15,7 @@ import msgpack
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tasks import catalog, rewards_file
+from tasks.class_names import check_class
 from tasks.classes import declared_by
 from tasks.code import Code, code_of, digest_of
 from tasks.entries import How, ModelEntry
@@ -412,6 +413,8 @@ def _options_among(known: dict[str, Any], builtin: ModelEntry, nested: Mapping[s
 
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
     """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
+    if path.lower() not in catalog.NOT_BUILT:
+        check_class(path, where, said=known)
     declared = declared_by(path)
     kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
     if kind not in ("pointwise", "groupwise"):

@@ -6,10 +6,18 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import rewardq
+import tasks
+import tasks.errors
+import tasks.rewards
+import trainer_client
+import workers
+from tasks.errors import RewardError
 from tests.servers import ROOT, clean_env
 
 HEAVY = {
@@ -47,7 +55,11 @@ def packages_imported_by(package: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("tasks", {"workers", "trainer_client"}), ("workers", {"trainer_client"}), ("trainer_client", {"workers"})],
+    [
+        ("tasks", {"workers", "trainer_client", "rewardq"}),
+        ("workers", {"trainer_client", "rewardq"}),
+        ("trainer_client", {"workers", "rewardq"}),
+    ],
 )
 def test_the_arrows_point_to_tasks(package, forbidden):
     wrong = {file: names & forbidden for file, names in packages_imported_by(package).items() if names & forbidden}
@@ -74,7 +86,62 @@ def test_a_trainer_loads_nothing_heavy(package, tmp_path):
     assert {name for name in loaded if name.partition(".")[0] in HEAVY} == set()
 
 
-@pytest.mark.parametrize("package", ["trainer_client", "workers"])
+def test_the_facade_has_each_name_of_the_package_that_owns_it():
+    owners = {
+        trainer_client: ("RewardClient", "RewardBatch", "Ticket", "Failed", "Sample"),
+        workers: ("PointwiseRewardModel", "GroupwiseRewardModel", "RewardModelOutput", "Unscored", "RewardArguments"),
+        tasks: ("__version__",),
+        tasks.errors: [n for n, v in vars(tasks.errors).items() if isinstance(v, type) and issubclass(v, RewardError)],
+        tasks.rewards: ("RewardConfig",),
+    }
+    for owner, names in owners.items():
+        for name in names:
+            assert name in rewardq.__all__, f"add {name} to rewardq/__init__.py"
+            assert getattr(rewardq, name) is getattr(owner, name)
+    assert [name for name in rewardq.__all__ if not hasattr(rewardq, name)] == []
+    assert dir(rewardq) == sorted(rewardq.__all__)
+    with pytest.raises(AttributeError, match="'rewardq' has no attribute 'RewardClints'"):
+        _ = rewardq.RewardClints
+
+
+@pytest.mark.parametrize(
+    ("names", "not_loaded"),
+    [
+        ("RewardClient, Sample, RewardBatch, ScoringError, __version__", {"workers"}),
+        ("PointwiseRewardModel, RewardModelOutput, Unscored", {"trainer_client"}),
+    ],
+)
+def test_the_facade_loads_only_the_side_that_is_asked_for(names, not_loaded, tmp_path):
+    code = f"from rewardq import {names}; import sys; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    done = run_python("-W", "error", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) & (HEAVY | not_loaded) == set()
+
+
+@pytest.mark.parametrize("name", ["RewardClient", "Sample", "PointwiseRewardModel", "ScoringError"])
+@pytest.mark.parametrize("shadow", ["tasks.py", "tasks/__init__.py"])
+def test_the_facade_names_a_module_of_the_users_under_our_name(name, shadow, tmp_path):
+    file = tmp_path / shadow
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    done = run_python("-c", f"from rewardq import {name}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr.splitlines()[-1]
+    assert str(file) in done.stderr.splitlines()[-1]
+
+
+def test_an_editable_install_puts_the_packages_on_the_path_and_nothing_else():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tops = {name for name in config["packages"] if "." not in name}
+    links = {path.name: path.resolve() for path in (ROOT / "src").iterdir() if not path.name.endswith(".egg-info")}
+    assert links == {name: ROOT / name for name in tops}
+    assert config["package-dir"] == {"": "src"}
+    assert all((ROOT / name / "py.typed").exists() for name in tops)
+    found = {".".join(f.parent.relative_to(ROOT).parts) for name in tops for f in (ROOT / name).rglob("__init__.py")}
+    assert found == set(config["packages"])
+
+
+@pytest.mark.parametrize("package", ["trainer_client", "workers", "rewardq"])
 def test_an_import_raises_no_warning(package, tmp_path):
     done = run_python("-W", "error", "-c", f"import {package}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

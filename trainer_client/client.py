@@ -22,19 +22,21 @@ from tasks.celery_app import make_app, outcomes_of
 from tasks.code import changed_files
 from tasks.connections import LOST, connect, why_away
 from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError, UnknownRewardError
+from tasks.messages import Failure
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings, without_password
 from trainer_client.adoption import adopt
 from trainer_client.advantages import Advantages, Method, advantages_of
 from trainer_client.board import Slot
+from trainer_client.incomplete import incomplete_groups, why_in_vain
 from trainer_client.lease import Lease
 from trainer_client.metrics import failure_rate_by_group, metrics
 from trainer_client.ranks import Ranks
 from trainer_client.results import RewardBatch, batch_of
 from trainer_client.runs import Run
 from trainer_client.session import ASK_S, Session, check_stores
-from trainer_client.steps import Steps, check_groups
+from trainer_client.steps import Step, Steps, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
 from trainer_client.verdict import OnFailure, error_for, of_all_ranks
@@ -277,7 +279,8 @@ class RewardClient:
             ScoringError: Some samples have no reward; names each reward and the reasons, carries the batch. The step
                 is closed.
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
-                that is away). The step stays open: call again, or `cancel()`.
+                that is away). Or, at once, a group of one rank has fewer members than its `group_size`, and a reward
+                needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
             TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
             InvalidSampleError: Another step than `step` is open.
         """
@@ -299,8 +302,14 @@ class RewardClient:
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         is_shared = self.world_size > 1 and ticket is None
         margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if is_shared else 0.0
-        is_complete = session.wait(slots, started + timeout_s - margin_s, progress)
-        late = None if is_complete else session.why_late(slots, timeout_s)
+        incomplete = self._incomplete(open_step) if ticket is None else {}
+        in_vain = why_in_vain(incomplete, rewards, on_failure)
+        if in_vain is None:
+            session.groups.give_up(split, number, incomplete)
+            is_complete = session.wait(slots, started + timeout_s - margin_s, progress)
+            late = None if is_complete else session.why_late(slots, timeout_s)
+        else:
+            late = Failure(kind="timeout", message=in_vain)
         times = {
             "submit_s": open_step.submit_s if open_step is not None else 0.0,
             "wait_s": time.monotonic() - started,
@@ -444,6 +453,13 @@ class RewardClient:
             # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
             self._adopted[ticket.place] = adopt(session, copy.copy(ticket), config, self.settings.reconcile_s)
         return self._adopted[ticket.place]
+
+    def _incomplete(self, step: Step | None) -> dict[Hashable, str]:
+        """The groups that nobody else can complete; of several ranks another one may."""
+        if step is None or self.world_size > 1:
+            return {}
+        with self._lock:
+            return incomplete_groups(step)
 
     def _close_step(self, session: Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:
         session.give_up(slots)

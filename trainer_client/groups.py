@@ -71,6 +71,8 @@ class Groups:
         self._board, self._run, self._rank, self._slots = board, run, rank, slots
         self._lock = threading.Lock()
         self._groups: dict[tuple[Any, ...], Group] = {}
+        self._given_up: dict[tuple[Split, int, Any], Failure] = {}
+        """By split, step and id, of groups that stay incomplete: what their members are told."""
 
     @property
     def may_carry(self) -> bool:
@@ -87,6 +89,10 @@ class Groups:
             group = self._groups.setdefault((slot.split, slot.step, spec.name, slot.group), self._new_group(spec, slot))
             group.members[self._rank, slot.index] = member
             is_full = group.size is not None and len(group.members) >= group.size
+            given_up = self._given_up.get((slot.split, slot.step, slot.group))
+        if given_up is not None:
+            self._board.fail_reward(slot, spec, given_up)
+            return []
         if self._slots is not None:
             return self._register(group, [member])
         return self._seal_here([group]) if is_full else []
@@ -98,6 +104,17 @@ class Groups:
         with self._lock:
             groups = [g for g in self._groups.values() if g.size is None and (g.split, g.step) in places]
         return self._seal_here(groups)
+
+    def give_up(self, split: Split, step: int, incomplete: Mapping[Any, str]) -> None:
+        """These groups (with the words for each) stay incomplete: their members have no groupwise reward, those that
+        are still on their way here too."""
+        reasons = {id_: Failure(kind="invalid", message=words) for id_, words in incomplete.items()}
+        with self._lock:
+            self._given_up.update({(split, step, id_): reason for id_, reason in reasons.items()})
+            groups = [g for g in self._groups.values() if (g.split, g.step) == (split, step) and g.id in reasons]
+            members = [(g, member) for g in groups if g.entry is None for member in g.members.values()]
+        for group, member in members:
+            self._board.fail_reward(member.slot, group.spec, reasons[group.id])
 
     def take_overdue(self) -> list[Entry]:
         """Carried entries whose group does not get full: they go by themselves."""
@@ -180,8 +197,11 @@ class Groups:
 
     def forget(self, slots: Iterable[Slot]) -> None:
         """These slots are collected, or given up."""
+        slots = list(slots)
         gone = set(map(id, slots))
         with self._lock:
+            for slot in slots:
+                self._given_up.pop((slot.split, slot.step, slot.group), None)
             for key, group in list(self._groups.items()):
                 left = {p: m for p, m in group.members.items() if id(m.slot) not in gone}
                 for member in group.members.values():

@@ -139,6 +139,8 @@ class RewardModel:
     thread_safe: ClassVar[bool] = False
     """Whether several threads may call it at once. A judge waits on the network; a local model preprocesses outside
     and holds `self.forward()` around what one thread at a time may do."""
+    asks_servers: ClassVar[bool] = False
+    """Whether `warm_up()` asks a server: one that does not answer yet keeps no worker from starting."""
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         self.config = config

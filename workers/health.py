@@ -19,6 +19,8 @@ def main() -> int:
         return 1
     for worker in found:
         sys.stdout.write(f"{worker.node} {worker.state}, queues {', '.join(worker.queues)}\n")
+        for why in worker.unanswered:
+            sys.stdout.write(f"  not yet: {why}\n")
     if not found:
         sys.stderr.write(f"no worker of {platform.node()} has a heartbeat\n")
     return 0 if found else 1

@@ -58,6 +58,10 @@ class HeartbeatThread(threading.Thread):
         self._lock = threading.Lock()
         self._extending = threading.Lock()
         self._tokens: dict[str, str] = {}
+        self.is_preloading = False
+        """Whether the worker takes no tasks yet, since it loads what it was told to."""
+        self.unanswered: tuple[str, ...] = ()
+        """Which rewards wait for a server that has not answered yet."""
         self._ended = threading.Event()
         self._speaker = threading.Thread(target=self._speak, name="rewardq-speaker", daemon=True)
 
@@ -137,9 +141,10 @@ class HeartbeatThread(threading.Thread):
             host=platform.node(),
             pid=os.getpid(),
             store=self._store.identity(),
-            state="loading" if loading else "ready",
+            state="loading" if loading or self.is_preloading else "ready",
             loading=loading,
             loaded=self._models.loaded,
             models=self._models.names,
+            unanswered=self.unanswered,
         )
         self._outcomes.beat(heartbeat, self._ttl_s)

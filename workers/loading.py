@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tasks import catalog
 from tasks.errors import MissingExtraError, ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
+from tasks.shadows import OURS, warning
 from workers.base import Accelerator, RewardArguments, RewardModel
 from workers.code import LOADED, check_builtin
 from workers.load_warnings import Said, in_short, listening, one_line
@@ -352,4 +354,6 @@ def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
     if isinstance(error, ModuleNotFoundError) and builtin is not None and builtin.extra and error.name:
         return ModelLoadError(str(MissingExtraError(f"reward model {call.model}", error.name, builtin.extra)))
     advice = "; REWARDQ_MAX_MODELS bounds how many models this worker keeps" if is_out_of_memory(error) else ""
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in OURS:
+        advice = f"; {warning(Path.cwd()) or 'that name is a package of rewardq'}"
     return ModelLoadError(f"reward model {call.model} cannot be loaded: {type(error).__name__}: {error}{advice}")

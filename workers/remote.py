@@ -196,6 +196,22 @@ class Remote:
         (found,) = self._loop.run_all([self._in_time(question)], self._timeout_s)
         return found if isinstance(found, list) else [found] * question.num_samples
 
+    def check(self) -> None:
+        """Ask each server how it is; no sample is sent.
+
+        Raises:
+            ModelLoadError: One does not answer, or is no reward server; says which and why.
+        """
+        for found in self._loop.run_all([self._check(server) for server in self._servers], HEALTH_TIMEOUT_S):
+            if isinstance(found, Unscored):
+                raise ModelLoadError(found.message)
+
+    async def _check(self, server: RemoteServer) -> None:
+        try:
+            server.terms = terms_of(server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S))
+        except NoAnswerError as error:
+            raise error.reason from None
+
     async def _in_time(self, question: Question) -> list[Reward]:
         call = Call(asyncio.get_running_loop().time() + self._timeout_s)
         with contextlib.suppress(TimeoutError):
@@ -324,6 +340,7 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
     required_fields: ClassVar[tuple[str, ...]] = ("prompt",)
     optional_fields: ClassVar[tuple[str, ...]] = ("image", "video")
     thread_safe = True
+    asks_servers = True
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
@@ -334,6 +351,10 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
         if options["required_fields"]:
             vars(self).update(required_fields=tuple(options["required_fields"]), optional_fields=())
         self._remote = Remote(options, config.timeout_s, may_split=not isinstance(self, GroupwiseRewardModel))
+
+    def warm_up(self) -> None:
+        """Raise `ModelLoadError` if a server does not answer; no sample is sent."""
+        self._remote.check()
 
     def __call__(
         self,

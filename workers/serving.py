@@ -29,7 +29,7 @@ from workers.lifetime import (
     hush_known_warnings,
     refuse_early,
 )
-from workers.preloading import preload
+from workers.preloading import AskServers, preload
 from workers.running import ModelRunner
 from workers.terminal import RedisLog, ScoreLog, quiet_celery, say_ready, show_urls_as_written
 from workers.watchdog import Watchdog
@@ -92,15 +92,20 @@ def _open_desk(node: str, app: Any) -> None:
     score_log = ScoreLog(desk.tally)
     score_log.start()
     atexit.register(score_log.end)
+    beats.is_preloading = bool(settings.preload.strip())
     beats.start()
     watchdog.start()
     atexit.register(beats.end)
     hush_known_warnings()
     end_in_time(lambda: _hand_back(outcomes, beats), settings.stop_grace_s)
     try:
-        preload(settings, queues, runner.models)
+        rewards = preload(settings, queues, runner.models)
     except RewardError as error:
-        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {error}") from None
+        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {' '.join(str(error).split())}") from None
+    servers = AskServers(rewards, say=lambda words: setattr(beats, "unanswered", words))
+    servers.ask_all()
+    servers.start()
+    beats.is_preloading = False
 
     def ready(sender: Any, **_: Any) -> None:
         say_ready(settings, queues, runner.models.names, sender.controller.concurrency)

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 make_environment() {
-    [ -x ".venvs/$1/bin/celery" ] && return
+    [ -x ".venvs/$1/bin/rewardq" ] && return
     "${PYTHON:-python3}" -m venv ".venvs/$1"
     ".venvs/$1/bin/pip" install --quiet --disable-pip-version-check "$package" "$2"
 }
@@ -15,9 +15,9 @@ package=${1:-../..}
 make_environment old 'webcolors<24'
 make_environment new 'webcolors>=24.8'
 
-REWARDQ_MODULES=old_colours .venvs/old/bin/celery -A tasks worker -Q old_colours &
+REWARDQ_MODULES=old_colours .venvs/old/bin/rewardq worker -Q old_colours &
 workers=$!
-REWARDQ_MODULES=new_colours .venvs/new/bin/celery -A tasks worker -Q new_colours &
+REWARDQ_MODULES=new_colours .venvs/new/bin/rewardq worker -Q new_colours &
 workers="$workers $!"
 trap 'kill $workers; wait' EXIT
 

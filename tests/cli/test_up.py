@@ -5,7 +5,9 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +18,37 @@ from tasks.settings import load_settings
 from tests.cli.conftest import command_of, running, wait_until
 from tests.delivery.conftest import MODULES
 from tests.delivery.seen import reward_of
+from tests.judges.scripted import MODEL, JudgeServer, says_yes
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of
-from tests.servers import ROOT
-from trainer_client import RewardClient
+from tests.servers import ROOT, free_port
+from trainer_client import RewardClient, Sample
 from trainer_client.cli.processes import SETTLED_S
+from trainer_client.cli.up import _plan
 from workers.watchdog import EXIT_HUNG
 
 REWARDS = """
 rewards:
-  - reward_model: OCR
-  - reward_model: vllm_evaluate
+  - reward_model: jpeg_compressibility
+  - {{reward_model: vllm_evaluate, api_base_url: {url}, vlm_model: {model}}}
 """
 
 
+@pytest.fixture(scope="module")
+def judge():
+    server = JudgeServer(lambda _: says_yes(0.75))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def rewards_yaml(tmp_path, judge):
+    """The file that tests start with, unless they write their own."""
+    path = tmp_path / "rewards.yaml"
+    path.write_text(REWARDS.format(url=judge.url, model=MODEL))
+    return path
+
+
 def start_up(rewardq, tmp_path, *arguments):
-    (tmp_path / "rewards.yaml").write_text(REWARDS)
     run = rewardq("up", "rewards.yaml", *arguments)
     run.wait_for("Ready.")
     return run
@@ -38,14 +56,14 @@ def start_up(rewardq, tmp_path, *arguments):
 
 def worker_commands(run):
     commands = [command_of(pid) for pid in run.children()]
-    return sorted(" ".join(c[1:]) for c in commands if "celery" in c)
+    return sorted(" ".join(c[1:]) for c in commands if "worker" in c)
 
 
 def test_up_starts_a_redis_and_a_worker_for_each_queue_by_the_documented_commands(rewardq, tmp_path):
     run = start_up(rewardq, tmp_path)
     assert worker_commands(run) == [
-        "-m celery -A tasks worker -Q gpu",
-        "-m celery -A tasks worker -Q vlm --concurrency 32",
+        "-P -m rewardq worker -Q gpu",
+        "-P -m rewardq worker -Q vlm --concurrency 32",
     ]
     assert len(run.children()) == 3
     assert re.search(r"^  export REWARDQ_BROKER_URL=redis://127\.0\.0\.1:\d+/0$", run.output, re.MULTILINE)
@@ -54,7 +72,7 @@ def test_up_starts_a_redis_and_a_worker_for_each_queue_by_the_documented_command
 def test_more_gpu_workers_serve_the_same_queue_on_a_gpu_each(rewardq, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     run = start_up(rewardq, tmp_path, "--gpu-workers", "3")
-    assert worker_commands(run).count("-m celery -A tasks worker -Q gpu") == 3
+    assert worker_commands(run).count("-P -m rewardq worker -Q gpu") == 3
     gpus = [gpu_of(pid) for pid in run.children() if command_of(pid)[-1] == "gpu"]
     assert sorted(gpus) == ["2", "2", "5"]
 
@@ -74,7 +92,6 @@ def test_a_signal_to_up_stops_everything_it_started(rewardq, tmp_path, number):
 
 
 def test_ctrl_c_while_the_workers_still_start_stops_everything(rewardq, tmp_path):
-    (tmp_path / "rewards.yaml").write_text(REWARDS)
     run = rewardq("up", "rewards.yaml")
     wait_until(lambda: len(run.children()) == 3, 30, lambda: run.output)
     children = run.children()
@@ -176,6 +193,8 @@ def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):
 def test_a_wrong_rewards_file_is_one_line_without_a_traceback(rewardq, tmp_path, rewards, says):
     if rewards is not None:
         (tmp_path / "rewards.yaml").write_text(rewards)
+    else:
+        (tmp_path / "rewards.yaml").unlink()
     run = rewardq("up", "rewards.yaml")
     assert run.exit_status(30) == 2, run.output
     assert says in run.output
@@ -183,7 +202,6 @@ def test_a_wrong_rewards_file_is_one_line_without_a_traceback(rewardq, tmp_path,
 
 
 def test_a_redis_that_does_not_answer_is_one_line_without_its_password(rewardq, tmp_path):
-    (tmp_path / "rewards.yaml").write_text(REWARDS)
     run = rewardq("up", "rewards.yaml", "--redis", "redis://:secret@127.0.0.1:1/0")
     assert run.exit_status(30) == 2, run.output
     assert "redis://:***@127.0.0.1:1/0" in run.output
@@ -191,11 +209,118 @@ def test_a_redis_that_does_not_answer_is_one_line_without_its_password(rewardq, 
     assert len(run.output.splitlines()) == 1
 
 
-def test_a_worker_that_cannot_start_is_one_line_that_names_its_log(rewardq, tmp_path):
-    (tmp_path / "rewards.yaml").write_text(REWARDS)
-    (tmp_path / "tasks.py").write_text("")
+BRIGHT = """
+from rewardq import PointwiseRewardModel
+
+
+class Bright(PointwiseRewardModel):
+    required_fields = ("prompt",)
+
+    def __call__(self, prompt, **kwargs):
+        return [7.0] * len(prompt)
+
+
+class WithoutWeights(PointwiseRewardModel):
+    required_fields = ("prompt",)
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        raise OSError("no weights at /models/bright")
+"""
+
+
+def test_a_worker_that_cannot_score_a_reward_ends_it_and_is_one_line_that_names_each_and_the_log(rewardq, tmp_path):
+    (tmp_path / "own.py").write_text(BRIGHT)
+    rewards = [{"name": n, "reward_model": "own.WithoutWeights", "n": n} for n in ("first", "second")]
+    rewards[1]["version"] = "1"
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": [*rewards, {"reward_model": "own.Bright"}]}))
     run = rewardq("up", "rewards.yaml")
-    assert run.exit_status(60) == 2, run.output
+    assert run.exit_status(90) == 2, run.output
     assert re.search(r"worker-gpu did not start \(exit status \d+\); its log \S+worker-gpu.log ends with", run.output)
+    last = run.output.splitlines()[-1]
+    for name in ("first", "second"):
+        assert (
+            f"reward '{name}' (own.WithoutWeights): reward model own.WithoutWeights cannot be loaded: OSError" in last
+        )
+    assert "own.Bright" not in last
     assert "Traceback" not in run.output
     assert run.children() == []
+
+
+def test_a_class_of_the_folder_is_scored_though_the_folder_has_modules_of_our_names(rewardq, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("workers", "trainer_client"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('this is not what a worker imports')")
+    (tmp_path / "own.py").write_text(BRIGHT)
+    (tmp_path / "rewards.yaml").write_text("rewards: {reward_model: own.Bright, name: bright}")
+    run = rewardq("up", "rewards.yaml", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    run.wait_for("Ready.")
+    assert "REWARDQ_MODULES=own (own as rewards.yaml names it)" in run.output
+    assert f"{tmp_path / 'tasks.py'}, {tmp_path / 'trainer_client'}, {tmp_path / 'workers'}: not imported" in run.output
+    settings = load_settings(broker_url=re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1])
+    with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
+        client.submit([Sample(prompt="a")])
+        assert client.collect(timeout_s=60).rewards["bright"].tolist() == [7.0]
+
+
+def test_modules_and_rewards_of_the_file_come_beside_those_of_the_environment(tmp_path, in_env, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    classes = ("own.Bright", "own.Dark", "pack.sub.Bright", "known.deep.Bright")
+    rewards = [{"name": name, "reward_model": name} for name in classes]
+    config = {"rewards": rewards[:2], "eval_rewards": rewards[2:]}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
+    in_env(REWARDQ_MODULES="known", REWARDQ_PRELOAD="OCR")
+    plan = _plan(Path("rewards.yaml"), load_settings(), 1)
+    assert plan.env["REWARDQ_MODULES"] == "known,own,pack.sub"
+    assert plan.env["REWARDQ_PRELOAD"] == str(tmp_path / "rewards.yaml")
+    assert "REWARDQ_PRELOAD=OCR is not used: the rewards file is preloaded" in plan.notes
+
+
+def test_more_models_than_a_worker_may_keep_are_not_preloaded_and_that_is_said(tmp_path, in_env):
+    names = ("jpeg_compressibility", "jpeg_incompressibility")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"rewards": [{"reward_model": name} for name in names]}))
+    in_env(REWARDQ_MAX_MODELS="1")
+    plan = _plan(tmp_path / "two.yaml", load_settings(), 1)
+    assert "REWARDQ_PRELOAD" not in plan.env
+    assert plan.notes == ["not preloaded, and so not tried: queue gpu has 2 models, more than REWARDQ_MAX_MODELS=1"]
+
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_ready_is_said_once_a_reward_server_that_starts_later_answers(rewardq, tmp_path):
+    port = free_port()
+    reward = {"name": "remote", "reward_model": "RemotePointwiseRewardModel", "server_url": f"http://127.0.0.1:{port}"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": reward}))
+    run = rewardq("up", "rewards.yaml")
+    run.wait_for(f"worker-vlm: reward 'remote' (RemotePointwiseRewardModel): no answer from http://127.0.0.1:{port}")
+    assert "Ready" not in run.output
+    with ThreadingHTTPServer(("127.0.0.1", port), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run.wait_for("Ready.")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "status"),
+    [(("--wait", "1"), "not ready within 1 s: ", 2), (("--no-wait",), "Ready but for what is above.", None)],
+)
+def test_a_server_that_never_answers_ends_it_or_is_told(rewardq, tmp_path, arguments, says, status):
+    reward = {"name": "remote", "reward_model": "RemotePointwiseRewardModel", "server_url": "http://127.0.0.1:9"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": reward}))
+    run = rewardq("up", "rewards.yaml", *arguments)
+    run.wait_for(says)
+    if status is None:
+        assert "not ready: worker-vlm: reward 'remote' (RemotePointwiseRewardModel): no answer from" in run.output
+    else:
+        assert run.exit_status(60) == status, run.output

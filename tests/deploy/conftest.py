@@ -78,8 +78,8 @@ class Service:
         words = [self._local(word) for word in (*service.get("entrypoint", ()), *service["command"])]
         if words[0] == "redis-server":
             words += ["--port", str(self._port), "--bind", "127.0.0.1"]
-        if words[0] == "celery":
-            words[:1] = [sys.executable, "-m", "celery"]
+        if words[0] in ("celery", "rewardq"):
+            words[:1] = [sys.executable, "-m", words[0]]
         self._words = words
 
     def start(self) -> None:

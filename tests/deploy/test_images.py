@@ -41,8 +41,9 @@ ENV = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """What the Dockerfile copies."""
-    for name in ("tasks", "workers", "trainer_client"):
-        shutil.copytree(ROOT / name, tmp_path / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("src", "rewardq", "tasks", "workers", "trainer_client"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, tmp_path / "src" / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / "src" / name)
     return tmp_path / "src"
@@ -69,6 +70,7 @@ def test_the_images_of_those_who_compute_nothing_hold_no_torch(role, needs, sour
     assert not HEAVY & {p["name"].lower() for p in listed}
     subprocess.run([python, "-m", "pip", "check"], check=True, env=ENV)
     assert (python.parent / "celery").exists()
+    assert (python.parent / "rewardq").exists()
 
 
 @pytest.mark.system

@@ -211,16 +211,49 @@ def test_submit_refuses_groups_that_cannot_be(clients, samples, group_size, mess
     assert client.pending() == 0
 
 
-def test_a_group_that_stays_incomplete_says_which_members_are_there(clients, workers):
-    workers("gpu")
+def test_a_group_that_nobody_can_complete_is_told_when_it_is_collected_and_can_still_be_completed(clients, workers):
     client = clients("OrderInGroup", "PixelCode")
     client.submit(samples_of([1, 2, 3], group="g"), group_size=5)
-    with pytest.raises(CollectTimeoutError, match=r"has 3 of 5 members, 2 are missing .rank 0: samples 0, 1, 2 are"):
-        client.collect(timeout_s=3)
+    # No worker serves: whoever waited here would wait until the deadline, which is after the test's own.
+    with pytest.raises(CollectTimeoutError, match=r"group 'g' of step 0 has 3 of 5 members, 2 are missing") as error:
+        client.collect(timeout_s=600)
+    assert "OrderInGroup needs whole groups" in str(error.value)
+    assert len(error.value.batch) == 3
+    workers("gpu")
     client.submit(samples_of([4, 5], group="g"), group_size=5)
     batch = client.collect(timeout_s=60)
     assert_rewards(batch, [1, 2, 3, 4, 5])
     assert_rewards(batch, [0, 1, 2, 3, 4], "OrderInGroup")
+
+
+@pytest.mark.parametrize("when", ["encoded before", "encoded after"])
+def test_where_failures_are_data_an_incomplete_group_is_one_and_the_rest_is_waited_for(
+    clients, workers, never_idle, when
+):
+    workers("gpu")
+    client = clients("OrderInGroup", "PixelCode")
+    client.submit(samples_of([1, 2, 3], group="short"), group_size=4)
+    client.submit(samples_of([5, 4], group="whole"), group_size=2)
+    if when == "encoded before":
+        client.flush()
+    batch = client.collect(timeout_s=600, on_failure="nan")
+    assert_rewards(batch, [1, 2, 3, 5, 4])
+    np.testing.assert_array_equal(batch.rewards["OrderInGroup"], np.float32([np.nan] * 3 + [1, 0]))
+    assert [(f.sample, f.reward, f.kind) for f in batch.failures] == [(i, "OrderInGroup", "invalid") for i in range(3)]
+    assert "group 'short' of step 0 has 3 of 4 members, 1 are missing" in batch.failures[0].message
+    # The next step is another: a group of the same name is completed there.
+    client.submit(samples_of([7, 8, 9, 6], group="short"), group_size=4)
+    assert_rewards(client.collect(timeout_s=60), [1, 2, 3, 0], "OrderInGroup")
+
+
+def test_a_ticket_of_a_part_of_a_group_waits_for_the_rest_of_it(clients, workers):
+    workers("gpu")
+    client = clients("OrderInGroup")
+    first = client.submit(samples_of([1, 2], group="g"), group_size=3)
+    with pytest.raises(CollectTimeoutError, match=r"has 2 of 3 members, 1 are missing"):
+        client.collect(ticket=first, timeout_s=2)  # another thread may be about to submit it
+    client.submit(samples_of([3], group="g"), group_size=3)
+    assert_rewards(client.collect(ticket=first, timeout_s=60), [0, 1], "OrderInGroup")
 
 
 def test_a_group_of_unknown_size_that_waits_for_redis_says_so_and_misses_no_member(clients, private_redis):

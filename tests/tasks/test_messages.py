@@ -44,7 +44,15 @@ REQUEST = ScoreRequest(
     id="c.r1", run="run", label="OCR x 2", sent_ms=1, deadline_ms=2**41, reward=CALL, samples=SAMPLES
 )
 HEARTBEAT = Heartbeat(
-    wire=WIRE_VERSION, node="gpu.1@h", queues=("gpu", "vlm"), host="h", pid=1, store="s", state="ready", models=("OCR",)
+    wire=WIRE_VERSION,
+    node="gpu.1@h",
+    queues=("gpu", "vlm"),
+    host="h",
+    pid=1,
+    store="s",
+    state="ready",
+    models=("OCR",),
+    unanswered=("reward",),
 )
 
 

@@ -41,9 +41,10 @@ def test_what_an_example_imports_of_ours_is_there(folder: Path) -> None:
 def test_the_workers_of_an_example_are_started_as_those_of_the_tests(folder: Path) -> None:
     text = "\n".join(re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
     commands = [shlex.split(line.replace("&", ""), comments=True) for line in text.splitlines()]
-    started = [command for command in commands if command[:1] == ["celery"]]
-    assert started[0] == WorkerProcess.command("gpu", None)[2:]
-    assert started[1:] in ([], [WorkerProcess.command("vlm", 32)[2:]])
+    started = [command for command in commands if command[:2] == ["rewardq", "worker"]]
+    documented = len(["celery", "-A", "tasks", "worker"])
+    assert started[0][2:] == WorkerProcess.command("gpu", None)[2 + documented :]
+    assert [command[2:] for command in started[1:]] in ([], [WorkerProcess.command("vlm", 32)[2 + documented :]])
     for file in re.findall(r"examples/[\w./]+", text):
         assert (ROOT / file).exists(), file
 

@@ -11,11 +11,11 @@ from tasks.errors import ConfigError, ModelLoadError, SettingsError, UnknownRewa
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
 from tests.reward_models import image_of
-from tests.servers import wait_until, worker_env
+from tests.servers import free_port, wait_until, worker_env
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
 from workers.loading import Models
-from workers.preloading import preload, specs_to_preload
+from workers.preloading import AskServers, preload, specs_to_preload
 
 warmed: list[str] = []
 
@@ -111,6 +111,82 @@ def test_a_model_that_cannot_be_warmed_up_is_an_error(tmp_path):
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match=r"Mine cannot be warmed up: RuntimeError: CUDA out of memory"):
         preload(settings, ["gpu"], Models(settings))
+
+
+def test_a_class_without_a_version_is_tried_and_not_kept(tmp_path):
+    entry = {"reward_model": f"{__name__}.Mine", "name": "mine"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    models = Models(settings)
+    preload(settings, ["gpu"], models)
+    assert warmed == ["mine"]
+    assert models.loaded == ()
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": {**entry, "no_room": True}}))
+    with pytest.raises(ModelLoadError, match=r"reward 'mine' .*Mine cannot be warmed up: RuntimeError: CUDA out of"):
+        preload(settings, ["gpu"], models)
+
+
+class AskedOnce(PointwiseRewardModel):
+    """Its server is away when it is first asked."""
+
+    asks_servers = True
+    num_asked = 0
+
+    def warm_up(self) -> None:
+        AskedOnce.num_asked += 1
+        if AskedOnce.num_asked == 1:
+            raise ConnectionError("nobody there")
+
+
+def test_a_class_of_ones_own_that_asks_a_server_is_asked_again_until_it_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.preloading.ASK_AGAIN_S", 0.01)
+    entry = {"reward_model": f"{__name__}.AskedOnce", "name": "asked", "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    said: list[tuple[str, ...]] = []
+    servers = AskServers(preload(settings, ["gpu"], Models(settings)), said.append)
+    servers.ask_all()
+    assert said == [(f"reward 'asked' ({__name__}.AskedOnce): ConnectionError: nobody there",)]
+    servers.start()
+    servers.join(10)
+    assert said[1:] == [()]
+
+
+def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tasks.py").write_text("def helper(): ...")
+    (tmp_path / "needs_its_own.py").write_text("from tasks import helper\nclass Mine: ...")
+    entry = {"reward_model": "needs_its_own.Mine", "version": "1"}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
+    settings = Settings(device="cpu", modules="needs_its_own", preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: not imported by workers"):
+        preload(settings, ["gpu"], Models(settings))
+
+
+def test_each_reward_that_cannot_be_loaded_is_named(tmp_path):
+    names = {"a": "my_rewards.Such", "b": "other_rewards.Such"}
+    rewards = [{"name": name, "reward_model": model, "version": "1"} for name, model in names.items()]
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
+    settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
+    with pytest.raises(ModelLoadError) as error:
+        preload(settings, ["gpu"], Models(settings))
+    for name, model in names.items():
+        assert f"reward '{name}' ({model}): reward model {model}: this worker may not import" in str(error.value)
+
+
+def test_a_server_that_does_not_answer_keeps_no_worker_from_other_rewards_and_is_told_until_it_does(
+    workers, settings, tmp_path
+):
+    port = free_port()
+    remote = {"name": "asked", "reward_model": "RemotePointwiseRewardModel", "server_url": f"http://127.0.0.1:{port}"}
+    config = {"rewards": [{**remote, "queue": "gpu"}, {"reward_model": "jpeg_compressibility"}]}
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump(config))
+    (worker,) = workers("gpu", env={"REWARDQ_PRELOAD": str(tmp_path / "rewards.yaml")})
+    beat = wait_until(lambda: (beat := worker.heartbeat()) and beat.state == "ready" and beat, timeout_s=60)
+    assert beat.models == ("jpeg_compressibility",)
+    (why,) = beat.unanswered
+    assert why.startswith(f"reward 'asked' (RemotePointwiseRewardModel): no answer from http://127.0.0.1:{port}")
 
 
 def test_a_worker_preloads_before_it_takes_tasks(workers, settings, tmp_path):

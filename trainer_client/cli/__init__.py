@@ -12,6 +12,7 @@ from trainer_client.cli.clean import clean
 from trainer_client.cli.demo import demo
 from trainer_client.cli.schema import schema
 from trainer_client.cli.up import up
+from trainer_client.cli.worker import worker
 
 __all__ = ["main"]
 
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 main.add_command(up)
+main.add_command(worker)
 main.add_command(demo)
 main.add_command(schema)
 main.add_command(clean)

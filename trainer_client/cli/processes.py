@@ -33,7 +33,7 @@ GRACE_S = 15.0
 """How long a child may take to finish its work after SIGTERM; then it is killed, and clients send its samples again."""
 SERVER_START_S = 20.0
 WORKER_START_S = 120.0
-"""A cold start on a slow disk takes most of a minute."""
+"""Until a worker has a heartbeat: a cold start on a slow disk takes most of a minute. What it loads may take longer."""
 POLL_S = 0.1
 PORT_TRIES = 5
 
@@ -175,7 +175,8 @@ class Fleet:
 
     def start_worker(self, name: str, queue: str, env: Mapping[str, str], cwd: Path) -> Child:
         """Start a worker of `queue` by the documented command; `wait_for_workers` waits until it is ready."""
-        return self.start(name, (sys.executable, "-m", *worker_command(queue)), env, cwd)
+        # -P: a file of the folder is imported where a reward names it, and not in the place of a library's module
+        return self.start(name, (sys.executable, "-P", "-m", *worker_command(queue)), env, cwd)
 
     def wait_for(self, child: Child, is_ready: Callable[[], bool], timeout_s: float = SERVER_START_S) -> None:
         """Wait until a child is ready; from then on it is started again when it ends.
@@ -186,9 +187,9 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if (ended := child.ended) is not None:
-                raise StartError(f"{child.name} did not start ({ended}); {_last_words(child)}")
+                raise StartError(f"{child.name} did not start ({ended}); {last_words(child)}")
             if time.monotonic() > deadline:
-                raise StartError(f"{child.name} was not ready within {timeout_s:g} s; {_last_words(child)}")
+                raise StartError(f"{child.name} was not ready within {timeout_s:g} s; {last_words(child)}")
             time.sleep(POLL_S)
         child.is_watched = True
 
@@ -275,7 +276,7 @@ def _pause_before(child: Child, lived_s: float) -> float:
 def worker_command(queue: str) -> tuple[str, ...]:
     """The documented command of a worker of `queue`."""
     concurrency = ("--concurrency", str(JUDGE_CALLS)) if queue == VLM else ()
-    return ("celery", "-A", "tasks", "worker", "-Q", queue, *concurrency)
+    return ("rewardq", "worker", "-Q", queue, *concurrency)
 
 
 def redis_command(binary: str, port: int, data: Path) -> tuple[str, ...]:
@@ -353,6 +354,7 @@ def _is_beating(outcomes: Outcomes, child: Child) -> bool:
     return any(beat.pid == child.pid and beat.host == platform.node() for beat in outcomes.workers())
 
 
-def _last_words(child: Child) -> str:
+def last_words(child: Child) -> str:
+    """What a child's log ends with, and where it is."""
     tail = child.log_tail()
     return f"its log {child.log_path} ends with: {tail[-1].strip()}" if tail else f"its log {child.log_path} is empty"

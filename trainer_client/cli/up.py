@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -16,12 +18,29 @@ from rich.table import Table
 
 from tasks.catalog import GPU
 from tasks.redis_needs import check_servers
-from tasks.rewards import RewardConfig
+from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings, load_settings, without_password
+from tasks.shadows import warning
 from trainer_client.cli.processes import Fleet, stop_signals, worker_command
+from trainer_client.cli.readiness import wait_until_ready
 
-BROKER_URL = "REWARDQ_BROKER_URL"
+BROKER_URL, MODULES, PRELOAD = "REWARDQ_BROKER_URL", "REWARDQ_MODULES", "REWARDQ_PRELOAD"
 GPUS = "CUDA_VISIBLE_DEVICES"
+
+WAIT_S = 1800.0
+"""Seconds until all is ready: weights may have to be downloaded, and a judge takes minutes to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is started for a rewards file, and what is to be said of it."""
+
+    config: RewardConfig
+    queues: tuple[str, ...]
+    gpu_workers: int
+    env: Mapping[str, str]
+    """Of the workers, but for the Redis and the GPU of each."""
+    notes: list[str] = field(default_factory=list)
 
 
 @click.command()
@@ -34,31 +53,41 @@ GPUS = "CUDA_VISIBLE_DEVICES"
     show_default=True,
     help="Workers on the queue gpu, one for each GPU in turn.",
 )
-def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=WAIT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long models may take to load, and judges and reward servers to answer; then all is stopped, status 2.",
+)
+@click.option("--no-wait", is_flag=True, help="Go on though a judge or a reward server does not answer yet.")
+def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int, wait_s: float, no_wait: bool) -> None:
     """Start what REWARDS_YAML needs on this machine.
 
-    That is a Redis if none is given, and a worker for each of its queues. Workers run in the current directory with
-    this environment. Ctrl-C stops everything.
+    That is a Redis if none is given, and a worker for each of its queues, which loads the rewards of the file. Ready is
+    said when each of them can be scored. Workers run in the current directory with this environment, and may import
+    the modules of the file's own classes. Ctrl-C stops everything.
     """
     console = Console(highlight=False)
-    queues = RewardConfig.from_yaml(rewards_yaml).queues
-    given_url = redis_url or os.environ.get(BROKER_URL)
-    settings = load_settings(**({"broker_url": given_url} if given_url else {}))
-    if given_url:
-        _check_redis(settings, queues)
-    log_dir = Path(tempfile.mkdtemp(prefix="rewardq-up-"))
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    given_url = redis_url or os.environ.get(BROKER_URL)
+    settings = load_settings(**({"broker_url": given_url} if given_url else {}))
+    plan = _plan(rewards_yaml, settings, gpu_workers)
+    if given_url:
+        _check_redis(settings, plan.queues)
+    log_dir = Path(tempfile.mkdtemp(prefix="rewardq-up-"))
     try:
         with stop_signals(), Fleet(log_dir, say) as fleet:
             try:
                 url = given_url or fleet.start_redis()
-                _start_workers(fleet, queues, gpu_workers, url)
-                with console.status("waiting for the workers"):
-                    fleet.wait_for_workers(load_settings(broker_url=url))
-                _show(console, fleet, queues, gpu_workers, url, started_redis=not given_url)
+                _start_workers(fleet, plan, url)
+                _show(console, fleet, plan, url, started_redis=not given_url)
+                _wait(console, fleet, plan, url, wait_s, no_wait)
                 threading.Event().wait()
             except KeyboardInterrupt:
                 say("stopping the workers; Ctrl-C again kills them")
@@ -67,17 +96,83 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int) -> None:
     say(f"all stopped; the logs are in {log_dir}")
 
 
+def _plan(rewards_yaml: Path, settings: Settings, gpu_workers: int) -> Plan:
+    """What to start, with the classes of the file allowed and its rewards preloaded.
+
+    Raises:
+        ConfigError: The file is wrong.
+        UnknownRewardError: A training reward is not built here.
+    """
+    config = RewardConfig.from_yaml(rewards_yaml)
+    config.of("train")
+    rewards = (*config.rewards, *config.eval_rewards)
+    notes = [f"{r.name}: {r.reward_model} is not built here: it cannot be scored" for r in rewards if not r.is_built]
+    built = [reward for reward in rewards if reward.is_built]
+    env = dict(os.environ)
+    modules = _modules(built, settings)
+    if modules:
+        env[MODULES] = ",".join((*settings.allowed_modules, *modules))
+        notes.append(f"{MODULES}={env[MODULES]} ({', '.join(modules)} as {rewards_yaml.name} names it)")
+    too_many = _more_than_fit(built, settings)
+    if too_many:
+        notes.append(f"not preloaded, and so not tried: {too_many}")
+        env.pop(PRELOAD, None)
+    else:
+        if env.get(PRELOAD):
+            notes.append(f"{PRELOAD}={env[PRELOAD]} is not used: the rewards file is preloaded")
+        env[PRELOAD] = str(rewards_yaml.resolve())
+    shadow = warning(Path.cwd())
+    if shadow:
+        notes.append(shadow)
+    return Plan(config, tuple(dict.fromkeys(reward.queue for reward in built)), gpu_workers, env, notes)
+
+
+def _modules(rewards: list[RewardSpec], settings: Settings) -> list[str]:
+    """The modules of the file's own classes that workers may not import yet."""
+    found: list[str] = []
+    for reward in rewards:
+        module = reward.reward_model.rpartition(".")[0]
+        known = (*settings.allowed_modules, *found)
+        if not reward.is_builtin and not any(module == m or module.startswith(f"{m}.") for m in known):
+            found.append(module)
+    return found
+
+
+def _more_than_fit(rewards: list[RewardSpec], settings: Settings) -> str | None:
+    """Which queue has more models than a worker may keep."""
+    for queue in dict.fromkeys(reward.queue for reward in rewards):
+        models = {r.part.fingerprint for r in rewards if r.queue == queue and r.is_local and not r.counts_launch}
+        if settings.max_models and len(models) > settings.max_models:
+            return f"queue {queue} has {len(models)} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
+    return None
+
+
 def _check_redis(settings: Settings, queues: tuple[str, ...]) -> None:
     check_servers(settings, "worker", queues)  # as the workers that are started here will
 
 
-def _start_workers(fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str) -> None:
-    env = {**os.environ, BROKER_URL: url}
-    gpus = _gpus() if gpu_workers > 1 else []
-    for queue in queues:
-        for i, name in enumerate(_worker_names(queue, gpu_workers)):
+def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
+    env = {**plan.env, BROKER_URL: url}
+    gpus = _gpus() if plan.gpu_workers > 1 else []
+    for queue in plan.queues:
+        for i, name in enumerate(_worker_names(queue, plan.gpu_workers)):
             own = {GPUS: gpus[i % len(gpus)]} if queue == GPU and gpus else {}
             fleet.start_worker(name, queue, {**env, **own}, Path.cwd())
+
+
+def _wait(console: Console, fleet: Fleet, plan: Plan, url: str, wait_s: float, no_wait: bool) -> None:
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    settings = load_settings(broker_url=url)
+    with console.status("waiting until each reward can be scored"):
+        unanswered = wait_until_ready(fleet, plan.config, settings, say, wait_s, servers=not no_wait)
+    for line in unanswered:
+        say(f"not ready: {line}")
+    masked = " (with its password)" if without_password(url) != url else ""
+    say(f"\nFor the trainer{masked}:")
+    say(f"  export {BROKER_URL}={shlex.quote(without_password(url))}")
+    say(f"\n{'Ready but for what is above.' if unanswered else 'Ready.'} Ctrl-C stops everything.")
 
 
 def _gpus() -> list[str]:
@@ -97,20 +192,17 @@ def _worker_names(queue: str, gpu_workers: int) -> list[str]:
     return [f"worker-{queue}-{i}" for i in range(1, gpu_workers + 1)]
 
 
-def _show(
-    console: Console, fleet: Fleet, queues: tuple[str, ...], gpu_workers: int, url: str, started_redis: bool
-) -> None:
+def _show(console: Console, fleet: Fleet, plan: Plan, url: str, started_redis: bool) -> None:
     table = Table("queue", "pid", "command", "log", box=None, pad_edge=False)
     by_name = {child.name: child for child in fleet.children}
-    for queue in queues:
-        for name in _worker_names(queue, gpu_workers):
+    for queue in plan.queues:
+        for name in _worker_names(queue, plan.gpu_workers):
             child = by_name[name]
             table.add_row(queue, str(child.pid), " ".join(worker_command(queue)), child.log_path.name)
     kept = " (started here; empty again when stopped)" if started_redis else ""
     console.print(f"Redis: {without_password(url)}{kept}", markup=False, soft_wrap=True)
-    console.print(f"logs: {fleet.log_dir}\n", markup=False, soft_wrap=True)
+    console.print(f"logs: {fleet.log_dir}", markup=False, soft_wrap=True)
+    for note in plan.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    console.print()
     console.print(table)
-    masked = " (with its password)" if without_password(url) != url else ""
-    console.print(f"\nFor the trainer{masked}:", markup=False)
-    console.print(f"  export {BROKER_URL}={shlex.quote(without_password(url))}", markup=False, soft_wrap=True)
-    console.print("\nReady. Ctrl-C stops everything.", markup=False)

@@ -36,6 +36,7 @@ class Judge(PointwiseRewardModel):
     required_fields: ClassVar[tuple[str, ...]] = ("prompt",)
     optional_fields: ClassVar[tuple[str, ...]] = ("image", "video")
     thread_safe = True
+    asks_servers = True
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
