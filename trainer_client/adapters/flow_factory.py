@@ -75,7 +75,7 @@ class RewardBuffer:
             for i, sample in enumerate(ours, self._num_added):
                 sample.group = f"{self.client.rank}.{i}"
         self._is_open = True
-        self.client.submit(ours, self.group_size, split=self.split, step=self._step)
+        self.client.submit(ours, self._size_needed(), split=self.split, step=self._step)
         self.all_samples.extend(samples)
         self._num_added += len(samples)
 
@@ -144,6 +144,12 @@ class RewardBuffer:
             raise
         self.batches.append(batch)
         self._next_step()
+
+    def _size_needed(self) -> int | None:
+        """The size of groups where rewards compare their members. Elsewhere it is free: a data set may have a prompt
+        twice, whose samples are one group in their trainer."""
+        is_needed = any(spec.is_groupwise for spec in self.client.config.of(self.split))
+        return self.group_size if is_needed else None
 
     def _next_step(self) -> None:
         self._step, self._is_open = self._step + 1, False
@@ -244,7 +250,8 @@ class QueuedRewardModel:
         self.model = None
         self._name = config.name
         # A launch of the environment is one for all ranks and rewards; this client is alone, and its rank always 0.
-        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings())
+        # Its batches are a few samples, of which a single failure may be more than half.
+        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings(), max_failure_rate=1.0)
         weakref.finalize(self, self.client.close)
 
     def to(self, device: Any) -> QueuedRewardModel:
