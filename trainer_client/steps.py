@@ -28,28 +28,34 @@ class Step:
     group_sizes: dict[Any, int | None] = field(default_factory=dict)
     _prompts: dict[Any, str] = field(default_factory=dict)
     """The first prompt of each group."""
+    _is_strict: bool = False
     is_emptied: bool = False
     """All of it was collected by tickets: it ends unless more is submitted under its number."""
 
     def count_members(
         self, samples: Sequence[Sample | Slot], group_size: int | None, *, is_strict: bool = True
     ) -> None:
-        """Count samples into their groups.
+        """Count samples into their groups, as far as the size of these is known.
 
         Args:
-            is_strict: A group is given its size in each call or in none, as groupwise rewards need it.
+            is_strict: A group is given its size in each call or in none, as groupwise rewards need it, and what tickets
+                have collected of it counts on. Else a group is what is submitted and not yet collected.
 
         Raises:
             InvalidSampleError: A group would have more members than its size, or is given two sizes.
         """
+        self._is_strict = is_strict
         groups = [sample.group for sample in samples]
-        members = self.members + Counter(groups)
         sizes = dict(self.group_sizes)
         for group in dict.fromkeys(groups):
             size = sizes.get(group, group_size)
             if size != group_size and (is_strict or None not in (size, group_size)):
                 raise InvalidSampleError(f"group {group!r} has group_size={size}, found group_size={group_size}")
-            sizes[group] = size = group_size if size is None else size
+            if is_strict or size is not None or group_size is not None:
+                sizes[group] = group_size if size is None else size
+        members = self.members + Counter(group for group in groups if group in sizes)
+        for group in dict.fromkeys(groups):
+            size = sizes.get(group)
             if size is not None and members[group] > size:
                 raise InvalidSampleError(
                     f"group {group!r} of step {self.number} would have {members[group]} members, group_size={size}; a "
@@ -78,6 +84,16 @@ class Step:
         """These are collected."""
         collected = set(slots)
         self.slots = [s for s in self.slots if s not in collected]
+        for slot in collected:  # a step whose tickets overlap is never empty, and must not grow with them
+            self._prompts.pop(slot.group, None)
+            if not self._is_strict:
+                self._forget_member(slot.group)
+
+    def _forget_member(self, group: Any) -> None:
+        self.members[group] -= 1
+        if self.members[group] <= 0:
+            del self.members[group]
+            self.group_sizes.pop(group, None)
 
 
 class Steps:

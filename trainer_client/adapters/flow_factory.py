@@ -17,6 +17,7 @@ from tasks.samples import Sample
 from tasks.settings import load_settings
 from trainer_client.advantages import gdpo, weighted_sum
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
+from trainer_client.metrics import Detail
 from trainer_client.results import RewardBatch
 from trainer_client.verdict import OnFailure
 
@@ -115,18 +116,19 @@ class RewardBuffer:
         self._next_step()  # also where nothing is open: steps are numbered alike on all ranks
         self.all_samples, self.batches, self._failed = [], [], None
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, detail: Detail = "full") -> dict[str, float]:
         """Of what the last `finalize()` collected, over all ranks, for their `log_data`; empty before it.
 
         Under their names, `<split>/reward_<name>_mean` and so on; `<split>/adv_*` once samples have their advantages.
-        Call it on all ranks.
+        `brief` is a shorter form, see `trainer_client.metrics`. Call it on all ranks.
         """
         if not self.batches:
             return {}
         batch = self.batches[-1]
         theirs = [sample.extra_kwargs for sample in self.all_samples[len(self.all_samples) - len(batch) :]]
         has_advantages = all("advantage" in extra for extra in theirs)
-        return self.client.metrics(batch, [float(extra["advantage"]) for extra in theirs] if has_advantages else None)
+        advantages = [float(extra["advantage"]) for extra in theirs] if has_advantages else None
+        return self.client.metrics(batch, advantages, detail=detail)
 
     def shutdown(self, wait: bool = False, cancel_futures: bool = True) -> None:
         """Close the client. Never waits for workers; the arguments are those of their buffer."""
@@ -279,8 +281,12 @@ class QueuedRewardModel:
             "condition_images": condition_images and list(map(list, condition_images)),
             "condition_videos": condition_videos and list(map(list, condition_videos)),
         }
-        samples = [
-            Sample(prompt=text, **{name: values[i] for name, values in media.items() if values is not None})
+        samples = [  # nobody compares them here: a group of its own spares each a look at its condition media
+            Sample(
+                prompt=text,
+                group=uuid.uuid4().hex,
+                **{name: values[i] for name, values in media.items() if values is not None},
+            )
             for i, text in enumerate(prompt)
         ]
         batch = self.client.collect(ticket=self.client.submit(samples), progress=False)
