@@ -87,26 +87,33 @@ def _not_ranked(failure: Failure) -> Failure:
 def _wins(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
     """Share of comparisons that each member won, a tie counts half; one without an answer abstains."""
     points: list[list[float]] = [[] for _ in request.members]
-    reasons: list[str] = []
+    unanswered: list[Outcome] = []
     for (first, second), comparison in zip(request.pairs, request.comparisons, strict=True):
         outcome = found[comparison.address]
         if outcome.reward is None:
-            reasons.append(outcome.failure.message if outcome.failure else "")
+            unanswered.append(outcome)
             continue
         points[first].append(outcome.reward)
         points[second].append(1.0 - outcome.reward)
     return [
-        _share(member, won, reasons[0] if reasons else "it was compared with nobody")
+        _share(member, won, unanswered[0] if unanswered else None)
         for member, won in zip(request.members, points, strict=True)
     ]
 
 
-def _share(member: SampleRequest, won: Sequence[float], reason: str) -> Outcome:
+def _share(member: SampleRequest, won: Sequence[float], unanswered: Outcome | None) -> Outcome:
+    """A member's outcome; `unanswered` is the first comparison that has none, whose worker says why."""
     if member.failure is not None:
         return Outcome(failure=member.failure)
-    if not won:
-        return Outcome(failure=Failure(kind="abstained", message=f"none of its comparisons has an answer: {reason}"))
-    return Outcome(reward=sum(won) / len(won), info={"num_comparisons": len(won), "points": sum(won)})
+    if won:
+        return Outcome(reward=sum(won) / len(won), info={"num_comparisons": len(won), "points": sum(won)})
+    if unanswered is None or unanswered.failure is None:
+        return Outcome(failure=_abstained("it was compared with nobody"))
+    return Outcome(failure=_abstained(unanswered.failure.message), origin=unanswered.origin)
+
+
+def _abstained(reason: str) -> Failure:
+    return Failure(kind="abstained", message=f"none of its comparisons has an answer: {reason}")
 
 
 _REGISTER = """

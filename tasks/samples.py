@@ -15,6 +15,9 @@ from tasks.rewards import RewardSpec
 
 MEDIA_FIELDS = ("image", "video", "audio", "condition_images", "condition_videos")
 
+MAX_SHOWN_CHARS = 80
+"""Of a prompt, in a sample's `repr`."""
+
 MAX_DEPTH = 64
 """Mappings and lists in metadata may be nested so deep."""
 
@@ -37,9 +40,17 @@ class Sample:
     """Images that the generator was given (the source of an edit first)."""
     condition_videos: Sequence[Any] | None = None
     group: Hashable = None
-    """Id of its prompt's group; samples of one group are compared."""
+    """Id of its prompt's group; samples of one group are compared. Unless given, equal prompts and condition media are
+    one."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like; reaches the reward models that declare it."""
+
+    def __repr__(self) -> str:
+        """Which media it has, not their values."""
+        given = [name for name in MEDIA_FIELDS if getattr(self, name) is not None]
+        prompt = self.prompt if len(self.prompt) <= MAX_SHOWN_CHARS else f"{self.prompt[:MAX_SHOWN_CHARS]}..."
+        group = "" if self.group is None else f", group={self.group!r}"
+        return f"Sample({prompt!r}, {', '.join(given) or 'no media'}{group})"
 
 
 def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int) -> None:

@@ -28,7 +28,8 @@ def test_the_snippet_runs_against_a_worker_started_from_another_directory(worker
     assert len(snippet.strip().splitlines()) <= 12
     env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url}
     done = run_python("-W", "error", "-c", snippet, cwd=tmp_path, env=env)
-    assert done.stderr == ""
+    told = [f"rewardq: step {step}: 16 samples, jpeg_compressibility -" for step in range(3)]
+    assert [words in line for words, line in zip(told, done.stderr.splitlines(), strict=True)] == [True] * 3
     numbers = re.findall(r"-?\d+\.\d*(?:e-?\d+)?", done.stdout)
     assert len(numbers) == 3 * (16 + 16)
     assert all(float(n) < 0 for n in numbers[:16])

@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 from tasks.rewards import RewardSpec
 from trainer_client.results import RewardBatch
-from trainer_client.table import Columns, Floats, Gather, Table, exchange, exchange_plain, tabulate, to_float64
+from trainer_client.table import Columns, Floats, Gather, Table, exchange, exchange_plain, ids, tabulate, to_float64
 
 STD_FLOOR = 1e-6
 """Standard deviations are at least this, as in Flow-Factory."""
@@ -67,6 +67,9 @@ class Aggregation(Protocol):
 
 
 Method = Literal["gdpo", "sum"] | Aggregation
+
+Look = Callable[[int, int], None]
+"""Takes how many samples and how many groups there are."""
 
 
 def weighted_sum(
@@ -99,7 +102,10 @@ def weighted_sum(
         ValueError: Lengths differ, a weight is missing, unknown or not finite, a group id is not hashable or cannot be
             compared between ranks, or ranks have other rewards or weights. With `gather`, on all ranks.
     """
-    table = tabulate(rewards, groups, weights, valid, gather)
+    return _weighted_sum(tabulate(rewards, groups, weights, valid, gather), global_std, noise_floor)
+
+
+def _weighted_sum(table: Table, global_std: bool, noise_floor: bool) -> Advantages:
     votes: _Bools = np.asarray(np.isfinite(table.rewards).all(axis=1))
     deviations, totals = np.zeros(len(table)), np.zeros(len(table))
     for weight, column in zip(table.weights, table.rewards.T, strict=True):
@@ -129,7 +135,10 @@ def gdpo(
     0 is there. From GDPO: Group reward-Decoupled Normalization Policy Optimization. Arguments, result and errors are
     those of `weighted_sum`.
     """
-    table = tabulate(rewards, groups, weights, valid, gather)
+    return _gdpo(tabulate(rewards, groups, weights, valid, gather), noise_floor)
+
+
+def _gdpo(table: Table, noise_floor: bool) -> Advantages:
     combined, speaks = np.zeros(len(table)), np.zeros(len(table), bool)
     for weight, column in zip(table.weights, table.rewards.T, strict=True):
         compared = _compare(column, np.isfinite(column), table, noise_floor)
@@ -148,6 +157,7 @@ def advantages_of(
     global_std: bool = True,
     gather: Gather | None = None,
     noise_floor: bool = True,
+    look: Look = lambda num_samples, num_groups: None,
 ) -> Advantages:
     """The advantages of a batch, float32 `(N,)` in its order, always finite.
 
@@ -159,6 +169,7 @@ def advantages_of(
         global_std: For `sum`.
         gather: As for `weighted_sum`.
         noise_floor: As for `weighted_sum`; a function of one's own does not get it.
+        look: Told how many samples and groups there are, over all ranks; of one's own method only on a single rank.
 
     Raises:
         ValueError: As `weighted_sum`; or the method is unknown; or one's own returns another shape, NaN or infinity.
@@ -166,14 +177,14 @@ def advantages_of(
     """
     chosen = batch.weights if weights is None else weights
     by_name = chosen if isinstance(chosen, Mapping) else {spec.name: spec.weight for spec in chosen}
-    if method == "gdpo":
-        return gdpo(batch.rewards, batch.groups, by_name, gather=gather, noise_floor=noise_floor)
-    if method == "sum":
-        return weighted_sum(
-            batch.rewards, batch.groups, by_name, global_std=global_std, gather=gather, noise_floor=noise_floor
-        )
+    if method == "gdpo" or method == "sum":
+        table = tabulate(batch.rewards, batch.groups, by_name, None, gather)
+        look(len(table), table.num_groups)
+        return _gdpo(table, noise_floor) if method == "gdpo" else _weighted_sum(table, global_std, noise_floor)
     if not callable(method):
         exchange(Columns, lambda: _refuse(method), gather)
+    if gather is None:
+        look(len(batch), len(set(ids(batch.groups))))
     return _by_own(method, batch, by_name, gather)
 
 

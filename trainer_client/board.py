@@ -82,6 +82,14 @@ class Slot:
         entry = (self.entries or {}).get(reward)
         return self.problem is not None or (entry is not None and entry.outcome is not None)
 
+    def has_failed_for(self, reward: str) -> bool:
+        """Whether the outcome of this reward is there and is a failure."""
+        entry = (self.entries or {}).get(reward)
+        outcome = entry.outcome if entry is not None else None
+        if outcome is not None and outcome.members:
+            outcome = outcome.members[self.places[reward]]
+        return self.problem is not None or (outcome is not None and outcome.failure is not None)
+
     @property
     def known_entries(self) -> list[Entry]:
         """Its entries at this moment: other threads give it more meanwhile."""
@@ -132,6 +140,8 @@ class Entry:
     """Of a group of several ranks: where its slots are."""
     sent_number: int = 0
     """Of a group that another rank sent: the number of its message."""
+    num_sends: int = 0
+    """How often it was put into a message."""
     chunk: Chunk | None = None
     answered_at: float = 0.0
     is_ended: bool = False
@@ -342,6 +352,7 @@ class Board:
                 chunk.entries = [e for e in chunk.entries if self.is_wanted(e)]
                 for entry in chunk.entries:
                     self._leave_chunk(entry, chunk)
+                    entry.num_sends += 1
                 if chunk.entries:
                     self._chunks[chunk.request] = chunk
                 else:

@@ -29,17 +29,28 @@ from tasks.settings import Settings, without_password
 from trainer_client.adoption import adopt
 from trainer_client.advantages import Advantages, Method, advantages_of
 from trainer_client.board import Slot
+from trainer_client.grouping import groups_of
 from trainer_client.incomplete import incomplete_groups, why_in_vain
 from trainer_client.lease import Lease
-from trainer_client.metrics import failure_rate_by_group, metrics
-from trainer_client.ranks import Ranks
-from trainer_client.results import RewardBatch, batch_of
+from trainer_client.metrics import Detail, failure_rate_by_group, metrics
+from trainer_client.progress import is_terminal
+from trainer_client.ranks import Ranks, Waits
+from trainer_client.results import RewardBatch, batch_of, step_name
 from trainer_client.runs import Run
 from trainer_client.session import ASK_S, Session, check_stores
-from trainer_client.steps import Step, Steps, check_groups
+from trainer_client.steplog import (
+    Summary,
+    TicketWarnings,
+    Waiting,
+    group_size_words,
+    summary_of,
+    tell_step,
+    warn_of_failures,
+)
+from trainer_client.steps import Step, Steps, check_group_size, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
-from trainer_client.verdict import OnFailure, error_for, of_all_ranks
+from trainer_client.verdict import OnFailure, error_for, error_for_rate, of_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +62,12 @@ UNNAMED = "none"
 COLLECT_TIMEOUT_S = 480.0
 """How long `collect()` waits unless told otherwise. With what `advantages()` and `metrics()` may wait for other ranks
 it is within the 10 minutes of an NCCL collective, in which ranks that are done wait for the others."""
+
+MAX_FAILURE_RATE = 0.5
+"""Where more than half of the rewards are missing, something is broken that `on_failure: nan` was not meant for."""
+
+MAX_GROUP_CHARS = 80
+"""Of a group's id, which may be a prompt, in a warning."""
 
 RANKS_MARGIN_S = 5.0
 """With several ranks a rank stops waiting for its own samples so long before the deadline of `collect()` (a quarter of
@@ -69,7 +86,8 @@ class RewardClient:
         launch: One start of the job, the same on all its ranks. Unless given it is made of TORCHELASTIC_RUN_ID (if
             torchrun was given a --rdzv-id, or is --standalone) and its restart count; else new, on one rank.
         settings: Where the servers are; from REWARDQ_* variables unless given.
-        max_failure_rate: A batch with a larger share of failures raises `ScoringError` whatever `on_failure` says.
+        max_failure_rate: A step of which a larger share of (sample, reward) pairs has no reward, over all ranks, raises
+            `ScoringError` whatever `on_failure` says; a half unless given, 1.0 never. Of a ticket its samples count.
 
     Raises:
         RedisUnreachableError: No server answers; says which, and what to start.
@@ -84,6 +102,9 @@ class RewardClient:
 
     _session: Session | None
     _steps: Steps
+    _warned: set[str]
+    """What was warned of once."""
+    _ticket_warnings: TicketWarnings
     _adopted: dict[tuple[Any, ...], list[Slot]]
     """Slots of tickets of processes that are gone, by the ticket's place."""
 
@@ -96,7 +117,7 @@ class RewardClient:
         world_size: int = 1,
         launch: str | None = None,
         settings: Settings | None = None,
-        max_failure_rate: float = 1.0,
+        max_failure_rate: float = MAX_FAILURE_RATE,
     ) -> None:
         if not RUN_NAME.fullmatch(run):
             raise ConfigError(f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
@@ -138,6 +159,14 @@ class RewardClient:
         """A client for a parsed config; `options` as for the constructor."""
         return cls(RewardConfig.from_dict(config), run, **options)
 
+    def __repr__(self) -> str:
+        rewards = ", ".join(f"{r.name} ({r.reward_model}, queue {r.queue})" for r in self.config.rewards)
+        rank = f"rank {self.rank} of {self.world_size}, " if self.world_size > 1 else ""
+        return (
+            f"RewardClient(run={self.run!r}, {rank}launch={self.launch!r}, "
+            f"broker {without_password(self.settings.broker_url)}\n  rewards: {rewards})"
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -154,6 +183,7 @@ class RewardClient:
             self._session = None
         if session is not None and session.pid == os.getpid():
             session.close()
+        self._ticket_warnings.end()
         with contextlib.suppress(*LOST):
             self._lease.leave()
         self._ranks.close()
@@ -174,7 +204,8 @@ class RewardClient:
 
         Args:
             samples: `N` samples. Media are kept by reference and must not be changed before `flush()` or `collect()`.
-            group_size: How many samples each group has in all, for groupwise rewards.
+            group_size: How many samples each group has in all, over all ranks. One more is refused; groups that lack
+                some are told in the log when the step is collected, and have no groupwise reward.
             split: `eval` uses `eval_rewards`, else the training rewards.
             step: The training step; on one rank it counts `collect()`s unless given.
 
@@ -182,48 +213,53 @@ class RewardClient:
             A picklable claim for `collect`, which answers in this order; nothing is scored yet.
 
         Raises:
-            InvalidSampleError: A field that a reward requires is missing, or media have a wrong shape or dtype.
-                Nothing was sent. What needs a pass over the pixels (range, NaN, truncation) becomes an `invalid`
-                outcome instead.
+            InvalidSampleError: A field that a reward requires is missing, media have a wrong shape or dtype, or a group
+                would have more than `group_size` samples. Nothing was sent. What needs a pass over the pixels (range,
+                NaN, truncation) becomes an `invalid` outcome instead.
         """
         started = time.monotonic()
         samples = list(samples)
+        check_group_size(group_size)
         rewards = self.config.of(split)
         fields = {name for spec in rewards for name in spec.fields}
         with self._lock:
             session = self._open_session()
             open_step = self._steps.get(split)
             first = open_step.num_submitted if open_step is not None else 0
+            self._num_tickets += 1
+            number = self._num_tickets
         for i, sample in enumerate(samples):
             check(sample, rewards, f"sample {first + i}", self.settings.max_pixels)
+        groups = groups_of(samples, f"{self.rank}.{number}")
         groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
         if groupwise is not None:
-            check_groups(samples, group_size, groupwise, self.world_size, first)
+            check_groups(groups, group_size, groupwise, self.world_size, first)
         session.wait_for_backlog(self.settings.max_backlog, self.settings.submit_timeout_s)
         with self._lock:
             open_step = self._steps.open(split, step)
-            if groupwise is not None:
-                open_step.count_members(samples, group_size)
             start = open_step.num_submitted
-            self._num_tickets += 1
             slots = [
                 Slot(
                     split=split,
                     step=open_step.number,
                     index=start + i,
-                    group=sample.group,
+                    group=groups[i],
                     sample=sample,
                     held=_hold(sample, fields),
                     rewards=rewards,
                     submitted_at=started,
                     group_size=group_size,
-                    ticket=self._num_tickets,
+                    ticket=number,
                 )
                 for i, sample in enumerate(samples)
             ]
+            open_step.count_members(slots, group_size, is_strict=groupwise is not None)
+            mixed = open_step.find_mixed_group(slots)
             open_step.add(slots, time.monotonic() - started)
-            ticket = self._ticket(session, split, open_step.number, start, slots)
+            ticket = self._ticket(session, split, open_step.number, start, slots, number)
         session.sender.submit(slots)
+        if mixed is not None and (split == "train" or groupwise is not None):
+            self._warn_once("mixed", _mixed_words(mixed))
         return ticket
 
     def flush(self, timeout_s: float = 600.0) -> None:
@@ -267,7 +303,8 @@ class RewardClient:
             timeout_s: Returns or raises at this deadline.
             ticket: Collect its samples only; also one of a process that is gone.
             on_failure: `nan` returns a batch with NaN and its `failures` instead of raising.
-            progress: A bar for each reward on standard error; None shows them on a terminal.
+            progress: A bar for each reward on standard error. None shows them on a terminal; where there is none, rank
+                0 tells the log in a line how the step went, and every 30 s what is waited for. False does neither.
             split: Which open step.
             step: Its number; with `world_size > 1` a rank that submitted nothing says so in which step the others are.
 
@@ -276,8 +313,8 @@ class RewardClient:
             `timeout`, and is not waited for any more.
 
         Raises:
-            ScoringError: Some samples have no reward; names each reward and the reasons, carries the batch. The step
-                is closed.
+            ScoringError: Some samples have no reward; names each reward and the reasons, carries the batch. Or more
+                than `max_failure_rate` have none, whatever `on_failure` says. The step is closed.
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
                 that is away). Or, at once, a group of one rank has fewer members than its `group_size`, and a reward
                 needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
@@ -302,11 +339,14 @@ class RewardClient:
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         is_shared = self.world_size > 1 and ticket is None
         margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if is_shared else 0.0
+        is_told = progress is None and self.rank == 0 and not is_terminal()
+        waiting = Waiting(step_name(split, number)) if is_told else None
+        bars = progress if progress is not None or self.rank == 0 else False
         incomplete = self._incomplete(open_step) if ticket is None else {}
         in_vain = why_in_vain(incomplete, rewards, on_failure)
         if in_vain is None:
             session.groups.give_up(split, number, incomplete)
-            is_complete = session.wait(slots, started + timeout_s - margin_s, progress)
+            is_complete = session.wait(slots, started + timeout_s - margin_s, bars, waiting)
             late = None if is_complete else session.why_late(slots, timeout_s)
         else:
             late = Failure(kind="timeout", message=in_vain)
@@ -316,11 +356,19 @@ class RewardClient:
             **session.sender.times.take(),
         }
         batch = batch_of(slots, rewards, late, session.groups.why_open, times, split, number)
-        error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in rewards}, self.max_failure_rate)
+        error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in rewards})
+        sizes = {slot.group: slot.group_size for slot in slots if slot.group_size is not None}
+        summary = summary_of(batch, sizes if ticket is None else None)
         if is_shared:
-            error = of_all_ranks(self._ranks, f"{split} step {number}", error, batch, started + timeout_s)
+            topic, deadline = f"{split} step {number}", started + timeout_s
+            error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, _wait_for_ranks(waiting))
+        error = error or error_for_rate(summary, self.max_failure_rate, batch)
         if not isinstance(error, CollectTimeoutError):
             self._close_step(session, slots, ticket, split)
+            if ticket is not None:
+                self._ticket_warnings.add(batch.name, summary)
+            elif self.rank == 0:
+                self._tell(batch, summary, is_told)
         if error is not None:
             raise error
         return batch
@@ -350,8 +398,19 @@ class RewardClient:
         """
         gather = self._gather("advantages", batch, gather, timeout_s)
         chosen = self.config.advantage_aggregation if method is None else method
+
+        def look(num_samples: int, num_groups: int) -> None:
+            if num_samples and num_groups == num_samples and batch.split == "train" and self.rank == 0:
+                self._warn_once("alone", _alone_words(batch.name, num_samples))
+
         return advantages_of(
-            batch, batch.weights, chosen, global_std=self.config.global_std, gather=gather, noise_floor=noise_floor
+            batch,
+            batch.weights,
+            chosen,
+            global_std=self.config.global_std,
+            gather=gather,
+            noise_floor=noise_floor,
+            look=look,
         )
 
     def metrics(
@@ -360,11 +419,13 @@ class RewardClient:
         advantages: Any = None,
         *,
         prefix: str | None = None,
+        detail: Detail = "full",
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> dict[str, float]:
         """A batch in numbers for a logger, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
-        return metrics(batch, advantages, prefix=prefix, gather=self._gather("metrics", batch, gather, timeout_s))
+        gather = self._gather("metrics", batch, gather, timeout_s)
+        return metrics(batch, advantages, prefix=prefix, detail=detail, gather=gather)
 
     def failure_rate_by_group(
         self, batch: RewardBatch, *, gather: Gather | None = None, timeout_s: float = 60.0
@@ -379,6 +440,25 @@ class RewardClient:
             self._open_session()  # which keeps the lease, without which an answer does not count
         return self._ranks.gatherer(f"{what} of {batch.split} step {batch.step}", timeout_s)
 
+    # --- private: what is told -------------------------------------------------------------------
+
+    def _tell(self, batch: RewardBatch, summary: Summary, is_told: bool) -> None:
+        """What the log is to say of a step that is closed."""
+        warn_of_failures(batch.name, summary)
+        words = group_size_words(summary)
+        if words:
+            self._warn_once("size", f"{batch.name}: {words}")
+        if is_told:
+            tell_step(batch.name, summary)
+
+    def _warn_once(self, topic: str, words: str) -> None:
+        """A warning that this client gives once."""
+        with self._lock:
+            is_new = topic not in self._warned
+            self._warned.add(topic)
+        if is_new:
+            log.warning("%s (said once a run)", words)
+
     # --- private: sessions -----------------------------------------------------------------------
 
     def _start_fresh(self) -> None:
@@ -387,6 +467,8 @@ class RewardClient:
         self._session = None
         self._steps = Steps(self.world_size)
         self._adopted = {}
+        self._warned = set()
+        self._ticket_warnings = TicketWarnings()
         self._num_tickets = 0
         in_bounds = {"socket_timeout": ASK_S, "socket_connect_timeout": ASK_S}
         ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
@@ -416,7 +498,9 @@ class RewardClient:
 
     # --- private: submit -------------------------------------------------------------------------
 
-    def _ticket(self, session: Session, split: Split, step: int, start: int, slots: Sequence[Slot]) -> Ticket:
+    def _ticket(
+        self, session: Session, split: Split, step: int, start: int, slots: Sequence[Slot], number: int
+    ) -> Ticket:
         return Ticket(
             run=self.run,
             launch=self.launch,
@@ -429,7 +513,7 @@ class RewardClient:
             codes=tuple((spec.name, spec.code) for spec in self.config.of(split) if spec.code),
             slots=tuple(slots),
             client=session.board.client_id,
-            number=self._num_tickets,
+            number=number,
         )
 
     # --- private: collect ------------------------------------------------------------------------
@@ -510,6 +594,35 @@ def _check_code(ticket: Ticket, rewards: Sequence[RewardSpec]) -> None:
                 f"{' and '.join(files)} changed since this ticket was made: what it asked for of reward {spec.name!r} "
                 "are rewards by other code; submit its samples again, or collect it where the old files are"
             )
+
+
+def _wait_for_ranks(waiting: Waiting | None) -> Waits:
+    """Tells the log which ranks are waited for."""
+
+    def tell(missing: list[int]) -> None:
+        if waiting is not None:
+            waiting.tell(lambda: f"rank {', '.join(map(str, missing))}; this rank has its rewards")
+
+    return tell
+
+
+def _mixed_words(group: Hashable) -> str:
+    return (
+        f"group {_cut(group)} has samples of several prompts: advantages and ranks compare the samples of a group, "
+        "which should be of one prompt; give each prompt a group= of its own, or none, and equal prompts are a group"
+    )
+
+
+def _alone_words(name: str, num_samples: int) -> str:
+    return (
+        f"{name}: each of the {num_samples} samples is a group of its own, so that every advantage is 0 and nothing is "
+        "learned; give the samples of one prompt the same group=, or the same prompt"
+    )
+
+
+def _cut(group: Hashable) -> str:
+    words = repr(group)
+    return words if len(words) <= MAX_GROUP_CHARS else f"{words[:MAX_GROUP_CHARS]}..."
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

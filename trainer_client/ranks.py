@@ -29,6 +29,8 @@ if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('SET', KEYS[1], ARGV[1], '
 _FORGET = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
 IsRetried = Callable[[list[Any]], bool]
+Waits = Callable[[list[int]], None]
+"""Told again and again which ranks are waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,12 @@ class Ranks:
         self._redis.close()
 
     def gather(
-        self, topic: str, mine: Any, deadline: float, is_retried: IsRetried = lambda answers: False
+        self,
+        topic: str,
+        mine: Any,
+        deadline: float,
+        is_retried: IsRetried = lambda answers: False,
+        waits: Waits = lambda missing: None,
     ) -> list[Any]:
         """The objects of all ranks, in the order of ranks.
 
@@ -86,6 +93,7 @@ class Ranks:
             mine: Plain data (numbers, text, lists, mappings by text).
             deadline: On `time.monotonic()`.
             is_retried: Whether all ranks gather again after such answers.
+            waits: Told which ranks have not answered, while that is so.
 
         Raises:
             RanksMissingError: Names the ranks that had not answered at the deadline.
@@ -95,7 +103,7 @@ class Ranks:
         while True:
             count = self._counts[topic]
             self._counts[topic] += 1
-            seen, is_before_us = self._decide(topic, count, [packed, problem], deadline)
+            seen, is_before_us = self._decide(topic, count, [packed, problem], deadline, waits)
             told: list[list[Any] | None] = [
                 *seen.answers[: self.rank],
                 [self._me, packed, problem],
@@ -118,7 +126,7 @@ class Ranks:
         """`gather` as advantages and metrics take it."""
         return lambda mine: self.gather(topic, mine, time.monotonic() + timeout_s)
 
-    def _decide(self, topic: str, count: int, mine: list[Any], deadline: float) -> tuple[_Round, bool]:
+    def _decide(self, topic: str, count: int, mine: list[Any], deadline: float, waits: Waits) -> tuple[_Round, bool]:
         """A round once it is decided, and whether that was before this process came."""
         names = [keys.answer(*self._place, topic, count, rank) for rank in range(self._world_size)]
         decision = keys.answer(*self._place, topic, count, -1)
@@ -152,6 +160,7 @@ class Ranks:
                 pass
             if is_late:
                 raise RanksMissingError(topic, missing)
+            waits(missing)
             time.sleep(PACE_S)
 
     def _witnesses(self, seen: _Round) -> list[int]:

@@ -13,10 +13,8 @@ import numpy.typing as npt
 from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
 from tasks.rewards import ConstantOnFailure, RewardSpec, Split
-from trainer_client.board import Slot
-
-REASONS_SHOWN = 5
-"""An error's message names so many failures of a reward; `RewardBatch.failures` has them all."""
+from trainer_client.board import Entry, Slot
+from trainer_client.reasons import describe, on_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +29,26 @@ class Failed:
     message: str
     attempts: int
     """How often it was tried, over all submits."""
+    worker: str = ""
+    """Name of the worker (`gpu.3211@host`) that says so; empty where the trainer does: media that are unfit, a
+    deadline."""
 
     def __str__(self) -> str:
-        return f"sample {self.sample}: {self.kind}: {self.message}"
+        where = on_workers([self.worker] if self.worker else [])
+        return f"sample {self.sample}: {self.kind}{where}: {self.message}"
+
+
+class Failures(tuple[Failed, ...]):
+    """The failures of a batch, a tuple of them; shown with equal reasons together."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        names = dict.fromkeys(failed.reward for failed in self)
+        return "\n".join(f"{name}: {describe(f for f in self if f.reward == name)}" for name in names)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} failures>" + (f"\n{self}" if self else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,14 +59,16 @@ class RewardBatch:
         rewards: By reward name, float32 `(N,)`; NaN where there is no reward.
         valid: By reward name, bool `(N,)`: whether there is a reward. A constant from `on_failure: {value: x}` is
             in `rewards` and not valid.
-        failures: Every (sample, reward) without a reward, and why.
+        failures: Every (sample, reward) without a reward, why, and which worker says so.
         info: By reward name, `N` mappings: what the reward model says beside the reward, and under `origin` where it
             was computed (worker, device, versions, seconds).
-        groups: `N` group ids, as submitted.
+        groups: `N` group ids: as submitted; of a sample without one, a text of its prompt and condition media.
         timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: it waited in `collect()`; `span_s`:
             from the first submit to the last outcome; `hidden_s`: the part of `span_s` not waited for; `encode_s`,
             `store_s`, `send_s`: spent by background threads, summed over them.
-        num_hits: By reward name, how many were answered without being sent.
+        num_hits: By reward name, how many were answered from what was there, without being sent.
+        num_rescored: By reward name, how many were sent more than once: since their worker or message was lost, or
+            tried again after a failure of an earlier submit.
         weights: By reward name, as configured.
         latency_s: By reward name, float32 `(N,)`: seconds from `submit()` to the outcome; NaN where there is none yet.
         split, step: Of which step these are; ranks that compare theirs do so under this name.
@@ -68,6 +85,18 @@ class RewardBatch:
     latency_s: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     split: Split = "train"
     step: int = 0
+    num_rescored: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lines = [f"RewardBatch({self.name}: {len(self)} samples in {len(set(self.groups))} groups"]
+        lines += [f"  {name}: {self._describe_reward(name)}" for name in self.rewards]
+        waits = [f"{key} {self.timings[key]:.1f}" for key in ("wait_s", "hidden_s") if key in self.timings]
+        return "\n".join([*lines, *([f"  {', '.join(waits)}"] if waits else [])]) + ")"
+
+    @property
+    def name(self) -> str:
+        """`step 12`, or `eval step 3`."""
+        return step_name(self.split, self.step)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -85,16 +114,26 @@ class RewardBatch:
         return {name: torch.from_numpy(values.copy()).to(device) for name, values in self.rewards.items()}
 
     def describe_failures(self) -> str:
-        """Every reward with failures: how many of which kind, and the first reasons."""
+        """Every reward with failures: how many of which kind, and the reasons, equal ones together."""
         lines = []
         for name in self.rewards:
             failures = [f for f in self.failures if f.reward == name]
             if failures:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in failures).most_common())
-                shown = "; ".join(map(str, failures[:REASONS_SHOWN]))
-                more = f"; and {len(failures) - REASONS_SHOWN} more" if len(failures) > REASONS_SHOWN else ""
-                lines.append(f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {shown}{more}")
+                lines.append(f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures)}")
         return "\n".join(lines)
+
+    def _describe_reward(self, name: str) -> str:
+        valid = self.valid[name]
+        there = self.rewards[name][valid]
+        mean = f"mean {there.mean():.4g}, " if len(there) else ""
+        num_failed = int((~valid).sum())
+        return f"{mean}{len(there)} of {len(self)}" + (f", {num_failed} failed" if num_failed else "")
+
+
+def step_name(split: Split, step: int) -> str:
+    """`step 12`, or `eval step 3`."""
+    return f"step {step}" if split == "train" else f"{split} step {step}"
 
 
 def batch_of(
@@ -116,7 +155,7 @@ def batch_of(
     """
     outcomes = {spec.name: [_outcome(slot, spec, late, why_open) for slot in slots] for spec in rewards}
     failures = [
-        Failed(i, name, o.failure.kind, o.failure.message, o.attempt)
+        Failed(i, name, o.failure.kind, o.failure.message, o.attempt, str(o.origin.get("worker", "")))
         for name, found in outcomes.items()
         for i, o in enumerate(found)
         if o.failure is not None
@@ -125,7 +164,7 @@ def batch_of(
     return RewardBatch(
         rewards={spec.name: _rewards(outcomes[spec.name], spec) for spec in rewards},
         valid={n: np.array([o.reward is not None for o in found], dtype=bool) for n, found in outcomes.items()},
-        failures=tuple(failures),
+        failures=Failures(failures),
         info={n: tuple({**o.info, "origin": o.origin} for o in found) for n, found in outcomes.items()},
         groups=tuple(s.group for s in slots),
         timings={**times, **_span(slots, times["wait_s"])},
@@ -134,7 +173,12 @@ def batch_of(
         latency_s={spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32) for spec in rewards},
         split=split,
         step=step,
+        num_rescored={name: sum(_is_rescored(e) for e in found) for name, found in entries.items()},
     )
+
+
+def _is_rescored(entry: Entry) -> bool:
+    return entry.num_sends > 1 or entry.attempt > 1
 
 
 def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.float32]:

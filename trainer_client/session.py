@@ -33,6 +33,7 @@ from trainer_client.progress import bars
 from trainer_client.reconcile import Reconciler
 from trainer_client.runs import Run
 from trainer_client.sender import Sender
+from trainer_client.steplog import Waiting
 from trainer_client.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -148,8 +149,13 @@ class Session:
                 None,
             )
 
-    def wait(self, slots: Sequence[Slot], deadline: float, progress: bool | None) -> bool:
-        """Wait until all slots are done or the deadline (monotonic); whether they are."""
+    def wait(
+        self, slots: Sequence[Slot], deadline: float, progress: bool | None, waiting: Waiting | None = None
+    ) -> bool:
+        """Wait until all slots are done or the deadline (monotonic); whether they are.
+
+        `waiting` tells the log meanwhile what is waited for.
+        """
         board = self.board
         names = tuple(dict.fromkeys(spec.name for slot in slots for spec in slot.rewards))
         left = list(slots)
@@ -162,9 +168,11 @@ class Session:
                     board.changed.wait_for(lambda: _are_done(left) or board.broken, max(0.0, min(left_s, LOOK_EVERY_S)))
                     is_complete = not left
                 if report is not None:
-                    report({name: sum(slot.is_done_for(name) for slot in slots) for name in names})
+                    report({name: _count(slots, name) for name in names})
                 if is_complete or board.broken is not None or left_s <= 0:
                     break
+                if waiting is not None:
+                    waiting.tell(lambda: self.what_is_missing(slots))
                 if time.monotonic() > look_for_workers_at:
                     look_for_workers_at = float("inf")
                     self.watcher.ask_about_workers()
@@ -174,6 +182,19 @@ class Session:
     def why_late(self, slots: Sequence[Slot], timeout_s: float) -> Failure:
         """The client's own reason for what is missing at the deadline; never stored."""
         late = sum(not slot.is_done for slot in slots)
+        why = self._why_missing(slots)
+        return Failure(
+            kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
+        )
+
+    def what_is_missing(self, slots: Sequence[Slot]) -> str:
+        """Which rewards have no answer yet, of how many samples, and why as far as is known."""
+        names = dict.fromkeys(spec.name for slot in slots for spec in slot.rewards)
+        num_left = {name: sum(not slot.is_done_for(name) for slot in slots) for name in names}
+        left = ", ".join(f"{name} ({num} of {len(slots)} samples)" for name, num in num_left.items() if num)
+        return f"{left}{_because(self._why_missing(slots))}"
+
+    def _why_missing(self, slots: Sequence[Slot]) -> str | None:
         queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
         awaited = [e for slot in slots for e in slot.known_entries if e.outcome is None]
 
@@ -182,10 +203,7 @@ class Session:
             reconciler = self.reconciler
             return reconciler.idle_queues(queues) or reconciler.loads(awaited) or reconciler.suspects(awaited)
 
-        why = _ask(ask) or self.board.trouble
-        return Failure(
-            kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
-        )
+        return _ask(ask) or self.board.trouble
 
     def why_unsent(self) -> str | None:
         """What keeps samples from being sent: a Redis that is away, a full store and a queue without a worker."""
@@ -241,6 +259,11 @@ def _are_done(left: list[Slot]) -> bool:
     while left and left[-1].is_done:
         left.pop()
     return not left
+
+
+def _count(slots: Sequence[Slot], name: str) -> tuple[int, int]:
+    """How many slots have their outcome for a reward, and how many of these have failed."""
+    return sum(slot.is_done_for(name) for slot in slots), sum(slot.has_failed_for(name) for slot in slots)
 
 
 def _because(why: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,26 +26,52 @@ class Step:
     members: Counter[Any] = field(default_factory=Counter)
     """Samples of each group that this rank has submitted."""
     group_sizes: dict[Any, int | None] = field(default_factory=dict)
+    _prompts: dict[Any, str] = field(default_factory=dict)
+    """The first prompt of each group."""
+    _is_strict: bool = False
     is_emptied: bool = False
     """All of it was collected by tickets: it ends unless more is submitted under its number."""
 
-    def count_members(self, samples: Sequence[Sample], group_size: int | None) -> None:
-        """Count samples into their groups.
+    def count_members(
+        self, samples: Sequence[Sample | Slot], group_size: int | None, *, is_strict: bool = True
+    ) -> None:
+        """Count samples into their groups, as far as the size of these is known.
+
+        Args:
+            is_strict: A group is given its size in each call or in none, as groupwise rewards need it, and what tickets
+                have collected of it counts on. Else a group is what is submitted and not yet collected.
 
         Raises:
             InvalidSampleError: A group would have more members than its size, or is given two sizes.
         """
-        members = self.members + Counter(sample.group for sample in samples)
-        for group in {sample.group: None for sample in samples}:
-            size = self.group_sizes.get(group, group_size)
-            if size != group_size:
+        self._is_strict = is_strict
+        groups = [sample.group for sample in samples]
+        sizes = dict(self.group_sizes)
+        for group in dict.fromkeys(groups):
+            size = sizes.get(group, group_size)
+            if size != group_size and (is_strict or None not in (size, group_size)):
                 raise InvalidSampleError(f"group {group!r} has group_size={size}, found group_size={group_size}")
+            if is_strict or size is not None or group_size is not None:
+                sizes[group] = group_size if size is None else size
+        members = self.members + Counter(group for group in groups if group in sizes)
+        for group in dict.fromkeys(groups):
+            size = sizes.get(group)
             if size is not None and members[group] > size:
                 raise InvalidSampleError(
-                    f"group {group!r} of step {self.number} would have {members[group]} members, group_size={size}"
+                    f"group {group!r} of step {self.number} would have {members[group]} members, group_size={size}; a "
+                    "prompt that comes twice in a step needs another group= each time"
                 )
         self.members = members
-        self.group_sizes.update({sample.group: group_size for sample in samples})
+        self.group_sizes = sizes
+
+    def find_mixed_group(self, slots: Sequence[Slot]) -> Hashable | None:
+        """A group of which samples with different prompts were submitted; None if there is none."""
+        mixed = None
+        for slot in slots:
+            prompt = slot.sample.prompt if slot.sample is not None else ""
+            if self._prompts.setdefault(slot.group, prompt) != prompt:
+                mixed = slot.group
+        return mixed
 
     def add(self, slots: Sequence[Slot], held_s: float) -> None:
         """Take up slots, whose `submit()` took `held_s`."""
@@ -58,6 +84,16 @@ class Step:
         """These are collected."""
         collected = set(slots)
         self.slots = [s for s in self.slots if s not in collected]
+        for slot in collected:  # a step whose tickets overlap is never empty, and must not grow with them
+            self._prompts.pop(slot.group, None)
+            if not self._is_strict:
+                self._forget_member(slot.group)
+
+    def _forget_member(self, group: Any) -> None:
+        self.members[group] -= 1
+        if self.members[group] <= 0:
+            del self.members[group]
+            self.group_sizes.pop(group, None)
 
 
 class Steps:
@@ -127,10 +163,16 @@ class Steps:
         self.give_up(split)
 
 
+def check_group_size(group_size: int | None) -> None:
+    """Raises `InvalidSampleError` unless a group can have this size."""
+    if group_size is not None and group_size < 1:
+        raise InvalidSampleError(f"group_size must be at least 1, found {group_size}")
+
+
 def check_groups(
-    samples: Sequence[Sample], group_size: int | None, reward: RewardSpec, world_size: int, first: int
+    groups: Sequence[Hashable], group_size: int | None, reward: RewardSpec, world_size: int, first: int
 ) -> None:
-    """Check what a groupwise reward needs of `submit()`; the samples are numbered from `first`.
+    """Check what a groupwise reward needs of `submit()`; the samples of these groups are numbered from `first`.
 
     Raises:
         InvalidSampleError: Says which sample, what was found and what is needed.
@@ -138,13 +180,9 @@ def check_groups(
     needed_by = f"reward {reward.name!r} ({reward.reward_model}) compares the samples of a group"
     if group_size is None and world_size > 1:
         raise InvalidSampleError(f"{needed_by}: with world_size > 1 submit() needs group_size=")
-    if group_size is not None and group_size < 1:
-        raise InvalidSampleError(f"group_size must be at least 1, found {group_size}")
-    for i, sample in enumerate(samples):
-        if sample.group is None:
-            raise InvalidSampleError(f"sample {first + i}: {needed_by}: it needs group=, found None")
-        if world_size > 1 and not isinstance(sample.group, str | numbers.Integral):
+    for i, group in enumerate(groups):
+        if world_size > 1 and not isinstance(group, str | numbers.Integral):
             raise InvalidSampleError(
                 f"sample {first + i}: with world_size > 1 group= must be text or an integer, the same on all "
-                f"ranks; found a {type(sample.group).__name__}"
+                f"ranks; found a {type(group).__name__}"
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from tasks.errors import CollectTimeoutError, RanksMissingError, ScoringError
 from tasks.messages import Failure
 from tasks.rewards import ConstantOnFailure
-from trainer_client.ranks import Ranks
+from trainer_client.ranks import Ranks, Waits
 from trainer_client.results import RewardBatch
+from trainer_client.steplog import Summary, failure_words, joined
 
 OnFailure = Literal["raise", "nan"]
 
@@ -19,45 +20,67 @@ def error_for(
     late: Failure | None,
     on_failure: OnFailure,
     policies: Mapping[str, OnFailure | ConstantOnFailure | None],
-    max_failure_rate: float,
 ) -> ScoringError | None:
     """What `collect()` raises for this rank's own samples, or None.
 
     Args:
         late: Why some have no answer at the deadline, if so.
         policies: By reward name, its own `on_failure`, which comes before the call's.
-        max_failure_rate: Share of failures above which nothing keeps it from raising.
     """
     if late is not None and on_failure == "raise":
         return CollectTimeoutError(f"{late.message}\n{batch.describe_failures()}", batch)
     if any((policies.get(f.reward) or on_failure) == "raise" for f in batch.failures):
         return ScoringError(batch.describe_failures(), batch)
-    if batch.failures and batch.failure_rate > max_failure_rate:
-        rate = f"{batch.failure_rate:.1%} failed, more than max_failure_rate={max_failure_rate:.1%}"
-        return ScoringError(f"{rate}\n{batch.describe_failures()}", batch)
     return None
 
 
+def error_for_rate(summary: Summary, max_failure_rate: float, batch: RewardBatch) -> ScoringError | None:
+    """What `collect()` raises where too many have no reward, whatever `on_failure` says; on all ranks alike.
+
+    Args:
+        summary: The step, over all ranks.
+        max_failure_rate: The largest share of (sample, reward) pairs without a reward.
+    """
+    if not summary.failure_rate > max_failure_rate:
+        return None
+    where = f" of all ranks' {summary.num_samples} samples" if summary.num_samples != len(batch) else ""
+    rate = (
+        f"{summary.failure_rate:.1%} failed{where}, more than max_failure_rate={max_failure_rate:.1%} "
+        "(give RewardClient another; 1.0 stops at nothing)"
+    )
+    return ScoringError(f"{rate}\n{batch.describe_failures() or failure_words(summary)}", batch)
+
+
 def of_all_ranks(
-    ranks: Ranks, topic: str, error: ScoringError | None, batch: RewardBatch, deadline: float
-) -> ScoringError | None:
-    """What all ranks raise, or None: one that raised alone would hang the next collective.
+    ranks: Ranks,
+    topic: str,
+    error: ScoringError | None,
+    batch: RewardBatch,
+    deadline: float,
+    summary: Summary,
+    waits: Waits,
+) -> tuple[ScoringError | None, Summary]:
+    """What all ranks raise, or None: one that raised alone would hang the next collective. And the step over all ranks.
 
     Deadlines weigh more than failures: after them the step stays open, on every rank.
     """
-    mine = ["late" if isinstance(error, CollectTimeoutError) else "failed", str(error)] if error else ["ok", ""]
+    kind = "ok" if error is None else "late" if isinstance(error, CollectTimeoutError) else "failed"
+    mine = [kind, str(error or ""), summary.to_plain()]
     try:
-        verdicts = ranks.gather(topic, mine, deadline, _is_late)
+        verdicts = ranks.gather(topic, mine, deadline, _is_late, waits)
     except RanksMissingError as missing:
-        return CollectTimeoutError(f"{missing}\n{error or ''}".rstrip(), batch)
-    others = [f"rank {r}: {words}" for r, (kind, words) in enumerate(verdicts) if kind != "ok" and r != ranks.rank]
+        return CollectTimeoutError(f"{missing}\n{error or ''}".rstrip(), batch), summary
+    over_ranks = joined([Summary.of_plain(plain) for _, _, plain in verdicts])
+    others = [f"rank {r}: {said}" for r, (kind, said, _) in enumerate(verdicts) if kind != "ok" and r != ranks.rank]
     if _is_late(verdicts):
-        return CollectTimeoutError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
+        return CollectTimeoutError(
+            "\n".join([str(error or "this rank has all its rewards"), *others]), batch
+        ), over_ranks
     if others:
-        return ScoringError("\n".join([str(error or "this rank has all its rewards"), *others]), batch)
-    return error
+        return ScoringError("\n".join([str(error or "this rank has all its rewards"), *others]), batch), over_ranks
+    return error, over_ranks
 
 
-def _is_late(verdicts: Sequence[Sequence[str]]) -> bool:
+def _is_late(verdicts: Sequence[Sequence[Any]]) -> bool:
     """Whether the step stays open, and all ranks collect it again."""
-    return any(kind == "late" for kind, _ in verdicts)
+    return any(kind == "late" for kind, *_ in verdicts)

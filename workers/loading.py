@@ -7,6 +7,7 @@ import gc
 import importlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -352,8 +353,21 @@ def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
         return ModelLoadError(str(error))  # without the traceback, whose frames hold what was loaded
     builtin = catalog.CATALOG.get(call.model)
     if isinstance(error, ModuleNotFoundError) and builtin is not None and builtin.extra and error.name:
-        return ModelLoadError(str(MissingExtraError(f"reward model {call.model}", error.name, builtin.extra)))
-    advice = "; REWARDQ_MAX_MODELS bounds how many models this worker keeps" if is_out_of_memory(error) else ""
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in OURS:
-        advice = f"; {warning(Path.cwd()) or 'that name is a package of rewardq'}"
+        missing = MissingExtraError(f"reward model {call.model}", error.name, builtin.extra, socket.gethostname())
+        return ModelLoadError(str(missing))
+    advice = _advice(call, error)
     return ModelLoadError(f"reward model {call.model} cannot be loaded: {type(error).__name__}: {error}{advice}")
+
+
+def _advice(call: RewardCall, error: BaseException) -> str:
+    """What to do about an error of a constructor or an import, where that is known."""
+    if is_out_of_memory(error):
+        return "; REWARDQ_MAX_MODELS bounds how many models this worker keeps"
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in OURS:
+        return f"; {warning(Path.cwd()) or 'that name is a package of rewardq'}"
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    host = socket.gethostname()
+    if f"{call.model}.".startswith(f"{error.name}."):  # the class's own module
+        return f"; start the worker on {host} where its file is, or with that folder on PYTHONPATH"
+    return f"; install it in the worker's environment on {host}, then restart the worker"

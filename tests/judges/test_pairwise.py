@@ -173,7 +173,7 @@ def test_the_only_fit_member_of_a_group_abstains_at_once(settings, workers, judg
     server = judge_server(by_size)
     workers("vlm")
     reward = {"reward_model": "pairwise_judge", "api_base_url": server.url, "vlm_model": "scripted"}
-    with RewardClient.from_dict({"rewards": reward}, run="alone", settings=settings) as client:
+    with RewardClient.from_dict({"rewards": reward}, run="alone", settings=settings, max_failure_rate=1.0) as client:
         broken = np.full((3, 16, 16), np.nan, np.float32)
         pair = [Sample(prompt="a cat", image=image, group="cats") for image in (broken, picture(1))]
         client.submit(pair, group_size=2)

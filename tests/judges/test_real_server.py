@@ -126,7 +126,7 @@ def test_rubric_replies_that_are_cut_are_no_rewards(settings, workers, real_serv
         "timeout": 300,
         "timeout_s": 390,
     }
-    with RewardClient.from_dict({"rewards": reward}, run="real", settings=settings) as client:
+    with RewardClient.from_dict({"rewards": reward}, run="real", settings=settings, max_failure_rate=1.0) as client:
         client.submit([Sample(prompt=f"{i} cats", image=picture(i, 64)) for i in range(4)])
         batch = client.collect(COLLECT_S, on_failure="nan", progress=False)
     assert np.isnan(batch.rewards["rubric"]).all()

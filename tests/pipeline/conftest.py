@@ -45,6 +45,7 @@ def clients(settings: Settings) -> Iterator[Callable[..., RewardClient]]:
     def make(
         *rewards: Mapping[str, Any] | str, settings: Settings = settings, run: str = "test", **options: Any
     ) -> RewardClient:
+        options.setdefault("max_failure_rate", 1.0)  # most tests of failures have a few samples, of which most fail
         made.append(RewardClient.from_dict(config_of(*rewards), run, settings=settings, **options))
         return made[-1]
 

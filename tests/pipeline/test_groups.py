@@ -199,7 +199,6 @@ def test_equal_groups_in_one_step_and_in_two_splits_share_one_answer(clients, wo
 @pytest.mark.parametrize(
     ("samples", "group_size", "message"),
     [
-        (samples_of([1]), 2, "compares the samples of a group: it needs group=, found None"),
         (samples_of([1, 2, 3], group="g"), 2, "group 'g' of step 0 would have 3 members, group_size=2"),
         (samples_of([1], group="g"), 0, "group_size must be at least 1"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -149,18 +150,19 @@ def test_what_is_wrong_with_a_class_is_the_reason_of_its_samples_and_of_no_other
         for name in (*BROKEN, "too_few", "nowhere")
     ]
     fine = {"name": "fine", "reward_model": f"{MODULE}.Redness", "dtype": "fp16"}
-    with RewardClient.from_dict({"rewards": [*own, fine]}, "own", settings=settings) as client:
+    with RewardClient.from_dict({"rewards": [*own, fine]}, "own", settings=settings, max_failure_rate=1.0) as client:
         client.submit([Sample(prompt="p", image=flat(red)) for red in (0, 255)])
         batch = client.collect(timeout_s=90, on_failure="nan")
     assert batch.rewards["fine"].tolist() == [0.0, 1.0]
     found = {name: [f.message for f in batch.failures if f.reward == name] for name in batch.rewards}
     assert all(len(found[name]) == 2 for name in found if name != "fine")
     for name, words in {
-        "imports_what_is_not_there": "No module named 'no_such_library_anywhere'",
+        "imports_what_is_not_there": "No module named 'no_such_library_anywhere'; install it in the worker's "
+        f"environment on {socket.gethostname()}, then restart the worker",
         "raises": "RuntimeError: half a module",
         "lacks_it": f"{tmp_path / 'lacks_it.py'} has no 'Mine'",
         "is_none": "is_none.Mine is no reward model; subclass workers.PointwiseRewardModel",
-        "nowhere": "No module named 'nowhere'",
+        "nowhere": f"No module named 'nowhere'; start the worker on {socket.gethostname()} where its file is",
         "too_few": "the model returned 1 rewards for 2 samples",
     }.items():
         assert words in found[name][0]

@@ -319,7 +319,8 @@ def test_a_whole_job_runs_with_warnings_as_errors_and_leaves_no_thread(workers, 
         "print([t.name for t in threading.enumerate()])\n"
     )
     done = run_python("-W", "error", script, env=worker_env(settings, {}))
-    assert done.stderr == ""
+    (told,) = done.stderr.splitlines()
+    assert "rewardq: step 0: 1 samples, Null 0.5; waited " in told
     assert done.stdout.splitlines() == ["[0.5]", "['MainThread']"]
 
 
@@ -345,6 +346,10 @@ def test_progress_bars_are_shown_when_asked_for_and_off_where_there_is_no_termin
     client = clients("PixelCode")
     client.submit(samples_of(range(3)))
     client.collect(timeout_s=60)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "rewardq: step 0: 3 samples, PixelCode 1; waited " in told
+    client.submit(samples_of(range(3)))
+    client.collect(timeout_s=60, progress=False)
     assert capsys.readouterr().err == ""
     client.submit(samples_of(range(3, 9)))
     client.collect(timeout_s=60, progress=True)

@@ -319,3 +319,9 @@ def test_whatever_passes_the_checks_has_a_key(prompt, metadata):
     except InvalidSampleError:
         return
     assert len(sample_key(prompt, {}, metadata)) == 32
+
+
+def test_a_sample_is_shown_without_the_values_of_its_media():
+    shown = repr(Sample("a fox " * 100, image=np.zeros((64, 64, 3), np.uint8), condition_images=[], group=7))
+    assert len(shown) < 200
+    assert shown.endswith("...', image, condition_images, group=7)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def test_each_reward_has_its_numbers_under_their_names(batch: RewardBatch) -> No
         "train/failure_rate": 2 / 12,
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected)
-    assert all(isinstance(value, float) and math.isfinite(value) for value in found.values())
+    unknown = {f"train/{name}_s" for name in ("submit", "wait", "span", "hidden")}  # of a batch made by hand
+    assert all(isinstance(value, float) and math.isfinite(value) for key, value in found.items() if key not in unknown)
 
 
 def test_the_weighted_sum_is_over_samples_that_have_every_reward(batch: RewardBatch) -> None:
@@ -77,12 +79,75 @@ def test_advantages_are_logged_when_given(batch: RewardBatch) -> None:
         metrics(batch, [1, 2])
 
 
-def test_what_has_no_value_has_no_key() -> None:
+def same_key_set(*steps: RewardBatch, **options: Any) -> bool:
+    found = [metrics(batch, np.zeros(len(batch)), **options) for batch in steps]
+    return len({tuple(sorted(one)) for one in found}) == 1
+
+
+@pytest.mark.parametrize("detail", ["brief", "full"])
+def test_a_step_has_the_same_keys_whatever_fails_in_it(batch: RewardBatch, detail: str) -> None:
+    names, weights = ("a", "b"), {"a": 1.0, "b": 0.5}
+    failures = tuple(Failed(i, name, "timeout", "", 1) for i in range(6) for name in names)
+    none = batch_of({name: [NAN] * 6 for name in names}, list(batch.groups), failures, weights)
+    empty = batch_of({name: [] for name in names}, [], (), weights)
+    timed = batch_of({name: [1.0, 2.0] for name in names}, ["g", "g"], (), weights)
+    assert same_key_set(batch, none, empty, timed, detail=detail)
+
+
+def test_what_has_no_value_is_nan_and_no_number() -> None:
     failures = tuple(Failed(i, "a", "failed", "", 1) for i in range(2))
     found = metrics(batch_of({"a": [NAN, NAN]}, [0, 0], failures))
     assert found["train/reward_a_failure_rate"] == 1.0
-    assert not any(key.endswith(("_mean", "_std", "_min", "_max", "_s")) for key in found if "failure" not in key)
-    assert metrics(batch_of({"a": []}, [])) == {"train/reward_a_cache_hits": 0.0}
+    assert math.isnan(found["train/reward_a_mean"])
+    assert math.isnan(found["train/reward_a_zero_std_ratio"])
+    empty = metrics(batch_of({"a": []}, []))
+    assert math.isnan(empty["train/reward_a_failure_rate"])
+    assert math.isnan(empty["train/failure_rate"])
+    assert empty["train/reward_a_cache_hits"] == 0.0
+
+
+def test_where_the_time_went_is_among_them_and_what_was_hit_and_rescored() -> None:
+    def of_rank(wait_s: float, hidden_s: float, num_hits: int) -> RewardBatch:
+        return replace(
+            batch_of({"a": [1.0, 2.0], "b": [1.0, 2.0]}, ["g", "g"], num_hits={"a": num_hits, "b": 0}),
+            timings={"submit_s": 0.5, "wait_s": wait_s, "span_s": 9.0, "hidden_s": hidden_s, "encode_s": 1.0},
+            num_rescored={"a": 0, "b": 1},
+        )
+
+    ranks = [of_rank(3.0, 6.0, 1), of_rank(2.0, 7.0, 2)]
+    expected = {
+        "train/submit_s": 0.5,
+        "train/wait_s": 3.0,
+        "train/span_s": 9.0,
+        "train/hidden_s": 6.0,
+        "train/cache_hits": 3.0,
+        "train/reward_a_cache_hits": 3.0,
+        "train/rescored": 2.0,
+        "train/reward_b_rescored": 2.0,
+    }
+    for found in Ranks(2).run(lambda rank, gather: metrics(ranks[rank], gather=gather)):
+        assert {key: found[key] for key in expected} == expected
+        assert "train/encode_s" not in found
+
+
+def test_five_rewards_are_about_thirty_keys_in_brief() -> None:
+    names = ["text", "looks", "aesthetic", "clip", "rank"]
+    five = batch_of({name: [1.0, 2.0] for name in names}, ["g", "g"], weights=dict.fromkeys(names, 1.0))
+    brief = metrics(five, np.zeros(2), detail="brief")
+    assert 25 <= len(brief) <= 32
+    full = metrics(five, np.zeros(2))
+    assert {key: full[key] for key in brief} == pytest.approx(brief, nan_ok=True)
+    assert {f"train/reward_{name}_failure_rate" for name in names} | {"train/reward_mean", "train/wait_s"} <= set(brief)
+    with pytest.raises(ValueError, match="detail must be 'brief' or 'full', found 'short'"):
+        metrics(five, detail="short")  # type: ignore[arg-type]
+
+
+def test_a_rank_without_samples_does_not_decide_which_keys_there_are() -> None:
+    ranks = [batch_of({"a": [1.0, 2.0]}, ["g", "g"]), batch_of({"a": []}, [])]
+    given = [[None, []], [[1.0, -1.0], []]]
+    for advantages, has_keys in zip(given, (False, True), strict=True):
+        found = Ranks(2).run(lambda rank, gather, mine=advantages: metrics(ranks[rank], mine[rank], gather=gather))
+        assert [("train/adv_min" in one) for one in found] == [has_keys] * 2
 
 
 def part(batch: RewardBatch, start: int, stop: int) -> RewardBatch:
@@ -112,7 +177,7 @@ def test_the_numbers_of_several_ranks_are_those_of_one(batch: RewardBatch) -> No
         return metrics(part(batch, *CUTS[rank]), advantages[slice(*CUTS[rank])], gather=gather)
 
     for found in Ranks(3).run(on_rank):
-        assert found == pytest.approx(metrics(batch, advantages))
+        assert found == pytest.approx(metrics(batch, advantages), nan_ok=True)
 
 
 def test_numbers_are_named_after_the_split_unless_told_otherwise() -> None:

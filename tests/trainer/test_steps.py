@@ -72,3 +72,21 @@ def test_a_step_that_was_given_up_is_not_numbered_again():
     submitted = submit(steps, 2)
     assert steps.give_up("train").slots == submitted
     assert submit(steps, 1)[0].step == 1
+
+
+def test_tickets_that_overlap_leave_nothing_behind_in_their_step():
+    step = Steps(world_size=1).open("train", None)
+    waiting = []
+    for number in range(6):
+        new = [Slot("train", 0, number * 4 + i, "fox", Sample("fox"), {}, (), 0.0) for i in range(4)]
+        step.count_members(new, 8, is_strict=False)
+        assert step.find_mixed_group(new) is None
+        step.add(new, 0.1)
+        waiting.append(new)
+        if len(waiting) > 1:
+            step.remove(waiting.pop(0))
+    assert step.members["fox"] == 4
+    step.remove(waiting.pop())
+    assert (step.members, step.group_sizes) == ({}, {})
+    step.count_members([Sample(group=n) for n in range(100)], None, is_strict=False)
+    assert (step.members, step.group_sizes) == ({}, {})

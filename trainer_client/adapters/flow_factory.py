@@ -17,6 +17,7 @@ from tasks.samples import Sample
 from tasks.settings import load_settings
 from trainer_client.advantages import gdpo, weighted_sum
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
+from trainer_client.metrics import Detail
 from trainer_client.results import RewardBatch
 from trainer_client.verdict import OnFailure
 
@@ -75,7 +76,7 @@ class RewardBuffer:
             for i, sample in enumerate(ours, self._num_added):
                 sample.group = f"{self.client.rank}.{i}"
         self._is_open = True
-        self.client.submit(ours, self.group_size, split=self.split, step=self._step)
+        self.client.submit(ours, self._size_needed(), split=self.split, step=self._step)
         self.all_samples.extend(samples)
         self._num_added += len(samples)
 
@@ -115,18 +116,19 @@ class RewardBuffer:
         self._next_step()  # also where nothing is open: steps are numbered alike on all ranks
         self.all_samples, self.batches, self._failed = [], [], None
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, detail: Detail = "full") -> dict[str, float]:
         """Of what the last `finalize()` collected, over all ranks, for their `log_data`; empty before it.
 
         Under their names, `<split>/reward_<name>_mean` and so on; `<split>/adv_*` once samples have their advantages.
-        Call it on all ranks.
+        `brief` is a shorter form, see `trainer_client.metrics`. Call it on all ranks.
         """
         if not self.batches:
             return {}
         batch = self.batches[-1]
         theirs = [sample.extra_kwargs for sample in self.all_samples[len(self.all_samples) - len(batch) :]]
         has_advantages = all("advantage" in extra for extra in theirs)
-        return self.client.metrics(batch, [float(extra["advantage"]) for extra in theirs] if has_advantages else None)
+        advantages = [float(extra["advantage"]) for extra in theirs] if has_advantages else None
+        return self.client.metrics(batch, advantages, detail=detail)
 
     def shutdown(self, wait: bool = False, cancel_futures: bool = True) -> None:
         """Close the client. Never waits for workers; the arguments are those of their buffer."""
@@ -144,6 +146,12 @@ class RewardBuffer:
             raise
         self.batches.append(batch)
         self._next_step()
+
+    def _size_needed(self) -> int | None:
+        """The size of groups where rewards compare their members. Elsewhere it is free: a data set may have a prompt
+        twice, whose samples are one group in their trainer."""
+        is_needed = any(spec.is_groupwise for spec in self.client.config.of(self.split))
+        return self.group_size if is_needed else None
 
     def _next_step(self) -> None:
         self._step, self._is_open = self._step + 1, False
@@ -244,7 +252,8 @@ class QueuedRewardModel:
         self.model = None
         self._name = config.name
         # A launch of the environment is one for all ranks and rewards; this client is alone, and its rank always 0.
-        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings())
+        # Its batches are a few samples, of which a single failure may be more than half.
+        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings(), max_failure_rate=1.0)
         weakref.finalize(self, self.client.close)
 
     def to(self, device: Any) -> QueuedRewardModel:
@@ -272,8 +281,12 @@ class QueuedRewardModel:
             "condition_images": condition_images and list(map(list, condition_images)),
             "condition_videos": condition_videos and list(map(list, condition_videos)),
         }
-        samples = [
-            Sample(prompt=text, **{name: values[i] for name, values in media.items() if values is not None})
+        samples = [  # nobody compares them here: a group of its own spares each a look at its condition media
+            Sample(
+                prompt=text,
+                group=uuid.uuid4().hex,
+                **{name: values[i] for name, values in media.items() if values is not None},
+            )
             for i, text in enumerate(prompt)
         ]
         batch = self.client.collect(ticket=self.client.submit(samples), progress=False)

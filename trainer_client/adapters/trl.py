@@ -16,6 +16,7 @@ from tasks.media import is_tensor
 from tasks.rewards import Split
 from tasks.samples import Sample
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
+from trainer_client.progress import is_terminal
 from trainer_client.results import RewardBatch
 
 RewardFunction = Callable[..., Any]
@@ -158,18 +159,20 @@ class _Rounds:
         group_size = self._group(samples, prompts, given)
         try:
             self._client.submit(samples, group_size=group_size, split=self._split, step=current.number)
-            return self._client.collect(self._timeout_s, on_failure="nan", split=self._split, progress=False)
+            # No bars, which the trainer has; the log is told where there are none to be had.
+            progress = False if is_terminal() else None
+            return self._client.collect(self._timeout_s, on_failure="nan", split=self._split, progress=progress)
         except BaseException:
             self._client.cancel(self._split)  # Ctrl-C in a notebook must not leave the step open
             raise
 
     def _group(self, samples: Sequence[Sample], prompts: Sequence[Any], given: Mapping[str, Any]) -> int | None:
-        """Give the samples the groups they lack; returns the size of a group, None for whatever comes together."""
+        """Give the samples the groups they lack; returns the size of a group where ranks must know it, else None."""
         texts = [text_of(prompt) for prompt in prompts]
         size, numbers = self._layout(texts, _is_evaluating(given))
         lacking = [(sample, i) for i, sample in enumerate(samples) if sample.group is None]
-        is_shared = self._client.world_size > 1
-        if is_shared and lacking and not numbers and any(r.is_groupwise for r in self._client.config.of(self._split)):
+        is_shared = self._client.world_size > 1 and any(r.is_groupwise for r in self._client.config.of(self._split))
+        if is_shared and lacking and not numbers:
             train, evaluation = self._sizes
             raise ValueError(
                 f"with several ranks the rows must be whole groups of a prompt, one after another; these {len(texts)} "

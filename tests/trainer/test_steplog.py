@@ -1,0 +1,98 @@
+"""Where the lines of a trainer's log go, and what they say of several ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import msgpack
+import pytest
+
+from tests.servers import ROOT, clean_env, run_python
+from tests.trainer.batches import NAN, batch_of
+from trainer_client import steplog
+from trainer_client.results import Failed
+from trainer_client.steplog import Summary, Waiting, failure_words, group_size_words, joined, summary_of, tell_step
+
+SETUPS = {
+    "nothing is set up": ("", 1),
+    "handlers and no level": ("logging.basicConfig()", 1),
+    "INFO is shown": ("logging.basicConfig(level=logging.INFO)", 1),
+    "INFO of this package alone": ("logging.basicConfig(); logging.getLogger('trainer_client').setLevel('INFO')", 1),
+    "this package is to be quiet": ("logging.getLogger('trainer_client').setLevel(logging.WARNING)", 0),
+    "all is to be quiet": ("logging.disable(logging.INFO)", 0),
+}
+
+
+def test_a_line_is_shown_once_unless_somebody_said_otherwise():
+    scripts = [setup for setup, _ in SETUPS.values()]
+    program = (
+        "import json, subprocess, sys\n"
+        f"for setup in json.loads({json.dumps(json.dumps(scripts))}):\n"
+        "    code = f'import logging\\n{setup}\\nfrom trainer_client.steplog import tell\\ntell(\"a line\")'\n"
+        "    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)\n"
+        "    print((done.stdout + done.stderr).count('a line'))\n"
+    )
+    done = run_python("-c", program, env={**clean_env(), "PYTHONPATH": str(ROOT)})
+    assert dict(zip(SETUPS, map(int, done.stdout.split()), strict=True)) == {name: n for name, (_, n) in SETUPS.items()}
+
+
+def step_of_rank(rewards, failures=(), wait_s=1.0, hidden_s=2.0, **sizes):
+    batch = batch_of(rewards, ["g"] * len(rewards["a"]), tuple(failures))
+    batch.timings.update(wait_s=wait_s, hidden_s=hidden_s)
+    return Summary.of_plain(msgpack.unpackb(msgpack.packb(summary_of(batch, sizes).to_plain())))
+
+
+def failure(sample, message, worker, kind="failed"):
+    return Failed(sample, "a", kind, message, 1, worker)
+
+
+def test_a_step_of_several_ranks_is_told_as_one(caplog):
+    first = step_of_rank({"a": [1.0, 2.0, 4.0], "b": [0.5] * 3}, wait_s=3.0, hidden_s=5.0)
+    second = step_of_rank({"a": [NAN], "b": [1.5]}, [failure(0, "out\nof order", "vlm.3@b")], wait_s=1.0, hidden_s=9.0)
+    third = step_of_rank({"a": [], "b": []})
+    both = joined([first, second, third])
+    assert both.failure_rate == 1 / 8
+    assert failure_words(both) == "a: 1 of 4 failed on vlm.3@b: out of order"
+    with caplog.at_level(logging.INFO, "trainer_client"):
+        tell_step("step 12", both)
+    (line,) = caplog.messages
+    assert line == "step 12: 4 samples, a 2.333 (1 failed), b 0.75; waited 3.0 s, 2.0 s hidden"
+
+
+def test_the_reason_most_samples_have_is_told_with_its_kind_and_how_many_others_there_are():
+    failures = [failure(0, "once", ""), *(failure(i, "sample 1: image: has NaN", "", "invalid") for i in (1, 2))]
+    words = failure_words(step_of_rank({"a": [NAN] * 3}, failures))
+    assert words == "a: 3 of 3 failed: invalid: image: has NaN (and 1 other reason)"
+
+
+def test_a_long_reason_is_cut_in_the_log():
+    words = failure_words(step_of_rank({"a": [NAN]}, [failure(0, "x" * 5000, "gpu.1@h")]))
+    assert len(words) < 400
+
+
+def test_groups_that_are_not_whole_are_told_over_ranks():
+    halves = [step_of_rank({"a": [1.0] * 2}, g=4), step_of_rank({"a": [1.0] * 2}, g=4)]
+    assert group_size_words(joined(halves)) == ""
+    assert "1 of 1 groups are not whole: one has 2 of group_size=4 samples" in group_size_words(halves[0])
+    assert "one has 6 of group_size=4" in group_size_words(joined([*halves, halves[0]]))
+
+
+@pytest.fixture
+def short_pause(monkeypatch):
+    monkeypatch.setattr(steplog, "SAY_EVERY_S", 0.0)
+
+
+def test_a_wait_is_told_when_it_is_due_and_asks_only_then(caplog, short_pause, monkeypatch):
+    asked = []
+
+    def why():
+        asked.append(1)
+        return "a of 2 of 8 samples"
+
+    with caplog.at_level(logging.INFO, "trainer_client"):
+        Waiting("step 3").tell(why)
+        monkeypatch.setattr(steplog, "SAY_EVERY_S", 1000.0)
+        Waiting("step 4").tell(why)
+    assert caplog.messages == ["step 3: collect() has waited 0 s for a of 2 of 8 samples"]
+    assert len(asked) == 1
