@@ -19,6 +19,8 @@ from tasks.errors import MissingExtraError, ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import Accelerator, RewardArguments, RewardModel
+from workers.taking import taking_of
+from workers.tracebacks import place_in, tracebacks, words_of
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +187,14 @@ class Models:
         call = kept.call
         try:
             model = LoadedModel(build(call, self._settings))
+            taking_of(model.model)
         except BaseException as error:  # a reward model's constructor may raise anything, SystemExit too
             kept.failed_at = time.monotonic()
-            log.warning("load failed reward=%s error=%s", call.model, type(error).__name__)
-            kept.load.set_exception(_as_load_error(call, error))
+            reason = _as_load_error(call, error)
+            log.warning("load failed reward=%s error=%s reason=%s", call.model, type(error).__name__, reason)
+            if not isinstance(error, ModelLoadError):  # which is ours, and says all that there is to say
+                tracebacks.write("load failed", call.model, error)
+            kept.load.set_exception(reason)
         else:
             device = f" device={model.device}" if model.device else ""
             log.info("loaded reward=%s load_s=%.2f%s", call.model, time.perf_counter() - started, device)
@@ -304,4 +310,5 @@ def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
     if isinstance(error, ModuleNotFoundError) and builtin is not None and builtin.extra and error.name:
         return ModelLoadError(str(MissingExtraError(f"reward model {call.model}", error.name, builtin.extra)))
     advice = "; REWARDQ_MAX_MODELS bounds how many models this worker keeps" if is_out_of_memory(error) else ""
-    return ModelLoadError(f"reward model {call.model} cannot be loaded: {type(error).__name__}: {error}{advice}")
+    place = "" if builtin is not None else place_in(error, call.model)
+    return ModelLoadError(f"reward model {call.model} cannot be loaded: {words_of(error)}{place}{advice}")
