@@ -213,7 +213,7 @@ def free_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory was too small."""
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in words_of(error) for words in _OUT_OF_MEMORY)
 
 
 def loss_of_device(name: str) -> RuntimeError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import site
 import sys
@@ -27,6 +28,12 @@ MAX_KEPT = 1000
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / package}/" for package in ("tasks", "workers"))
+_ON_THE_WAY = (
+    *(str(_ROOT / "workers" / name) for name in ("running.py", "loading.py", "preloading.py")),
+    str(Path(importlib.__file__).parent),
+    "<frozen importlib",
+)
+"""What calls models and imports modules: in a traceback it says nothing to the user."""
 _LIBRARIES = tuple(
     f"{Path(folder).resolve()}/"
     for folder in {
@@ -57,7 +64,7 @@ class TracebackLog:
             event: What happened, `raised` or `load failed`.
             reward: The reward model.
         """
-        trace = _without_ours(error.__traceback__)
+        trace = _of_the_model(error.__traceback__)
         places = tuple((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace))
         num_before = self._count((event, reward, type(error), places))
         if num_before is None:
@@ -120,12 +127,12 @@ def _text_of(error: BaseException, trace: TracebackType | None) -> str:
     return text if len(text) <= MAX_CHARS else f"{text[:half]}\n... ({len(text)} characters) ...\n{text[-half:]}"
 
 
-def _without_ours(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback from the first line that is not ours; the whole where all are."""
+def _of_the_model(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from where a model or its module begins; None where that is never come to (a SyntaxError)."""
     for part in _parts(trace):
-        if not part.tb_frame.f_code.co_filename.startswith((*_OURS, "<frozen importlib")):
+        if not part.tb_frame.f_code.co_filename.startswith(_ON_THE_WAY):
             return part
-    return trace
+    return None
 
 
 def _parts(trace: TracebackType | None) -> Iterator[TracebackType]:
