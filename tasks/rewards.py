@@ -368,7 +368,7 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
         known["reward_model"] = canonical
         known["options"] = check_options(canonical, builtin, options, _KEYS, where, folder)
         named = known["options"].get("required_fields")
-        known["required"] = builtin.required if not named else tuple((f,) for f in named if f != "metadata")
+        known["required"] = builtin.required if not named else tuple((f,) for f in named if f not in BY_NAME)
         known["fields"] = tuple(named or builtin.fields)
     _check_image_format(known, found[1] if found else None, where)
     try:

@@ -92,7 +92,7 @@ def numbers_of(sample: Sample, reward: RewardSpec) -> dict[str, float]:
 
 def identity_of(sample: Sample, reward: RewardSpec) -> dict[str, Any]:
     """What of `sample`, beside prompt, media and metadata, makes its reward another."""
-    withheld = [name for name in beside(sample, reward).withheld if name in MEDIA_FIELDS]
+    withheld = [name for name in beside(sample, reward).withheld if name not in NUMBER_FIELDS]
     return {**numbers_of(sample, reward), **({"withheld": withheld} if withheld else {})}
 
 

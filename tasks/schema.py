@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tasks.catalog import ALIASES, CATALOG, NOT_BUILT, ModelEntry, Option
-from tasks.rewards import DTYPES, JPEG, RAW, SAMPLE_FIELDS, RewardConfig, RewardSpec
+from tasks.rewards import DTYPES, JPEG, RAW, SAMPLE_FIELDS, THEIR_NAMES, RewardConfig, RewardSpec
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 """What editors' YAML plug-ins understand."""
@@ -39,9 +39,9 @@ _DECLARED: dict[str, Any] = {
         "enum": ["pointwise", "groupwise", None],
     },
     "required_fields": {
-        "description": "fields of a sample that it needs; what its class says unless given",
-        "type": ["array", "null"],
-        "items": {"enum": list(SAMPLE_FIELDS)},
+        "description": "fields of a sample that reach it; what its class says unless given",
+        "type": ["array", "string", "null"],
+        "items": {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES]},
     },
     "extra_kwargs": {"description": "more options", "type": ["object", "null"]},
 }

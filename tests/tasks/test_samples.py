@@ -202,7 +202,7 @@ def test_any_kind_of_number_is_a_rate(value):
 def test_a_rate_counts_for_a_reward_that_it_travels_to_and_for_no_other():
     def identity(reward: dict, **fields) -> dict:
         (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": "nowhere.Mine", **reward}}).rewards
-        return identity_of(Sample(prompt="p", metadata={"a": 1}, **fields), spec)
+        return identity_of(Sample(prompt="p", **fields), spec)
 
     of_video = {"required_fields": ["prompt", "video"]}
     assert identity(of_video, fps=24) == identity(of_video, fps=np.float32(24)) == {"fps": 24}
@@ -210,7 +210,8 @@ def test_a_rate_counts_for_a_reward_that_it_travels_to_and_for_no_other():
     assert identity({"required_fields": ["image"]}, fps=24) == {}
     assert identity({"reward_model": "jpeg_compressibility"}, fps=24) == {}
     assert identity({}, fps=29.97, sample_rate=16000.0) == {"fps": 29.97, "sample_rate": 16000}
-    assert identity({"required_fields": ["image"]}, image=PIXELS, video=[PIXELS]) == {"withheld": ["video"]}
+    unsent = {"image": PIXELS, "video": [PIXELS], "metadata": {"a": 1}}
+    assert identity({"required_fields": ["image"]}, **unsent) == {"withheld": ["video", "metadata"]}
     keys = {sample_key("p", {}, {}, (), more) for more in ({}, {"fps": 24}, {"sample_rate": 24}, {"fps": 25})}
     assert len(keys) == 4
     assert sample_key("p", {}, {}, (), {}) == sample_key("p", {}, {})

@@ -249,6 +249,7 @@ def test_their_sample_becomes_ours() -> None:
         ({"metadata": '{"seed": 1}', "seed": 7, "tag": "x"}, {"seed": 1, "tag": "x"}),
         ({"metadata": {"text": "QUACK", "latents": torch.zeros(2)}}, {"text": "QUACK"}),
         ({"text": "QUACK"}, {"text": "QUACK"}),
+        ({"metadata": {"n": np.int64(3), "x": np.float32(0.5)}, "y": np.str_("z")}, {"n": 3, "x": 0.5, "y": "z"}),
         ({"metadata": "{}"}, {}),
         ({"metadata": "null"}, {}),
         ({"metadata": None}, {"metadata": None}),

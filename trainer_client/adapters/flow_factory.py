@@ -315,11 +315,17 @@ def _listed(values: Iterable[Any] | None) -> list[Any] | None:
 def _metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
     """What is plain data in their `extra_kwargs`, with the row of the data set laid out."""
     row = _row_of(extra.get("metadata"))
-    found = {key: value for key, value in extra.items() if key not in _THEIRS and _is_plain(value)}
+    found = _plain_of(extra)
     if row is not None:
         found.pop("metadata", None)
-        found.update({key: value for key, value in row.items() if _is_plain({key: value})})
+        found.update(_plain_of(row))
     return found
+
+
+def _plain_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is plain data among values by name; a number of numpy as one of Python."""
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if key not in _THEIRS and _is_plain({key: value})}
 
 
 def _row_of(metadata: Any) -> Mapping[str, Any] | None:
