@@ -203,7 +203,7 @@ class TheirRed(TheirBase):
 
     required_fields = ("prompt", "image", "metadata")
 
-    def __init__(self, config: RewardArguments, accelerator: Accelerator):
+    def __init__(self, *, accelerator: Accelerator, config: RewardArguments):
         super().__init__(config, accelerator)
         self.to(torch.device("cpu"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -248,7 +249,18 @@ def build(call: RewardCall, settings: Settings) -> RewardModel:
         image_format=call.image_format,
         extra_kwargs=dict(call.options),
     )
-    return cls(config, Accelerator(settings.device))
+    return _made(cls, config, Accelerator(settings.device))
+
+
+def _made(cls: type[RewardModel], config: RewardArguments, accelerator: Accelerator) -> RewardModel:
+    """An instance, its arguments by name where its constructor has these, as Flow-Factory does; else in this order."""
+    try:
+        signature = inspect.signature(cls)
+        signature.bind(config=config, accelerator=accelerator)
+        in_order = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    except (TypeError, ValueError):
+        in_order = True
+    return cls(config, accelerator) if in_order else cls(config=config, accelerator=accelerator)
 
 
 def reward_class(model: str, settings: Settings) -> type[RewardModel]:
