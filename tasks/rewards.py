@@ -422,8 +422,11 @@ def with_numbers(fields: tuple[str, ...]) -> tuple[str, ...]:
 
 def _queue_of(declared: Declared | None, path: str, where: str) -> str:
     """The queue that a class names, or the usual one."""
-    if declared is None or not declared.unread_queue:
-        return (declared.queue if declared else None) or catalog.GPU
+    if declared is None:
+        _say_queue_is_taken(path, "its source is not here, or is no Python of this version")
+        return catalog.GPU
+    if not declared.unread_queue:
+        return declared.queue or catalog.GPU
     if declared.is_queue_assigned:
         raise ConfigError(
             f"{where}: {path} names a queue in a way that cannot be read without running its module "

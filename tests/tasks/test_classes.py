@@ -248,6 +248,12 @@ def test_where_a_queue_may_be_named_out_of_sight_the_usual_one_is_said_once(modu
     assert not caplog.text
 
 
+def test_a_class_whose_source_is_not_here_is_said_to_be_sent_to_the_usual_queue(caplog):
+    reward = {"reward_model": f"only_on_the_worker_{next(numbers)}.Mine"}
+    assert RewardConfig.from_dict({"rewards": reward}).rewards[0].queue == "gpu"
+    assert "its source is not here" in caplog.text
+
+
 def test_what_a_call_names_travels_without_being_declared_where_it_is_small(module):
     name = module(
         """
