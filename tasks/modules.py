@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import tokenize
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -133,5 +134,6 @@ _parsing = threading.Lock()
 def _parsed(file: str, _mtime_ns: int, _size: int) -> ast.Module:
     with tokenize.open(file) as source:
         text = source.read()
-    with _parsing:
+    with _parsing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Python thinks of the user's code it says where it runs
         return ast.parse(text)

@@ -10,8 +10,9 @@ import textwrap
 
 import pytest
 
-from tasks.classes import _OUR_VALUES, declared_by
+from tasks.classes import declared_by
 from tasks.errors import ConfigError
+from tasks.lineage import OUR_VALUES
 from tasks.rewards import SAMPLE_FIELDS, RewardConfig
 from workers import RewardModel
 
@@ -285,6 +286,11 @@ def test_fields_that_are_none_are_refused_with_what_there_is(fields):
         RewardConfig.from_dict({"rewards": {"reward_model": "nowhere.Mine", "required_fields": fields}})
 
 
+def test_what_python_warns_of_in_the_users_code_is_no_warning_of_the_trainers(module):
+    name = module("class Mine(PointwiseRewardModel):\n    required_fields = ('image',)\n    pattern = '\\d'")
+    assert declared_by(f"{name}.Mine").required_fields == ("image",)
+
+
 def test_a_class_that_was_edited_is_read_anew(module, tmp_path):
     name = module("class Mine(PointwiseRewardModel):\n    required_fields = ('image',)")
     assert declared_by(f"{name}.Mine").required_fields == ("image",)
@@ -310,4 +316,4 @@ def test_a_module_that_cannot_be_read_is_unknown(module, tmp_path, text):
 
 
 def test_our_own_base_class_declares_what_is_taken_for_its():
-    assert {name: getattr(RewardModel, name) for name in _OUR_VALUES} == _OUR_VALUES
+    assert {name: getattr(RewardModel, name) for name in OUR_VALUES} == OUR_VALUES
