@@ -40,8 +40,10 @@ _DECLARED: dict[str, Any] = {
     },
     "required_fields": {
         "description": "fields of a sample that reach it; what its class says unless given",
-        "type": ["array", "string", "null"],
-        "items": {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES]},
+        "anyOf": [
+            {"type": "array", "items": {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES]}},
+            {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES, None]},
+        ],
     },
     "extra_kwargs": {"description": "more options", "type": ["object", "null"]},
 }
