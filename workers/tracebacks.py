@@ -94,17 +94,23 @@ tracebacks = TracebackLog()
 def place_in(error: BaseException, reward: str) -> str:
     """` (my_rewards.py:9 in helper)`: the innermost line of the user's own code that an error came by; else empty.
 
+    That is code of the class's own package or folder; where none is on the way, any that is no library's.
+
     Args:
-        reward: The dotted path of the user's class; the package that it is in is the user's, also where it is
-            installed.
+        reward: The dotted path of the user's class.
     """
-    home = _home_of(reward)
-    found = ""
+    home, folder = _home_of(reward)
+    places = {"home": "", "elsewhere": ""}
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        if _is_users(file, home):
-            found = f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
-    return found
+        if file.startswith(("<", *_OURS)):
+            continue
+        is_home = bool(home) and file.startswith(home)
+        is_library = not is_home and _is_library(file)
+        if not is_library:
+            is_home = is_home or bool(folder and file.startswith(folder))
+            places["home" if is_home else "elsewhere"] = f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
+    return places["home"] or places["elsewhere"]
 
 
 def words_of(error: BaseException) -> str:
@@ -141,17 +147,17 @@ def _parts(trace: TracebackType | None) -> Iterator[TracebackType]:
         trace = trace.tb_next
 
 
-def _is_users(file: str, home: str) -> bool:
-    if file.startswith("<") or file.startswith(_OURS):
-        return False
-    return bool(home and file.startswith(home)) or not str(Path(file).resolve()).startswith(_LIBRARIES)
+def _is_library(file: str) -> bool:
+    path = Path(file).resolve()
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or str(path).startswith(_LIBRARIES)
 
 
-def _home_of(reward: str) -> str:
-    """The folder of the package that a dotted path is in, or its file where it is one; empty if it is not imported."""
+def _home_of(reward: str) -> tuple[str, str]:
+    """The package's folder or the module's file that a dotted path is in, and the folder around; empty if unknown."""
     module = sys.modules.get(reward.partition(".")[0]) if "." in reward else None
     file = getattr(module, "__file__", None)
     if not file:
-        return ""
+        return "", ""
     path = Path(file)
-    return f"{path.parent}/" if path.name == "__init__.py" else str(path)
+    home = path.parent if path.name == "__init__.py" else path
+    return f"{home}/" if home != path else str(path), f"{home.parent}/"

@@ -113,6 +113,15 @@ def test_where_a_library_raised_the_reason_names_the_line_that_led_there(my_rewa
     assert reason.endswith(f"(my_rewards.py:{line_of('json.loads')} in one)")
 
 
+def test_a_library_outside_of_the_usual_folders_is_not_taken_for_the_users(my_rewards, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("other")
+    (elsewhere / "my_library.py").write_text("def parse(text):\n    raise ValueError(text[0])\n")
+    monkeypatch.syspath_prepend(elsewhere)
+    (my_rewards / "my_rewards.py").write_text(REWARDS.replace("json.loads", "__import__('my_library').parse"))
+    (reason,) = reasons_of("Parses", "not json")
+    assert reason == f"ValueError: n (my_rewards.py:{line_of('json.loads')} in one)"
+
+
 def test_an_error_whose_text_cannot_be_made_is_a_reason_all_the_same(my_rewards, caplog):
     (reason,) = reasons_of("Unspeakable", "a")
     assert reason.startswith("Odd: (its text cannot be made: RuntimeError) (my_rewards.py:")
