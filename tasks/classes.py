@@ -1,109 +1,113 @@
-"""What a class of the user's declares, read from its source without importing it (it may need torch, or a GPU)."""
+"""What a class of the user's declares, read from its source without importing it (it may need torch, or a GPU).
+
+What cannot be read with certainty is unknown, never absent: a class has more ways to say something than a reader of its
+source can follow. The worker, which has the class itself, compares what it declares with what it was sent.
+"""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import os
-import sys
-import threading
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-MAX_BASES = 20
-"""Base classes followed within one module."""
+from tasks.class_body import AssignedError, last_name
+from tasks.constants import UnreadableError
+from tasks.lineage import ABSENT, MAX_STEPS, OURS, Class
+from tasks.modules import module_of
+
+Kind = Literal["pointwise", "groupwise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """Class attributes of a reward model; None where neither the class nor its bases in its module say."""
+    """What a class says of itself; None where that cannot be read."""
 
-    kind: Literal["pointwise", "groupwise"] | None
+    kind: Kind | None
     required_fields: tuple[str, ...] | None
     optional_fields: tuple[str, ...] | None
+    arguments: frozenset[str] | None
+    """Names of the arguments of its `__call__`."""
     queue: str | None
+    """None too where it names none."""
+    unread_queue: str = ""
+    """Why it may name another queue."""
+    is_queue_assigned: bool = False
+    """Whether it assigns `queue` for all to see, and only the value cannot be read."""
 
 
-@cache
 def declared_by(path: str) -> Declared | None:
     """What the class of a dotted path declares; None if its source is not to be found on this host."""
-    module, _, name = path.rpartition(".")
-    source = _source(module) if module else None
-    if source is None:
+    module_name, _, name = path.rpartition(".")
+    module = module_of(module_name) if module_name else None
+    if module is None:
         return None
-    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
-    if name not in classes:
+    statement = module.binder(name)
+    if not isinstance(statement, ast.ClassDef):
+        is_told = "it is not one plain class statement"
+        return Declared(None, None, None, None, None, is_told if module.binds(name) else "")
+    return _declared(Class(module, statement))
+
+
+def _declared(cls: Class) -> Declared:
+    queue, unread, is_assigned = None, "", False
+    try:
+        found = cls.look_up("queue")
+        if isinstance(found, ast.FunctionDef):
+            raise AssignedError("it is a function")
+        if found is not ABSENT and found is not None and not isinstance(found, str):
+            raise AssignedError(f"queue = {found!r}")
+        queue = found if isinstance(found, str) else None
+    except UnreadableError as error:
+        unread, is_assigned = str(error), isinstance(error, AssignedError)
+    return Declared(
+        _kind_of(cls), _fields(cls, "required_fields"), _fields(cls, "optional_fields"), _arguments(cls), queue, unread,
+        is_assigned,
+    )  # fmt: skip
+
+
+def _fields(cls: Class, name: str) -> tuple[str, ...] | None:
+    try:
+        value = cls.look_up(name)
+    except UnreadableError:
         return None
-    values: dict[str, Any] = {}
-    kind: Literal["pointwise", "groupwise"] | None = None
-    line, seen = [name], 0
-    while line and seen < MAX_BASES:
-        seen += 1
-        current = line.pop(0)
-        if current in classes:
-            values = {**_constants(classes[current]), **values}
-            line += [_last_name(base) for base in classes[current].bases]
-        elif kind is None and current.endswith("GroupwiseRewardModel"):
-            kind = "groupwise"
-        elif kind is None and current.endswith("PointwiseRewardModel"):
-            kind = "pointwise"
-    return Declared(kind, _texts(values, "required_fields"), _texts(values, "optional_fields"), values.get("queue"))
-
-
-def _source(module: str) -> ast.Module | None:
-    """The parsed source of a module. Its packages are found by name, none is imported."""
-    folders = [os.getcwd(), *sys.path]
-    parts = module.split(".")
-    for folder in folders:
-        base = Path(folder).joinpath(*parts)
-        for file in (base.with_suffix(".py"), base / "__init__.py"):
-            if file.is_file():
-                try:
-                    return _parse(file.read_text(encoding="utf-8"))
-                except (SyntaxError, UnicodeDecodeError, OSError):
-                    return None
-    spec = None
-    if module in sys.modules:
-        spec = importlib.util.find_spec(module)
-    if spec is not None and spec.origin and spec.origin.endswith(".py"):
-        return _parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return None
-
-
-_parsing = threading.Lock()
-"""Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
-
-
-def _parse(source: str) -> ast.Module:
-    with _parsing:
-        return ast.parse(source)
-
-
-def _constants(node: ast.ClassDef) -> dict[str, Any]:
-    """Class attributes that are written out."""
-    found = {}
-    for statement in node.body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            targets = [statement.target]
-        for target in targets:
-            if isinstance(target, ast.Name) and isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value:
-                try:
-                    found[target.id] = ast.literal_eval(statement.value)
-                except ValueError:
-                    continue
-    return found
-
-
-def _last_name(base: ast.expr) -> str:
-    """`PointwiseRewardModel` of `workers.PointwiseRewardModel`."""
-    return base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
-
-
-def _texts(values: dict[str, Any], name: str) -> tuple[str, ...] | None:
-    value = values.get(name)
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, tuple | list) and all(isinstance(v, str) for v in value) else None
+
+
+def _arguments(cls: Class) -> frozenset[str] | None:
+    try:
+        call = cls.look_up("__call__")
+    except UnreadableError:
+        return None
+    if not isinstance(call, ast.FunctionDef):
+        return frozenset() if call is ABSENT else None
+    return frozenset(a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs))
+
+
+def _kind_of(cls: Class) -> Kind | None:
+    """Of its bases, by their names where they cannot be followed: the worker checks it."""
+    ours: set[str] = set()
+    named: set[str] = set()
+    left: list[Class | str] = [cls]
+    for _ in range(MAX_STEPS):
+        if not left:
+            break
+        current = left.pop()
+        if isinstance(current, str):
+            ours.update(OURS[current])
+            continue
+        for base in current.node.bases:
+            try:
+                found = current.follow(base)
+            except UnreadableError:
+                named.add(last_name(base))
+            else:
+                left += [found] if found is not None else []
+    for kind in ("groupwise", "pointwise"):
+        if f"{kind.capitalize()}RewardModel" in ours:
+            return kind  # type: ignore[return-value]
+    for kind in ("groupwise", "pointwise"):
+        if any(name.endswith(f"{kind.capitalize()}RewardModel") for name in named):
+            return kind  # type: ignore[return-value]
+    return None

@@ -193,6 +193,13 @@ def to_tensor(pixels: npt.NDArray[np.uint8]) -> Any:
     return torch.from_numpy(np.array(channels_first, order="C")).float().div_(255.0)
 
 
+def to_waveform(audio: npt.NDArray[np.float32]) -> Any:
+    """A float32 torch tensor `(C, T)` of its own."""
+    import torch
+
+    return torch.from_numpy(audio.copy())
+
+
 # --- private -------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,12 @@ class SampleRequest(_Message):
     media: dict[str, Media]
     """By field of `Sample`; only what the reward model declares."""
     metadata: dict[str, Any] = {}
+    fps: int | float | None = None
+    """Frames a second of its videos."""
+    sample_rate: int | float | None = None
+    """Of its audio, in Hz."""
+    withheld: tuple[Text, ...] = ()
+    """Fields that the sample has and that were not sent, since its reward was not known to declare them."""
     attempt: Annotated[int, Field(ge=1)] = 1
     """Answered by any reward, or by a failure of this attempt or later."""
     members: tuple[SampleRequest, ...] = ()

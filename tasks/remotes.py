@@ -9,7 +9,7 @@ from pydantic import Field
 from tasks.entries import IMAGE_OR_VIDEO, VLM, How, ModelEntry, Option
 from tasks.urls import ServerUrls
 
-_Field = Literal["prompt", "image", "video", "condition_images", "condition_videos", "metadata"]
+_Field = Literal["prompt", "image", "video", "condition_images", "condition_videos", "metadata", "fps"]
 
 
 def _remote(name: str, how: How, doc: str) -> ModelEntry:

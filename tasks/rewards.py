@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tasks import catalog, rewards_file
 from tasks.class_names import check_class
-from tasks.classes import declared_by
+from tasks.classes import Declared, declared_by
 from tasks.code import Code, code_of, digest_of
 from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
@@ -42,7 +42,15 @@ DTYPES = {
 """Names of dtypes as configs write them, to the one that travels."""
 
 RAW, JPEG = "raw", "jpeg"
-SAMPLE_FIELDS = ("prompt", "image", "video", "audio", "condition_images", "condition_videos", "metadata")
+SAMPLE_FIELDS = (
+    "prompt", "image", "video", "audio", "condition_images", "condition_videos", "metadata", "fps", "sample_rate",
+)  # fmt: skip
+GENERATED = ("image", "video", "audio")
+CONDITIONS = ("condition_images", "condition_videos")
+THEIR_NAMES = {"audio_sample_rate": "sample_rate", "frame_rate": "fps"}
+"""Fields as Flow-Factory calls them, to ours."""
+BY_NAME = ("metadata", "fps", "sample_rate", *THEIR_NAMES)
+"""What a class takes by naming it in its `__call__`, without declaring it, as in Flow-Factory: it is small."""
 
 
 def _no_bool(value: Any) -> Any:
@@ -386,7 +394,7 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
         if builtin.is_judge and "api_base_url" not in options:
             _say_default_url(where, known["options"]["api_base_url"])
         named = known["options"].get("required_fields")
-        known["required"] = builtin.required if not named else tuple((f,) for f in named if f != "metadata")
+        known["required"] = builtin.required if not named else tuple((f,) for f in named if f not in BY_NAME)
         known["fields"] = tuple(named or builtin.fields)
     _check_image_format(known, found[1] if found else None, where)
     try:
@@ -420,22 +428,74 @@ def _declare(known: dict[str, Any], path: str, where: str) -> None:
     if kind not in ("pointwise", "groupwise"):
         raise ConfigError(f"{where}: kind must be pointwise or groupwise, found {kind!r}")
     known["how"] = "model" if kind == "groupwise" else "each"
-    known.setdefault("queue", (declared.queue if declared else None) or catalog.GPU)
-    required = known.pop("required_fields", None)
-    optional: tuple[str, ...] = ()
-    if required is None and declared is not None and declared.kind is not None:
-        required, optional = declared.required_fields, declared.optional_fields or ()
-        required = ("prompt", "image") if required is None else required
-    if required is None:
+    if "queue" not in known:
+        known["queue"] = _queue_of(declared, path, where)
+    given = known.pop("required_fields", None)
+    named = _fields_given(given, where) if given is not None else _fields_declared(declared)
+    if named is None:  # all that a sample has travels; the worker knows what the class takes
         return
-    unknown = [f for f in (*required, *optional) if f not in SAMPLE_FIELDS]
+    fields = tuple(dict.fromkeys(THEIR_NAMES.get(name, name) for name in named))
+    unknown = [name for name in fields if name not in SAMPLE_FIELDS]
     if unknown:
+        raise ConfigError(f"{where}: {no_such_field(unknown[0])}")
+    media = tuple(name for name in fields if name in (*GENERATED, *CONDITIONS))
+    known["required"] = (media,) if any(name in GENERATED for name in media) else ()
+    known["fields"] = with_numbers(fields)
+
+
+def no_such_field(name: str) -> str:
+    """What to say of a field that no sample has."""
+    return (
+        f"a sample has no field {name!r}{nearest(str(name), SAMPLE_FIELDS)}; it has {', '.join(SAMPLE_FIELDS)} "
+        "(a column of the data set is a key of its metadata)"
+    )
+
+
+def with_numbers(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """`fields` with those that go along: fps with videos, the sample rate with audio."""
+    along = [number for medium, number in (("video", "fps"), ("audio", "sample_rate")) if medium in fields]
+    return tuple(dict.fromkeys((*fields, *along)))
+
+
+def _queue_of(declared: Declared | None, path: str, where: str) -> str:
+    """The queue that a class names, or the usual one."""
+    if declared is None:
+        _say_queue_is_taken(path, "its source is not here, or is no Python of this version")
+        return catalog.GPU
+    if not declared.unread_queue:
+        return declared.queue or catalog.GPU
+    if declared.is_queue_assigned:
         raise ConfigError(
-            f"{where}: a sample has no field {unknown[0]!r}{nearest(str(unknown[0]), SAMPLE_FIELDS)}; "
-            f"it has {', '.join(SAMPLE_FIELDS)}"
+            f"{where}: {path} names a queue in a way that cannot be read without running its module "
+            f"({declared.unread_queue}); say it in the config too, queue: its_name"
         )
-    known["required"] = tuple((f,) for f in required if f != "metadata")
-    known["fields"] = tuple(dict.fromkeys((*required, *optional)))
+    _say_queue_is_taken(path, declared.unread_queue)
+    return catalog.GPU
+
+
+@functools.cache
+def _say_queue_is_taken(path: str, why: str) -> None:
+    log.warning(
+        "%s is sent to the queue %s: whether it names another cannot be read (%s); say it in the config, queue: %s",
+        path, catalog.GPU, why, catalog.GPU,
+    )  # fmt: skip
+
+
+def _fields_given(given: Any, where: str) -> tuple[str, ...]:
+    """The fields that a config names."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: required_fields must be a list of fields of a sample, found {given!r}")
+    return tuple(names)
+
+
+def _fields_declared(declared: Declared | None) -> tuple[str, ...] | None:
+    """The fields that a class declares, with what it takes by naming it in its `__call__`; None if that is unknown."""
+    if declared is None or declared.required_fields is None or declared.optional_fields is None:
+        return None
+    arguments = declared.arguments
+    by_name = [name for name in BY_NAME if arguments is None or name in arguments]
+    return (*declared.required_fields, *declared.optional_fields, *by_name)
 
 
 def _check_image_format(known: dict[str, Any], builtin: ModelEntry | None, where: str) -> None:

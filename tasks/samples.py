@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,10 @@ MEDIA_FIELDS = ("image", "video", "audio", "condition_images", "condition_videos
 
 MAX_SHOWN_CHARS = 80
 """Of a prompt, in a sample's `repr`."""
+NUMBER_FIELDS = ("fps", "sample_rate")
+
+MAX_NUMBER = 1e9
+"""Frames a second, and Hz; above it a number means something else, nanoseconds for example."""
 
 MAX_DEPTH = 64
 """Mappings and lists in metadata may be nested so deep."""
@@ -44,6 +49,10 @@ class Sample:
     one."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like; reaches the reward models that declare it."""
+    fps: float | None = None
+    """Frames a second of its videos. Goes where its video goes, and to reward models that declare it."""
+    sample_rate: float | None = None
+    """Of its audio, in Hz. Goes where its audio goes, and to reward models that declare it."""
 
     def __repr__(self) -> str:
         """Which media it has, not their values."""
@@ -51,6 +60,50 @@ class Sample:
         prompt = self.prompt if len(self.prompt) <= MAX_SHOWN_CHARS else f"{self.prompt[:MAX_SHOWN_CHARS]}..."
         group = "" if self.group is None else f", group={self.group!r}"
         return f"Sample({prompt!r}, {', '.join(given) or 'no media'}{group})"
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What of a sample travels for one reward beside its prompt and media, and what of it stays behind."""
+
+    metadata: dict[str, Any]
+    fps: float | None
+    sample_rate: float | None
+    withheld: tuple[str, ...]
+    """Fields that the sample has and that do not travel. A worker whose class declares one refuses: it would take the
+    sample for one without."""
+
+    def as_fields(self) -> dict[str, Any]:
+        """By field of a `SampleRequest`."""
+        return {name: getattr(self, name) for name in ("metadata", "fps", "sample_rate", "withheld")}
+
+
+def beside(sample: Sample, reward: RewardSpec) -> Beside:
+    """What of `sample` goes to `reward` beside its prompt and media."""
+    withheld = () if reward.is_builtin else tuple(n for n in _WITHHELD if n not in reward.fields and _has(sample, n))
+    given = numbers_of(sample, reward)
+    return Beside(
+        metadata=dict(sample.metadata) if "metadata" in reward.fields else {},
+        fps=given.get("fps"),
+        sample_rate=given.get("sample_rate"),
+        withheld=withheld,
+    )
+
+
+def numbers_of(sample: Sample, reward: RewardSpec) -> dict[str, float]:
+    """The numbers of `sample` that travel for `reward`, by field; a whole number as an int."""
+    found = {}
+    for name in NUMBER_FIELDS:
+        value = getattr(sample, name)
+        if value is not None and name in reward.fields:
+            found[name] = int(value) if float(value).is_integer() else float(value)
+    return found
+
+
+def identity_of(sample: Sample, reward: RewardSpec) -> dict[str, Any]:
+    """What of `sample`, beside prompt, media and metadata, makes its reward another."""
+    withheld = [name for name in beside(sample, reward).withheld if name not in NUMBER_FIELDS]
+    return {**numbers_of(sample, reward), **({"withheld": withheld} if withheld else {})}
 
 
 def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int) -> None:
@@ -75,19 +128,30 @@ def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels:
     for i, video in enumerate(_listed(sample.condition_videos, f"{where}: condition_videos")):
         media.check_video(video, f"{where}: condition_videos[{i}]", max_pixels)
     _check_metadata(sample.metadata, where)
+    for name, unit in (("fps", "frames a second"), ("sample_rate", "Hz")):
+        _check_number(getattr(sample, name), f"{where}: {name}", unit)
     _check_group(sample.group, where)
     for reward in rewards:
         _check_required(sample, reward, where)
 
 
-def sample_key(prompt: str, digests: Mapping[str, Any], metadata: Mapping[str, Any], slot: tuple[Any, ...] = ()) -> str:
-    """The identity of a sample: 32 hex digits of its prompt, media and metadata.
+def sample_key(
+    prompt: str,
+    digests: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    slot: tuple[Any, ...] = (),
+    more: Mapping[str, Any] | None = None,
+) -> str:
+    """The identity of a sample: 32 hex digits of its prompt, media, metadata and what `more` there is of it.
 
     Args:
         digests: For each media field that travels, `(shape, digest)` or a list of them.
+        more: As `identity_of` says; a sample without keeps the key that it always had.
         slot: (split, step, rank, index), for a judge whose answers are random and must differ between equal samples.
     """
     parts = [prompt, _canonical(digests), _canonical(metadata), list(slot)]
+    if more:
+        parts.append(_canonical(more))
     return hashlib.sha256(msgpack.packb(parts)).hexdigest()[:32]
 
 
@@ -96,19 +160,32 @@ def _check_required(sample: Sample, reward: RewardSpec, where: str) -> None:
         if not any(_has(sample, name) for name in alternatives):
             raise InvalidSampleError(
                 f"{where}: reward {reward.name!r} ({reward.reward_model}) needs {' or '.join(alternatives)}, "
-                f"found {_missing(sample, alternatives[0])}"
+                f"found {_missing(sample, alternatives[0])}{_advice(sample, reward)}"
             )
+
+
+_WITHHELD = (*MEDIA_FIELDS, "metadata", *NUMBER_FIELDS)
 
 
 def _has(sample: Sample, name: str) -> bool:
     value = getattr(sample, name)
     if name == "prompt":
         return bool(value.strip())
+    if name == "metadata":
+        return len(value) > 0
     return value is not None and (not isinstance(value, list | tuple) or len(value) > 0)
 
 
 def _missing(sample: Sample, name: str) -> str:
     return f"an empty prompt {sample.prompt!r}" if name == "prompt" else "none"
+
+
+def _advice(sample: Sample, reward: RewardSpec) -> str:
+    """What a class of the user's that takes something else has to say."""
+    if reward.is_builtin:
+        return ""
+    there = ", ".join(["prompt", *(name for name in (*MEDIA_FIELDS, "metadata") if _has(sample, name))])
+    return f"; if it scores what the sample has, let its required_fields say so: [{there}]"
 
 
 def _listed(value: Any, where: str) -> Sequence[Any]:
@@ -140,6 +217,16 @@ def _check_group(group: Any, where: str) -> None:
         raise InvalidSampleError(
             f"{where}: group must be hashable, a number or a text for example, found a {type(group).__name__}"
         ) from None
+
+
+def _check_number(value: Any, where: str, unit: str) -> None:
+    """Raise `InvalidSampleError` unless `value` is None or a number in (0, MAX_NUMBER]; NaN is none."""
+    if value is None:
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MAX_NUMBER:
+        found = repr(value)[:40] if is_number else f"a {type(value).__name__}"
+        raise InvalidSampleError(f"{where} needs a number above 0 ({unit}), found {found}")
 
 
 def _check_metadata(metadata: Any, where: str) -> None:

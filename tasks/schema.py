@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from tasks.catalog import ALIASES, CATALOG, NOT_BUILT, ModelEntry, Option
 from tasks.numerals import EXPONENT_PATTERN
 from tasks.reward_keys import NOT_BUILT as KEYS_NOT_BUILT
-from tasks.rewards import DTYPES, JPEG, RAW, SAMPLE_FIELDS, RewardConfig, RewardSpec
+from tasks.rewards import DTYPES, JPEG, RAW, SAMPLE_FIELDS, THEIR_NAMES, RewardConfig, RewardSpec
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 """What editors' YAML plug-ins understand."""
@@ -46,9 +46,11 @@ _DECLARED: dict[str, Any] = {
         "enum": ["pointwise", "groupwise", None],
     },
     "required_fields": {
-        "description": "fields of a sample that it needs; what its class says unless given",
-        "type": ["array", "null"],
-        "items": {"enum": list(SAMPLE_FIELDS)},
+        "description": "fields of a sample that reach it; what its class says unless given",
+        "anyOf": [
+            {"type": "array", "items": {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES]}},
+            {"enum": [*SAMPLE_FIELDS, *THEIR_NAMES, None]},
+        ],
     },
     "extra_kwargs": {"description": "more options", "type": ["object", "null"]},
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.messages import Failure, MediaRef, Outcome, SampleRequest
 from tasks.rewards import RewardSpec, Split
-from tasks.samples import Sample
+from tasks.samples import Beside, Sample, beside
 from trainer_client.ticket import ChunkRecord, SlotRecord
 
 ELSEWHERE = "of another rank:"
@@ -118,8 +118,8 @@ class Entry:
     address: str
     spec: RewardSpec
     prompt: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """What the reward model declares of the sample besides media."""
+    beside: Beside | None = None
+    """What travels of the sample beside prompt and media; None of a group."""
     attempt: int = 1
     outcome: Outcome | None = None
     is_hit: bool = False
@@ -217,8 +217,7 @@ class Board:
             for name, (spec, address) in wanted.items():
                 entry = self._entries.get(address)
                 if entry is None:
-                    metadata = dict(sample.metadata) if "metadata" in spec.fields else {}
-                    entry = self._entries[address] = Entry(address, spec, sample.prompt, metadata)
+                    entry = self._entries[address] = Entry(address, spec, sample.prompt, beside(sample, spec))
                     new.append(entry)
                 if not any(s is slot for s in entry.slots):
                     entry.slots.append(slot)

@@ -234,7 +234,7 @@ def sample_request(entry: Entry) -> SampleRequest:
         address=entry.address,
         prompt=entry.prompt,
         media=entry.media,
-        metadata=entry.metadata,
         attempt=entry.attempt,
         members=entry.members,
+        **(entry.beside.as_fields() if entry.beside is not None else {}),
     )

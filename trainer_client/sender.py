@@ -21,7 +21,7 @@ from tasks.messages import (
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
-from tasks.samples import Sample, sample_key
+from tasks.samples import Sample, beside, identity_of, sample_key
 from tasks.settings import Settings
 from trainer_client.board import Board, Chunk, Entry, Place, Slot
 from trainer_client.encoding import Encoded, encode
@@ -189,8 +189,8 @@ class Sender:
                 address=address,
                 prompt=sample.prompt,
                 media=holder.media,
-                metadata=dict(sample.metadata) if "metadata" in spec.fields else {},
                 failure=failure,
+                **beside(sample, spec).as_fields(),
             )
             self._pass_on_sealed(
                 self._patience.insist(
@@ -228,7 +228,7 @@ class Sender:
         """The key of a sample for a reward, and where its outcome goes. One that is not fit is like no other."""
         digests = {name: e.identity() for name, e in encoded.items()}
         place = (slot.split, slot.step, self._rank, slot.index) if spec.counts_slot or not is_fit else ()
-        key = sample_key(sample.prompt, digests, sample.metadata, place)
+        key = sample_key(sample.prompt, digests, sample.metadata, place, identity_of(sample, spec))
         return key, outcomes.address(self._run, spec.fingerprint, key)
 
     def _wanted(self, slot: Slot, sample: Sample, encoded: Mapping[str, Encoded]) -> dict[str, tuple[RewardSpec, str]]:

@@ -131,9 +131,13 @@ class RewardModel:
     """
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
-    """Fields of a sample that reach `__call__`; nothing else travels to it but the prompt, its first argument."""
+    """Fields of a sample that reach `__call__`, as in Flow-Factory; what a sample lacks is None.
+
+    A class that cannot do without one returns `Unscored("invalid", ...)` in the place of the reward; a sample without
+    any of the declared media is refused. Nothing else travels but the prompt, `fps` with a video, `sample_rate` with
+    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that reach it where a sample has them, None where not."""
+    """More of the same. Only of the classes of this package a required field is a demand."""
     use_tensor_inputs: ClassVar[bool] = False
     """Media as torch tensors in [0, 1] instead of PIL images."""
     thread_safe: ClassVar[bool] = False
@@ -198,7 +202,8 @@ class PointwiseRewardModel(RewardModel):
             video: `N` lists of PIL images (or tensors `(T, 3, H, W)`).
             condition_images: `N` lists of PIL images (or tensors `(K, 3, H, W)`, lists of tensors if sizes differ).
             condition_videos: `N` lists of videos (or tensors `(K, T, 3, H, W)`, lists of tensors if sizes differ).
-            **kwargs: `audio` and `metadata`, lists of `N`, where declared.
+            **kwargs: `audio` (arrays `(C, T)`, or tensors), `metadata` (mappings), `fps` and `sample_rate` (numbers,
+                None for a sample without), lists of `N`, where declared. A call gets only what it has an argument for.
         """
         raise NotImplementedError
 

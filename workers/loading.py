@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import inspect
 import logging
 import os
 import socket
@@ -24,6 +25,8 @@ from tasks.shadows import OURS, warning
 from workers.base import Accelerator, RewardArguments, RewardModel
 from workers.code import LOADED, check_builtin
 from workers.load_warnings import Said, in_short, listening, one_line
+from workers.taking import taking_of
+from workers.tracebacks import place_in, tracebacks, words_of
 
 log = logging.getLogger(__name__)
 
@@ -220,11 +223,15 @@ class Models:
             reward_class(call.model, self._settings)  # what an import warns of is not the model's
             with listening() as heard:
                 model = LoadedModel(build(call, self._settings))
+                taking_of(model.model)
             model.load_warnings = in_short(heard)
         except BaseException as error:  # a reward model's constructor may raise anything, SystemExit too
             kept.failed_at = time.monotonic()
-            log.warning("load failed reward=%s error=%s", call.model, type(error).__name__)
-            kept.load.set_exception(_as_load_error(call, error))
+            reason = _as_load_error(call, error)
+            log.warning("load failed reward=%s error=%s reason=%s", call.model, type(error).__name__, reason)
+            if not isinstance(error, ModelLoadError):  # which is ours, and says all that there is to say
+                tracebacks.write("load failed", call.model, error)
+            kept.load.set_exception(reason)
         else:
             device = f" device={model.device}" if model.device else ""
             log.info("loaded reward=%s load_s=%.2f%s", call.model, time.perf_counter() - started, device)
@@ -245,7 +252,7 @@ def free_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory was too small."""
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in words_of(error) for words in _OUT_OF_MEMORY)
 
 
 def loss_of_device(name: str) -> RuntimeError | None:
@@ -280,7 +287,18 @@ def build(call: RewardCall, settings: Settings) -> RewardModel:
         image_format=call.image_format,
         extra_kwargs=dict(call.options),
     )
-    return cls(config, Accelerator(settings.device))
+    return _made(cls, config, Accelerator(settings.device))
+
+
+def _made(cls: type[RewardModel], config: RewardArguments, accelerator: Accelerator) -> RewardModel:
+    """An instance, its arguments by name where its constructor has these, as Flow-Factory does; else in this order."""
+    try:
+        signature = inspect.signature(cls)
+        signature.bind(config=config, accelerator=accelerator)
+        in_order = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    except (TypeError, ValueError):
+        in_order = True
+    return cls(config, accelerator) if in_order else cls(config=config, accelerator=accelerator)
 
 
 def reward_class(model: str, settings: Settings) -> type[RewardModel]:
@@ -355,8 +373,8 @@ def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
     if isinstance(error, ModuleNotFoundError) and builtin is not None and builtin.extra and error.name:
         missing = MissingExtraError(f"reward model {call.model}", error.name, builtin.extra, socket.gethostname())
         return ModelLoadError(str(missing))
-    advice = _advice(call, error)
-    return ModelLoadError(f"reward model {call.model} cannot be loaded: {type(error).__name__}: {error}{advice}")
+    place = "" if builtin is not None else place_in(error, call.model)
+    return ModelLoadError(f"reward model {call.model} cannot be loaded: {words_of(error)}{place}{_advice(call, error)}")
 
 
 def _advice(call: RewardCall, error: BaseException) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from tasks import media
 from tasks.errors import BusyError
 from tasks.messages import Failure, Outcome
-from workers.base import RewardModelOutput, Unscored
+from workers.base import Unscored
+from workers.tracebacks import words_of
 
 MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
@@ -32,8 +33,7 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
     A tensor, an array or a list of `num_samples` finite numbers are rewards. Any other length or shape is a reason for
     all, a NaN, an infinity, None or no number a reason for its sample. A `BusyError` in a list stays what it is.
     """
-    rewards = output.rewards if isinstance(output, RewardModelOutput) else output
-    extra = output.extra_info if isinstance(output, RewardModelOutput) else None
+    rewards, extra = _read(output)
     values = _listed(rewards)
     if values is None or len(values) != num_samples:
         found = f"{len(values)}" if values is not None else _shape_of(rewards)
@@ -44,16 +44,24 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
     ]
 
 
-def outcome_of(error: BaseException) -> Outcome:
-    """The reason in what a model raised."""
+def outcome_of(error: BaseException, place: str = "") -> Outcome:
+    """The reason in what a model raised, and where in the user's code it did."""
     if isinstance(error, Unscored):
         return Outcome(failure=Failure(kind=error.kind, message=_cut(error.message)), info=_plain(error.info))
-    return failed(f"{type(error).__name__}: {error}", "timeout" if isinstance(error, TimeoutError) else "failed")
+    kind = "timeout" if isinstance(error, TimeoutError) else "failed"
+    return failed(_cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind)
 
 
 def failed(message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None) -> Outcome:
     """A failure with this reason."""
     return Outcome(failure=Failure(kind=kind, message=_cut(message)), info=dict(info or {}))
+
+
+def _read(output: Any) -> tuple[Any, Any]:
+    """Rewards and information of an output, ours or another library's: by its attributes, as Flow-Factory does."""
+    if hasattr(output, "rewards"):
+        return output.rewards, getattr(output, "extra_info", None)
+    return output, None
 
 
 def _listed(rewards: Any) -> list[Any] | None:
@@ -129,6 +137,6 @@ def _short(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
     text = _text(text)
-    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}... ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

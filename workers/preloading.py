@@ -13,6 +13,7 @@ from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings
 from workers.base import RewardModel
 from workers.loading import Models, free_memory
+from workers.tracebacks import place_in, tracebacks, words_of
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +122,10 @@ def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
     try:
         model.warm_up()
     except Exception as error:  # a reward model may be the user's code
+        tracebacks.write("warm-up failed", spec.reward_model, error)
+        place = "" if spec.is_builtin else place_in(error, spec.reward_model)
         raise ModelLoadError(
-            f"reward model {spec.reward_model} cannot be warmed up: {type(error).__name__}: {error}"
+            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{place}"
         ) from error
 
 

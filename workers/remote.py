@@ -366,14 +366,14 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
         **kwargs: Any,
     ) -> RewardModelOutput:
         """Rewards `(N,)`, in one request unless the server rejects that; an `Unscored` where there is none."""
-        columns = {
+        columns: dict[str, Sequence[Any] | None] = {
             "prompt": prompt,
             "image": image,
             "video": video,
             "condition_images": condition_images,
             "condition_videos": condition_videos,
-            **({"metadata": kwargs["metadata"]} if "metadata" in kwargs else {}),
         }
+        columns.update({name: kwargs[name] for name in ("metadata", "fps") if name in kwargs})
         with its_own_deadline():
             return RewardModelOutput(self._remote.rewards(columns))
 

@@ -16,12 +16,14 @@ from tasks import media
 from tasks.catalog import CATALOG
 from tasks.errors import BusyError, StaleCodeError
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
-from tasks.samples import MEDIA_FIELDS
+from tasks.samples import MEDIA_FIELDS, NUMBER_FIELDS
 from tasks.settings import Settings
-from workers.base import GroupwiseRewardModel, RewardModel, whole
+from workers.base import GroupwiseRewardModel, RewardModel, Unscored, whole
 from workers.code import LOADED
 from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory, loss_of_device
 from workers.outputs import Scored, failed, outcome_of, outcomes_of
+from workers.taking import Taking, is_ours, lacks_all_media, taking_of, unsent
+from workers.tracebacks import place_in, tracebacks
 
 Watch = Callable[[Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]]
 
@@ -93,7 +95,7 @@ class ModelRunner:
     ) -> list[Scored]:
         """Decode and score these samples in one call; outcomes say where they were computed."""
         started = time.perf_counter()
-        inputs = [_inputs_of(model.model, call, s, payloads) for s in samples]
+        inputs = _inputs_of_all(model.model, call, samples, payloads)
         decode_s = time.perf_counter() - started
         ready = [(s, i) for s, i in zip(samples, inputs, strict=True) if not isinstance(i, Outcome)]
         scored = iter(self._score(model, call, [s for s, _ in ready], [i for _, i in ready]) if ready else ())
@@ -129,7 +131,9 @@ class ModelRunner:
                 loss = loss_of_device(self._device)
             if loss is not None:  # else every later sample would fail, with an error that is not its own
                 self.lose_device(loss)
-            outcome, did_not_fit = outcome_of(error), is_out_of_memory(error)
+            outcome, did_not_fit = outcome_of(error, _place_in(error, call)), is_out_of_memory(error)
+            if not isinstance(error, Unscored) and not (did_not_fit and len(inputs) > 1):
+                tracebacks.write("raised", call.model, error)
         half, before, num_too_large = max(1, len(inputs) // 2), model.max_batch, model.num_too_large
         if did_not_fit:
             if len(inputs) == 1:
@@ -151,22 +155,21 @@ class ModelRunner:
         self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
     ) -> list[Scored]:
         columns = {name: [one[name] for one in inputs] for name in inputs[0]}
-        given = {name: None if name != "prompt" and all(v is None for v in c) else c for name, c in columns.items()}
+        given = taking_of(model.model).call_with(columns)
         lock = contextlib.nullcontext() if model.model.thread_safe else model.lock
         with lock, self.watch(samples, call.timeout_s):
             # A tensor on a GPU is computed by the time it is read, not when the model returns it.
             return outcomes_of(model.model(**given), len(inputs))  # type: ignore[operator]
 
 
-def decode(model: RewardModel, sample: SampleRequest, payloads: Mapping[str, bytes]) -> Inputs:
-    """The fields that a model declares, media as PIL images or tensors; None where the sample has none."""
-    declared = dict.fromkeys((*model.required_fields, *model.optional_fields))
+def decode(taking: Taking, sample: SampleRequest, payloads: Mapping[str, bytes], *, as_tensor: bool = False) -> Inputs:
+    """The fields that a model takes, media as PIL images or tensors; None where the sample has none."""
     inputs: Inputs = {"prompt": sample.prompt}
-    for name in declared:
+    for name in taking.fields:
         if name in MEDIA_FIELDS:
-            inputs[name] = _decode_field(sample.media.get(name), payloads, model.use_tensor_inputs)
-        elif name == "metadata":
-            inputs[name] = sample.metadata
+            inputs[name] = _decode_field(sample.media.get(name), payloads, as_tensor)
+        elif name in ("metadata", *NUMBER_FIELDS):
+            inputs[name] = getattr(sample, name)
     return inputs
 
 
@@ -185,15 +188,40 @@ def where_computed() -> dict[str, Any]:
 # --- private -------------------------------------------------------------------------------------
 
 
-def _inputs_of(
-    model: RewardModel, call: RewardCall, sample: SampleRequest, payloads: Mapping[str, bytes]
-) -> Inputs | Outcome:
-    """What the model is called with for a sample, or why it cannot be."""
-    lacking = [n for n in model.required_fields if n in MEDIA_FIELDS and sample.media.get(n) in (None, ())]
-    if lacking:
-        return failed(f"{call.model} needs {' and '.join(lacking)}, which the sample has not", "invalid")
+def _inputs_of_all(
+    model: RewardModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+) -> list[Inputs | Outcome]:
+    """What the model is called with for each sample, or why it cannot be.
+
+    A group of which one member cannot be given to the model as it is has no reward at all: among the others it would
+    have another.
+    """
     try:
-        return decode(model, sample, payloads)
+        taking = taking_of(model)
+    except Exception as error:  # a property of a class is the user's code
+        return [outcome_of(error, _place_in(error, call))] * len(samples)
+    if isinstance(model, GroupwiseRewardModel):
+        failure = unsent(call.model, taking, samples)
+        if failure is not None:
+            return [Outcome(failure=failure)] * len(samples)
+    return [_inputs_of(model, taking, call, sample, payloads) for sample in samples]
+
+
+def _inputs_of(
+    model: RewardModel, taking: Taking, call: RewardCall, sample: SampleRequest, payloads: Mapping[str, bytes]
+) -> Inputs | Outcome:
+    failure = unsent(call.model, taking, [sample])
+    if failure is not None:
+        return Outcome(failure=failure)
+    lacking = lacks_all_media(taking, sample)
+    if is_ours(model):
+        lacking = " and ".join(
+            n for n in model.required_fields if n in MEDIA_FIELDS and sample.media.get(n) in (None, ())
+        )
+    if lacking:
+        return failed(f"{call.model} needs {lacking}, which the sample has not", "invalid")
+    try:
+        return decode(taking, sample, payloads, as_tensor=model.use_tensor_inputs)
     except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
         return failed(f"its media cannot be decoded: {type(error).__name__}: {error}")
 
@@ -202,6 +230,11 @@ def _code_of(call: RewardCall) -> dict[str, str]:
     """The code of a class of the user's."""
     digest = "" if call.model in CATALOG else LOADED.digest(call.model, call.code)
     return {"code": digest} if digest else {}
+
+
+def _place_in(error: BaseException, call: RewardCall) -> str:
+    """Where in the user's code an error came by; of a built-in it says nothing to the user."""
+    return "" if call.model in CATALOG else place_in(error, call.model)
 
 
 def _unfit(call: RewardCall, is_groupwise: bool) -> Failure:
@@ -249,7 +282,7 @@ def _pixels(ref: MediaRef, payloads: Mapping[str, bytes]) -> Any:
 
 def _present(array: Any, ref: MediaRef, as_tensor: bool) -> Any:
     if ref.format == "float32":
-        return array
+        return media.to_waveform(array) if as_tensor else array
     if as_tensor:
         return media.to_tensor(array)
     return media.to_pil(array) if array.ndim == 3 else [media.to_pil(frame) for frame in array]

@@ -5,7 +5,7 @@ It runs on Python 3.9 and needs fastapi, uvicorn, pillow and msgpack. Subclass `
 
     POST /compute   {"prompt": [text, ...], "image": [PNG in base64 or a data: URL, ...], "video": [[frame, ...], ...],
                      "condition_images": [[image, ...], ...], "condition_videos": [[[frame, ...], ...], ...],
-                     "metadata": [{...}, ...]}; what is null or absent is not given
+                     "metadata": [{...}, ...], "fps": [number, ...]}; what is null or absent is not given
         200         {"rewards": [number, ...]}, one for each prompt
         4xx, 5xx    {"error": text, "detail": text}; with "errors": {"3": text} where the samples to blame are known,
                     and with "rewards" if the others have theirs: null in the places of those
@@ -53,7 +53,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 MEDIA_DEPTHS = {"image": 0, "video": 1, "condition_images": 1, "condition_videos": 2}
 """Media fields of a request, and how deep the images of one sample lie in lists."""
 
-FIELDS = ("prompt", *MEDIA_DEPTHS, "metadata")
+BY_NAME = ("metadata", "fps")
+"""Fields that `compute_reward` gets only where it names them: Flow-Factory's servers know none of them."""
+
+FIELDS = ("prompt", *MEDIA_DEPTHS, *BY_NAME)
 """Fields of a request, which `compute_reward` may take."""
 
 OTHER_NAMES = {"prompts": "prompt", "images": "image", "videos": "video"}
@@ -110,8 +113,9 @@ class RewardServer:
             video (or videos): `N` lists of frames, RGB images of PIL.
             condition_images, condition_videos: `N` lists of images or of videos.
             metadata: `N` mappings.
+            fps: `N` numbers, frames a second of the videos.
         Each is None if the request has none, and so is one sample's; a request without one that has no default is
-        refused. `**kwargs` takes all but metadata.
+        refused. `**kwargs` takes all but metadata and fps.
 
         Returns:
             `N` finite numbers in order: a list, an array or a tensor. In the place of a number an exception says why
@@ -337,7 +341,7 @@ def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
                 needed.add(field)
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
             raise TypeError(f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}")
-    rest = [f for f in FIELDS if f not in arguments.values() and f != "metadata"] if takes_rest else []
+    rest = [f for f in FIELDS if f not in arguments.values() and f not in BY_NAME] if takes_rest else []
     return {**arguments, **{field: field for field in rest}}, needed
 
 

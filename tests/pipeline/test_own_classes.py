@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.errors import InvalidSampleError
 from tests.servers import ROOT
 from trainer_client import RewardClient, Sample
 from workers import Accelerator, PointwiseRewardModel, RewardArguments, RewardModelOutput
@@ -122,6 +123,101 @@ def test_what_the_configuration_has_on_the_worker_and_what_only_the_trainer_has(
         RewardArguments(extra_kwargs={"scale": 1}).wieght  # noqa: B018
 
 
+def test_a_field_that_a_sample_lacks_is_none_as_in_flow_factory(workers, settings):
+    workers("gpu", env={"REWARDQ_MODULES": MODULE})
+    video = np.stack([flat(70)] * 3)
+    rewards = [
+        {"name": "either", "reward_model": f"{MODULE}.Either"},
+        {"name": "narrow", "reward_model": f"{MODULE}.Either", "required_fields": ["prompt", "video", "image"], "x": 1},
+        {"name": "group", "reward_model": f"{MODULE}.EitherOfGroup"},
+    ]
+    with RewardClient.from_dict({"rewards": rewards}, "own", settings=settings) as client:
+        for media in ({"image": flat(7)}, {"video": video}):
+            client.submit([Sample(prompt="p", group="g", **media) for _ in range(2)], group_size=2)
+            batch = client.collect(timeout_s=90)
+            red = 7.0 if "image" in media else 70.0
+            assert {name: values.tolist() for name, values in batch.rewards.items()} == {
+                "either": [red, red],
+                "narrow": [red, red],
+                "group": [0.0, 0.0],
+            }
+        client.submit([Sample(prompt="p", group="h", image=flat(9)), Sample(prompt="p", group="h", video=video)])
+        mixed = client.collect(timeout_s=90, on_failure="nan")
+        assert mixed.rewards["either"].tolist() == [9.0, 70.0], "samples of both kinds in one batch"
+        with pytest.raises(
+            InvalidSampleError, match=r"needs image or video, found none; if it scores what .*\[prompt\]"
+        ):
+            client.submit([Sample(prompt="p", group="i")])
+
+
+def test_classes_of_theirs_and_of_forks_run_after_a_change_of_import_lines(workers, settings):
+    workers("gpu", env={"REWARDQ_MODULES": MODULE})
+    rewards = [
+        {"name": name, "reward_model": f"{MODULE}.{name}"} for name in ("Edit", "RowText", "Pitch", "OursOfTheirs")
+    ]
+    wave = np.zeros(12_000, np.float32)
+    sample = {"prompt": "p", "image": flat(50), "audio": wave, "sample_rate": 24_000.0}
+    samples = [
+        Sample(**sample, condition_images=[flat(20)], metadata={"include": ["duck"], "seed": 3}),
+        Sample(**sample, metadata={"include": ["duck", "dog"], "seed": 4}),
+    ]
+    with RewardClient.from_dict({"rewards": rewards}, "own", settings=settings) as client:
+        client.submit(samples)
+        batch = client.collect(timeout_s=90, on_failure="nan")
+    assert not batch.failures, batch.describe_failures()
+    assert {name: values.tolist() for name, values in batch.rewards.items()} == {
+        "Edit": [30.0, 50.0],
+        "RowText": [1.0, 2.0],
+        "Pitch": [0.5, 0.5],
+        "OursOfTheirs": [50.0, 50.0],
+    }
+    assert [info["rate"] for info in batch.info["Pitch"]] == [24_000, 24_000]
+    assert [info["seed"] for info in batch.info["OursOfTheirs"]] == [3, 4]
+
+
+SAYS_IT_OTHERWISE = """
+from workers import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
+
+COMMON = ["prompt"]
+COMMON.append("metadata")
+
+
+class Counts(PointwiseRewardModel):
+    required_fields = tuple(COMMON)
+
+    def __call__(self, prompt, metadata=None, **kwargs):
+        return RewardModelOutput([float(m.get("n", -1)) for m in metadata])
+
+
+class CountsOfGroup(Counts, GroupwiseRewardModel):
+    pass
+"""
+
+
+def test_a_class_whose_fields_cannot_be_read_gets_them_and_one_that_a_config_cuts_short_is_told_so(
+    workers, settings, tmp_path, monkeypatch
+):
+    (tmp_path / "otherwise.py").write_text(SAYS_IT_OTHERWISE)
+    monkeypatch.syspath_prepend(tmp_path)  # the trainer's own: it can read the source
+    workers("gpu", env={"REWARDQ_MODULES": "otherwise", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
+    rewards = [
+        {"name": "alone", "reward_model": "otherwise.Counts"},
+        {"name": "group", "reward_model": "otherwise.CountsOfGroup"},
+        {"name": "cut", "reward_model": "otherwise.Counts", "required_fields": ["prompt"], "version": "2"},
+        {"name": "cut group", "reward_model": "otherwise.CountsOfGroup", "required_fields": ["prompt"], "version": "2"},
+    ]
+    samples = [Sample(prompt="five ducks", group="g", metadata={"n": n}) for n in (5, 6)]
+    with RewardClient.from_dict({"rewards": rewards}, "own", settings=settings) as client:
+        client.submit(samples, group_size=2)
+        batch = client.collect(timeout_s=90, on_failure="nan")
+    assert (batch.rewards["alone"].tolist(), batch.rewards["group"].tolist()) == ([5.0, 6.0], [5.0, 6.0])
+    assert sorted({f.reward for f in batch.failures}) == ["cut", "cut group"]
+    assert len(batch.failures) == 4
+    for failure in batch.failures:
+        assert "takes metadata, which the sample has and the trainer did not send" in failure.message
+        assert "say `required_fields: [prompt, metadata]` in the config" in failure.message
+
+
 BROKEN = {
     "imports_what_is_not_there": "import no_such_library_anywhere\n",
     "raises": "raise RuntimeError('half a module')\n",
@@ -144,7 +240,9 @@ def test_what_is_wrong_with_a_class_is_the_reason_of_its_samples_and_of_no_other
     for name, text in {**BROKEN, "too_few": TOO_FEW}.items():
         (tmp_path / f"{name}.py").write_text(text)
     allowed = ",".join((*BROKEN, "too_few", "nowhere", MODULE))
-    workers("gpu", env={"REWARDQ_MODULES": allowed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
+    (worker,) = workers(
+        "gpu", env={"REWARDQ_MODULES": allowed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    )
     own = [
         {"name": name, "reward_model": f"{name}.Mine", "kind": "pointwise", "required_fields": ["image"]}
         for name in (*BROKEN, "too_few", "nowhere")
@@ -157,12 +255,13 @@ def test_what_is_wrong_with_a_class_is_the_reason_of_its_samples_and_of_no_other
     found = {name: [f.message for f in batch.failures if f.reward == name] for name in batch.rewards}
     assert all(len(found[name]) == 2 for name in found if name != "fine")
     for name, words in {
-        "imports_what_is_not_there": "No module named 'no_such_library_anywhere'; install it in the worker's "
-        f"environment on {socket.gethostname()}, then restart the worker",
-        "raises": "RuntimeError: half a module",
+        "imports_what_is_not_there": f"install it in the worker's environment on {socket.gethostname()}, then",
+        "raises": "RuntimeError: half a module (raises.py:1 in <module>)",
         "lacks_it": f"{tmp_path / 'lacks_it.py'} has no 'Mine'",
         "is_none": "is_none.Mine is no reward model; subclass workers.PointwiseRewardModel",
         "nowhere": f"No module named 'nowhere'; start the worker on {socket.gethostname()} where its file is",
         "too_few": "the model returned 1 rewards for 2 samples",
     }.items():
         assert words in found[name][0]
+    assert worker.log_text.count("raise RuntimeError('half a module')") == 1, "at Celery's own level, once"
+    assert "load failed reward=raises.Mine error=RuntimeError\nTraceback (most recent call last)" in worker.log_text

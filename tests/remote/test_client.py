@@ -96,6 +96,10 @@ def test_metadata_are_sent_only_where_they_are_declared(json_server, make_remote
     assert (declaring.required_fields, declaring.optional_fields) == (("prompt", "image", "metadata"), ())
     ask(declaring, "a", image=[picture(0)], metadata=[{"text": "é", "n": [1, None]}])
     assert server.asked[0].body["metadata"] == [{"text": "é", "n": [1, None]}]
+    assert "fps" not in server.asked[0].body
+    with_fps = make_remote("Pointwise", server.url, required_fields=["prompt", "video", "fps"])
+    ask(with_fps, "a", video=[[picture(0)]], fps=[24])
+    assert server.asked[1].body["fps"] == [24]
 
 
 @pytest.mark.parametrize("has_msgpack", [True, False])

@@ -101,13 +101,13 @@ def all_media(sample: Sample) -> list[np.ndarray]:
 def test_every_declared_field_reaches_our_server_as_it_was(settings, workers, serve, kind):
     num_calls = []
 
-    def compute(prompt, image, video, condition_images, condition_videos, metadata):
+    def compute(prompt, image, video, condition_images, condition_videos, metadata, fps):
         num_calls.append(len(prompt))
         rewards = []
         for i, text in enumerate(prompt):
             arrays = [np.asarray(one) for one in (image[i], *video[i], *condition_images[i])]
             arrays += [np.asarray(frame) for one in condition_videos[i] for frame in one]
-            rewards.append(code(*arrays, text=text + json.dumps(metadata[i])))
+            rewards.append(code(*arrays, text=f"{text}{json.dumps(metadata[i])}{fps[i]}"))
         return rewards
 
     url = serve(compute)
@@ -120,13 +120,14 @@ def test_every_declared_field_reaches_our_server_as_it_was(settings, workers, se
             condition_images=[pixels(100 + n, 5, 5), pixels(200 + n, 1, 9)],
             condition_videos=[np.stack([pixels(300 + n)] * 2), np.stack([pixels(400 + n, 2, 2)])],
             metadata={"n": n, "text": "ü", "list": [1.5, None, True]},
+            fps=23.976 + n,
             group=0,
         )
         for n in range(4)
     ]
-    fields = ["prompt", "image", "video", "condition_images", "condition_videos", "metadata"]
+    fields = ["prompt", "image", "video", "condition_images", "condition_videos", "metadata", "fps"]
     batch = run(settings, remote(url, kind, batch_size=4, required_fields=fields), samples, group_size=4)
-    expected = [code(*all_media(s), text=s.prompt + json.dumps(dict(s.metadata))) for s in samples]
+    expected = [code(*all_media(s), text=f"{s.prompt}{json.dumps(dict(s.metadata))}{s.fps}") for s in samples]
     assert batch.rewards["remote"].tolist() == expected, batch.describe_failures()
     assert num_calls == [4]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from tasks import media
 from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardConfig
-from tasks.samples import Sample, check, sample_key
+from tasks.samples import Sample, beside, check, identity_of, sample_key
 
 MAX_PIXELS = 100 * 100
 PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
@@ -185,6 +186,61 @@ def test_metadata_that_contain_themselves_are_refused():
     metadata: dict = {}
     metadata["me"] = metadata
     assert "is nested more than" in problem_of(Sample(prompt="a cat", image=PIXELS, metadata=metadata))
+
+
+@pytest.mark.parametrize("field", ["fps", "sample_rate"])
+@pytest.mark.parametrize("value", [0, -24, float("nan"), float("inf"), True, "24", [24], 10**400])
+def test_a_rate_that_is_no_number_above_0_is_refused(field, value):
+    assert f"{field} needs a number above 0" in problem_of(Sample(prompt="p", image=PIXELS, **{field: value}))
+
+
+@pytest.mark.parametrize("value", [24, 29.97, np.float32(24), np.int64(48000), Fraction(30000, 1001), None])
+def test_any_kind_of_number_is_a_rate(value):
+    check(Sample(prompt="p", image=PIXELS, fps=value, sample_rate=value), ANY, "sample 3", MAX_PIXELS)
+
+
+def test_a_rate_counts_for_a_reward_that_it_travels_to_and_for_no_other():
+    def identity(reward: dict, **fields) -> dict:
+        (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": "nowhere.Mine", **reward}}).rewards
+        return identity_of(Sample(prompt="p", **fields), spec)
+
+    of_video = {"required_fields": ["prompt", "video"]}
+    assert identity(of_video, fps=24) == identity(of_video, fps=np.float32(24)) == {"fps": 24}
+    assert identity(of_video, fps=24, sample_rate=16000) == {"fps": 24}
+    assert identity({"required_fields": ["image"]}, fps=24) == {}
+    assert identity({"reward_model": "jpeg_compressibility"}, fps=24) == {}
+    assert identity({}, fps=29.97, sample_rate=16000.0) == {"fps": 29.97, "sample_rate": 16000}
+    unsent = {"image": PIXELS, "video": [PIXELS], "metadata": {"a": 1}}
+    assert identity({"required_fields": ["image"]}, **unsent) == {"withheld": ["video", "metadata"]}
+    keys = {sample_key("p", {}, {}, (), more) for more in ({}, {"fps": 24}, {"sample_rate": 24}, {"fps": 25})}
+    assert len(keys) == 4
+    assert sample_key("p", {}, {}, (), {}) == sample_key("p", {}, {})
+
+
+def test_what_travels_beside_the_media_says_what_stays_behind():
+    (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": "a.B", "required_fields": ["prompt"]}}).rewards
+    sample = Sample(prompt="p", image=PIXELS, condition_images=[], metadata={"a": 1}, fps=24)
+    assert beside(sample, spec).as_fields() == {
+        "metadata": {},
+        "fps": None,
+        "sample_rate": None,
+        "withheld": ("image", "metadata", "fps"),
+    }
+    assert beside(sample, rewards("jpeg_compressibility")[0]).withheld == (), "a built-in's fields are known"
+    everything = beside(sample, ANY[0])
+    assert (everything.metadata, everything.fps, everything.withheld) == ({"a": 1}, 24, ())
+
+
+def test_a_class_that_scores_media_is_not_sent_a_sample_without_any():
+    reward = {"reward_model": "nowhere.Mine", "required_fields": ["prompt", "image", "condition_images"]}
+    specs = RewardConfig.from_dict({"rewards": reward}).rewards
+    check(Sample(image=PIXELS), specs, "sample 3", MAX_PIXELS)
+    check(Sample(prompt="p", condition_images=[PIXELS]), specs, "sample 3", MAX_PIXELS)
+    message = problem_of(Sample(prompt="p", video=[PIXELS], metadata={"a": 1}), specs)
+    assert "needs image or condition_images, found none" in message
+    assert "let its required_fields say so: [prompt, video, metadata]" in message
+    conditions = RewardConfig.from_dict({"rewards": {**reward, "required_fields": ["condition_images"]}}).rewards
+    check(Sample(prompt="p"), conditions, "sample 3", MAX_PIXELS)
 
 
 def test_a_group_that_cannot_be_told_from_others_is_refused():

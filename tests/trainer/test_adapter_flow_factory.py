@@ -238,7 +238,45 @@ def test_their_sample_becomes_ours() -> None:
     assert ours.image is theirs.image
     assert isinstance(ours.condition_images, list)
     assert ours.condition_videos is None
-    assert ours.metadata == {"metadata": {"target": "cat", "tags": ["a", 1]}, "seed": 7}
+    assert ours.metadata == {"target": "cat", "tags": ["a", 1], "seed": 7}
+    assert (ours.fps, ours.sample_rate) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("extra", "metadata"),
+    [
+        ({"metadata": '{"text": "QUACK", "n": [1, null, {"a": 2.5}]}'}, {"text": "QUACK", "n": [1, None, {"a": 2.5}]}),
+        ({"metadata": '{"seed": 1}', "seed": 7, "tag": "x"}, {"seed": 1, "tag": "x"}),
+        ({"metadata": {"text": "QUACK", "latents": torch.zeros(2)}}, {"text": "QUACK"}),
+        ({"text": "QUACK"}, {"text": "QUACK"}),
+        ({"metadata": {"n": np.int64(3), "x": np.float32(0.5)}, "y": np.str_("z")}, {"n": 3, "x": 0.5, "y": "z"}),
+        ({"metadata": "{}"}, {}),
+        ({"metadata": "null"}, {}),
+        ({"metadata": None}, {"metadata": None}),
+        ({"metadata": '["a", "list"]'}, {"metadata": '["a", "list"]'}),
+        ({"metadata": "no {json"}, {"metadata": "no {json"}),
+        ({"metadata": "[" * 100_000}, {"metadata": "[" * 100_000}),
+    ],
+)
+def test_the_row_of_the_data_set_is_the_metadata_however_they_pack_it(extra: dict, metadata: dict) -> None:
+    assert sample_of(TheirSample("a duck", extra_kwargs=extra)).metadata == metadata
+
+
+@pytest.mark.parametrize(
+    ("attributes", "extra", "rates"),
+    [
+        ({"audio_sample_rate": 24000}, {"frame_rate": 24.0}, (24.0, 24000)),
+        ({"frame_rate": 25, "audio_sample_rate": None}, {}, (25, None)),
+        ({}, {"fps": 30, "audio_sample_rate": 16000}, (30, 16000)),
+        ({}, {"fps": "thirty", "frame_rate": True, "audio_sample_rate": -1}, (None, None)),
+    ],
+)
+def test_the_rates_of_their_media_are_the_samples(attributes: dict, extra: dict, rates: tuple) -> None:
+    theirs: Any = TheirSample("a duck", extra_kwargs=extra)
+    for name, value in attributes.items():
+        setattr(theirs, name, value)
+    ours = sample_of(theirs)
+    assert (ours.fps, ours.sample_rate) == rates
 
 
 def arguments(name: str = "number", **extra: Any) -> Any:
@@ -275,6 +313,16 @@ def test_the_reward_model_scores_batches_of_several_threads(their_settings: Sett
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(batch, range(0, 40, 4)))
     assert [reward for rewards in found for reward in rewards] == [float(n + 1) for n in range(40)]
+    model.client.close()
+
+
+def test_the_reward_model_passes_the_row_of_the_data_set_on(their_settings: Settings) -> None:
+    model = QueuedRewardModel(arguments(run="ff", model="tests.reward_models.RaisesOn"), SimpleNamespace())
+    rows = ['{"raise": false}', '{"abstain": false}']
+    images = [tensor_of(3), tensor_of(4)]
+    assert model(prompt=["p", "q"], image=images, metadata=rows).rewards.tolist() == [3.0, 4.0]
+    with pytest.raises(ScoringError, match=r"ValueError: this sample is bad \(reward_models\.py:\d+ in __call__\)"):
+        model(prompt=["p"], image=[tensor_of(5)], metadata=['{"raise": true}'])
     model.client.close()
 
 

@@ -103,6 +103,12 @@ def to_samples(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
     ]
 
 
+def test_rates_in_columns_of_the_data_set_are_the_samples() -> None:
+    columns = {"fps": [24.0, None], "sample_rate": [16000, 48000]}
+    found = samples_of(["a", "b"], ["text", "text"], columns)
+    assert [(sample.fps, sample.sample_rate) for sample in found] == [(24.0, 16000), (None, 48000)]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_each_function_gives_its_rewards_in_order_and_none_where_there_is_none(
     client: CountingClient, is_async: bool

@@ -122,7 +122,7 @@ VALUES: dict[str, list[Any]] = {
     "queue": ["gpu", "a b", "", None],
     "version": ["1", "", 1, 1.5, True, None],
     "kind": ["groupwise", "other", None],
-    "required_fields": [["image"], ["images"], [], None],
+    "required_fields": [["image"], ["images"], [], None, "image", "images", ["audio_sample_rate", "fps"]],
     "applicable_datasets": [["one"], None],
     "extra_kwargs": [{"ties": "mean"}, {"whatever": 1}, {}, None],
 }  # fmt: skip

@@ -41,15 +41,17 @@ class Requests:
         return MediaRef(name=name, digest=media.digest(data), shape=array.shape, format=kind)
 
     def sample(self, prompt: str = "a cat", metadata: dict | None = None, kind: str = "raw", **fields: Any) -> Any:
-        """A sample; fields are arrays, or lists of arrays."""
+        """A sample; fields are arrays, or lists of arrays, and what a request has beside media."""
         self._num += 1
+        beside = {n: fields.pop(n) for n in ("fps", "sample_rate", "withheld") if n in fields}
         refs = {
             name: tuple(self.ref(one, kind) for one in value)
             if isinstance(value, list)
             else self.ref(value, "float32" if name == "audio" else kind)
             for name, value in fields.items()
         }
-        return SampleRequest(address=f"run:f:{self._num}", prompt=prompt, media=refs, metadata=metadata or {})
+        address = f"run:f:{self._num}"
+        return SampleRequest(address=address, prompt=prompt, media=refs, metadata=metadata or {}, **beside)
 
 
 def make(cls: type[RewardModel], **options: Any) -> LoadedModel:

@@ -296,6 +296,32 @@ def test_a_model_is_built_with_what_the_call_says():
     assert model(["four", ""]).rewards == [4.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [
+        ("config, accelerator", "config, accelerator"),
+        ("cfg, acc", "cfg, acc"),
+        ("accelerator, config", "config, accelerator"),
+        ("*, config, accelerator", "config, accelerator"),
+        ("config, accelerator, n=1", "config, accelerator"),
+        ("*both", "*both"),
+        ("**named", "**named"),
+        ("*both, **named", "*both, **named"),
+    ],
+)
+def test_a_constructor_may_call_its_arguments_as_it_likes(tmp_path, monkeypatch, arguments, passed):
+    (tmp_path / "my_made.py").write_text(
+        "from workers import PointwiseRewardModel\n"
+        "class Mine(PointwiseRewardModel):\n"
+        f"    def __init__(self, {arguments}):\n"
+        f"        super().__init__({passed})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_made", raising=False)
+    model = build(call_of(reward_model="my_made.Mine", size=3), load_settings(modules="my_made", device="cpu"))
+    assert (model.config.size, model.accelerator.device.type) == (3, "cpu")
+
+
 def test_a_models_config_names_the_workers_device():
     there = load_settings(modules="tests.reward_models", device="meta")
     model = build(call_of(reward_model=f"{OURS}TensorMean"), there)

@@ -581,25 +581,23 @@ def test_a_model_may_change_what_it_is_given(requests):
     assert requests.payloads["c.0"] == IMAGES[0].tobytes()
 
 
-def test_a_required_field_that_a_sample_lacks_is_a_reason_for_it_alone(requests):
-    class Needs(PointwiseRewardModel):
+def test_a_field_that_a_sample_lacks_is_none_to_a_class_of_the_users_and_one_without_any_media_fails_alone(requests):
+    class Edits(PointwiseRewardModel):
         required_fields = ("prompt", "image", "condition_images")
 
         def __call__(self, prompt, image=None, condition_images=None, **kwargs):
-            assert all(i is not None for i in image)
-            return [1.0] * len(prompt)
+            pairs = zip(image, condition_images or [None] * len(image), strict=True)
+            return [float(i is not None) + 2.0 * (c is not None) for i, c in pairs]
 
-    whole = {"image": IMAGES[0], "condition_images": [IMAGES[1]]}
     samples = [
-        requests.sample(**whole),
+        requests.sample(image=IMAGES[0], condition_images=[IMAGES[1]]),
         requests.sample(condition_images=[IMAGES[1]]),
+        requests.sample(),
         requests.sample(image=IMAGES[0]),
-        requests.sample(**whole),
     ]
-    outcomes = run(make(Needs), samples, requests.payloads)
-    assert plain(outcomes) == [1.0, "invalid", "invalid", 1.0]
-    assert "needs image, which the sample has not" in outcomes[1].failure.message
-    assert "needs condition_images" in outcomes[2].failure.message
+    outcomes = run(make(Edits), samples, requests.payloads)
+    assert plain(outcomes) == [3.0, 2.0, "invalid", 1.0]
+    assert "needs image or condition_images, which the sample has not" in outcomes[2].failure.message
 
 
 def test_a_payload_that_cannot_be_decoded_is_a_reason_for_its_sample_alone(requests):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import numbers
 import sys
 import uuid
 import weakref
@@ -158,7 +160,11 @@ class RewardBuffer:
 
 
 def sample_of(theirs: Any) -> Sample:
-    """Our sample of one of theirs; its group is the `unique_id`, its metadata what is plain data in `extra_kwargs`."""
+    """Our sample of one of theirs; its group is the `unique_id`, its metadata what is plain data in `extra_kwargs`.
+
+    The row of the data set, which is there as one JSON text (or mapping) under `metadata`, is laid out: its own keys
+    are keys of ours, and go before others of the same name.
+    """
     return Sample(
         prompt=theirs.prompt or "",
         image=theirs.image,
@@ -167,7 +173,9 @@ def sample_of(theirs: Any) -> Sample:
         condition_images=_listed(getattr(theirs, "condition_images", None)),
         condition_videos=_listed(getattr(theirs, "condition_videos", None)),
         group=theirs.unique_id,
-        metadata={key: value for key, value in theirs.extra_kwargs.items() if key not in _THEIRS and _is_plain(value)},
+        metadata=_metadata_of(theirs.extra_kwargs),
+        fps=_number(theirs, "frame_rate") or _number(theirs, "fps"),
+        sample_rate=_number(theirs, "audio_sample_rate"),
     )
 
 
@@ -221,9 +229,10 @@ class QueuedRewardModel:
             async_reward: true
             num_workers: 8          # batches in flight
 
-    It is pointwise and sees what their processor passes: prompt and media, no metadata. Their trainer has no masks, so
-    a sample without a reward raises, on its rank alone, unless `on_failure: {value: x}` says what it counts. Each
-    instance is a launch of its own: of a class of yours without `version` it shares no rewards with the others.
+    It is pointwise and sees what their processor passes: prompt, media with their rates, the row of the data set as
+    metadata. Their trainer has no masks, so a sample without a reward raises, on its rank alone, unless
+    `on_failure: {value: x}` says what it counts. Each instance is a launch of its own: of a class of yours without
+    `version` it shares no rewards with the others.
     """
 
     required_fields: tuple[str, ...] = ("prompt",)
@@ -268,24 +277,30 @@ class QueuedRewardModel:
         audio: Any = None,
         condition_images: Any = None,
         condition_videos: Any = None,
+        metadata: Any = None,
+        frame_rate: Any = None,
+        audio_sample_rate: Any = None,
     ) -> Output:
         """The rewards of a batch, float32 `(batch_size,)`; called by several threads at once.
 
         Raises:
             ScoringError: Some samples have no reward; names the reasons.
         """
-        media = {
+        fields = {
             "image": image,
             "video": video,
             "audio": audio,
             "condition_images": condition_images and list(map(list, condition_images)),
             "condition_videos": condition_videos and list(map(list, condition_videos)),
+            "metadata": metadata and [_metadata_of({"metadata": row}) for row in metadata],
+            "fps": frame_rate,
+            "sample_rate": audio_sample_rate,
         }
         samples = [  # nobody compares them here: a group of its own spares each a look at its condition media
             Sample(
                 prompt=text,
                 group=uuid.uuid4().hex,
-                **{name: values[i] for name, values in media.items() if values is not None},
+                **{name: values[i] for name, values in fields.items() if values is not None},
             )
             for i, text in enumerate(prompt)
         ]
@@ -308,6 +323,41 @@ def _gather(mine: Any) -> Sequence[Any]:
 
 def _listed(values: Iterable[Any] | None) -> list[Any] | None:
     return None if values is None else list(values)
+
+
+def _metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What is plain data in their `extra_kwargs`, with the row of the data set laid out."""
+    row = _row_of(extra.get("metadata"))
+    found = _plain_of(extra)
+    if row is not None:
+        found.pop("metadata", None)
+        found.update(_plain_of(row))
+    return found
+
+
+def _plain_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is plain data among values by name; a number of numpy as one of Python."""
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if key not in _THEIRS and _is_plain({key: value})}
+
+
+def _row_of(metadata: Any) -> Mapping[str, Any] | None:
+    """The row of the data set in what they call metadata; None if that is something else."""
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except (ValueError, RecursionError):
+            return None
+        return {} if metadata is None else metadata if isinstance(metadata, dict) else None
+    return metadata if isinstance(metadata, Mapping) else None
+
+
+def _number(theirs: Any, name: str) -> float | None:
+    """A number above 0 that one of their samples has as an attribute or in its `extra_kwargs`."""
+    value = getattr(theirs, name, None)
+    value = theirs.extra_kwargs.get(name) if value is None else value
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return value if is_number and value > 0 else None  # type: ignore[return-value]
 
 
 def _is_plain(value: Any) -> bool:

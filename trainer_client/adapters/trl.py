@@ -75,17 +75,21 @@ def samples_of(
     """A sample for each row.
 
     The image is the completion if it is one, else that of the column `image`. The text of a completion is
-    `metadata["completion"]`, for a reward model of your own that declares `metadata`.
+    `metadata["completion"]`, for a reward model of your own that declares `metadata`. Columns `fps` and `sample_rate`
+    are the sample's.
     """
-    images = columns.get("image", [None] * len(prompts))
+    nothing = [None] * len(prompts)
+    images, fps, rates = (columns.get(name, nothing) for name in ("image", "fps", "sample_rate"))
     samples = []
-    for prompt, completion, image in zip(prompts, completions, images, strict=True):
+    for prompt, completion, image, each_fps, rate in zip(prompts, completions, images, fps, rates, strict=True):
         is_image = isinstance(completion, Image.Image | np.ndarray) or is_tensor(completion)
         samples.append(
             Sample(
                 prompt=text_of(prompt),
                 image=completion if is_image else image,
                 metadata={} if is_image else {"completion": text_of(completion)},
+                fps=each_fps,
+                sample_rate=rate,
             )
         )
     return samples
