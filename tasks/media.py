@@ -28,6 +28,9 @@ PixelsTHWC = npt.NDArray[np.uint8]
 """uint8 `(T, H, W, 3)`, RGB."""
 
 JPEG_QUALITY = 95
+LONGEST_EDGE = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels of an edge that an image file of a format can have, as Pillow's libraries write it; PNG has no bound."""
+
 EXACT_PIL_MODES = ("RGB", "L", "1", "P")
 """PIL modes that become RGB without a choice to make; RGBA too where it is opaque."""
 
@@ -100,6 +103,25 @@ def check_audio(value: Any, where: str) -> None:
     shape, is_float = _array_kind(value, where, needs)
     if not is_float or len(shape) not in (1, 2) or 0 in shape:
         raise InvalidSampleError(f"{where}: {needs}, found {_describe(value)}")
+
+
+def too_long_for(image_format: str, height: int, width: int) -> str | None:
+    """Why an image of this size cannot be a file of a format, or None."""
+    longest = LONGEST_EDGE.get(image_format)
+    if longest is None or max(height, width) <= longest:
+        return None
+    return (
+        f"an image of {height}x{width} (height x width) cannot be a {image_format.upper()}, whose edges are at most "
+        f"{longest} pixels"
+    )
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """Height and width of a checked image, or of the frames of a checked video."""
+    if isinstance(value, list | tuple):
+        return _frame_size(value[0])
+    is_video = not isinstance(value, Image.Image) and len(value.shape) == 4
+    return _frame_size(value[0] if is_video else value)
 
 
 def hold(value: Any) -> Held:
