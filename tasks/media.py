@@ -1,7 +1,8 @@
 """Images and videos (PIL, numpy, torch) to checked uint8 pixels and back; the one place where layouts change.
 
 An image is uint8 `(H, W, 3)` on the wire, a video `(T, H, W, 3)`, audio float32 `(C, T)`. Floats come in as
-`(3, H, W)` in [0, 1] and are rounded to the nearest of 256 levels, as diffusers does when it makes PIL images.
+`(3, H, W)` in [0, 1] and are rounded to the nearest of 256 levels, as diffusers does when it makes PIL images; what
+rounding put up to half a level outside is the level at that end.
 """
 
 from __future__ import annotations
@@ -27,8 +28,20 @@ PixelsTHWC = npt.NDArray[np.uint8]
 """uint8 `(T, H, W, 3)`, RGB."""
 
 JPEG_QUALITY = 95
+LONGEST_EDGE = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels of an edge that an image file of a format can have, as Pillow's libraries write it; PNG has no bound."""
+
 EXACT_PIL_MODES = ("RGB", "L", "1", "P")
 """PIL modes that become RGB without a choice to make; RGBA too where it is opaque."""
+
+HALF_A_LEVEL = 1 / 510
+"""A float image may leave [0, 1] by less than this, of rounding: it is nearest to level 0 or 255 there too."""
+
+NEAR_A_BOUND = 0.1
+"""What leaves [0, 1] by no more than this was meant to be in it, and was not clamped."""
+
+LEAST_OF_LEVELS = 2.0
+"""An image whose floats reach this is not in [0, 1] by any rounding: its scale is another."""
 
 _IMAGE_NEEDS = "needs a PIL image, uint8 (H, W, 3), or float (3, H, W) in [0, 1]"
 _VIDEO_NEEDS = "needs a list of images of one size, uint8 (T, H, W, 3), or float (T, 3, H, W) in [0, 1]"
@@ -92,6 +105,25 @@ def check_audio(value: Any, where: str) -> None:
         raise InvalidSampleError(f"{where}: {needs}, found {_describe(value)}")
 
 
+def too_long_for(image_format: str, height: int, width: int) -> str | None:
+    """Why an image of this size cannot be a file of a format, or None."""
+    longest = LONGEST_EDGE.get(image_format)
+    if longest is None or max(height, width) <= longest:
+        return None
+    return (
+        f"an image of {height}x{width} (height x width) cannot be a {image_format.upper()}, whose edges are at most "
+        f"{longest} pixels"
+    )
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """Height and width of a checked image, or of the frames of a checked video."""
+    if isinstance(value, list | tuple):
+        return _frame_size(value[0])
+    is_video = not isinstance(value, Image.Image) and len(value.shape) == 4
+    return _frame_size(value[0] if is_video else value)
+
+
 def hold(value: Any) -> Held:
     """Keep `value` by reference until a sender's thread encodes it; nothing is copied."""
     if isinstance(value, list | tuple):
@@ -112,8 +144,9 @@ def encode_image(held: Held, where: str) -> PixelsHWC:
     """The checked pixels of one image, uint8 `(H, W, 3)`, C-contiguous; shares memory with an array that is so already.
 
     Raises:
-        InvalidSampleError: A float is NaN or outside [0, 1], a file is truncated, an alpha channel is not opaque,
-            a tensor was changed in place after `submit()`, or its values are not here (distributed, sparse, meta).
+        InvalidSampleError: A float is NaN or more than half a level outside [0, 1], a file is truncated, an alpha
+            channel is not opaque, a tensor was changed in place after `submit()`, or its values are not here
+            (distributed, sparse, meta).
     """
     if isinstance(held.value, Image.Image):
         return _encode_pil(held.value, where)
@@ -302,18 +335,32 @@ def _to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
 def _to_uint8(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
     """`round(255 x)` with the channels last, `(..., 3, H, W)` to `(..., H, W, 3)`, after a check of the range.
 
-    NaN fails both comparisons.
+    What is less than half a level outside has a nearest level, black or white, as every other value has one.
     """
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):
-        nans = int(np.isnan(array).sum())
-        found = f"{nans} values are NaN" if nans else f"values in [{low:.4g}, {high:.4g}]"
-        hint = "; an image in [-1, 1] is (x + 1) / 2" if not nans and -1.0 <= low < 0.0 and high <= 1.0 else ""
+    if not (low >= -HALF_A_LEVEL and high <= 1.0 + HALF_A_LEVEL):  # NaN fails both comparisons
+        num_nans = int(np.isnan(array).sum())
+        found = f"{num_nans} values are NaN" if num_nans else f"values in [{low:.4g}, {high:.4g}]"
+        hint = "" if num_nans else _likely_cause(low, high)  # four digits show what is half a level outside
         raise InvalidSampleError(f"{where}: floats must be in [0, 1], found {found}{hint}")
+    clamp = low < 0.0 or high > 1.0
     pixels = np.empty((*array.shape[:-3], *array.shape[-2:], 3), np.uint8)
     for *frame, channel in np.ndindex(array.shape[:-2]):  # by planes: in one piece it takes three times as long
-        pixels[(*frame, ..., channel)] = np.rint(array[(*frame, channel)] * 255.0)
+        plane = array[(*frame, channel)]
+        pixels[(*frame, ..., channel)] = np.rint((plane.clip(0.0, 1.0) if clamp else plane) * 255.0)
     return pixels
+
+
+def _likely_cause(low: float, high: float) -> str:
+    """What to do about values in `[low, high]`, where their range tells."""
+    is_near_zero, is_near_one = low >= -NEAR_A_BOUND, high <= 1.0 + NEAR_A_BOUND
+    if is_near_zero and is_near_one:
+        return "; values that leave [0, 1] by a little, as a decoder's do, are x.clamp(0, 1)"
+    if is_near_one and low >= -1.0 - NEAR_A_BOUND:
+        return "; an image in [-1, 1] is (x + 1) / 2, then .clamp(0, 1)"
+    if is_near_zero and LEAST_OF_LEVELS < high <= 255.0 + 255.0 * NEAR_A_BOUND:
+        return "; an image in 0..255 is x / 255, then .clamp(0, 1)"
+    return "; bring them into [0, 1] as the image should look"
 
 
 _reading_files = threading.Lock()

@@ -133,6 +133,7 @@ def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels:
     _check_group(sample.group, where)
     for reward in rewards:
         _check_required(sample, reward, where)
+        _check_edges(sample, reward, where)
 
 
 def sample_key(
@@ -162,6 +163,21 @@ def _check_required(sample: Sample, reward: RewardSpec, where: str) -> None:
                 f"{where}: reward {reward.name!r} ({reward.reward_model}) needs {' or '.join(alternatives)}, "
                 f"found {_missing(sample, alternatives[0])}{_advice(sample, reward)}"
             )
+
+
+def _check_edges(sample: Sample, reward: RewardSpec, where: str) -> None:
+    """Raise for an image that cannot be a file of the format in which this reward is sent images."""
+    if reward.image_format not in media.LONGEST_EDGE:
+        return
+    for name in (n for n in MEDIA_FIELDS if n != "audio" and n in reward.fields):
+        value = getattr(sample, name)
+        listed = value if name.startswith("condition_") else (value,)
+        for one in listed or ():
+            why = None if one is None else media.too_long_for(reward.image_format, *media.size_of(one))
+            if why is not None:
+                raise InvalidSampleError(
+                    f"{where}: {name}: {why}, and reward {reward.name!r} has image_format: {reward.image_format}"
+                )
 
 
 _WITHHELD = (*MEDIA_FIELDS, "metadata", *NUMBER_FIELDS)

@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     """How long `submit()` waits at most for its own backlog before it raises and queues nothing."""
 
     max_pixels: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
-    """Pixels of one image (or frame) above which it is refused."""
+    """Pixels of one image (or frame) above which it is refused; docs/shapes.md says what models make of its shape."""
 
     sender_threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Threads of a client that encode and upload media."""

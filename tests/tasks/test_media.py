@@ -139,16 +139,73 @@ def test_every_float_in_range_is_within_half_a_level(values):
     assert error.max() <= 0.5 / 255 + 1e-7
 
 
+CLAMP, HALVE, SCALE = "x.clamp(0, 1)", "(x + 1) / 2", "x / 255"
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "hint"),
-    [(-1.0, 1.0, True), (-0.2, 0.7, True), (0.0, 1.01, False), (0.0, 255.0, False), (-3.0, 2.0, False)],
-)
-def test_floats_out_of_range_are_refused_and_a_likely_cause_is_named(low, high, hint):
-    image = np.full((3, 4, 5), 0.5, np.float32)
+    ("low", "high", "advice"),
+    [
+        (-1.0, 1.0, HALVE), (-0.2, 0.7, HALVE), (-1.02, 1.01, HALVE), (-0.9, -0.5, HALVE),
+        (0.0, 1.01, CLAMP), (-0.01, 1.0, CLAMP), (-0.05, 1.05, CLAMP), (0.0, 1.003, CLAMP), (-0.002, 0.4, CLAMP),
+        (0.0, 255.0, SCALE), (3.0, 200.0, SCALE), (-0.01, 256.0, SCALE),
+        (-3.0, 2.0, None), (0.0, 1.5, None), (0.0, 65535.0, None), (-255.0, 255.0, None),
+    ],
+)  # fmt: skip
+def test_floats_out_of_range_are_refused_and_what_their_range_tells_is_advised(low, high, advice):
+    image = np.full((3, 4, 5), (low + high) / 2, np.float32)
     image[0, 0, 0], image[1, 2, 3] = low, high
     message = problem_of(image)
     assert f"values in [{low:.4g}, {high:.4g}]" in message
-    assert ("(x + 1) / 2" in message) == hint
+    assert [one for one in (CLAMP, HALVE, SCALE) if one in message] == ([advice] if advice else [])
+
+
+JUST_OUTSIDE = [
+    (-2e-5, 0), (-1e-8, 0), (-0.0019, 0), (-1 / 511, 0),
+    (1 + 1e-9, 255), (1.0019, 255), (1 + 1 / 511, 255), (1.0000001, 255),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "level"), JUST_OUTSIDE)
+@pytest.mark.parametrize("name", ["numpy float32", "numpy float64", "torch float32", "torch float64"])
+def test_what_a_rounding_puts_outside_is_the_level_at_that_end(value, level, name):
+    import torch
+
+    library, _, dtype = name.partition(" ")
+    image = np.full((3, 4, 5), 0.2, dtype)
+    image[1, 2, 3] = value
+    pixels = encode(image if library == "numpy" else torch.from_numpy(image))
+    assert pixels[2, 3, 1] == level
+    assert (np.delete(pixels.reshape(-1), (2 * 5 + 3) * 3 + 1) == 51).all()
+
+
+def test_an_image_that_is_all_a_rounding_outside_is_white_or_black():
+    assert (encode(np.full((3, 8, 8), 1 + 1e-9)) == 255).all()
+    assert (encode(np.full((3, 8, 8), -1e-8, np.float32)) == 0).all()
+
+
+def test_half_floats_that_one_rounding_puts_outside_are_taken():
+    above = np.nextafter(np.float16(1), np.float16(2))  # 1.00098
+    assert (encode(np.full((3, 2, 2), above)) == 255).all()
+    below = -np.float16(0.0019)
+    assert (encode(np.full((3, 2, 2), below)) == 0).all()
+
+
+@pytest.mark.parametrize("value", [-1 / 509, 1 + 1 / 509, np.nextafter(-1 / 510, -1), np.nextafter(1 + 1 / 510, 2)])
+def test_more_than_half_a_level_outside_is_refused_with_numbers_that_show_it(value):
+    image = np.full((3, 2, 2), 0.5)
+    image[0, 0, 0] = value
+    shown = problem_of(image).partition("values in [")[2].partition("]")[0]
+    low, high = (float(text) for text in shown.split(", "))
+    assert low < 0 or high > 1
+
+
+def test_a_bfloat16_step_above_one_is_a_whole_level_and_is_to_be_clamped():
+    import torch
+
+    image = torch.ones((3, 2, 2), dtype=torch.bfloat16)
+    image[0, 0, 0] = 1.0078125
+    assert CLAMP in problem_of(image)
+    assert (encode(image.clamp(0, 1)) == 255).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -335,6 +392,16 @@ def test_torch_videos_of_all_forms_are_the_same_pixels():
     floats = frames.permute(0, 3, 1, 2).double() / 255
     for video in (frames, floats, list(frames), list(floats)):
         assert np.array_equal(encode_video(video), FRAMES)
+
+
+def test_the_frames_of_a_video_may_be_a_rounding_outside_too():
+    video = np.zeros((2, 3, 4, 5))
+    video[0, 0, 1, 2], video[1, 2, 3, 4] = -1e-6, 1 + 1e-6
+    for form in (video, list(video)):
+        pixels = encode_video(form)
+        assert pixels[0, 1, 2, 0] == 0
+        assert pixels[1, 3, 4, 2] == 255
+        assert int(pixels.sum()) == 255
 
 
 def test_a_video_out_of_range_is_refused():

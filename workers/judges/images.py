@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from tasks.media import JPEG_QUALITY, digest
+from tasks.media import JPEG_QUALITY, digest, too_long_for
+from workers.base import Unscored
 
 CACHE_BYTES = 64 * 2**20
 """Encoded images of a process that are kept for the next reward that asks for them."""
@@ -63,7 +64,14 @@ DATA_URLS = DataUrls()
 
 
 def data_url(image: Image.Image, image_format: str) -> str:
-    """The image as a `data:` URL; JPEG and WebP at quality 95, PNG at its fastest."""
+    """The image as a `data:` URL; JPEG and WebP at quality 95, PNG at its fastest.
+
+    Raises:
+        Unscored: The format has no images of this size.
+    """
+    why = too_long_for(image_format, image.height, image.width)
+    if why is not None:
+        raise Unscored("invalid", f"{why}; cut or shrink it, or set image_format: png")
     options: dict[str, Any] = {"compress_level": 1} if image_format == "png" else {"quality": JPEG_QUALITY}
     buffer = io.BytesIO()
     image.save(buffer, image_format.upper(), **options)

@@ -14,6 +14,12 @@ Backend = Literal["pil", "tensor"]
 """Who resizes. `pil`: Pillow on the CPU, the reference of CLIP. `tensor`: torch on the model's device, antialiased, in
 float32 rounded once, as torchvision does on CUDA; 0.15 of 256 levels a pixel apart, a few where colours saturate."""
 
+MOST_PROPORTION = 256
+"""An image more than so many times as long as wide has no score: a CLIP sees a sliver of it, or nothing."""
+
+MOST_RESIZED_PIXELS = 2**24
+"""Nor has one that would be larger than this between its resize and its cut (64 MiB as PIL has it)."""
+
 _PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -65,6 +71,12 @@ class Preprocessing:
         scaled = int(self.edge[0] * long / short)
         return (self.edge[0], scaled) if height <= width else (scaled, self.edge[0])
 
+    def most_proportion(self) -> int:
+        """How many times as long as wide an image may be: what bounds the memory that its shape takes."""
+        if self.fit != "shortest":
+            return MOST_PROPORTION
+        return min(MOST_PROPORTION, MOST_RESIZED_PIXELS // self.edge[0] ** 2)
+
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, bottom, right of the middle in a resized image; outside of it where it is to be padded."""
         top, left = self._half(height - self.size[0]), self._half(width - self.size[1])
@@ -90,7 +102,13 @@ class Preprocessing:
             resized = torch.nn.functional.interpolate(
                 levels[None], (height, width), mode=self.interpolation, antialias=True, align_corners=False
             )[0]
-            levels = resized.clamp(0.0, 255.0).round() if self.to_levels else resized
+            cut = self._cut(resized)
+            return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
+        return self._cut(levels)
+
+    def _cut(self, levels: torch.Tensor) -> torch.Tensor:
+        """The middle of a resized image `(3, H, W)`, padded with black where that is outside of it."""
+        height, width = levels.shape[-2:]
         top, left, bottom, right = self.box(height, width)
         return torch.nn.functional.pad(levels, (-left, right - width, -top, bottom - height))
 

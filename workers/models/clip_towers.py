@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
+from workers.base import PointwiseRewardModel, RewardModelOutput, Unscored, frames_of
 from workers.models import clip_pixels, open_clip_checks, transformers_checks
 from workers.models.checkpoints import loading, local_or_hub, without_initialising
 from workers.models.clip_pixels import Backend, Preprocessing
@@ -167,8 +167,21 @@ class FrameReward(PointwiseRewardModel):
         condition_videos: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput:
-        """Rewards `(N,)`, float32."""
+        """Rewards `(N,)`, float32, or a list of them and of reasons where an image has no shape to be scored."""
         frames = [f[:1] if self.first_frame_only else f for f in frames_of(len(prompt), image, video)]
+        reasons = [self._too_long(sample_frames) for sample_frames in frames]
+        fit = [at for at, reason in enumerate(reasons) if reason is None]
+        if len(fit) == len(frames):
+            return RewardModelOutput(self._rewards(prompt, frames))
+        rewards: list[Any] = list(reasons)
+        if fit:
+            scored = self._rewards([prompt[at] for at in fit], [frames[at] for at in fit])
+            for at, reward in zip(fit, scored.tolist(), strict=True):
+                rewards[at] = reward
+        return RewardModelOutput(rewards)
+
+    def _rewards(self, prompt: Sequence[str], frames: Sequence[Sequence[Image.Image]]) -> torch.Tensor:
+        """`(N,)`, float32."""
         counts = [len(f) for f in frames]
         texts = self.tokens_of(prompt)
         with torch.inference_mode():
@@ -176,7 +189,19 @@ class FrameReward(PointwiseRewardModel):
             with self.forward():
                 embedded = torch.cat([self._embed(part) for part in pixels.split(len(prompt))])
                 scores = self.scores(embedded, texts, counts).cpu()
-        return RewardModelOutput(torch.stack([part.mean() for part in scores.split(counts)]))
+        return torch.stack([part.mean() for part in scores.split(counts)])
+
+    def _too_long(self, frames: Sequence[Image.Image]) -> Unscored | None:
+        """Why an image of this shape is not scored; the frames of a video are of one size."""
+        width, height = frames[0].size
+        most = self.tower.preprocessing.most_proportion()
+        if max(width, height) <= most * min(width, height):
+            return None
+        return Unscored(
+            "invalid",
+            f"an image of {height}x{width} (height x width) is more than {most} times as long as wide, and "
+            f"{type(self).__name__} would see next to nothing of it; cut or pad it",
+        )
 
     def warm_up(self) -> None:
         """Score a grey image, which loads the device's kernels."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.media import JPEG_QUALITY
-from workers.base import PointwiseRewardModel, RewardModelOutput, frames_of
+from tasks.media import JPEG_QUALITY, too_long_for
+from workers.base import PointwiseRewardModel, RewardModelOutput, Unscored, frames_of
 
 
 class JpegIncompressibility(PointwiseRewardModel):
@@ -37,11 +37,14 @@ class JpegIncompressibility(PointwiseRewardModel):
         **kwargs: Any,
     ) -> RewardModelOutput:
         """Rewards `(N,)`, float64; unit kilobytes."""
-        rewards = [
-            self.sign * float(np.mean([kilobytes(frame) for frame in frames]))
-            for frames in frames_of(len(prompt), image, video)
-        ]
-        return RewardModelOutput(rewards=rewards)
+        return RewardModelOutput([self._reward(frames) for frames in frames_of(len(prompt), image, video)])
+
+    def _reward(self, frames: Sequence[Image.Image]) -> float | Unscored:
+        """The mean over a sample's frames, which are of one size."""
+        why = too_long_for("jpeg", frames[0].height, frames[0].width)
+        if why is not None:
+            return Unscored("invalid", why)
+        return self.sign * float(np.mean([kilobytes(frame) for frame in frames]))
 
 
 class JpegCompressibility(JpegIncompressibility):

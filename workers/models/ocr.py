@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]  # noqa: F401  (RapidOCR looks for it only when it reads)
-from PIL import Image, ImageDraw, ImageFont
-from rapidfuzz.distance import Levenshtein
-from rapidocr import RapidOCR
 
 from workers.base import (
     Accelerator,
@@ -20,21 +16,41 @@ from workers.base import (
     Unscored,
     frames_of,
 )
-
-QUOTED = re.compile(
-    r"\"([^\"]*)\"|“([^”]*)”|„([^“”]*)[“”]"
-    r"|(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)|‘((?:[^’]|(?<=\w)’(?=\w))*)’(?!\w)"
+from workers.models.ocr_reader import Reader
+from workers.models.ocr_texts import (
+    is_right_to_left,
+    scripts_of,
+    similarity,
+    target_text,
+    target_texts,
+    unreadable,
 )
-"""The first pair of quotation marks, straight or curly; an apostrophe inside a word is part of it."""
+
+LANGUAGE_OF_SCRIPT = {
+    "CYRILLIC": "eslav",
+    "HANGUL": "korean",
+    "THAI": "th",
+    "GREEK": "el",
+    "DEVANAGARI": "devanagari",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "LATIN": "latin",
+}
+"""Values of the option `lang` by the script that its model reads."""
+
+MOST_SHOWN = 8
+"""Characters that a reason lists."""
 
 
 class OCR(PointwiseRewardModel):
     """Text rendering as in Flow-GRPO: `1 - min(d, n) / n`, in [0, 1].
 
     `d` is the Levenshtein distance between the text asked for and the text that RapidOCR reads (its lines in reading
-    order), `n` the length of the text asked for, both lower case without white space; 1 where the text read contains
-    the text asked for. The target is `metadata["text"]`, else what the prompt has between its first quotation marks;
-    without one the sample is `invalid`. A video's reward is the mean over its frames. Version 1.
+    order), `n` the length of the text asked for, both NFKC-normalised and case-folded, without white space; 1 where the
+    text read contains the text asked for. The target is `metadata["text"]` (text, a number, or a list of one), else
+    what the prompt quotes first (`workers.models.quotations`); without one the sample is `invalid`, and so is a target
+    with a character that the loaded recognition model cannot write. Several texts are `invalid`, or with
+    `several_texts: mean` the mean over them. A video's reward is the mean over its frames. Version 2.
     """
 
     required_fields = ("prompt",)
@@ -42,8 +58,9 @@ class OCR(PointwiseRewardModel):
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self._engine = RapidOCR(params={"Global.log_level": "error"})
-        self._read(_sign())  # it loads its models when it first sees text
+        options = config.extra_kwargs
+        self._takes_several = options.get("several_texts") == "mean"
+        self._reader = Reader(**{name: options.get(name, "") for name in ("lang", "rec_model_path", "rec_keys_path")})
 
     def __call__(
         self,
@@ -55,51 +72,55 @@ class OCR(PointwiseRewardModel):
         metadata: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> RewardModelOutput:
-        """Rewards `(N,)` in [0, 1]; `extra_info` has the target and the texts read."""
+        """Rewards `(N,)` in [0, 1]; `extra_info` has the target (a list where there are several) and the texts read."""
         rewards: list[float | Unscored] = []
-        texts: list[list[str]] = []
-        frames = frames_of(len(prompt), image, video)
-        targets = [target_text(p, m) for p, m in zip(prompt, metadata or [{}] * len(prompt), strict=True)]
-        for target, sample_frames in zip(targets, frames, strict=True):
-            if target is None:
-                rewards.append(
-                    Unscored("invalid", 'no text to look for: quote it in the prompt, or set metadata["text"]')
-                )
-                texts.append([])
+        info: dict[str, list[Any]] = {"target": [], "read": []}
+        for text, about, frames in zip(
+            prompt, metadata or [{}] * len(prompt), frames_of(len(prompt), image, video), strict=True
+        ):
+            try:
+                targets = self._targets(text, about)
+            except Unscored as reason:
+                rewards.append(reason)
+                info["target"].append(None)
+                info["read"].append([])
                 continue
-            read = [self._read(frame) for frame in sample_frames]
-            texts.append(read)
-            rewards.append(float(np.mean([similarity(target, text) for text in read])))
-        return RewardModelOutput(rewards, {"target": targets, "read": texts})
+            read = [self._reader.read(frame) for frame in frames]
+            rewards.append(float(np.mean([similarity(target, one) for one in read for target in targets])))
+            info["target"].append(targets[0] if len(targets) == 1 else targets)
+            info["read"].append(read)
+        return RewardModelOutput(rewards, info)
 
-    def _read(self, image: Image.Image) -> str:
-        pixels_BGR = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
-        lines: Sequence[str] | None = self._engine(pixels_BGR).txts
-        return " ".join(lines or ())
+    def _targets(self, prompt: str, metadata: Mapping[str, Any]) -> list[str]:
+        """The texts to look for, at least one. Raises `Unscored`."""
+        if self._takes_several:
+            targets = target_texts(prompt, metadata)
+        else:
+            target = target_text(prompt, metadata)
+            targets = [] if target is None else [target]
+        if not targets:
+            raise Unscored("invalid", 'no text to look for: quote it in the prompt, or set metadata["text"]')
+        for target in targets:
+            self._check_readable(target)
+        return targets
 
-
-def target_text(prompt: str, metadata: Mapping[str, Any]) -> str | None:
-    """The text asked for, or None."""
-    text = metadata.get("text")
-    if text is None:
-        quoted = QUOTED.search(prompt)
-        text = next((g for g in quoted.groups() if g), None) if quoted else None
-    return str(text) if text is not None and _plain(str(text)) else None
-
-
-def similarity(target: str, read: str) -> float:
-    """`1 - min(d, n) / n` over lower-case texts without white space; 1 where `read` contains `target`."""
-    target, read = _plain(target), _plain(read)
-    if target in read:
-        return 1.0
-    return 1.0 - min(Levenshtein.distance(target, read), len(target)) / len(target)
-
-
-def _plain(text: str) -> str:
-    return "".join(text.split()).lower()
+    def _check_readable(self, target: str) -> None:
+        """Raise `Unscored` for a text that can never be read, however well it is drawn."""
+        if is_right_to_left(target):
+            raise Unscored("invalid", f"{target!r} is written from right to left, which OCR here cannot compare")
+        missing = unreadable(target, self._reader.alphabet)
+        if missing:
+            raise Unscored("invalid", _what_is_missing(target, missing))
 
 
-def _sign() -> Image.Image:
-    image = Image.new("RGB", (200, 80), "white")
-    ImageDraw.Draw(image).text((20, 20), "READY", fill="black", font=ImageFont.load_default(36))
-    return image
+def _what_is_missing(target: str, missing: Sequence[str]) -> str:
+    """Why a text with these characters cannot be read, and which options name a model that reads them."""
+    shown = " ".join(missing[:MOST_SHOWN]) + (" ..." if len(missing) > MOST_SHOWN else "")
+    scripts = scripts_of(missing)
+    of_scripts = f" ({', '.join(script.title() for script in scripts)})" if scripts else ""
+    options = [f"lang: {LANGUAGE_OF_SCRIPT[script]}" for script in scripts if script in LANGUAGE_OF_SCRIPT]
+    options.append("rec_model_path: (a file on the worker)")
+    return (
+        f"{target!r} cannot be read, however well it is drawn: the recognition model has no {shown}{of_scripts}; "
+        f"name a model that has, by {' or '.join(options)}, or ask for another text"
+    )
