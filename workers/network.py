@@ -85,8 +85,9 @@ class Server:
     @property
     def whence(self) -> str:
         """The host that asks, for people: a server may be well and out of this host's reach."""
-        is_here = (urlsplit(self.url).hostname or "") in LOOPBACK
-        return f"from the worker's host {platform.node()}{', which is that of the URL' if is_here else ''}"
+        host = urlsplit(self.url).hostname or ""
+        is_here = f" ({host} there is that host itself)" if host in LOOPBACK else ""
+        return f"from the worker's host {platform.node()}{is_here}"
 
     @property
     def way(self) -> str:

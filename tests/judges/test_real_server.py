@@ -112,7 +112,7 @@ def test_our_question_is_understood_and_an_answer_of_little_mass_is_told(real_se
     (reward,), (info,) = output.rewards, output.extra_info["judge"]
     assert 0 < reward < 1
     assert info["mass"] < 0.25
-    assert f"P(Yes) + P(No) is {info['mass']:.2g}" in found.message
+    assert f"P(Yes) + P(No) is {found.info['judge']['mass']:.2g}" in found.message
 
 
 def test_rubric_replies_that_are_cut_are_no_rewards(settings, workers, real_server, picture):

@@ -67,13 +67,11 @@ class Endpoint(Server):
             is_known = (self._is_listed(wanted) or (wanted and self.names is not None)) and not self.is_doubted
             if not is_known and time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 try:
-                    await self._learn_names(client if not wanted else self._quick_client())
+                    await self._learn_names(wanted, client if not wanted else self._quick_client())
                 except (openai.APIConnectionError, openai.APIStatusError):
                     if not wanted:
                         raise  # else the question itself will meet the same, with its retries
                 self.listed_at = time.monotonic()
-                if wanted and self.names and wanted not in self.names:
-                    log.warning("model not listed but asked url=%s model=%r listed=%s", self.name, wanted, self.listed)
         if wanted:
             return wanted
         if self.names is None:
@@ -89,7 +87,7 @@ class Endpoint(Server):
             if time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 self.listed_at = time.monotonic()
                 with contextlib.suppress(openai.APIConnectionError, openai.APIStatusError, Unscored):
-                    await self._learn_names(self._quick_client())
+                    await self._learn_names(wanted, self._quick_client())
         if self.names is None:
             return f"; {self.name} lists no models: is this the URL of an OpenAI-compatible API?"
         if wanted in self.names:
@@ -107,7 +105,7 @@ class Endpoint(Server):
         """
         client = self._quick_client()
         self.listed_at = time.monotonic()
-        await self._learn_names(client)
+        await self._learn_names(wanted, client)
         name = await self.model_name(wanted, client)
         if self._is_listed(name):
             return
@@ -126,9 +124,11 @@ class Endpoint(Server):
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         return (", ".join(names[:MOST_NAMES]) or "none") + more
 
-    async def _learn_names(self, client: Any) -> None:
+    async def _learn_names(self, wanted: str, client: Any) -> None:
         self.names = await self._list(client)
         self.is_doubted = False
+        if wanted and self.names and wanted not in self.names:
+            log.warning("model not listed but asked url=%s model=%r listed=%s", self.name, wanted, self.listed)
 
     def _is_listed(self, wanted: str) -> bool:
         return self.names is not None and (wanted in self.names or (not wanted and len(self.names) == 1))
