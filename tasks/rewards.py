@@ -100,6 +100,8 @@ class RewardSpec(BaseModel):
     """Alternatives a sample must have; empty for a class of which only the worker knows what it needs."""
     fields: tuple[str, ...] = SAMPLE_FIELDS
     """What travels."""
+    absent: str = ""
+    """What is wrong where source on this host has no such class: told when the reward is used."""
     launch: str = ""
     """Set where edited code must not be answered with old rewards: `counts_launch`."""
 
@@ -259,10 +261,13 @@ class RewardConfig(BaseModel):
         """The rewards of a split, for use.
 
         Raises:
-            UnknownRewardError: One is a name of Flow-Factory's that loads but is not built here.
+            UnknownRewardError: One is a name of Flow-Factory's that loads but is not built here, or a class that its
+                module does not have.
         """
         specs = (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
         for spec in specs:
+            if spec.absent:
+                raise UnknownRewardError(spec.absent)
             if spec.reward_model in catalog.NOT_BUILT:
                 raise UnknownRewardError(
                     f"reward {spec.name!r}: {spec.reward_model} is not built here; bring a class of your own and name "
@@ -380,7 +385,7 @@ def _parse_reward(entry: Any, where: str, folder: Path) -> RewardSpec:
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
     """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
     if path.lower() not in catalog.NOT_BUILT:
-        check_class(path, where, said=known)
+        known["absent"] = check_class(path, where, said=known)
     declared = declared_by(path)
     kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
     if kind not in ("pointwise", "groupwise"):

@@ -19,13 +19,13 @@ from pathlib import Path
 from tasks.errors import UnknownRewardError, nearest
 
 NEAR = 0.8
-"""How alike two names of modules are of which one may be meant for the other (1 is equal)."""
+"""How alike two names are of which one may be meant for the other (1 is equal)."""
 
 _MAKES_NAMES = ("globals", "vars", "exec", "setattr", "eval")
 """Calls by which a module may define what its source does not show."""
 
 
-def check_class(path: str, where: str, said: Container[str]) -> None:
+def check_class(path: str, where: str, said: Container[str]) -> str:
     """Check the dotted path of a class of the user's as far as source on this host tells.
 
     Args:
@@ -33,25 +33,33 @@ def check_class(path: str, where: str, said: Container[str]) -> None:
         said: Which keys the reward has. `kind` and `required_fields` say what the source would, as they must where
             only workers have it: what differs here is then no misspelling.
 
+    Returns:
+        What is wrong, if the module has neither this class nor one of nearly its name; else nothing.
+
     Raises:
-        UnknownRewardError: The module has no such class, or a module here of nearly that name has it.
+        UnknownRewardError: It is misspelt: the module, or the class in its module, has nearly this name.
     """
     module, _, name = path.rpartition(".")
     file = _file_of(module)
     if file is None:
         if "kind" not in said and "required_fields" not in said:
             _check_module(module, name, where)
-        return
-    if "kind" in said and "required_fields" in said:
-        return
+        return ""
+    if ("kind" in said and "required_fields" in said) or hasattr(sys.modules.get(module), name):
+        return ""
     names = _names_in(file)
     if names is None or name in names:
-        return
-    raise UnknownRewardError(
-        f"{where}: {file} has no class {name!r}{nearest(name, _classes_in(file) or names)}; reward_model is the dotted "
-        "path of a class, my_rewards.MyReward. (Where workers have another file of this name, say kind: and "
+        return ""
+    classes = _classes_in(file)
+    is_misspelt = any(_likeness(name.lower(), known.lower()) >= NEAR for known in classes)
+    words = (
+        f"{where}: {file} has no class {name!r}{nearest(name, classes) if is_misspelt else ''}; reward_model is the "
+        "dotted path of a class, my_rewards.MyReward. (Where workers have another file of this name, say kind: and "
         "required_fields: here)"
     )
+    if is_misspelt:
+        raise UnknownRewardError(words)
+    return words
 
 
 def _check_module(module: str, name: str, where: str) -> None:
@@ -60,7 +68,7 @@ def _check_module(module: str, name: str, where: str) -> None:
     if _may_be_found(module):
         return
     for file in _siblings(parent):
-        is_near = difflib.SequenceMatcher(None, last, file.stem).ratio() >= NEAR
+        is_near = _likeness(last, file.stem) >= NEAR
         if is_near and _without_digits(file.stem) != _without_digits(last) and name in _classes_in(file):
             meant = ".".join(filter(None, (parent, file.stem, name)))
             raise UnknownRewardError(
@@ -78,6 +86,10 @@ def _siblings(parent: str) -> list[Path]:
     for folder in (Path.cwd().joinpath(*filter(None, parent.split("."))), *inside):
         files |= dict.fromkeys(sorted(folder.absolute().glob("*.py")))
     return list(files)
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _without_digits(name: str) -> str:
