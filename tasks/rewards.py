@@ -116,6 +116,8 @@ class RewardSpec(BaseModel):
     """Alternatives a sample must have; empty for a class of which only the worker knows what it needs."""
     fields: tuple[str, ...] = SAMPLE_FIELDS
     """What travels."""
+    absent: str = ""
+    """What is wrong where source on this host has no such class: told when the reward is used."""
     launch: str = ""
     """Set where edited code must not be answered with old rewards: `counts_launch`."""
     code: Code = ()
@@ -286,10 +288,13 @@ class RewardConfig(BaseModel):
         """The rewards of a split, for use.
 
         Raises:
-            UnknownRewardError: One has a name that loads but is not built here.
+            UnknownRewardError: One has a name that loads but is not built here, or is a class that its module does not
+                have.
         """
         specs = (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
         for spec in specs:
+            if spec.absent:
+                raise UnknownRewardError(spec.absent)
             if not spec.is_built:
                 raise UnknownRewardError(
                     f"reward {spec.name!r}: {spec.reward_model} is not built here"
@@ -422,7 +427,7 @@ def _options_among(known: dict[str, Any], builtin: ModelEntry, nested: Mapping[s
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
     """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
     if path.lower() not in catalog.NOT_BUILT:
-        check_class(path, where, said=known)
+        known["absent"] = check_class(path, where, said=known)
     declared = declared_by(path)
     kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
     if kind not in ("pointwise", "groupwise"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import textwrap
 
 import pytest
@@ -20,6 +21,7 @@ class Brightness(PointwiseRewardModel):
 def model_named(tmp_path, monkeypatch):
     """Loads a config that names a class, in a folder with these files; returns the name as it is in the config."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
 
     def load(name: str, files: dict[str, str], **keys: object) -> str:
         for file, text in files.items():
@@ -37,7 +39,6 @@ def model_named(tmp_path, monkeypatch):
     [
         ("mine_a.Brightnes", {"mine_a.py": CLASS}, r"mine_a\.py has no class 'Brightnes' .did you mean 'Brightness'"),
         ("mine_b.brightness", {"mine_b.py": CLASS}, "did you mean 'Brightness'"),
-        ("mine_c.Contrast", {"mine_c.py": CLASS}, r"mine_c\.py has no class 'Contrast'; reward_model is"),
         ("pack_a.Brightnes", {"pack_a/__init__.py": CLASS}, r"pack_a/__init__\.py has no class 'Brightnes'"),
         ("pack_b.sub.Brightnes", {"pack_b/__init__.py": "", "pack_b/sub.py": CLASS}, r"pack_b/sub\.py has no class"),
         ("my_reward.Brightness", {"my_rewards.py": CLASS}, r"did you mean 'my_rewards\.Brightness'"),
@@ -51,6 +52,22 @@ def model_named(tmp_path, monkeypatch):
 def test_a_misspelt_name_is_refused_with_the_nearest_one(model_named, name, files, says):
     with pytest.raises(UnknownRewardError, match=says):
         model_named(name, files)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_class_that_is_not_there_is_refused_when_the_reward_is_used(model_named, split):
+    model_named("mine_c.Brightness", {"mine_c.py": CLASS})
+    block = "rewards" if split == "train" else "eval_rewards"
+    config = RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, block: {"reward_model": "mine_c.Contrast"}})
+    with pytest.raises(UnknownRewardError, match=r"mine_c\.py has no class 'Contrast'; reward_model is"):
+        config.of(split)
+
+
+def test_a_class_that_a_notebook_made_is_there(model_named, monkeypatch):
+    model_named("mine_f.Brightness", {"mine_f.py": CLASS})
+    module = importlib.import_module("mine_f")
+    monkeypatch.setattr(module, "Brightnesses", module.Brightness, raising=False)
+    assert model_named("mine_f.Brightnesses", {}) == "mine_f.Brightnesses"
 
 
 @pytest.mark.parametrize("block", ["rewards", "eval_rewards"])
