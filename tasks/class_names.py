@@ -1,0 +1,173 @@
+"""Whether the class that a dotted path names is there, told from source on this host; nothing is imported.
+
+Only what is certain is an error: a module that is not found here may be on the worker's host, and a module that makes
+its names while it runs may have any.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import threading
+from collections.abc import Container, Iterable
+from pathlib import Path
+
+from tasks.errors import UnknownRewardError, nearest
+
+NEAR = 0.8
+"""How alike two names are of which one may be meant for the other (1 is equal)."""
+
+_MAKES_NAMES = ("globals", "vars", "exec", "setattr", "eval")
+"""Calls by which a module may define what its source does not show."""
+
+
+def check_class(path: str, where: str, said: Container[str]) -> str:
+    """Check the dotted path of a class of the user's as far as source on this host tells.
+
+    Args:
+        where: The place in the config, for the message.
+        said: Which keys the reward has. `kind` and `required_fields` say what the source would, as they must where
+            only workers have it: what differs here is then no misspelling.
+
+    Returns:
+        What is wrong, if the module has neither this class nor one of nearly its name; else nothing.
+
+    Raises:
+        UnknownRewardError: It is misspelt: the module, or the class in its module, has nearly this name.
+    """
+    module, _, name = path.rpartition(".")
+    file = _file_of(module)
+    if file is None:
+        if "kind" not in said and "required_fields" not in said:
+            _check_module(module, name, where)
+        return ""
+    if ("kind" in said and "required_fields" in said) or hasattr(sys.modules.get(module), name):
+        return ""
+    names = _names_in(file)
+    if names is None or name in names:
+        return ""
+    classes = _classes_in(file)
+    is_misspelt = any(_likeness(name.lower(), known.lower()) >= NEAR for known in classes)
+    words = (
+        f"{where}: {file} has no class {name!r}{nearest(name, classes) if is_misspelt else ''}; reward_model is the "
+        "dotted path of a class, my_rewards.MyReward. (Where workers have another file of this name, say kind: and "
+        "required_fields: here)"
+    )
+    if is_misspelt:
+        raise UnknownRewardError(words)
+    return words
+
+
+def _check_module(module: str, name: str, where: str) -> None:
+    """Raise if there is no such module here, but one of nearly that name that has the class."""
+    parent, _, last = module.rpartition(".")
+    if _may_be_found(module):
+        return
+    for file in _siblings(parent):
+        is_near = _likeness(last, file.stem) >= NEAR
+        if is_near and _without_digits(file.stem) != _without_digits(last) and name in _classes_in(file):
+            meant = ".".join(filter(None, (parent, file.stem, name)))
+            raise UnknownRewardError(
+                f"{where}: there is no module {module!r} here, but {file} has the class {name} (did you mean "
+                f"{meant!r}?). If only the workers have {module!r}, say required_fields: [...] here, and kind: "
+                "groupwise if it is that"
+            )
+
+
+def _siblings(parent: str) -> list[Path]:
+    """The modules of a package, or for none those of the folders that scripts are started in."""
+    folders = sys.path if parent else sys.path[:1]
+    inside = [Path(folder or ".").joinpath(*parent.split(".")) if parent else Path(folder or ".") for folder in folders]
+    files: dict[Path, None] = {}
+    for folder in (Path.cwd().joinpath(*filter(None, parent.split("."))), *inside):
+        files |= dict.fromkeys(sorted(folder.absolute().glob("*.py")))
+    return list(files)
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _without_digits(name: str) -> str:
+    """`rewards_v1` and `rewards_v2` are two versions, not one misspelt."""
+    return re.sub(r"\d+", "", name)
+
+
+def _file_of(module: str) -> Path | None:
+    """The source of a module that is found by name from here."""
+    for folder in (os.getcwd(), *sys.path):
+        base = Path(folder).joinpath(*module.split("."))
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _may_be_found(module: str) -> bool:
+    """Whether Python may find a module of which no source is here: compiled, a folder, or by an import hook."""
+    for folder in (os.getcwd(), *sys.path):
+        base = Path(folder).joinpath(*module.split("."))
+        if base.is_dir() or any(base.parent.glob(f"{base.name}.*")):
+            return True
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None and "." not in module
+    except (ImportError, ValueError):
+        return True
+
+
+def _names_in(file: Path) -> set[str] | None:
+    """The names that a module binds anywhere in it; None if its source does not tell them all."""
+    tree = _tree_of(file)
+    if tree is None:
+        return None
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        names |= set(_bound_by(node))
+    if "*" in names or "__getattr__" in names or _makes_names(tree):
+        return None
+    return names
+
+
+def _classes_in(file: Path) -> set[str]:
+    """The classes that a module defines."""
+    tree = _tree_of(file)
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} if tree is not None else set()
+
+
+_parsing = threading.Lock()
+"""Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
+
+
+def _tree_of(file: Path) -> ast.Module | None:
+    try:
+        with _parsing:
+            return ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return None
+
+
+def _bound_by(node: ast.AST) -> Iterable[str]:
+    """The names that a node binds, in whatever scope; `*` for any."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.alias):
+        return [node.asname or node.name.partition(".")[0]]
+    if isinstance(node, ast.Global):
+        return node.names
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    return []
+
+
+def _makes_names(tree: ast.Module) -> bool:
+    """Whether the module calls what may define names that its source does not show."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _MAKES_NAMES:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr == "modules":  # sys.modules[__name__]
+            return True
+    return False
