@@ -16,12 +16,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tasks import catalog
+from tasks.class_names import check_class
 from tasks.classes import declared_by
 from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
 from tasks.options import answer_options, check_options
-from tasks.spelling import check_class
 
 log = logging.getLogger(__name__)
 
