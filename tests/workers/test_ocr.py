@@ -199,6 +199,16 @@ def test_a_target_that_the_reader_cannot_read_is_invalid_and_names_the_option(oc
             assert words in outcome.failure.message
 
 
+def test_a_character_is_readable_as_a_whole_or_piece_by_piece():
+    from workers.models.ocr_texts import unreadable
+
+    assert unreadable("½ ﬁ É", ["½", "f", "i", "É"]) == []
+    assert unreadable("½", ["1", "2"]) == ["\N{FRACTION SLASH}"]
+    assert unreadable("m", ["\N{SQUARE MM}"]) == ["m"], "it writes two of them at once only"
+    assert unreadable("e\u0301 x\u0302", ["é", "x"]) == ["\u0302"]
+    assert unreadable("Straße", ["s", "t", "r", "a", "e"]) == []
+
+
 def test_what_the_wheels_reader_can_write_is_not_refused(ocr):
     for target in (
         "Floor 13½",
@@ -226,7 +236,7 @@ def cyrillic_model(tmp_path_factory):
     import rapidocr
 
     (path,) = (Path(rapidocr.__file__).parent / "models").glob("*_rec_*.onnx")
-    characters = "\n".join(LIKE.get(c, c) for c in characters_of(path))
+    characters = "\n".join(LIKE.get(unicodedata.normalize("NFKC", c), c) for c in characters_of(path))
     copy = tmp_path_factory.mktemp("models") / "cyrillic.onnx"
     copy.write_bytes(path.read_bytes() + metadata_entry("character", characters))
     return copy

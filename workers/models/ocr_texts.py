@@ -66,9 +66,15 @@ def similarity(target: str, read: str) -> float:
 
 
 def unreadable(text: str, alphabet: Iterable[str]) -> list[str]:
-    """The characters of `text`, in order and each once, that nothing written in `alphabet` is equal to."""
-    written = {c for character in alphabet for c in comparable(character)}
-    return [c for c in dict.fromkeys(comparable(text)) if c not in written]
+    """The characters of `text`, each once, that nothing written in `alphabet` is equal to: as a whole (½) or piece by
+    piece (ﬁ)."""
+    written = {comparable(character) for character in alphabet}
+    found: list[str] = []
+    for character in unicodedata.normalize("NFC", text):
+        folded = comparable(character)
+        if folded not in written:
+            found += [c for c in folded if c not in written]
+    return list(dict.fromkeys(found))
 
 
 def scripts_of(characters: Sequence[str]) -> list[str]:
