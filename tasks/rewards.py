@@ -15,15 +15,15 @@ import msgpack
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from tasks import catalog, rewards_file
-from tasks.class_names import check_class
-from tasks.classes import Declared, declared_by
-from tasks.code import Code, code_of, digest_of
 from tasks.entries import How, ModelEntry
 from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
 from tasks.numerals import in_exponent_form
 from tasks.options import answer_options, check_options
 from tasks.reward_keys import KEYS, check_blocks, check_not_built, check_own_options, split_keys
+from tasks.source.class_names import check_class
+from tasks.source.code import Code, code_of, digest_of
+from tasks.source.declared import Declared, declared_by
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from typing import Any, Self
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
-from tasks.code import changed_files
 from tasks.connections import LOST, connect, why_away
 from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError, UnknownRewardError
 from tasks.messages import Failure
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.settings import Settings, without_password
+from tasks.source.code import changed_files
 from trainer_client.adoption import adopt
 from trainer_client.advantages import Advantages, Method, advantages_of
 from trainer_client.board import Slot

@@ -9,9 +9,9 @@ from typing import Any
 import msgpack
 
 from tasks import keys
-from tasks.code import Code, changed_files
 from tasks.errors import ConfigError
 from tasks.rewards import RewardConfig, RewardSpec
+from tasks.source.code import Code, changed_files
 
 LIVES_LONGER = 2
 """So many times the life of an outcome a run is known after its last client renewed it: workers may write one as late

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.code import Code
 from tasks.messages import Failure
 from tasks.rewards import Split
+from tasks.source.code import Code
 
 if TYPE_CHECKING:
     from trainer_client.board import Slot

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from tasks import catalog, clips, judges, remotes
-from tasks.code import Code, code_from, digest_of, file_name, hash_of, hash_on_disk
 from tasks.errors import ModelLoadError, StaleCodeError
-from tasks.sources import OURS, SourceFile, find_source, is_library
+from tasks.source.code import Code, code_from, digest_of, file_name, hash_of, hash_on_disk
+from tasks.source.files import OURS, SourceFile, find_source, is_library
 from tasks.version import __version__
 
 

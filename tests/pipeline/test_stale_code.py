@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.code import code_of, digest_of
+from tasks.source.code import code_of, digest_of
 from tests.delivery.conftest import supervised  # noqa: F401  (a fixture)
 from tests.servers import ROOT, WorkerProcess, wait_until
 from trainer_client import CollectTimeoutError, ConfigError, RewardClient, Sample, TicketError

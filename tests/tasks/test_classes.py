@@ -10,10 +10,10 @@ import textwrap
 
 import pytest
 
-from tasks.classes import declared_by
 from tasks.errors import ConfigError
-from tasks.lineage import OUR_VALUES
 from tasks.rewards import SAMPLE_FIELDS, RewardConfig
+from tasks.source.declared import declared_by
+from tasks.source.lineage import OUR_VALUES
 from workers import RewardModel
 
 numbers = itertools.count()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.code import code_of, digest_of
 from tasks.rewards import RewardConfig
+from tasks.source.code import code_of, digest_of
 from tests.servers import ROOT, clean_env
 
 
@@ -141,7 +141,7 @@ def test_another_process_reads_the_same_code_from_another_folder(folder, tmp_pat
     for place in (folder, elsewhere):
         (place / "my_rewards.py").write_text("import helper")
         (place / "helper.py").write_text("")
-    command = [sys.executable, "-c", "from tasks.code import *; print(digest_of(code_of('my_rewards.Mine')))"]
+    command = [sys.executable, "-c", "from tasks.source.code import *; print(digest_of(code_of('my_rewards.Mine')))"]
     env = {**clean_env(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(elsewhere)])}
     said = subprocess.run(command, env=env, cwd=elsewhere, capture_output=True, text=True, check=True).stdout
     assert said.strip() == digest_of(code_of("my_rewards.Mine"))

@@ -89,7 +89,8 @@ def test_an_option_beside_extra_kwargs_and_in_it_is_refused(entry: dict[str, Any
 def test_what_an_anchor_brings_is_overridden_as_yaml_says(from_text: Any, caplog: Any) -> None:
     config = from_text(
         """
-        defaults: &judge {reward_model: vllm_evaluate, weight: 0.5, top_logprobs: 5}
+        defaults: &judge
+          {reward_model: vllm_evaluate, api_base_url: "http://judge:8000/v1", weight: 0.5, top_logprobs: 5}
         rewards:
           - {<<: *judge, name: one}
           - {<<: *judge, name: two, weight: 2}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.code import code_of, digest_of
 from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.settings import load_settings
+from tasks.source.code import code_of, digest_of
 from tests.workers.requests import call_of
 from workers.code import LoadedCode
 from workers.loading import Models
@@ -161,7 +161,7 @@ def test_libraries_are_imported_as_ever(folder):
     code = LoadedCode()
     code.follow("code_i.part")
     assert code.follows("code_i")
-    assert not any(code.follows(name) for name in ("torch", "numpy.linalg", "tasks.code", "workers"))
+    assert not any(code.follows(name) for name in ("torch", "numpy.linalg", "tasks.source.code", "workers"))
 
 
 def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ import importlib.util
 import os
 import re
 import sys
-import threading
 from collections.abc import Container, Iterable
 from pathlib import Path
 
 from tasks.errors import UnknownRewardError, nearest
+from tasks.source.files import find_source, parse
 
 NEAR = 0.8
 """How alike two names are of which one may be meant for the other (1 is equal)."""
@@ -40,13 +40,14 @@ def check_class(path: str, where: str, said: Container[str]) -> str:
         UnknownRewardError: It is misspelt: the module, or the class in its module, has nearly this name.
     """
     module, _, name = path.rpartition(".")
-    file = _file_of(module)
-    if file is None:
+    source = find_source(module)
+    if source is None:
         if "kind" not in said and "required_fields" not in said:
             _check_module(module, name, where)
         return ""
     if ("kind" in said and "required_fields" in said) or hasattr(sys.modules.get(module), name):
         return ""
+    file = source.path
     names = _names_in(file)
     if names is None or name in names:
         return ""
@@ -97,16 +98,6 @@ def _without_digits(name: str) -> str:
     return re.sub(r"\d+", "", name)
 
 
-def _file_of(module: str) -> Path | None:
-    """The source of a module that is found by name from here."""
-    for folder in (os.getcwd(), *sys.path):
-        base = Path(folder).joinpath(*module.split("."))
-        for file in (base.with_suffix(".py"), base / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
-
-
 def _may_be_found(module: str) -> bool:
     """Whether Python may find a module of which no source is here: compiled, a folder, or by an import hook."""
     for folder in (os.getcwd(), *sys.path):
@@ -138,15 +129,10 @@ def _classes_in(file: Path) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)} if tree is not None else set()
 
 
-_parsing = threading.Lock()
-"""Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
-
-
 def _tree_of(file: Path) -> ast.Module | None:
     try:
-        with _parsing:
-            return ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
+        return parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError):
         return None
 
 

@@ -1,18 +1,14 @@
-"""The source of modules, found and parsed without importing any (they may need torch, or a GPU), and what it binds."""
+"""A module as it is written: its syntax tree, and which statement binds each of its names."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import os
-import sys
-import threading
-import tokenize
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+
+from tasks.source.files import find_source, parse
 
 STAR = "*"
 """Bound by `from x import *`: any name."""
@@ -59,15 +55,15 @@ class Module:
 
 def module_of(name: str) -> Module | None:
     """The module of a dotted name; None if its source is not on this host, or is no Python of this version."""
-    file = _file_of(name)
+    file = find_source(name)
     if file is None:
         return None
     try:
-        status = file.stat()
-        tree = _parsed(str(file), status.st_mtime_ns, status.st_size)
+        status = file.path.stat()
+        tree = _parsed(str(file.path), status.st_mtime_ns, status.st_size)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return None
-    return Module(name, file.name == "__init__.py", tree)
+    return Module(name, file.is_package, tree)
 
 
 def bound_by(statement: ast.AST) -> set[str]:
@@ -98,42 +94,6 @@ def _names_bound(node: ast.AST) -> Iterator[str]:
         yield node.rest
 
 
-def _file_of(name: str) -> Path | None:
-    """Where Python would find the source of a module. No package is imported on the way."""
-    parts = name.split(".")
-    if not all(part.isidentifier() for part in parts):
-        return None
-    for folder in [os.getcwd(), *sys.path]:
-        base = Path(folder).joinpath(*parts)
-        for file in (base / "__init__.py", base.with_suffix(".py")):
-            if file.is_file():
-                return file
-    return _file_by_finders(parts)
-
-
-def _file_by_finders(parts: list[str]) -> Path | None:
-    """The same where something else than a folder says it: an editable install, or a module that is imported."""
-    try:
-        spec = importlib.util.find_spec(parts[0])  # which imports nothing: it has no parent
-    except (ImportError, ValueError):
-        return None
-    for folder in (spec and spec.submodule_search_locations) or ():
-        base = Path(folder).joinpath(*parts[1:])
-        for file in (base / "__init__.py", base.with_suffix(".py")):
-            if file.is_file():
-                return file
-    is_file = len(parts) == 1 and spec is not None and spec.origin is not None and spec.origin.endswith(".py")
-    return Path(str(spec.origin)) if spec is not None and is_file else None
-
-
-_parsing = threading.Lock()
-"""Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
-
-
 @lru_cache(maxsize=256)
 def _parsed(file: str, _mtime_ns: int, _size: int) -> ast.Module:
-    with tokenize.open(file) as source:
-        text = source.read()
-    with _parsing, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Python thinks of the user's code it says where it runs
-        return ast.parse(text)
+    return parse(Path(file).read_bytes())

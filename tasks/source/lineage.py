@@ -7,9 +7,16 @@ import sys
 from functools import cached_property
 from typing import Any
 
-from tasks.class_body import AssignedError, assigned, assignments_from_outside, is_mentioned, last_name, values_in
-from tasks.constants import UnreadableError, value_of, written
-from tasks.modules import STAR, Module, module_of
+from tasks.source.class_body import (
+    AssignedError,
+    assigned,
+    assignments_from_outside,
+    is_mentioned,
+    last_name,
+    values_in,
+)
+from tasks.source.constants import UnreadableError, value_of, written
+from tasks.source.modules import STAR, Module, module_of
 
 MAX_STEPS = 50
 """Imports and bases followed for one class."""

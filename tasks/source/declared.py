@@ -10,10 +10,10 @@ import ast
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.class_body import AssignedError, last_name
-from tasks.constants import UnreadableError
-from tasks.lineage import ABSENT, MAX_STEPS, OURS, Class
-from tasks.modules import module_of
+from tasks.source.class_body import AssignedError, last_name
+from tasks.source.constants import UnreadableError
+from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class
+from tasks.source.modules import module_of
 
 Kind = Literal["pointwise", "groupwise"]
 

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks.constants import UnreadableError, value_of, written
-from tasks.modules import STAR, Module, bound_by
+from tasks.source.constants import UnreadableError, value_of, written
+from tasks.source.modules import STAR, Module, bound_by
 
 _RUNS_CODE = {"exec", "eval", "locals", "vars", "globals", "setattr"}
 """Called in the body of a class they may bind any name there."""

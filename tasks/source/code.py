@@ -10,7 +10,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from tasks.sources import SourceFile, find_source, imports_of, neighbour
+from tasks.source.files import SourceFile, find_source, imports_of, neighbour
 
 DIGITS = 16
 """Hex digits of a hash."""
