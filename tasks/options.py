@@ -36,6 +36,11 @@ def check_options(
     checked = {name: copy.copy(option.default) for name, option in builtin.options.items()}
     for name, value in given.items():
         if name not in builtin.options:
+            if name in keys:
+                raise UnknownOptionError(
+                    f"{where}: {name} is a key of the reward and no option of {model}: write it beside extra_kwargs, "
+                    "not in it"
+                )
             raise UnknownOptionError(
                 f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
                 f"its options: {', '.join(builtin.options) or 'none'}"

@@ -31,7 +31,8 @@ from tasks.redis_refusals import (
 )
 from tasks.settings import Sentinels, Settings
 
-Side = Literal["trainer", "worker"]
+Side = Literal["trainer", "worker", "clean"]
+"""Who asks; `rewardq clean` uses results only."""
 
 PROBE_TTL_MS = 10_000
 
@@ -60,6 +61,8 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
         EvictionError: One drops keys when it is full.
     """
     for server in servers_of(settings):
+        if side == "clean" and server.role != RESULTS:
+            continue
         try:
             ask(server, settings.sentinels, side, queues)
         except RedisRefusalError:  # a ConnectionError too, for whoever catches those
@@ -89,7 +92,8 @@ def ask(server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] 
             if words is None:
                 raise
             raise RedisRefusalError(server.says(words)) from None
-        check_eviction(client, server.url)
+        if side != "clean":
+            check_eviction(client, server.url)
 
 
 def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None:
@@ -100,11 +104,10 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     about, of_cluster, *answers = _answers(client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first])
     if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
         raise RedisRefusalError(server.says(cluster(server)))
-    errors = _errors_among(answers)
+    may_be_full = server.role == PAYLOADS and side == "worker"  # who only reads there, as a rule
+    errors = _errors_among(answers, may_be_full)
     if not errors:  # else the keys that the others need have no type, and what they wrote would stay
-        errors = _errors_among(_answers(client, then))
-    if server.role == PAYLOADS and side == "worker":  # one that is full is no trouble to who only reads
-        errors = [error for error in errors if not isinstance(error, REFUSED)]
+        errors = _errors_among(_answers(client, then), may_be_full)
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
     _judge(errors, server, str(about.get("redis_version", "")) if isinstance(about, dict) else "")
@@ -122,9 +125,10 @@ def _answers(client: Any, commands: Commands) -> list[Any]:
     return answers
 
 
-def _errors_among(answers: Sequence[Any]) -> list[Exception]:
-    """Without those that say that a command was let pass."""
-    return [answer for answer in answers if isinstance(answer, Exception) and not _is_harmless(answer)]
+def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
+    """Without those that say that a command was let pass, or would be at another time."""
+    errors = [answer for answer in answers if isinstance(answer, Exception) and not _is_harmless(answer)]
+    return [error for error in errors if not (may_be_full and isinstance(error, REFUSED))]
 
 
 def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
@@ -155,11 +159,15 @@ def _is_harmless(error: Exception) -> bool:
 QUEUES, RESULTS, PAYLOADS = "Redis for queues", "Redis for results", "Redis for payloads"
 
 
+_TOGETHER: Commands = [("MULTI",), ("EXEC",)]
+
+
 def _scripts(name: str) -> Commands:
     return [
         ("EVAL", _SCRIPT, 2, name, f"{name}.other", PROBE_TTL_MS),
         ("EVALSHA", _NO_SCRIPT, 0),
         ("SCRIPT", "LOAD", "return 1"),
+        ("SCRIPT", "EXISTS", _NO_SCRIPT),
     ]
 
 
@@ -167,7 +175,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
     """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
     binding = f"_kombu.binding.{name}"
     first = [("SET", name, "1", "PX", PROBE_TTL_MS), ("SET", binding, "1", "PX", PROBE_TTL_MS)]
-    both = [("LPUSH", name, "1"), ("LLEN", name), ("SADD", binding, "1")]
+    both = [("LPUSH", name, "1"), ("LLEN", name), ("SADD", binding, "1"), *_TOGETHER]
     if side == "trainer":
         return first, both
     return first, [
@@ -182,14 +190,27 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What outcomes, claims and chords are made of."""
+    """What outcomes, claims, groups and what a run is known by are made of, by our scripts too."""
+    other = f"{name}.other"
+    if side == "clean":  # it makes no key, not even for a moment
+        return [], [
+            ("SCAN", 0, "MATCH", name, "COUNT", 1),
+            ("MGET", name, other),
+            ("HGETALL", name),
+            ("HDEL", name, "1"),
+            ("UNLINK", name, other),
+        ]
     first = [("SET", name, "1", "PX", PROBE_TTL_MS)]
     both = [
-        ("MGET", name, f"{name}.other"),
+        ("MGET", name, other),
         ("GETRANGE", name, 0, 1),
+        ("EXISTS", other),
+        ("DEL", other),
         ("PEXPIRE", name, PROBE_TTL_MS),
         ("HGET", name, "1"),
         ("HSET", name, "1", "1"),
+        ("HSETNX", name, "1", "1"),
+        ("HDEL", name, "1"),
         ("HINCRBY", name, "1", 1),
         ("ZADD", name, 1, "1"),
         ("TIME",),
@@ -197,27 +218,42 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
         *_scripts(name),
     ]
     if side == "worker":
-        return first, [*both, ("ZREM", name, "1"), ("ZREMRANGEBYSCORE", name, 0, 0), ("DEL", f"{name}.other")]
+        return first, [
+            *both,
+            ("ZREM", name, "1"),
+            ("ZREMRANGEBYSCORE", name, 0, 0),
+            ("ZSCORE", name, "1"),
+            ("ZCARD", name),
+        ]
     return first, [
         *both,
+        ("HGETALL", name),
+        ("HKEYS", name),
+        ("HMGET", name, "1"),
         ("ZRANGEBYSCORE", name, 0, 0),
         ("INCRBY", name, 0),
         ("PTTL", name),
-        ("UNLINK", f"{name}.other"),
+        ("UNLINK", other),
+        *_TOGETHER,
     ]
 
 
-def _for_payloads(side: Side, name: str) -> tuple[Commands, Commands]:
-    if side == "worker":  # it writes nothing there
-        return [], [("GET", name), ("EVAL", "return redis.call('GET', KEYS[1])", 1, name)]
+def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
+    """What media and their ledger are made of; a worker too drops those that arrive damaged."""
+    other = f"{name}.other"
     return [("SET", name, "1", "PX", PROBE_TTL_MS)], [
         ("GET", name),
         ("STRLEN", name),
+        ("EXISTS", other),
+        ("DEL", other),
         ("PEXPIRE", name, PROBE_TTL_MS),
+        ("PTTL", name),
         ("ZADD", name, 1, "1"),
         ("ZREM", name, "1"),
+        ("ZRANGEBYSCORE", name, 0, 0),
         ("INCRBY", name, 0),
-        ("EVAL", _SCRIPT, 2, name, f"{name}.other", PROBE_TTL_MS),
+        ("DECRBY", name, 0),
+        ("EVAL", _SCRIPT, 2, name, other, PROBE_TTL_MS),
         ("UNLINK", name),
     ]
 
@@ -232,12 +268,14 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
     with contextlib.closing(client.pubsub(ignore_subscribe_messages=False)) as channels:
-        try:
-            channels.psubscribe(*names)
-            channels.get_message(timeout=CHANNEL_TIMEOUT_S)
-        except redis.ResponseError as error:
-            error.add_note("PSUBSCRIBE")
-            errors.append(error)
+        for ask_for, command in ((channels.psubscribe, "PSUBSCRIBE"), (channels.punsubscribe, "PUNSUBSCRIBE")):
+            try:
+                ask_for(*names)
+                for _ in names:
+                    channels.get_message(timeout=CHANNEL_TIMEOUT_S)
+            except redis.ResponseError as error:
+                error.add_note(command)
+                errors.append(error)
     try:
         client.publish(f"{prefix}{keys.PROBE}", b"")
     except redis.ResponseError as error:

@@ -70,6 +70,11 @@ def _number_of_text(value: Any) -> Any:
     return value if found is None else found
 
 
+def _word_of_nan(value: Any) -> Any:
+    """`on_failure: .nan`, the number as YAML writes it, means the word."""
+    return "nan" if isinstance(value, float) and math.isnan(value) else value
+
+
 Number = Annotated[float, BeforeValidator(_no_bool)]
 FiniteNumber = Annotated[Number, Field(allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), BeforeValidator(_number_of_text), Field(ge=1)]
@@ -102,7 +107,7 @@ class RewardSpec(BaseModel):
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
     version: Annotated[str, BeforeValidator(_text_of_number)] = ""
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
-    on_failure: Literal["raise", "nan"] | ConstantOnFailure | None = None
+    on_failure: Annotated[Literal["raise", "nan"] | ConstantOnFailure | None, BeforeValidator(_word_of_nan)] = None
     timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0
     """Seconds for scoring one sample."""
     cache: bool = False
@@ -426,15 +431,16 @@ def _options_among(known: dict[str, Any], builtin: ModelEntry, nested: Mapping[s
 
 def _declare(known: dict[str, Any], path: str, where: str) -> None:
     """What a class of the user's says of itself, where its source is at hand; the config's own words come first."""
-    if path.lower() not in catalog.NOT_BUILT:
+    is_path = "." in path
+    if is_path:
         known["absent"] = check_class(path, where, said=known)
-    declared = declared_by(path)
+    declared = declared_by(path) if is_path else None
     kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
     if kind not in ("pointwise", "groupwise"):
         raise ConfigError(f"{where}: kind must be pointwise or groupwise, found {kind!r}")
     known["how"] = "model" if kind == "groupwise" else "each"
     if "queue" not in known:
-        known["queue"] = _queue_of(declared, path, where)
+        known["queue"] = _queue_of(declared, path, where) if is_path else catalog.GPU
     given = known.pop("required_fields", None)
     named = _fields_given(given, where) if given is not None else _fields_declared(declared)
     if named is None:  # all that a sample has travels; the worker knows what the class takes

@@ -63,6 +63,8 @@ def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
             loader.dispose()
     except OSError as error:
         raise ConfigError(f"cannot read the rewards file {where}: {error.strerror}") from None
+    except ConfigError:  # a ValueError too, which says the file already
+        raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is no YAML: {error}") from None
     except (ValueError, RecursionError) as error:  # a date that there is not; an anchor within itself

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import os
+import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +20,12 @@ import numpy as np
 import pytest
 import redis
 
+from tasks import redis_needs
 from tasks.errors import EvictionError, RedisRefusalError, RedisUnreachableError
 from tasks.redis_needs import check_servers
 from tasks.redis_refusals import servers_of
 from tasks.settings import load_settings
-from tests.servers import RedisServer, WorkerProcess, free_port, wait_until
+from tests.servers import RedisServer, WorkerProcess, clean_env, free_port, wait_until
 from trainer_client import RewardClient, Sample
 
 SECRET = "s3cr3t-pa55"
@@ -107,15 +111,15 @@ def test_asking_leaves_nothing_behind_that_stays_and_tells_nobody_who_listens(re
 @pytest.mark.parametrize(
     ("rules", "side", "rule"),
     [
-        (("-@scripting",), "trainer", "+eval +evalsha +script|load"),
-        (("-@scripting",), "worker", "+eval +evalsha +script|load"),
+        (("-@scripting",), "trainer", "+eval +evalsha +script|exists +script|load"),
+        (("-@scripting",), "worker", "+eval +evalsha +script|exists +script|load"),
         (("-lpush",), "trainer", "+lpush"),
         (("-lpush", "-brpop"), "worker", "+brpop +lpush"),
         (("-set",), "trainer", "+set"),
         (("-hset",), "trainer", "+hset"),
         (("-ping",), "worker", "+ping"),
         (("-publish",), "worker", "+publish"),
-        (("-@pubsub",), "worker", "+psubscribe +publish"),
+        (("-@pubsub",), "worker", "+psubscribe +publish +punsubscribe"),
         (("resetchannels",), "worker", "allchannels"),
         (("resetchannels", "-lpush"), "worker", "+lpush allchannels"),
         (("resetkeys", "~foo*"), "trainer", "allkeys"),
@@ -376,3 +380,80 @@ def test_a_right_that_a_trainer_loses_later_is_said_as_such(as_user: Any, redis_
             client.collect(timeout_s=30)
         with redis_server.client() as admin:
             admin.execute_command("ACL", "SETUSER", "mine", "+@all")
+
+
+# --- what is asked is what is used ---------------------------------------------------------------
+
+ROOT = Path(redis_needs.__file__).parent.parent
+ASKED_OTHERWISE = {"worker": ("psubscribe", "punsubscribe", "publish")}
+BY_CONNECTIONS = ("hello", "auth", "select", "ping", "info")
+
+
+def asked_by(side: Any) -> set[str]:
+    """The commands that one side asks for, as ACL rules call them."""
+    found = {*BY_CONNECTIONS, *ASKED_OTHERWISE.get(side, ())}
+    for role, commands in redis_needs._COMMANDS.items():
+        if side == "clean" and role != redis_needs.RESULTS:
+            continue
+        for first, *more in itertools.chain(*commands(side, "rewardq:one")):
+            found.add(f"script|{more[0]}".lower() if first == "SCRIPT" else first.lower())
+    return found
+
+
+def test_users_with_exactly_the_commands_that_are_asked_for_score_a_step_with_groups_and_clean(
+    private_redis: Any, tmp_path: Path
+) -> None:
+    server = private_redis()
+    for side in ("trainer", "worker", "clean"):
+        with server.client() as admin:
+            rules = sorted(f"+{command}" for command in asked_by(side))
+            admin.execute_command("ACL", "SETUSER", side, "reset", "on", f">{SECRET}", "~*", "&*", "-@all", *rules)
+    trainer, by_worker, by_clean = (
+        load_settings(broker_url=server.url.replace("redis://", f"redis://{side}:{SECRET}@"))
+        for side in ("trainer", "worker", "clean")
+    )
+    worker = WorkerProcess("gpu", by_worker, tmp_path, None, {})
+    names = ("jpeg_compressibility", "jpeg_compressibility_Rank")
+    images = [np.full((8, 8, 3), 20 * i, np.uint8) for i in range(8)]
+    with RewardClient.from_dict({"rewards": [{"reward_model": n} for n in names]}, "one", settings=trainer) as client:
+        for _ in range(2):
+            client.submit([Sample(image=image, group=i // 4) for i, image in enumerate(images)], group_size=4)
+            batch = client.collect(timeout_s=60)
+            assert all(batch.valid[name].all() for name in names)
+    clean = [str(Path(sys.executable).with_name("rewardq")), "clean", "--run", "one", "--yes"]
+    env = {**clean_env(), "REWARDQ_BROKER_URL": by_clean.broker_url}
+    done = subprocess.run(clean, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "dropped 10 outcomes of run 'one'" in done.stdout) == (0, True), done.stderr
+    worker.stop()
+    assert "Traceback" not in worker.log_text
+    with server.client() as admin:
+        assert admin.execute_command("ACL", "LOG") == []
+
+
+def test_each_command_of_our_scripts_is_asked_for() -> None:
+    called = {}
+    for folder in ("tasks", "workers", "trainer_client"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for command in re.findall(r"redis\.call\('(\w+)'", file.read_text()):
+                called[command.lower()] = file.name
+    assert len(called) > 20
+    assert {name: file for name, file in called.items() if name not in asked_by("trainer") | asked_by("worker")} == {}
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (("-scan",), "the user 'mine' may not run SCAN: `ACL SETUSER mine +scan`"),
+        (("-hgetall", "-unlink"), "`ACL SETUSER mine +hgetall +unlink`"),
+        (("resetkeys", "~foo"), "`ACL SETUSER mine allkeys`"),
+    ],
+)
+def test_clean_says_which_right_is_missing(as_user: Any, rules: tuple[str, ...], words: str) -> None:
+    assert words in refusal_of(as_user(*EVERYTHING, *rules), "clean")
+
+
+def test_clean_asks_the_results_only_and_writes_nothing(private_redis: Any) -> None:
+    server = private_redis("--databases", "1")
+    check_servers(load_settings(broker_url=server.url), "clean")
+    with server.client() as admin:
+        assert admin.dbsize() == 0

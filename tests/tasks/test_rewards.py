@@ -184,7 +184,6 @@ def test_a_dotted_path_takes_any_option():
         ("device", 0),
         ("on_failure", "ignore"),
         ("on_failure", 0.0),
-        ("on_failure", math.nan),
         ("on_failure", {"value": "low"}),
         ("on_failure", {"value": math.nan}),
         ("on_failure", {"value": True}),

@@ -312,3 +312,25 @@ def test_a_built_in_misspelt_is_refused_for_evaluation_too(name: str) -> None:
 def test_an_unknown_name_that_training_uses_is_refused() -> None:
     with pytest.raises(UnknownRewardError, match="unknown reward model 'a_forks_own'"):
         spec_of(reward_model="a_forks_own")
+
+
+def test_what_is_wrong_in_a_file_is_said_once_with_its_name(from_text: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_text("rewards:\n  - reward_model: OCR\n    weight: 1\n    weight: 2\n")
+    assert str(caught.value).count(".yaml") == 1
+    assert "cannot be read" not in str(caught.value)
+
+
+def test_a_name_that_is_not_built_here_is_not_warned_of_as_a_class_without_source(caplog: Any) -> None:
+    RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, "eval_rewards": [{"reward_model": "clap"}]})
+    assert "source" not in caplog.text
+
+
+def test_a_key_of_ours_within_extra_kwargs_of_a_built_in_is_said_to_belong_beside_it() -> None:
+    with pytest.raises(UnknownOptionError, match="weight is a key of the reward and no option of OCR: write it beside"):
+        spec_of(reward_model="OCR", extra_kwargs={"weight": 2})
+
+
+def test_the_number_that_yaml_calls_nan_means_nan(from_text: Any) -> None:
+    config = from_text("rewards:\n  - reward_model: OCR\n    on_failure: .nan\n")
+    assert config.rewards[0].on_failure == "nan"

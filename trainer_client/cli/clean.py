@@ -11,8 +11,8 @@ import click
 
 from tasks import keys
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import check_reachable
 from tasks.errors import ConfigError, nearest
+from tasks.redis_needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
 from trainer_client.client import RUN_NAME
 from trainer_client.runs import KnownReward, Run
@@ -59,10 +59,10 @@ def clean(run: str, reward: str | None, redis_url: str | None, yes: bool) -> Non
     settings = load_settings(**({"result_url": redis_url} if redis_url else {}))
     if not RUN_NAME.fullmatch(run):
         raise ConfigError(f"a run is letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
+    check_servers(settings, "clean")
     app = make_app(settings)
     redis = outcomes_of(app).redis
     try:
-        check_reachable(redis, settings.results, "Redis for results")
         _clean(redis, settings, run, reward, yes)
     finally:
         redis.connection_pool.disconnect()
