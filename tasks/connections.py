@@ -223,13 +223,16 @@ def why_away(error: BaseException) -> str:
 def persist(call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False) -> T:
     """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
 
-    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true.
+    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true, and at once what
+    waiting does not mend: that the server refuses this user.
     """
     deadline = time.monotonic() + give_up_s
     pause_s = 0.05
     while True:
         try:
             return call()
+        except redis.AuthenticationError:
+            raise
         except LOST:
             if stop() or time.monotonic() + pause_s > deadline:
                 raise

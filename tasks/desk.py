@@ -87,6 +87,8 @@ class Desk:
     claims: Claims
     runner: Runner
     tally: Tally = field(default_factory=Tally)
+    refusal: Callable[[BaseException], str] = lambda _error: ""
+    """Why this process ends, if what a task met is that a Redis will not serve it any more; else nothing."""
 
 
 _desk: Desk | None = None
@@ -133,8 +135,15 @@ def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callab
     try:
         return _work(_desk, queue, message, kind, work)
     except LOST as error:  # for as long as a task waits; the worker's log says so once, and not for each task
-        _note_error(_desk, message, error)
-        return f"left to be sent again: {why_away(error)}"
+        why = _desk.refusal(error) or why_away(error)
+        _note_error(_desk, message, error, why)
+        return f"left to be sent again: {why}"
+    except redis.ResponseError as error:
+        why = _desk.refusal(error)
+        _note_error(_desk, message, error, why)
+        if not why:
+            raise
+        return f"left to be sent again: {why}"
     except BaseException as error:
         _note_error(_desk, message, error)
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
@@ -182,9 +191,10 @@ def _note_missing(desk: Desk, message: Message, what: str) -> str:
     return _leave_note(desk, message, "gone", what)
 
 
-def _note_error(desk: Desk, message: Message, error: BaseException) -> None:
+def _note_error(desk: Desk, message: Message, error: BaseException, why: str = "") -> None:
     """A task that raises each time would be sent again for ever; the client is to know why it waits."""
-    words = f"the task raised {type(error).__name__}: {error}".encode("utf-8", "replace").decode()
+    said = why or f"the task raised {type(error).__name__}: {error}"
+    words = said.encode("utf-8", "replace").decode()
     with contextlib.suppress(redis.RedisError, OSError):  # what was raised may be that it is away
         note = Note(reason="error", worker=desk.node, detail=words[:MAX_ERROR_CHARS])
         desk.outcomes.leave_note(message.request_id, note)

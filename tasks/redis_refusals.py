@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 import redis
 from redis.exceptions import ClusterCrossSlotError, InvalidResponse, MovedError, NoPermissionError
 
+from tasks.connections import SERVES_NOT_NOW
 from tasks.redis_urls import several_urls
 from tasks.settings import Settings, without_password
 
@@ -93,6 +94,14 @@ def words_for(error: BaseException, server: Server) -> str | None:
     if isinstance(error, redis.ResponseError):
         return _refused_in_general(str(error), server)
     return None
+
+
+def may_be_for_good(error: BaseException) -> bool:
+    """Whether a server that served us answers as one that will not any more: its user, its rights, its commands.
+
+    Redis says so in many words, those of a script among them, so that this is a reason to ask it again, and no more.
+    """
+    return isinstance(error, redis.AuthenticationError | redis.ResponseError) and not isinstance(error, SERVES_NOT_NOW)
 
 
 def words_for_rights(errors: Iterable[BaseException], server: Server) -> str:

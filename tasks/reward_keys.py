@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ BLOCKS = ("rewards", "eval_rewards")
 
 TRAIN_KEYS = ("advantage_aggregation", "global_std")
 """Keys of the trainer's own block that are read here."""
+
+EVALUATES = re.compile("eval|valid|test", re.IGNORECASE)
+"""Is in the names of blocks that are for evaluation."""
 
 OWN_WORDS = (
     "cached", "caches", "devices", "dtypes", "extra_args", "kinds", "names", "queues", "timeout", "timeout_ms",
@@ -105,11 +109,24 @@ def check_blocks(config: Mapping[Any, Any]) -> None:
         meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
         if meant is not None and _has_rewards(block):
             raise ConfigError(f"the block {key!r} has rewards in it; did you mean {meant!r}?")
+        _say_what_is_not_read(key, block)
     train = config.get("train")
     for key in train if isinstance(train, Mapping) else ():
         meant = misspelt(str(key), TRAIN_KEYS) if key not in TRAIN_KEYS else None
         if meant is not None:
             raise ConfigError(f"train: {key!r} is read by nobody; did you mean {meant!r}?")
+
+
+def _say_what_is_not_read(key: Any, block: Any) -> None:
+    """Of other blocks, which are the trainer's or hold what anchors name, what looks as if it were for us."""
+    if key in TRAIN_KEYS:
+        log.warning("%s beside the block train: is not read here; write it in train:", key)
+    if key in BLOCKS or not EVALUATES.search(str(key)):
+        return
+    within = {f"{key}.{name}": one for name, one in block.items()} if isinstance(block, Mapping) else {}
+    for path, one in {str(key): block, **within}.items():
+        if _has_rewards(one):
+            log.warning("rewards in the block %s are not read here; those of evaluation are eval_rewards:", path)
 
 
 def _has_rewards(block: Any) -> bool:

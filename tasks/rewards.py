@@ -413,7 +413,8 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
         first = error.errors()[0]
         key = str(first["loc"][0])
         needs = "needs raise, nan, or {value: a finite number}" if key == "on_failure" else first["msg"]
-        raise ConfigError(f"{where}: {key}: {needs} (found {known[key]!r})") from None
+        found_it = "" if ", found " in needs else f" (found {known[key]!r})"  # an error of ours says it
+        raise ConfigError(f"{where}: {key}: {needs.removeprefix('Value error, ')}{found_it}") from None
     if spec.num_workers > 1:
         _say_whose_concurrency()
     most = found[1].max_batch_size if found else spec.batch_size

@@ -123,12 +123,20 @@ def _check_twice(node: yaml.MappingNode, where: str, ours: tuple[str, ...] | Non
 
 def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
     """A mapping beside `<<` takes the place of the one that it brings, as a whole; people expect them to be joined."""
-    own = {key.value: key for key, value in node.value if isinstance(value, yaml.MappingNode) and key.value != MERGE}
+    own = {key.value: key for key in _keys_of_mappings(node)}
     for base in _merged(node):
-        for key, value in base.value:
-            if isinstance(value, yaml.MappingNode) and key.value in own and key.value != MERGE:
+        for key in _keys_of_mappings(base):
+            if key.value in own:
                 line = own[key.value].start_mark.line + 1
                 log.warning("%s: line %d: %s replaces that of <<, of which nothing is kept", where, line, key.value)
+
+
+def _keys_of_mappings(node: yaml.MappingNode) -> list[yaml.ScalarNode]:
+    """The keys whose values are mappings, but for `<<`."""
+    keys = [
+        key for key, value in node.value if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
+    ]
+    return [key for key in keys if key.value != MERGE]
 
 
 def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
@@ -162,7 +170,8 @@ def _keep_texts_of(mapping: yaml.MappingNode, texts: set[str]) -> None:
     for key, value in mapping.value:
         if isinstance(key, yaml.ScalarNode) and key.tag == f"{_TAG}bool":
             key.tag = f"{_TAG}str"
-        if key.value in texts and isinstance(value, yaml.ScalarNode) and value.tag in _RETYPED:
+        both_are_scalars = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
+        if both_are_scalars and key.value in texts and value.tag in _RETYPED:
             value.tag = f"{_TAG}str"
 
 

@@ -50,11 +50,13 @@ class HeartbeatThread(threading.Thread):
         models: Models,
         claim_ttl_s: float,
         redis_log: RedisLog | None = None,
+        refusal: Callable[[BaseException], str] = lambda _error: "",
     ) -> None:
         super().__init__(name="rewardq-heartbeat", daemon=True)
         self._node, self._queues, self._outcomes = node, queues, outcomes
         self._store, self._models, self._ttl_s = store, models, claim_ttl_s
         self._redis_log = redis_log or RedisLog()
+        self._refusal = refusal
         self._lock = threading.Lock()
         self._extending = threading.Lock()
         self._tokens: dict[str, str] = {}
@@ -106,9 +108,10 @@ class HeartbeatThread(threading.Thread):
                 call()
                 self._redis_log.back(failed)
             except LOST as error:
-                self._redis_log.gone(failed, error)
+                if not self._refusal(error):
+                    self._redis_log.gone(failed, error)
             except TROUBLE as error:
-                if started >= say_at:
+                if not self._refusal(error) and started >= say_at:
                     log.warning("%s error=%s", failed, error)
                     say_at = started + SAY_EVERY_S
             except Exception:  # without this thread others would take what is being scored here, or find no worker
@@ -125,7 +128,7 @@ class HeartbeatThread(threading.Thread):
         try:
             self._outcomes.end_beat(self._node)
         except TROUBLE as error:
-            if not self._redis_log.is_gone:  # else it is said already
+            if not self._redis_log.is_gone and not self._refusal(error):  # else it is said already
                 log.warning("heartbeat not ended error=%s", error)
 
     def _extend(self) -> None:

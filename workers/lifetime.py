@@ -20,7 +20,7 @@ from celery.worker.state import maybe_shutdown
 from tasks.connections import LOST
 from tasks.errors import EvictionError, RedisRefusalError, StaleCodeError
 from tasks.redis_needs import ask
-from tasks.redis_refusals import servers_of, words_for
+from tasks.redis_refusals import may_be_for_good, servers_of, words_for
 from tasks.settings import Settings
 from workers.terminal import RedisLog
 from workers.watchdog import EXIT_HUNG
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 """Pauses between looks whether a Redis is back, or has room again."""
+
+ASK_EVERY_S = 5.0
+"""How often at most servers are asked again for what was refused."""
 
 HAND_BACK_S = 1.5
 """How long a worker that must end tries to give back what it has in hand; a Redis that hangs is not waited for.
@@ -43,6 +46,8 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
     us however long we wait, is refused: the process ends with status EX_CONFIG.
     """
 
+    _has_served = False
+
     def include(self, parent: Any) -> bool:
         """Before any step that connects."""
         self.obj = self
@@ -56,18 +61,20 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
             WorkerShutdown: A Redis drops keys or will not serve us, or the worker was asked to stop meanwhile.
         """
         redis_log: RedisLog = parent.app.redis_log
+        settings: Settings = parent.app.settings
         pause_s = FIRST_PAUSE_S
         while True:
             maybe_shutdown()
-            _end_if_refused(redis_log, parent.app.settings)
+            _end_if_refused(parent.app)
             try:
-                _look(parent.app.settings, tuple(parent.app.amqp.queues.consume_from))
+                _look(settings, tuple(parent.app.amqp.queues.consume_from))
             except (EvictionError, RedisRefusalError) as error:
-                log.critical("worker refuses to start: %s", error)
+                parent.app.refusals.end(str(error), self._has_served)
                 raise WorkerShutdown(os.EX_CONFIG) from None
             except (*LOST, *parent.connection_errors) as error:
                 redis_log.gone("consumer", error)
             else:
+                self._has_served = True
                 return redis_log.back("consumer")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
@@ -76,19 +83,67 @@ class AwaitRedis(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing is held open."""
 
 
-def _end_if_refused(redis_log: RedisLog, settings: Settings) -> None:
+def _end_if_refused(app: Any) -> None:
     """Raises `WorkerShutdown` for what the broker refused Celery's consumer with, which would ask for ever."""
-    refusal, redis_log.refusal = redis_log.refusal, None
-    broker = servers_of(settings)[0]
+    refusal, app.redis_log.refusal = app.redis_log.refusal, None
+    broker = servers_of(app.settings)[0]
     words = words_for(refusal, broker) if refusal is not None else None
     if words is not None:
-        log.critical("worker ends: %s", broker.says(words))
+        app.refusals.end(broker.says(words))
         raise WorkerShutdown(os.EX_CONFIG)
 
 
 def _look(settings: Settings, queues: Sequence[str]) -> None:
     for server in servers_of(settings):
         ask(server, settings.sentinels, "worker", queues)
+
+
+class Refusals:
+    """Ends a worker that a Redis will not serve (any more), whichever of its threads is refused first.
+
+    What a task was refused says little (`The user executing the script can't run this command`): the servers are asked
+    again for all that we need of them, and say which right is missing. Safe between threads.
+    """
+
+    def __init__(self, settings: Settings, queues: Sequence[str]) -> None:
+        self._settings, self._queues = settings, queues
+        self._lock = threading.RLock()
+        self._ask_from = 0.0
+        self._words = ""
+
+    def refusal(self, error: BaseException) -> str:
+        """Why this process ends, if `error` is that a server will not serve it any more; else nothing."""
+        if not may_be_for_good(error):
+            return ""
+        with self._lock:
+            if not self._words and time.monotonic() >= self._ask_from:
+                words = self._ask()
+                self._ask_from = time.monotonic() + ASK_EVERY_S
+                if words:
+                    self.end(words)
+            return self._words
+
+    def end(self, words: str, has_served: bool = True) -> None:
+        """Take no further task, and end; tasks in hand, which can write no outcome any more, have their grace."""
+        with self._lock:
+            if self._words:
+                return
+            self._words = words
+        log.critical("worker %s: %s", "ends" if has_served else "refuses to start", words)
+        if worker_state.should_stop in (None, False):
+            worker_state.should_stop = os.EX_CONFIG
+        at_last = threading.Timer(self._settings.stop_grace_s, os._exit, [os.EX_CONFIG])
+        at_last.daemon = True
+        at_last.start()
+
+    def _ask(self) -> str:
+        try:
+            _look(self._settings, self._queues)
+        except (EvictionError, RedisRefusalError) as error:
+            return str(error)
+        except LOST:
+            return ""
+        return ""
 
 
 def refuse_early(settings: Settings, queues: Sequence[str]) -> None:

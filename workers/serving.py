@@ -22,6 +22,7 @@ from workers.heartbeat import TROUBLE, HeartbeatThread
 from workers.lifetime import (
     AwaitRedis,
     KeepSecret,
+    Refusals,
     TakeForGood,
     end_in_time,
     end_to_start_anew,
@@ -78,7 +79,10 @@ def _open_desk(node: str, app: Any) -> None:
     refuse_early(settings, queues)
     outcomes, store = outcomes_of(app), open_store(settings)
     runner = ModelRunner(settings)
-    beats = HeartbeatThread(node, queues, outcomes, store, runner.models, settings.claim_ttl_s, redis_log)
+    app.refusals = refusals = Refusals(settings, queues)
+    beats = HeartbeatThread(
+        node, queues, outcomes, store, runner.models, settings.claim_ttl_s, redis_log, refusals.refusal
+    )
     watchdog = Watchdog(
         time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),
         num_busy=lambda: len(beats.held),
@@ -86,7 +90,7 @@ def _open_desk(node: str, app: Any) -> None:
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
     runner.start_anew = end_to_start_anew
-    desk = Desk(node, outcomes, store, beats, runner)
+    desk = Desk(node, outcomes, store, beats, runner, refusal=refusals.refusal)
     serve_at(desk)
     quiet_celery(redis_log, settings)
     score_log = ScoreLog(desk.tally)

@@ -148,11 +148,13 @@ class _LostConnections(logging.Filter):
         """Whether a record is about something else than a server that is lost or refuses; that one is said."""
         errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
         for error in errors:
+            for one in (error, error.__cause__):
+                is_answer = isinstance(one, redis.ResponseError | redis.AuthenticationError)
+                if one is not None and is_answer and words_for(one, self._broker) is not None:
+                    self._redis_log.refusal = one
+                    return False
             if isinstance(error, LOST) or isinstance(error.__cause__, LOST):
                 self._redis_log.gone("consumer", error)
-                return False
-            if isinstance(error, redis.ResponseError) and words_for(error, self._broker) is not None:
-                self._redis_log.refusal = error
                 return False
         return True
 

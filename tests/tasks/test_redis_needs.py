@@ -369,6 +369,35 @@ def test_a_right_that_is_lost_later_ends_a_worker_too(as_user: Any, redis_server
     assert "Traceback" not in worker.log_text
 
 
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("-hincrby", "the user 'mine' may not run HINCRBY: `ACL SETUSER mine +hincrby`"),
+        ("-set", "the user 'mine' may not run SET: `ACL SETUSER mine +set`"),
+        ("off", "`ACL SETUSER` has not set 'mine' on"),
+    ],
+)
+def test_a_right_that_tasks_are_the_first_to_miss_ends_a_worker_in_one_line(
+    as_user: Any, redis_server: RedisServer, tmp_path: Path, lost: str, words: str
+) -> None:
+    worker = WorkerProcess("gpu", load_settings(broker_url=as_user(*EVERYTHING)), tmp_path, 2, {})
+    wait_until(lambda: "] ready: " in worker.log_text, 60)
+    config = {"rewards": {"reward_model": "jpeg_compressibility", "batch_size": 1}}
+    with RewardClient.from_dict(config, "run", settings=load_settings(broker_url=redis_server.url)) as client:
+        with redis_server.client() as admin:
+            admin.execute_command("ACL", "SETUSER", "mine", lost)
+            if lost == "off":
+                admin.execute_command("CLIENT", "KILL", "USER", "mine")
+        client.submit([Sample(image=np.full((8, 8, 3), i, np.uint8)) for i in range(8)])
+        assert worker.process.wait(60) == os.EX_CONFIG
+        client.cancel()
+    log = worker.log_text
+    assert log.count("worker ends: Redis for ") == 1
+    assert words in log
+    for unwanted in ("Traceback", "raised unexpected", "worker waits", "heartbeat failed"):
+        assert unwanted not in log
+
+
 def test_a_right_that_a_trainer_loses_later_is_said_as_such(as_user: Any, redis_server: RedisServer) -> None:
     settings = load_settings(broker_url=as_user(*EVERYTHING), reconcile_s=0.2)
     config = {"rewards": {"reward_model": "jpeg_compressibility"}}

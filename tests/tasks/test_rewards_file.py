@@ -334,3 +334,37 @@ def test_a_key_of_ours_within_extra_kwargs_of_a_built_in_is_said_to_belong_besid
 def test_the_number_that_yaml_calls_nan_means_nan(from_text: Any) -> None:
     config = from_text("rewards:\n  - reward_model: OCR\n    on_failure: .nan\n")
     assert config.rewards[0].on_failure == "nan"
+
+
+@pytest.mark.parametrize("key", ["[a, b]", "{a: 1}"])
+@pytest.mark.parametrize("value", ["1", "{x: 1}"])
+def test_a_key_that_is_no_word_is_refused_as_what_it_is(from_text: Any, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="unhashable key"):
+        from_text(f"rewards:\n  - reward_model: OCR\n    ? {key}\n    : {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("evaluation_rewards: [{reward_model: OCR}]", "rewards in the block evaluation_rewards are not read here"),
+        ("eval: {rewards: {reward_model: OCR}}", "rewards in the block eval.rewards are not read here"),
+        ("advantage_aggregation: sum", "advantage_aggregation beside the block train: is not read here"),
+        ("global_std: false", "global_std beside the block train: is not read here"),
+    ],
+)
+def test_what_is_meant_for_us_and_stands_where_nobody_reads_it_is_said(
+    from_text: Any, caplog: Any, text: str, words: str
+) -> None:
+    from_text(f"rewards:\n  - reward_model: OCR\n{text}\n")
+    assert words in caplog.text
+
+
+def test_other_blocks_of_the_trainers_are_its_own(from_text: Any, caplog: Any) -> None:
+    from_text("rewards:\n  - reward_model: OCR\neval: {every: 5}\ndata: [1, {rewards: x}]\nmodel: {name: x}\n")
+    assert caplog.text == ""
+
+
+def test_an_error_of_a_key_says_once_what_was_found() -> None:
+    with pytest.raises(ConfigError) as caught:
+        spec_of(reward_model="OCR", weight=float("inf"))
+    assert str(caught.value).endswith("weight: must be a finite number, found inf")
