@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.errors import ConfigError, UnknownOptionError
+from tasks.errors import ConfigError, UnknownOptionError, nearest
 from tasks.numerals import in_exponent_form
+from tasks.source.files import find_source
 from tasks.spelling import misspelt
 
 log = logging.getLogger(__name__)
@@ -71,11 +72,11 @@ def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
             raise UnknownOptionError(f"{where}: {model} has no option {key!r}: {advice}")
 
 
-def check_own_options(beside: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
+def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
     """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
 
-    What is odd and may be meant is said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), and a key of
-    ours under `extra_kwargs`, which reaches the class only.
+    What is odd and may be meant is said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours
+    under `extra_kwargs`, which reaches the class only, and a name like one of ours that the class's file has not.
 
     Raises:
         UnknownOptionError: An option beside our keys is a slip of one of them; says how to mean it nevertheless.
@@ -87,6 +88,7 @@ def check_own_options(beside: Mapping[str, Any], nested: Mapping[str, Any], wher
                 f"{where}: {key!r} is no key of a reward; did you mean {meant!r}? If it is an option of your class, "
                 f"put it under extra_kwargs: {{{key}: ...}}"
             )
+    _say_what_is_near(path, beside, where)
     for key, value in {**nested, **beside}.items():
         if in_exponent_form(value) is not None:
             log.warning(
@@ -99,6 +101,21 @@ def check_own_options(beside: Mapping[str, Any], nested: Mapping[str, Any], wher
             log.warning(
                 "%s: %s under extra_kwargs is an option of the class; the reward's own %s is beside it", where, key, key
             )
+
+
+def _say_what_is_near(path: str, beside: Mapping[str, Any], where: str) -> None:
+    """`timeout_sec` is an option that a class may well have; one whose file does not name it has it hardly."""
+    near = {key: nearest(key, KEYS) for key in beside}
+    source = find_source(path.rpartition(".")[0]) if any(near.values()) else None
+    if source is None:
+        return
+    text = source.path.read_bytes().decode("utf-8", "replace")
+    for key, meant in near.items():
+        if meant and key not in text:
+            log.warning(
+                "%s: %s goes to the class as an option of its own, and %s does not name it%s",
+                where, key, source.path.name, meant,
+            )  # fmt: skip
 
 
 def check_blocks(config: Mapping[Any, Any]) -> None:

@@ -384,7 +384,7 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
         known["dtype"] = _dtype(known["dtype"], where)
 
     if found is None:
-        check_own_options(beside, nested, where)
+        check_own_options(model, beside, nested, where)
         _declare(known, model, where)
         known["reward_model"] = model.lower() if model.lower() in catalog.NOT_BUILT else model
         known["options"] = _plain(options, where)

@@ -24,6 +24,9 @@ _SERVICE_LINK = re.compile(
 """Variables that Kubernetes (`enableServiceLinks`) and Docker (`--link`) set for a service whose name begins with
 rewardq. Nobody wrote them."""
 
+_DOCKER_LINK = re.compile(r".*_(ENV_\w+|NAME)")
+"""More that Docker sets for a link: the other container's variables, and both names, `/worker/rewardq-redis`."""
+
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """What the variable `<SERVICE>_PORT` of such a service begins with."""
 
@@ -182,7 +185,8 @@ def load_settings(**given: Any) -> Settings:
 def _is_another_ones(name: str, value: str) -> bool:
     """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
     is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
-    return name.startswith(KEY_PREFIX) or is_address or _SERVICE_LINK.fullmatch(name) is not None
+    is_link = _DOCKER_LINK.fullmatch(name) is not None and (not name.endswith("_NAME") or value.startswith("/"))
+    return name.startswith(KEY_PREFIX) or is_address or is_link or _SERVICE_LINK.fullmatch(name) is not None
 
 
 def _line(error: Any) -> str:

@@ -147,7 +147,10 @@ def _split(specs: Sequence[RewardSpec]) -> tuple[list[RewardSpec], list[RewardSp
     kept, tried = [], []
     for spec in specs:
         if spec.counts_launch:
-            log.warning("not preloaded reward=%s reason=it has no version", spec.reward_model)
+            log.warning(
+                "tried and not kept reward=%s: it has no version, and is loaded anew for each start of a trainer",
+                spec.reward_model,
+            )
             tried.append(spec)
         else:
             kept.append(spec)

@@ -368,3 +368,21 @@ def test_an_error_of_a_key_says_once_what_was_found() -> None:
     with pytest.raises(ConfigError) as caught:
         spec_of(reward_model="OCR", weight=float("inf"))
     assert str(caught.value).endswith("weight: must be a finite number, found inf")
+
+
+def test_an_option_like_a_key_of_ours_that_the_class_does_not_name_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    (tmp_path / "near_rewards.py").write_text(
+        "from workers import PointwiseRewardModel\n"
+        "class Mine(PointwiseRewardModel):\n"
+        "    def __init__(self, config, accelerator):\n"
+        "        self.timeout_ms = config.extra_kwargs['timeout_ms']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec_of(reward_model="near_rewards.Mine", on_fail="nan", timeout_ms=5, theirs=1)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith(
+        "on_fail goes to the class as an option of its own, and near_rewards.py does not name it (did "
+        "you mean 'on_failure'?)"
+    )

@@ -114,6 +114,8 @@ def test_a_url_is_shown_without_its_password(url, shown):
         ("PORT", "tcp://10.0.0.7:6379"),
         ("PORT", "udp://10.0.0.7:53"),
         ("PORT_6379_TCP", "tcp://10.0.0.7:6379"),
+        ("NAME", "/worker/rewardq-redis"),
+        ("ENV_REDIS_VERSION", "7.0.15"),
         ("PORT_6379_TCP_ADDR", "10.0.0.7"),
         ("PORT_6379_TCP_PORT", "6379"),
         ("PORT_53_UDP_PROTO", "udp"),
