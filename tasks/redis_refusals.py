@@ -175,6 +175,11 @@ def _refused_in_general(said: str, server: Server) -> str | None:
             "it is in protected mode and serves its own host only; give it a password (`requirepass`) and write that "
             f"in {server.variable}, or set `protected-mode no` where its network is closed"
         )
+    if "unknown command" in said and "SENTINEL" in said.upper().partition(", with")[0]:
+        return (
+            "what answers there is a Redis itself and no sentinel, whose port is 26379 as a rule; name the sentinels "
+            f"in {server.variable}, or write redis:// for this one"
+        )
     unknown = re.search(r"unknown command '?`?\"?([\w|]+)", said, re.IGNORECASE)
     if unknown:
         return unknown_command(unknown[1].upper(), "")

@@ -88,6 +88,8 @@ def _wrong_password(parts: SplitResult) -> str | None:
 
 def _wrong_place(parts: SplitResult) -> str | None:
     host, _colon, port = parts.netloc.rpartition("@")[2].rpartition(":")
+    if re.search(r"\s", host):
+        return f"there is a space in its host, {host!r}"
     try:
         _ = parts.port
         name = parts.hostname

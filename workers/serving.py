@@ -13,7 +13,7 @@ from PIL import Image
 
 from tasks.celery_app import outcomes_of
 from tasks.desk import Desk, serve_at
-from tasks.errors import RewardError
+from tasks.errors import RewardError, SettingsError
 from tasks.messages import Failure, Outcome, SampleRequest
 from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
@@ -63,6 +63,9 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
     try:
         _open_desk(sender, instance.app)
         show_urls_as_written(instance, instance.app.settings)
+    except SettingsError as error:  # a supervisor is not to try again
+        log.critical("worker cannot start: %s", error)
+        raise SystemExit(os.EX_CONFIG) from None
     except RewardError as error:
         raise SystemExit(f"worker cannot start: {error}") from None
     except Exception as error:

@@ -265,6 +265,13 @@ def test_tls_at_a_port_without_is_said(redis_server: RedisServer) -> None:
     assert "it speaks without TLS, and the URL begins with rediss://; write redis:// in REWARDQ_BROKER_URL" in said
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_redis_where_the_url_names_a_sentinel_is_said(redis_server: RedisServer, side: Any) -> None:
+    said = refusal_of(redis_server.url.replace("redis://", "sentinel://"), side)
+    assert "what answers there is a Redis itself and no sentinel" in said
+    assert "or write redis:// for this one" in said
+
+
 def test_a_certificate_that_is_not_there_is_said(redis_server: RedisServer) -> None:
     url = redis_server.url.replace("redis://", "rediss://") + "?ssl_ca_certs=/nowhere/ca.pem"
     assert "names ssl_ca_certs=/nowhere/ca.pem, and this host has no such file" in refusal_of(url, "trainer")

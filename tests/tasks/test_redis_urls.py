@@ -31,6 +31,7 @@ WRONG = [
     ("rediss://host:6379/0?ssl_ca_cert=/ca.pem", "did you mean 'ssl_ca_certs'?"),
     ("redis:///0", "it names no host; this machine is redis://localhost:6379/0"),
     ("redis://:6379/0", "it names no host"),
+    ("redis://host :6379/0", "there is a space in its host, 'host '"),
     (f"redis://:{SECRET}@:6379/0", "it names no host"),
     (f"redis://:{SECRET}/x@host:6379/0", "written percent-encoded"),
     (f"redis://:12/{SECRET}@host:6379/0", "written percent-encoded"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -57,5 +58,5 @@ def test_a_worker_that_cannot_be_made_ready_ends_and_takes_no_message(settings, 
     env = worker_env(settings, {"REWARDQ_PAYLOAD_URL": f"file://{tmp_path}/file/rewardq"})
     command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", "gpu"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
+    assert done.returncode == os.EX_CONFIG
     assert "worker cannot start: REWARDQ_PAYLOAD_URL: cannot make the folder" in done.stderr
