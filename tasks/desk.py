@@ -193,8 +193,7 @@ def _note_missing(desk: Desk, message: Message, what: str) -> str:
 
 def _note_error(desk: Desk, message: Message, error: BaseException, why: str = "") -> None:
     """A task that raises each time would be sent again for ever; the client is to know why it waits."""
-    said = why or f"the task raised {type(error).__name__}: {error}"
-    words = said.encode("utf-8", "replace").decode()
+    words = why or f"the task raised {type(error).__name__}: {error}"
     with contextlib.suppress(redis.RedisError, OSError):  # what was raised may be that it is away
         note = Note(reason="error", worker=desk.node, detail=words[:MAX_ERROR_CHARS])
         desk.outcomes.leave_note(message.request_id, note)

@@ -235,7 +235,9 @@ class GroupSlots:
 
     def set_number(self, key: str, number: int) -> None:
         """Tell the other ranks which message was sent for the group."""
-        self._redis.hset(key, "number", number)
+        with self._redis.pipeline() as pipe:  # in a Redis that was emptied meanwhile it would stay for ever
+            pipe.hset(key, "number", number).pexpire(key, self._ttl_ms)
+            pipe.execute()
 
     def members(self, key: str) -> dict[tuple[int, int], tuple[str, SampleRequest]]:
         """The members in slot order, with their keys."""

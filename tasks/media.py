@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -365,6 +366,15 @@ def _likely_cause(low: float, high: float) -> str:
 
 _reading_files = threading.Lock()
 """PIL reads a file at the first use of its pixels; two threads that do so at once get pieces of each other's image."""
+
+
+def _read_in_a_child() -> None:
+    """A forked child has not the thread that may have held the lock."""
+    global _reading_files
+    _reading_files = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_read_in_a_child)
 
 
 def _encode_pil(image: Image.Image, where: str) -> PixelsHWC:

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.errors import FailureKind, WireError
 
@@ -14,6 +14,15 @@ WIRE_VERSION = 2
 """Raised whenever a worker of the last version could misread what a client of this one sends."""
 
 Text = Annotated[str, Field(max_length=4096)]
+
+
+def _encodable(text: Any) -> Any:
+    """Text without lone surrogates, which the names of files and the words of servers may have."""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+
+
+Words = Annotated[str, BeforeValidator(_encodable)]
+"""What somebody else's code or server said. That it is no Unicode must not take its message with it."""
 
 
 class _Message(BaseModel):
@@ -46,7 +55,7 @@ class Failure(_Message):
     """Why there is no reward."""
 
     kind: FailureKind
-    message: str
+    message: Words
 
 
 class SampleRequest(_Message):
@@ -160,7 +169,7 @@ class Note(_Answer):
     a judge's budget is in use (send it again after a pause); the user's code changed since the worker loaded it, which
     ends (send it again to another); the task raised, and not for one of its samples."""
     worker: Text
-    detail: str
+    detail: Words
     store: str = ""
     """Identity of the worker's payload store."""
 
@@ -212,7 +221,7 @@ class Heartbeat(_Message):
     """Fingerprints whose models are in memory."""
     models: tuple[str, ...] = ()
     """Names of the reward models in memory."""
-    unanswered: tuple[Text, ...] = ()
+    unanswered: tuple[Words, ...] = ()
     """Which preloaded rewards wait for a judge or a reward server that has not answered yet, and why."""
 
 

@@ -114,11 +114,12 @@ elseif earlier < tonumber(ARGV[1]) then
   redis.call('HINCRBY', KEYS[1], 'alone', 1)
   redis.call('HSET', KEYS[1], 'alone_by', ARGV[2])
   redis.call('HSETNX', KEYS[1], 'first_alone_ms', now_ms)
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
 end
 return {earlier, since_ms}
 """
-"""KEYS: starts. ARGV: most starts alone, token. Counts one, once for a token, unless there were as many; returns the
-earlier ones, and ms since the first of them."""
+"""KEYS: starts. ARGV: most starts alone, token, starts ms. Counts one, once for a token, unless there were as many;
+returns the earlier ones, and ms since the first of them."""
 
 _EXTEND = """
 local kept = 0
@@ -241,7 +242,7 @@ class Outcomes:
 
         May be called again with the same token after a lost connection: it counts once.
         """
-        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most, token])
+        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most, token, self._result_ms])
         return int(earlier), int(since_ms) / 1000
 
     def release(self, addresses: Iterable[str], token: str) -> None:

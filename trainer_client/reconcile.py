@@ -265,7 +265,8 @@ def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str, ended: Note 
         return f"queue {queue!r} has no worker; start one: {start}"
     if all(w.wire != WIRE_VERSION for w in own):
         versions = ", ".join(f"{w.node} speaks wire version {w.wire}" for w in own)
-        return f"queue {queue!r} has no worker that understands this client (wire version {WIRE_VERSION}): {versions}"
+        nobody = f"queue {queue!r} has no worker that understands this client"
+        return f"{nobody} (wire version {WIRE_VERSION}): {versions}; install the same rewardq on both and restart them"
     if all(w.store != store for w in own):
         nodes = ", ".join(w.node for w in own)
         return f"no worker of queue {queue!r} uses this client's payload store ({nodes}); set REWARDQ_PAYLOAD_URL alike"

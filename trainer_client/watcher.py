@@ -77,7 +77,6 @@ class Watcher:
         compare_codes: Callable[[], None],
     ) -> None:
         self._settings, self._store, self._board, self._reconciler = settings, store, board, reconciler
-        self._compare_codes = compare_codes
         self._num_waiting = 0
         self._is_away = False
         self._wake = threading.Event()
@@ -86,6 +85,7 @@ class Watcher:
         self._due = (
             _Every(lease_every_s, keep_lease),
             _Every(NOTES_EVERY_S, reconciler.read_notes),
+            _Every(0.0, compare_codes),  # it writes: a server that is full must not keep the rest from its turn
             _Every(settings.reconcile_s, self._reconcile),
             _Every(EVERYTHING_EVERY * settings.reconcile_s, lambda: reconciler.poll(everything=True)),
             _Every(min(60.0, settings.payload_ttl_s / 4), self._renew),
@@ -133,7 +133,6 @@ class Watcher:
         try:
             self._reconciler.poll_groups(register=False)
             num_new = self._reconciler.poll(everything=False)
-            self._compare_codes()
             lost = [error for due in self._due if (error := due.run_if_due()) is not None]
             self._free()
         except AWAY as error:

@@ -205,7 +205,7 @@ def end_without_device(loss: RuntimeError) -> None:
 
 def end_to_start_anew(error: StaleCodeError) -> None:
     """Take no further task, finish those in hand, and end, for a supervisor to start a process with the new code."""
-    if worker_state.should_stop in (None, False):
+    if worker_state.should_stop is None or worker_state.should_stop is False:  # 0 is a stop that was asked for
         log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, error)
         worker_state.should_stop = EXIT_HUNG
 

@@ -25,6 +25,7 @@ from tasks.shadows import OURS, warning
 from workers.base import Accelerator, RewardArguments, RewardModel
 from workers.code import LOADED, check_builtin
 from workers.load_warnings import Said, in_short, listening, one_line
+from workers.outputs import cut
 from workers.taking import taking_of
 from workers.tracebacks import place_in, tracebacks, words_of
 
@@ -36,6 +37,9 @@ RETRY_LOAD_S = 60.0
 OUTDATED_S = 600.0
 """A model of another launch that was not used for this long goes when its computation is loaded anew. Two jobs that run
 at the same time use theirs more often."""
+
+MAX_ERROR_CHARS = 1500
+"""Of what a constructor raises: torch names each weight that a file lacks, and each outcome has the reason."""
 
 Instance = tuple[str, str]
 """What an instance of a model is kept under: its fingerprint, which does not say how a server is asked, and that."""
@@ -107,7 +111,8 @@ class Models:
     @property
     def loaded(self) -> tuple[str, ...]:
         """Fingerprints of the models in memory."""
-        return tuple(f for kept in self._in_memory() for f in kept.fingerprints)
+        with self._lock:  # a thread that asks for a model adds its fingerprint
+            return tuple(f for kept in self._in_memory() for f in kept.fingerprints)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -374,7 +379,8 @@ def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
         missing = MissingExtraError(f"reward model {call.model}", error.name, builtin.extra, socket.gethostname())
         return ModelLoadError(str(missing))
     place = "" if builtin is not None else place_in(error, call.model)
-    return ModelLoadError(f"reward model {call.model} cannot be loaded: {words_of(error)}{place}{_advice(call, error)}")
+    words = cut(words_of(error), MAX_ERROR_CHARS)
+    return ModelLoadError(f"reward model {call.model} cannot be loaded: {words}{place}{_advice(call, error)}")
 
 
 def _advice(call: RewardCall, error: BaseException) -> str:

@@ -47,14 +47,20 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
 def outcome_of(error: BaseException, place: str = "") -> Outcome:
     """The reason in what a model raised, and where in the user's code it did."""
     if isinstance(error, Unscored):
-        return Outcome(failure=Failure(kind=error.kind, message=_cut(error.message)), info=_plain(error.info))
+        return Outcome(failure=Failure(kind=error.kind, message=cut(error.message)), info=_plain(error.info))
     kind = "timeout" if isinstance(error, TimeoutError) else "failed"
-    return failed(_cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind)
+    return failed(cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind)
 
 
 def failed(message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None) -> Outcome:
     """A failure with this reason."""
-    return Outcome(failure=Failure(kind=kind, message=_cut(message)), info=dict(info or {}))
+    return Outcome(failure=Failure(kind=kind, message=cut(message)), info=dict(info or {}))
+
+
+def cut(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
+    """Text that can be encoded, of so many characters at most."""
+    text = _text(text)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _read(output: Any) -> tuple[Any, Any]:
@@ -132,11 +138,6 @@ def _text(value: Any) -> str:
 
 def _short(value: Any) -> str:
     try:
-        return _cut(repr(value))
+        return cut(repr(value))
     except Exception:  # a model's object is the user's code; an integer of thousands of digits raises too
         return f"a {type(value).__name__}"
-
-
-def _cut(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
-    text = _text(text)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -54,10 +54,9 @@ class AskServers(threading.Thread):
         self._said: set[str] = set()
 
     def ask_all(self) -> None:
-        """Ask once; says in the log what is new."""
+        """Ask once, all at the same time; says in the log what is new."""
         left, words = [], []
-        for reward in self._left:
-            why = reward.why_unanswered()
+        for reward, why in zip(self._left, _why_unanswered(self._left), strict=True):
             if why is None:
                 log.info("answers reward=%s", reward.spec.name)
                 continue
@@ -75,6 +74,21 @@ class AskServers(threading.Thread):
         while self._left:
             pause.wait(ASK_AGAIN_S)
             self.ask_all()
+
+
+def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
+    """What is wrong with the server of each; those that hang are waited for together."""
+    found: list[str | None] = [None] * len(rewards)
+
+    def ask(i: int) -> None:
+        found[i] = rewards[i].why_unanswered()
+
+    threads = [threading.Thread(target=ask, args=(i,), name="rewardq-ask", daemon=True) for i in range(len(rewards))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def preload(settings: Settings, queues: Sequence[str], models: Models) -> list[ServedReward]:

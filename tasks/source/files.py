@@ -104,6 +104,15 @@ _parsing = threading.Lock()
 """Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
 
 
+def _parse_in_a_child() -> None:
+    """A forked child has not the thread that may have held the lock."""
+    global _parsing
+    _parsing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_parse_in_a_child)
+
+
 def parse(source: str | bytes) -> ast.Module:
     """The syntax tree of a source. Raises what `ast.parse` does; what Python would warn of is not said here."""
     with _parsing, warnings.catch_warnings():

@@ -138,6 +138,30 @@ def test_payloads_on_a_redis_of_their_own_that_is_full_hold_up_the_trainer_and_n
         assert "Traceback" not in one.log_text
 
 
+def test_a_redis_that_is_full_when_the_first_answer_of_a_class_is_seen_gives_back_what_is_no_longer_needed(
+    private_redis, clients, workers
+):
+    """What a trainer notes of the code that answered has no room there; what it frees makes room."""
+    server = private_redis("--maxmemory-policy", "noeviction")
+    settings = load_settings(broker_url=server.url, claim_ttl_s=2, reconcile_s=0.5)
+    (worker,) = workers("gpu", settings=settings)
+    with clients("PixelCode", settings=settings, launch="one") as first:
+        first.submit(samples_of([1]))
+        assert_rewards(first.collect(timeout_s=60), [1])
+    worker.stop()
+    client = clients("PixelCode", settings=settings, launch="one")
+    client.submit(samples_of([2]))
+    client.flush()
+    with server.client() as admin, server.client(1) as payloads:
+        assert payloads.keys("rewardq:payload:*")
+        admin.config_set("maxmemory", 1)
+        client.submit(samples_of([1]))  # answered before
+        wait_until(lambda: client.pending() == 1)
+        client.cancel()
+        wait_until(lambda: not payloads.keys("rewardq:payload:*"), 15)
+        admin.config_set("maxmemory", 0)
+
+
 def test_payloads_on_a_redis_of_their_own_that_is_away_are_waited_for(apart, clients, workers):
     payloads, settings = apart
     (worker,) = workers("gpu", settings=settings)

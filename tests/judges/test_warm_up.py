@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from tasks.errors import ModelLoadError
@@ -46,6 +48,16 @@ def test_a_server_that_is_away_is_told_with_its_url(judge_server, make_judge):
     message = why_not(make_judge("vllm_evaluate", judge_server(), "http://127.0.0.1:9/v1"))
     assert "http://127.0.0.1:9/v1 from the worker's host" in message
     assert "Connection refused" in message
+
+
+def test_a_server_that_hangs_is_told_with_its_url_and_the_time_that_it_had(judge_server, make_judge, monkeypatch):
+    for module in ("chat", "endpoints"):
+        monkeypatch.setattr(f"workers.judges.{module}.LIST_TIMEOUT_S", 0.3)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        assert f"no answer from {url} within 0.3 seconds" in why_not(make_judge("vllm_evaluate", judge_server(), url))
 
 
 def test_a_wrong_key_is_told(judge_server, make_judge):

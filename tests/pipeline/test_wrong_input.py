@@ -143,7 +143,7 @@ def test_a_worker_of_an_older_wire_version_is_named_and_a_right_one_takes_over(c
         client = clients("PixelCode")
         wait_until(client._open_session().outcomes.workers, 30)
         client.submit(samples_of([1, 2, 3]))
-        words = rf"wire version {WIRE_VERSION}\): gpu\.\d+@\S+ speaks wire version 0"
+        words = rf"wire version {WIRE_VERSION}\): gpu\.\d+@\S+ speaks wire version 0; install the same rewardq on both"
         with pytest.raises(CollectTimeoutError, match=words):
             client.collect(timeout_s=4)
         old.terminate()  # while both serve it is chance who takes a message, and after each pause there is but one

@@ -111,6 +111,13 @@ def test_slots_seal_under_the_digest_of_their_keys_in_slot_order_whoever_comes_l
     assert slots.digests([key]) == [replaced.digest]
 
 
+def test_the_number_of_a_groups_message_has_a_time_to_live_also_in_a_redis_that_was_emptied(outcomes):
+    slots = GroupSlots(outcomes.redis, "run", "launch", 60)
+    key = slots.key("train", 0, "f", "g")
+    slots.set_number(key, 7)
+    assert 0 < outcomes.redis.pttl(key) <= 60_000
+
+
 def test_ranks_ask_for_one_attempt_of_a_group_until_one_that_has_had_it_asks_again(outcomes):
     slots = GroupSlots(outcomes.redis, "run", "launch", 60)
     key = slots.key("train", 0, "f", "g")

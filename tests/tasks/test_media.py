@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import signal
 import threading
 
 import numpy as np
@@ -467,3 +469,30 @@ def test_a_digest_is_that_of_the_bytes():
 
     assert media.digest(PIXELS) == sha256(PIXELS.tobytes()).hexdigest()[:32]
     assert media.digest(PIXELS.tobytes()) == media.digest(PIXELS)
+
+
+def test_a_child_forked_while_a_thread_reads_a_file_can_read_others():
+    is_read, go_on = threading.Event(), threading.Event()
+    slow = Image.new("RGB", (4, 4))
+
+    def load():
+        is_read.set()
+        go_on.wait(30)
+
+    slow.load = load
+    reading = threading.Thread(target=encode, args=(slow,))
+    reading.start()
+    assert is_read.wait(30)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(20)
+            encode(Image.new("RGB", (4, 4)))
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    go_on.set()
+    reading.join()
+    assert status == 0

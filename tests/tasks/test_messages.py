@@ -65,6 +65,15 @@ def test_a_message_arrives_as_it_was_sent(message):
     assert unpack(type(message), pack(message)) == message
 
 
+def test_words_that_are_no_unicode_do_not_take_their_message_with_them():
+    """A server may cut its words in the midst of a character, and a file's name may be anything."""
+    words = "cut in a \ud83d"
+    beat = HEARTBEAT.model_copy(update={"unanswered": ()}).model_dump() | {"unanswered": (words,)}
+    messages = Failure(kind="failed", message=words), Note(reason="error", worker="w", detail=words), Heartbeat(**beat)
+    said = [unpack(type(message), pack(message)) for message in messages]
+    assert [said[0].message, said[1].detail, said[2].unanswered[0]] == ["cut in a ?"] * 3
+
+
 def test_a_message_is_msgpack_of_plain_data():
     assert fields_of(REQUEST)["samples"][0]["media"]["image"] == {
         "name": "c.1",

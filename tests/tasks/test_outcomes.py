@@ -154,6 +154,13 @@ def test_a_start_alone_that_is_given_back_does_not_count(outcomes):
         outcomes.release([A], "mine")
 
 
+def test_a_start_alone_in_a_redis_that_was_emptied_has_a_time_to_live(outcomes, settings):
+    states(outcomes, [A], "mine")
+    outcomes.redis.flushdb()
+    outcomes.start_alone(A, 3, "mine")
+    assert 0 < outcomes.redis.pttl(keys.starts(A)) <= 1000 * settings.result_ttl_s
+
+
 def test_an_answer_takes_its_starts_back(outcomes):
     starts(outcomes, A, "one")
     outcomes.redis.delete(keys.claim(A))

@@ -14,6 +14,7 @@ import torch
 
 from tasks.errors import ModelLoadError
 from tasks.settings import load_settings
+from tests import reward_models
 from tests.servers import ROOT, clean_env
 from tests.workers.requests import call_of
 from workers import RewardArguments
@@ -47,6 +48,20 @@ def test_a_class_in_an_allowed_module_is_loaded_with_its_configuration(models):
     assert type(loaded.model).__module__ == "tests.reward_models"
 
 
+def test_a_constructor_that_says_very_much_is_cut_and_where_it_raised_is_told(models, monkeypatch):
+    """The reason is in the outcome of each sample; torch names every weight that a file lacks."""
+
+    class Lacking(reward_models.PixelCode):
+        def __init__(self, *args):
+            raise RuntimeError("missing keys: " + "layer.weight, " * 10_000)
+
+    monkeypatch.setattr("tests.reward_models.Lacking", Lacking, raising=False)
+    said = error_of(models, reward_model=f"{OURS}Lacking")
+    assert said.startswith(f"reward model {OURS}Lacking cannot be loaded: RuntimeError: missing keys: layer.weight, ")
+    assert said.endswith("in __init__)")
+    assert len(said) < 2000
+
+
 def test_a_model_knows_its_device_and_dtype(models):
     model = load(models, reward_model=f"{OURS}PixelCode", dtype="half").model
     assert model.device == torch.device("cpu")
@@ -55,7 +70,6 @@ def test_a_model_knows_its_device_and_dtype(models):
 
 def test_the_log_says_what_a_model_that_asks_for_its_device_was_given(models, monkeypatch, caplog):
     """A worker that lost its GPU goes on on the CPU, with the same rewards and much later."""
-    from tests import reward_models
 
     class OnDevice(reward_models.PixelCode):
         def __init__(self, config, accelerator):
@@ -83,8 +97,6 @@ def test_one_computation_has_one_instance_and_another_has_its_own(models):
 
 
 def test_threads_that_ask_at_once_share_one_load(models):
-    from tests import reward_models
-
     made = []
 
     class SlowToMake(reward_models.PixelCode):
@@ -114,8 +126,6 @@ def test_threads_that_ask_at_once_share_one_load(models):
 
 
 def test_a_model_is_said_to_be_loading_while_it_is_and_loaded_once_it_is(models, monkeypatch):
-    from tests import reward_models
-
     has_begun, go = threading.Event(), threading.Event()
 
     class Held(reward_models.PixelCode):
@@ -151,8 +161,6 @@ def test_a_load_that_fails_names_the_cause_and_is_not_listed(models):
 
 def failing_model(monkeypatch, *errors):
     """A model whose next loads fail with these; counts the loads."""
-    from tests import reward_models
-
     made, left = [], list(errors)
 
     class Mends(reward_models.PixelCode):

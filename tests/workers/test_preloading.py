@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -150,6 +151,30 @@ def test_a_class_of_ones_own_that_asks_a_server_is_asked_again_until_it_answers(
     servers.start()
     servers.join(10)
     assert said[1:] == [()]
+
+
+together = threading.Barrier(3, timeout=30)
+
+
+class AskedTogether(PointwiseRewardModel):
+    """Its server answers once those of two others are asked as well."""
+
+    asks_servers = True
+
+    def warm_up(self) -> None:
+        together.wait()
+
+
+def test_servers_are_asked_at_the_same_time_so_that_those_that_hang_hold_a_worker_up_no_longer_than_one(tmp_path):
+    entries = [
+        {"reward_model": f"{__name__}.AskedTogether", "name": name, "version": "1", "number": i}
+        for i, name in enumerate("abc")
+    ]
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entries}))
+    settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
+    said: list[tuple[str, ...]] = []
+    AskServers(preload(settings, ["gpu"], Models(settings)), said.append).ask_all()
+    assert said == [()]
 
 
 def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_path, monkeypatch):

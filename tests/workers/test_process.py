@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from celery.worker import state
 
 from tasks import keys
 from tasks.celery_app import make_app
+from tasks.errors import StaleCodeError
 from tests.servers import ROOT, clean_env, wait_until, worker_env
+from workers.lifetime import end_to_start_anew
+from workers.watchdog import EXIT_HUNG
 
 
 @pytest.fixture
@@ -60,3 +64,10 @@ def test_a_worker_that_cannot_be_made_ready_ends_and_takes_no_message(settings, 
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == os.EX_CONFIG
     assert "worker cannot start: REWARDQ_PAYLOAD_URL: cannot make the folder" in done.stderr
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, EXIT_HUNG), (False, EXIT_HUNG), (0, 0)])
+def test_outdated_code_ends_a_worker_to_be_started_again_unless_it_was_asked_to_stop(monkeypatch, before, after):
+    monkeypatch.setattr(state, "should_stop", before)
+    end_to_start_anew(StaleCodeError(["my_rewards.py"]))
+    assert state.should_stop == after

@@ -16,7 +16,7 @@ from tasks.urls import DEFAULT_JUDGE_URL
 from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
-from workers.judges.endpoints import Endpoint, says_no_such_model
+from workers.judges.endpoints import LIST_TIMEOUT_S, Endpoint, says_no_such_model
 from workers.judges.inner_errors import MARK, InnerError, words_of
 from workers.judges.reply import Reply, cut, read_reply
 from workers.network import cause_of, least_busy
@@ -90,6 +90,9 @@ class Chat:
                 await endpoint.check(self._model)
         except TimeoutError:
             raise Unscored("timeout", f"no answer from {endpoint.name} within {CHECK_TIMEOUT_S:g} seconds") from None
+        except openai.APITimeoutError:
+            words = f"no answer from {endpoint.name} within {LIST_TIMEOUT_S:g} seconds{endpoint.way}"
+            raise Unscored("timeout", words) from None
         except openai.OpenAIError as error:
             raise await self._reason(error, count) from None
 
