@@ -84,7 +84,7 @@ class LoadedCode:
         way = set(_way_to(model))
         loaded = {m: found for m, _ in code if (found := self._loaded(m)) is not None}
         stale = [m for m, asked in code if m in loaded and loaded[m].hash != asked]
-        unlike = [m for m, asked in code if m in stale and hash_on_disk(loaded[m].path) != asked]
+        unlike = [m for m, asked in code if m in stale and _hash_now(m, loaded[m]) != asked]
         unlike += [m for m, asked in code if m in way and m not in loaded and _is_unlike(m, asked)]
         if unlike:
             raise ModelLoadError(_unlike_words(model, [self._path_of(m) for m in sorted(unlike)]))
@@ -98,10 +98,9 @@ class LoadedCode:
             StaleCodeError: They are not. A new instance would be of the old code, whatever the new one is called.
         """
         file = self._file_of(model.rpartition(".")[0])
-        modules = [module for module, _ in code_from(file)] if file is not None else []
+        modules = dict.fromkeys((*_way_to(model), *(dict(code_from(file)) if file is not None else ())))
         loaded = {m: found for m in modules if (found := self._loaded(m)) is not None}
-        now = {m: hash_on_disk(found.path) for m, found in loaded.items()}
-        stale = [m for m, found in loaded.items() if now[m] is not None and now[m] != found.hash]
+        stale = [m for m, found in loaded.items() if _hash_now(m, found) != found.hash]
         if stale:
             raise StaleCodeError([self._name_of(m) for m in stale])
 
@@ -213,6 +212,16 @@ def _way_to(model: str) -> list[str]:
     """The modules that are imported for a class, whatever their code is: its own and the packages that it is in."""
     parts = model.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _hash_now(module: str, loaded: Executed) -> str | None:
+    """The hash of what a new process would execute of a module that this one has loaded; None if there is nothing.
+
+    That is the same file, unless it is gone, or has become a package of its name.
+    """
+    root = loaded.path.parents[module.count(".") + (loaded.path.name == "__init__.py")]
+    file = find_source(module, [str(root)]) or find_as_imported(module)
+    return hash_on_disk(file.path) if file is not None else None
 
 
 def _is_unlike(module: str, asked: str) -> bool:

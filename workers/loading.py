@@ -169,6 +169,7 @@ class Models:
         with self._lock:
             if not self._is_kept(key):
                 self._evict_outdated(call)
+            self._forget_failure_of_other_code(call)
             self._lock.wait_for(lambda: self._is_kept(key) or self._make_room(key))
             is_first = not self._is_kept(key)
             kept = _Kept(call) if is_first else self._kept[key]
@@ -182,6 +183,14 @@ class Models:
         """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
         kept = self._kept.get(key)
         return kept is not None and not (kept.has_failed and time.monotonic() - kept.failed_at > RETRY_LOAD_S)
+
+    def _forget_failure_of_other_code(self, call: RewardCall) -> None:
+        """A load that failed says nothing of the code that the class has since: it is begun anew at once."""
+        kept = self._kept.get(_instance(call))
+        if kept is None or not kept.has_failed or not kept.call.code or not call.code:
+            return
+        if kept.call.code != call.code:
+            del self._kept[_instance(call)]
 
     def _evict_outdated(self, call: RewardCall) -> None:
         """Drop what earlier launches left of this computation, and loads that failed; nobody may ask for them again."""

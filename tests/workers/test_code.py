@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -108,6 +109,43 @@ def test_code_that_could_not_be_made_is_made_anew_once_it_is_mended_without_a_re
     assert lent(models, "code_d", version="2").value == 1
 
 
+def test_an_import_that_failed_is_tried_again_at_once_where_the_source_is_another(folder):
+    path = folder / "code_k.py"
+    path.write_text("def half(:\n")
+    models = models_for("code_k")
+    entry = {"version": "1", "queue": "gpu", "required_fields": ["prompt"]}
+    with pytest.raises(ModelLoadError, match="invalid syntax"):
+        lent(models, "code_k", **entry)
+    write(folder, "code_k", 1)
+    assert lent(models, "code_k", **entry).value == 1
+
+
+@pytest.mark.parametrize("is_package_first", [False, True])
+def test_a_module_that_has_become_a_package_or_the_other_way_round_is_stale(folder, is_package_first):
+    package, module = folder / "code_l", folder / "code_l.py"
+    entry = {"version": "1", "queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
+
+    def make_package() -> None:
+        package.mkdir()
+        (package / "__init__.py").write_text("from .inner import Mine\n")
+        write(package, "inner", 1)
+
+    if is_package_first:
+        make_package()
+    else:
+        write(folder, "code_l", 1)
+    models = models_for("code_l")
+    assert lent(models, "code_l", **entry).value == 1
+    if is_package_first:
+        shutil.rmtree(package)
+        write(folder, "code_l", 2)
+    else:
+        module.unlink()
+        make_package()
+    with pytest.raises(StaleCodeError, match=r"code_l"):
+        lent(models, "code_l", **entry)
+
+
 def test_a_class_that_raises_and_is_mended_is_stale_and_not_wrong_for_good(folder):
     write(folder, "code_e", -1)
     models = models_for("code_e")
@@ -128,6 +166,9 @@ def test_a_class_that_no_trainer_has_read_gets_no_new_instance_of_outdated_code(
     write(folder, "code_f", 2)
     with models.lend(first) as loaded:
         assert loaded.model.value == 1
+    with pytest.raises(StaleCodeError), models.lend(second):
+        pass
+    (folder / "code_f.py").unlink()
     with pytest.raises(StaleCodeError), models.lend(second):
         pass
 
