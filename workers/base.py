@@ -135,7 +135,8 @@ class RewardModel:
 
     A class that cannot do without one returns `Unscored("invalid", ...)` in the place of the reward; a sample without
     any of the declared media is refused. Nothing else travels but the prompt, `fps` with a video, `sample_rate` with
-    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for."""
+    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for, or
+    looks up in its `**kwargs` (`kwargs["metadata"]`)."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
     """More of the same. Only of the classes of this package a required field is a demand."""
     use_tensor_inputs: ClassVar[bool] = False

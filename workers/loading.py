@@ -146,8 +146,7 @@ class Models:
             LOADED.check(call.model, call.code)
 
     def _check_before_load(self, call: RewardCall) -> None:
-        """As `check_code`; a trainer that could not read the source is given no new instance of code that is outdated
-        here."""
+        """As `check_code`; of what the trainer has not read no new instance is made where it is outdated here."""
         if call.model in catalog.CATALOG:
             return check_builtin(call.model, call.version)
         if not _is_allowed(call.model, self._settings):
@@ -155,8 +154,8 @@ class Models:
         LOADED.follow(call.model.rpartition(".")[0])
         if call.code:
             LOADED.check(call.model, call.code)
-        elif not self._is_kept(_instance(call)):
-            LOADED.check_files(call.model)
+        if not self._is_kept(_instance(call)):
+            LOADED.check_files(call.model, call.code)
         return None
 
     def _in_memory(self) -> list[_Kept]:

@@ -26,7 +26,8 @@ class Declared:
     required_fields: tuple[str, ...] | None
     optional_fields: tuple[str, ...] | None
     arguments: frozenset[str] | None
-    """Names of the arguments of its `__call__`."""
+    """Names of the arguments of its `__call__`; where it has `**kwargs` with every text in it, which may be a name that
+    it looks up there."""
     queue: str | None
     """None too where it names none."""
     unread_queue: str = ""
@@ -82,7 +83,11 @@ def _arguments(cls: Class) -> frozenset[str] | None:
         return None
     if not isinstance(call, ast.FunctionDef):
         return frozenset() if call is ABSENT else None
-    return frozenset(a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs))
+    named = {a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs)}
+    if call.args.kwarg is not None:
+        constants = (node.value for node in ast.walk(call) if isinstance(node, ast.Constant))
+        named.update(value for value in constants if isinstance(value, str))
+    return frozenset(named)
 
 
 def _kind_of(cls: Class) -> Kind | None:

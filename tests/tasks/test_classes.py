@@ -270,6 +270,35 @@ def test_what_a_call_names_travels_without_being_declared_where_it_is_small(modu
     assert spec.required == (("audio",),)
 
 
+def test_what_a_call_looks_up_in_its_kwargs_travels_too(module):
+    name = module(
+        """
+        class Mine(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, **kwargs):
+                def rows():
+                    return kwargs.get("metadata")
+                return rows()
+
+        class Other(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, **kwargs):
+                "Not of metadata."
+
+        class Fixed(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, kwargs=None):
+                return "metadata"
+        """
+    )
+    entries = [{"name": own, "reward_model": f"{name}.{own}"} for own in ("Mine", "Other", "Fixed")]
+    fields = [spec.fields for spec in RewardConfig.from_dict({"rewards": entries}).rewards]
+    assert fields == [("prompt", "metadata"), ("prompt",), ("prompt",)]
+
+
 def test_the_numbers_of_media_travel_with_them_under_flow_factorys_names_too(module):
     name = module("class Mine(PointwiseRewardModel):\n    required_fields = ('video', 'audio_sample_rate')")
     (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": f"{name}.Mine"}}).rewards

@@ -173,6 +173,42 @@ def test_a_class_that_no_trainer_has_read_gets_no_new_instance_of_outdated_code(
         pass
 
 
+BY_COMPUTED_NAMES = {
+    "when asked for": """
+import importlib
+
+def __getattr__(name):
+    return getattr(importlib.import_module(".in" + "ner", __name__), name)
+""",
+    "all at once": """
+import pkgutil, sys
+
+for found in pkgutil.iter_modules(__path__):
+    __import__(f"{__name__}.{found.name}")
+Mine = sys.modules[f"{__name__}.inner"].Mine
+""",
+}
+
+
+@pytest.mark.parametrize("init", BY_COMPUTED_NAMES.values(), ids=BY_COMPUTED_NAMES.keys())
+def test_a_new_version_is_not_of_old_code_where_a_package_finds_its_modules_by_computed_names(folder, init):
+    package = folder / "code_m"
+    package.mkdir()
+    (package / "__init__.py").write_text(init)
+    write(package, "inner", 1)
+    models, entry = models_for("code_m"), {"queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
+    first = call_of(reward_model="code_m.Mine", version="1", **entry)
+    assert [module for module, _ in first.code] == ["code_m"]
+    with models.lend(first) as loaded:
+        assert loaded.model.value == 1
+    assert lent(models, "code_m", version="2", **entry).value == 1
+    write(package, "inner", 2)
+    with models.lend(first) as loaded:  # who has its rewards of the old code is served on
+        assert loaded.model.value == 1
+    with pytest.raises(StaleCodeError, match=r"code_m/inner\.py"):
+        lent(models, "code_m", version="3", **entry)
+
+
 def test_a_module_that_was_imported_before_it_was_followed_counts_as_it_is_then(folder):
     write(folder, "code_g", 1)
     importlib.import_module("code_g")
