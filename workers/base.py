@@ -204,9 +204,10 @@ class PointwiseRewardModel(RewardModel):
             condition_images: `N` lists of PIL images (or tensors `(K, 3, H, W)`, lists of tensors if sizes differ).
             condition_videos: `N` lists of videos (or tensors `(K, T, 3, H, W)`, lists of tensors if sizes differ).
             **kwargs: `audio` (arrays `(C, T)`, or tensors), `metadata` (mappings), `fps` and `sample_rate` (numbers,
-                None for a sample without), lists of `N`, where declared. A call gets only what it has an argument for.
+                None for a sample without), lists of `N`, where declared or named. A call gets only what it has an
+                argument for.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __call__ of its own")
 
 
 class GroupwiseRewardModel(PointwiseRewardModel):

@@ -124,7 +124,7 @@ def words_of(error: BaseException) -> str:
         said = str(error)
     except Exception as other:  # an error of the user's is the user's code
         said = f"(its text cannot be made: {type(other).__name__})"
-    return f"{type(error).__name__}: {said}"
+    return f"{type(error).__name__}: {said}" if said.strip() else type(error).__name__
 
 
 def _text_of(error: BaseException, trace: TracebackType | None) -> str:

@@ -53,6 +53,15 @@ class Unspeakable(Base):
         raise Odd
 
 
+class Wordless(Base):
+    def one(self, text):
+        assert not text
+
+
+class Callless(PointwiseRewardModel):
+    required_fields = ("prompt",)
+
+
 class Long(Base):
     def one(self, text):
         raise ValueError("x" * 100_000)
@@ -129,6 +138,13 @@ def test_an_error_whose_text_cannot_be_made_is_a_reason_all_the_same(my_rewards,
     (reason,) = reasons_of("Unspeakable", "a")
     assert reason.startswith("Odd: (its text cannot be made: RuntimeError) (my_rewards.py:")
     assert "in one" in logged(caplog)[0]
+
+
+def test_an_error_without_words_is_its_type_and_a_class_without_a_call_says_so(my_rewards):
+    (reason,) = reasons_of("Wordless", "a")
+    assert reason == f"AssertionError (my_rewards.py:{line_of('assert not text')} in one)"
+    (reason,) = reasons_of("Callless", "a")
+    assert reason == "NotImplementedError: Callless has no __call__ of its own"
 
 
 def test_the_place_stays_where_the_text_is_cut_and_the_log_is_bounded(my_rewards, caplog):
