@@ -12,7 +12,7 @@ from typing import Literal
 
 from tasks.source.class_body import AssignedError, last_name
 from tasks.source.constants import UnreadableError
-from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class
+from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class, class_named
 from tasks.source.modules import module_of
 
 Kind = Literal["pointwise", "groupwise"]
@@ -42,11 +42,11 @@ def declared_by(path: str) -> Declared | None:
     module = module_of(module_name) if module_name else None
     if module is None:
         return None
-    statement = module.binder(name)
-    if not isinstance(statement, ast.ClassDef):
+    found = class_named(module, name)
+    if found is None:
         is_told = "it is not one plain class statement"
         return Declared(None, None, None, None, None, is_told if module.binds(name) else "")
-    return _declared(Class(module, statement))
+    return _declared(found)
 
 
 def _declared(cls: Class) -> Declared:
