@@ -135,7 +135,8 @@ class RewardModel:
 
     A class that cannot do without one returns `Unscored("invalid", ...)` in the place of the reward; a sample without
     any of the declared media is refused. Nothing else travels but the prompt, `fps` with a video, `sample_rate` with
-    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for."""
+    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for, or
+    looks up in its `**kwargs` (`kwargs["metadata"]`)."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
     """More of the same. Only of the classes of this package a required field is a demand."""
     use_tensor_inputs: ClassVar[bool] = False
@@ -203,9 +204,10 @@ class PointwiseRewardModel(RewardModel):
             condition_images: `N` lists of PIL images (or tensors `(K, 3, H, W)`, lists of tensors if sizes differ).
             condition_videos: `N` lists of videos (or tensors `(K, T, 3, H, W)`, lists of tensors if sizes differ).
             **kwargs: `audio` (arrays `(C, T)`, or tensors), `metadata` (mappings), `fps` and `sample_rate` (numbers,
-                None for a sample without), lists of `N`, where declared. A call gets only what it has an argument for.
+                None for a sample without), lists of `N`, where declared or named. A call gets only what it has an
+                argument for.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __call__ of its own")
 
 
 class GroupwiseRewardModel(PointwiseRewardModel):

@@ -84,24 +84,29 @@ class LoadedCode:
         way = set(_way_to(model))
         loaded = {m: found for m, _ in code if (found := self._loaded(m)) is not None}
         stale = [m for m, asked in code if m in loaded and loaded[m].hash != asked]
-        unlike = [m for m, asked in code if m in stale and hash_on_disk(loaded[m].path) != asked]
+        unlike = [m for m, asked in code if m in stale and _hash_now(m, loaded[m]) != asked]
         unlike += [m for m, asked in code if m in way and m not in loaded and _is_unlike(m, asked)]
         if unlike:
             raise ModelLoadError(_unlike_words(model, [self._path_of(m) for m in sorted(unlike)]))
         if stale:
             raise StaleCodeError([self._name_of(m) for m in stale])
 
-    def check_files(self, model: str) -> None:
-        """Before a new instance of a class is made whose trainer could not read it: are the files still what is loaded?
+    def check_files(self, model: str, asked: Code = ()) -> None:
+        """Before a new instance of a class is made: are the files that its trainer has not read still what is loaded?
+
+        Those are all that the class imports, or of one whose source the trainer has read those of its package that it
+        imports by a computed name.
 
         Raises:
             StaleCodeError: They are not. A new instance would be of the old code, whatever the new one is called.
         """
-        file = self._file_of(model.rpartition(".")[0])
-        modules = [module for module, _ in code_from(file)] if file is not None else []
-        loaded = {m: found for m in modules if (found := self._loaded(m)) is not None}
-        now = {m: hash_on_disk(found.path) for m, found in loaded.items()}
-        stale = [m for m, found in loaded.items() if now[m] is not None and now[m] != found.hash]
+        modules = self._imported_of_package(model)
+        if not asked:
+            file = self._file_of(model.rpartition(".")[0])
+            modules += [*_way_to(model), *(module for module, _ in (code_from(file) if file is not None else ()))]
+        read = dict(asked)
+        loaded = {m: found for m in modules if m not in read and (found := self._loaded(m)) is not None}
+        stale = [m for m, found in loaded.items() if _hash_now(m, found) != found.hash]
         if stale:
             raise StaleCodeError([self._name_of(m) for m in stale])
 
@@ -116,6 +121,11 @@ class LoadedCode:
         return digest_of(tuple((module, loaded.get(module, found)) for module, found in own))
 
     # --- private ---------------------------------------------------------------------------------
+
+    def _imported_of_package(self, model: str) -> list[str]:
+        """The modules of a class's top-level package that this process has imported, for whatever class."""
+        top = model.partition(".")[0]
+        return [name for name in sys.modules.copy() if name.partition(".")[0] == top]
 
     def _read_here(self, model: str) -> Code:
         if model not in self._read:
@@ -213,6 +223,24 @@ def _way_to(model: str) -> list[str]:
     """The modules that are imported for a class, whatever their code is: its own and the packages that it is in."""
     parts = model.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _hash_now(module: str, loaded: Executed) -> str | None:
+    """The hash of what a new process would execute of a module that this one has loaded; None if there is nothing.
+
+    That is the same file, unless it is gone, or has become a package of its name.
+    """
+    places = [loaded.path]
+    name = module.rpartition(".")[2]
+    if loaded.path.name == "__init__.py" and loaded.path.parent.name == name:
+        places.append(loaded.path.parent.parent / f"{name}.py")
+    elif loaded.path.name == f"{name}.py":
+        places.insert(0, loaded.path.parent / name / "__init__.py")
+    for place in places:
+        if place.is_file():
+            return hash_on_disk(place)
+    moved = find_as_imported(module)
+    return hash_on_disk(moved.path) if moved is not None else None
 
 
 def _is_unlike(module: str, asked: str) -> bool:

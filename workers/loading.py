@@ -151,8 +151,7 @@ class Models:
             LOADED.check(call.model, call.code)
 
     def _check_before_load(self, call: RewardCall) -> None:
-        """As `check_code`; a trainer that could not read the source is given no new instance of code that is outdated
-        here."""
+        """As `check_code`; of what the trainer has not read no new instance is made where it is outdated here."""
         if call.model in catalog.CATALOG:
             return check_builtin(call.model, call.version)
         if not _is_allowed(call.model, self._settings):
@@ -160,8 +159,8 @@ class Models:
         LOADED.follow(call.model.rpartition(".")[0])
         if call.code:
             LOADED.check(call.model, call.code)
-        elif not self._is_kept(_instance(call)):
-            LOADED.check_files(call.model)
+        if not self._is_kept(_instance(call)):
+            LOADED.check_files(call.model, call.code)
         return None
 
     def _in_memory(self) -> list[_Kept]:
@@ -174,6 +173,7 @@ class Models:
         with self._lock:
             if not self._is_kept(key):
                 self._evict_outdated(call)
+            self._forget_failure_of_other_code(call)
             self._lock.wait_for(lambda: self._is_kept(key) or self._make_room(key))
             is_first = not self._is_kept(key)
             kept = _Kept(call) if is_first else self._kept[key]
@@ -187,6 +187,14 @@ class Models:
         """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
         kept = self._kept.get(key)
         return kept is not None and not (kept.has_failed and time.monotonic() - kept.failed_at > RETRY_LOAD_S)
+
+    def _forget_failure_of_other_code(self, call: RewardCall) -> None:
+        """A load that failed says nothing of the code that the class has since: it is begun anew at once."""
+        kept = self._kept.get(_instance(call))
+        if kept is None or not kept.has_failed or not kept.call.code or not call.code:
+            return
+        if kept.call.code != call.code:
+            del self._kept[_instance(call)]
 
     def _evict_outdated(self, call: RewardCall) -> None:
         """Drop what earlier launches left of this computation, and loads that failed; nobody may ask for them again."""

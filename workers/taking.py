@@ -32,6 +32,8 @@ class Taking:
     """Arguments that its `__call__` names, and whether each has a default."""
     takes_rest: bool
     """Whether it has `**kwargs`."""
+    looked_up: frozenset[str]
+    """Names of fields that its code has as texts where it has `**kwargs`: `kwargs.get("metadata")`."""
 
     def call_with(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """The arguments for a call with these values of each field; None for a field that no sample has.
@@ -47,7 +49,8 @@ class Taking:
                 if value is not None or not has_default:
                     given[name] = value
             if not names and self.takes_rest:
-                given[self.words.get(field, field)] = value
+                looked_up = [name for name in _their_names(field) if name in self.looked_up]
+                given |= dict.fromkeys((self.words.get(field, field), *looked_up), value)
         return given
 
 
@@ -64,8 +67,9 @@ def taking_of(model: RewardModel) -> Taking:
     if unknown:
         raise ModelLoadError(f"{type(model).__name__} declares what is none: {no_such_field(unknown[0])}")
     arguments, takes_rest = _arguments(model)
-    by_name = [THEIR_NAMES.get(name, name) for name in BY_NAME if name in arguments]
-    return Taking(declared, words, tuple(dict.fromkeys((*declared, *by_name))), arguments, takes_rest)
+    looked_up = _looked_up(model) if takes_rest else frozenset()
+    by_name = [THEIR_NAMES.get(name, name) for name in BY_NAME if name in arguments or name in looked_up]
+    return Taking(declared, words, tuple(dict.fromkeys((*declared, *by_name))), arguments, takes_rest, looked_up)
 
 
 def unsent(name: str, taking: Taking, samples: Iterable[SampleRequest]) -> Failure | None:
@@ -125,21 +129,32 @@ def _arguments(model: RewardModel) -> tuple[dict[str, bool], bool]:
     return {p.name: p.default is not p.empty for p in by_name}, takes_rest
 
 
+def _looked_up(model: RewardModel) -> frozenset[str]:
+    """The names of fields that the code of a call has as texts, in functions within it too."""
+    found: set[str] = set()
+    waiting: list[Any] = [getattr(inspect.unwrap(type(model).__call__), "__code__", None)]  # type: ignore[operator]
+    while waiting:
+        constants = getattr(waiting.pop(), "co_consts", ())
+        found |= {one for one in constants if isinstance(one, str)}
+        waiting += [one for one in constants if inspect.iscode(one)]
+    return frozenset(found.intersection((*SAMPLE_FIELDS, *THEIR_NAMES)))
+
+
 def _their_names(field: str) -> list[str]:
     return [theirs for theirs, ours in THEIR_NAMES.items() if ours == field]
 
 
 def _warn_of_named(name: str, taking: Taking, withheld: set[str]) -> None:
-    """Say which media a class has an argument for without declaring them: they do not travel."""
+    """Say which media a class has an argument for, or looks up, without declaring them: they do not travel."""
     for field in MEDIA_FIELDS:
-        if field in withheld and field in taking.arguments:
+        if field in withheld and (field in taking.arguments or field in taking.looked_up):
             _warn_once(name, field)
 
 
 @functools.cache
 def _warn_once(name: str, field: str) -> None:
     log.warning(
-        "not sent reward=%s field=%s reason=its __call__ has an argument for it, but its required_fields do not "
-        "declare it; declare it if the reward depends on it",
+        "not sent reward=%s field=%s reason=its __call__ names it, but its required_fields do not declare it; "
+        "declare it if the reward depends on it",
         name, field,
     )  # fmt: skip

@@ -26,10 +26,15 @@ MAX_CHARS = 20_000
 MAX_KEPT = 1000
 """Distinct errors that are remembered."""
 
-_ROOT = Path(__file__).resolve().parents[1]
-_OURS = tuple(f"{_ROOT / package}/" for package in ("tasks", "workers"))
+_ROOTS = {Path(__file__).parents[1], Path(__file__).resolve().parents[1]}
+"""Where this package lies, and the folder of links by which an editable install imports it: frames have either."""
+_OURS = tuple(f"{root / package}/" for root in _ROOTS for package in ("tasks", "workers"))
 _ON_THE_WAY = (
-    *(str(_ROOT / "workers" / name) for name in ("running.py", "loading.py", "preloading.py")),
+    *(
+        str(root / "workers" / name)
+        for root in _ROOTS
+        for name in ("running.py", "loading.py", "preloading.py", "code.py")
+    ),
     str(Path(importlib.__file__).parent),
     "<frozen importlib",
 )
@@ -119,7 +124,7 @@ def words_of(error: BaseException) -> str:
         said = str(error)
     except Exception as other:  # an error of the user's is the user's code
         said = f"(its text cannot be made: {type(other).__name__})"
-    return f"{type(error).__name__}: {said}"
+    return f"{type(error).__name__}: {said}" if said.strip() else type(error).__name__
 
 
 def _text_of(error: BaseException, trace: TracebackType | None) -> str:

@@ -80,7 +80,9 @@ def last_name(base: ast.expr) -> str:
 
 def _is_class(module: Module, node: ast.expr) -> bool:
     name = last_name(node)
-    return name == "cls" or isinstance(module.binder(name), ast.ClassDef)
+    binder = module.binder(name)
+    is_alias = isinstance(binder, ast.Assign) and isinstance(binder.value, ast.Name | ast.Attribute)
+    return name == "cls" or isinstance(binder, ast.ClassDef) or is_alias
 
 
 def _run(statement: ast.stmt, values: dict[str, Any], named: Named) -> None:

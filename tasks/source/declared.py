@@ -12,7 +12,7 @@ from typing import Literal
 
 from tasks.source.class_body import AssignedError, last_name
 from tasks.source.constants import UnreadableError
-from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class
+from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class, class_named
 from tasks.source.modules import module_of
 
 Kind = Literal["pointwise", "groupwise"]
@@ -26,7 +26,8 @@ class Declared:
     required_fields: tuple[str, ...] | None
     optional_fields: tuple[str, ...] | None
     arguments: frozenset[str] | None
-    """Names of the arguments of its `__call__`."""
+    """Names of the arguments of its `__call__`; where it has `**kwargs` with every text in it, which may be a name that
+    it looks up there."""
     queue: str | None
     """None too where it names none."""
     unread_queue: str = ""
@@ -41,11 +42,11 @@ def declared_by(path: str) -> Declared | None:
     module = module_of(module_name) if module_name else None
     if module is None:
         return None
-    statement = module.binder(name)
-    if not isinstance(statement, ast.ClassDef):
+    found = class_named(module, name)
+    if found is None:
         is_told = "it is not one plain class statement"
         return Declared(None, None, None, None, None, is_told if module.binds(name) else "")
-    return _declared(Class(module, statement))
+    return _declared(found)
 
 
 def _declared(cls: Class) -> Declared:
@@ -82,7 +83,11 @@ def _arguments(cls: Class) -> frozenset[str] | None:
         return None
     if not isinstance(call, ast.FunctionDef):
         return frozenset() if call is ABSENT else None
-    return frozenset(a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs))
+    named = {a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs)}
+    if call.args.kwarg is not None:
+        constants = (node.value for node in ast.walk(call) if isinstance(node, ast.Constant))
+        named.update(value for value in constants if isinstance(value, str))
+    return frozenset(named)
 
 
 def _kind_of(cls: Class) -> Kind | None:

@@ -120,6 +120,21 @@ class Class:
             raise UnreadableError("it is assigned outside the body of its class")
 
 
+def class_named(module: Module, name: str) -> Class | None:
+    """The class that a module has under a name: its own, one that it imports, or another name of one.
+
+    None if that is not certain, or is no class with a source.
+    """
+    try:
+        found = _find(module, ast.Name(name, ast.Load()))
+    except UnreadableError:
+        return None
+    if not isinstance(found, Class):
+        return None
+    is_changed_here = any(is_mentioned(module, attribute) for attribute in (*OUR_VALUES, "queue"))
+    return found if isinstance(module.binder(name), ast.ClassDef) or not is_changed_here else None
+
+
 def _value_of_base(base: Class | str | None, name: str, num_steps: int) -> Any:
     if base is None:
         return ABSENT
@@ -219,6 +234,10 @@ def _find(module: Module, node: ast.expr, num_steps: int = 0) -> Class | str | N
         return Class(module, statement)
     if isinstance(statement, ast.ImportFrom):
         return _in_module(module.imported_from(statement), _original(statement, node.id), unknown, num_steps)
+    if isinstance(statement, ast.Assign | ast.AnnAssign):  # `Base = GroupwiseRewardModel`
+        target, value = assigned(statement)
+        if target is not None and isinstance(value, ast.Name | ast.Attribute):
+            return _find(module, value, num_steps + 1)
     if node.id == "object" and not module.binds("object"):
         return None
     raise unknown

@@ -183,7 +183,7 @@ def test_what_a_stale_worker_has_in_hand_is_finished_by_the_code_that_it_was_ask
 def test_where_the_workers_files_are_not_the_trainers_each_sample_says_which_file_on_which_host(site, alone):
     site.write("my_rewards.py", constant("VALUE", "from my_helpers import VALUE"))
     site.write("my_helpers.py", "VALUE = 1.0\n")
-    with site.client() as client:
+    with site.client(max_failure_rate=1.0) as client:
         site.write("my_helpers.py", "VALUE = 2.0\n")
         worker = alone("my_rewards")
         client.submit([Sample(prompt="p0"), Sample(prompt="p1")])
@@ -199,7 +199,7 @@ def test_a_module_that_a_call_imports_after_an_edit_gives_no_reward_to_who_asked
     site.write("my_rewards.py", constant("VALUE", first="from my_helpers import VALUE"))
     site.write("my_helpers.py", "VALUE = 1.0\n")
     alone("my_rewards")
-    with site.client() as client:
+    with site.client(max_failure_rate=1.0) as client:
         site.write("my_helpers.py", "VALUE = 2.0\n")
         client.submit([Sample(prompt="p0")])
         (failed,) = client.collect(timeout_s=60, on_failure="nan").failures

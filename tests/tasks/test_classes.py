@@ -110,6 +110,10 @@ KNOWN = [
     "from HELPERS import COMMON\nclass Mine(PointwiseRewardModel):\n    required_fields = COMMON",
     "import HELPERS as h\nclass Mine(PointwiseRewardModel):\n    required_fields = h.WITH_METADATA",
     "from HELPERS import Shared\nclass Mine(Shared):\n    pass",
+    "from HELPERS import Shared as Mine",
+    "import HELPERS\nMine = HELPERS.Shared",
+    "class A(PointwiseRewardModel):\n    required_fields = ('metadata',)\nMine = A",
+    "_G = GroupwiseRewardModel\nclass Mine(_G):\n    required_fields = ('metadata',)",
     "from HELPERS import Mixin\nclass Mine(Mixin, PointwiseRewardModel):\n    pass",
     "from HELPERS import Mixin\nclass Mine(PointwiseRewardModel, Mixin):\n    pass",
     "import abc\nclass Mine(PointwiseRewardModel, abc.ABC):\n    optional_fields = ('metadata',)",
@@ -152,10 +156,10 @@ UNKNOWN = [
     "from TRICKS import make\nMine = make()",
     "from TRICKS import make\nclass Mine(make()):\n    pass",
     "from HELPERS import *\nclass Mine(Shared):\n    pass",
-    "from HELPERS import Shared as Mine",
+    "from HELPERS import Shared as Mine\nMine.required_fields = ('metadata',)",
     "if True:\n    class Mine(PointwiseRewardModel):\n        required_fields = ('metadata',)",
     "class Mine(PointwiseRewardModel):\n    pass\nclass Mine(PointwiseRewardModel):\n    required_fields = ('metadata',)",
-    "class A(PointwiseRewardModel):\n    required_fields = ('metadata',)\nMine = A",
+    "class A(PointwiseRewardModel):\n    pass\nMine = A\nMine.required_fields = ('metadata',)",
     "try:\n    from HELPERS import Mixin\nexcept ImportError:\n    Mixin = object\nclass Mine(Mixin, PointwiseRewardModel):"
     "\n    pass",
     "class Mine(PointwiseRewardModel):\n    required_fields = ('prompt',)\n    del required_fields\n"
@@ -221,6 +225,7 @@ def test_a_queue_that_can_be_read_is_the_rewards(module, source, queue, caplog):
         "class Mine(PointwiseRewardModel):\n    queue = 7",
         "class Mine(PointwiseRewardModel):\n    @property\n    def queue(self):\n        return 'old'",
         "class Mine(PointwiseRewardModel):\n    pass\nMine.queue = 'old'",
+        "class A(PointwiseRewardModel):\n    pass\nB = A\nB.queue = 'old'\nclass Mine(B):\n    pass",
         "class Mine(PointwiseRewardModel):\n    pass\nsetattr(Mine, 'queue', 'old')",
     ],
 )
@@ -268,6 +273,35 @@ def test_what_a_call_names_travels_without_being_declared_where_it_is_small(modu
     (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": f"{name}.Mine"}}).rewards
     assert spec.fields == ("prompt", "audio", "metadata", "sample_rate")
     assert spec.required == (("audio",),)
+
+
+def test_what_a_call_looks_up_in_its_kwargs_travels_too(module):
+    name = module(
+        """
+        class Mine(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, **kwargs):
+                def rows():
+                    return kwargs.get("metadata")
+                return rows()
+
+        class Other(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, **kwargs):
+                "Not of metadata."
+
+        class Fixed(PointwiseRewardModel):
+            required_fields = ("prompt",)
+
+            def __call__(self, prompt, kwargs=None):
+                return "metadata"
+        """
+    )
+    entries = [{"name": own, "reward_model": f"{name}.{own}"} for own in ("Mine", "Other", "Fixed")]
+    fields = [spec.fields for spec in RewardConfig.from_dict({"rewards": entries}).rewards]
+    assert fields == [("prompt", "metadata"), ("prompt",), ("prompt",)]
 
 
 def test_the_numbers_of_media_travel_with_them_under_flow_factorys_names_too(module):

@@ -250,6 +250,8 @@ def test_their_sample_becomes_ours() -> None:
         ({"metadata": {"text": "QUACK", "latents": torch.zeros(2)}}, {"text": "QUACK"}),
         ({"text": "QUACK"}, {"text": "QUACK"}),
         ({"metadata": {"n": np.int64(3), "x": np.float32(0.5)}, "y": np.str_("z")}, {"n": 3, "x": 0.5, "y": "z"}),
+        ({"metadata": {"box": np.arange(3), "deep": {"n": [np.int64(3)]}}}, {"box": [0, 1, 2], "deep": {"n": [3]}}),
+        ({"metadata": {"rewards": [0.5], "advantage": 2}, "rewards": {"old": 1.0}}, {"rewards": [0.5], "advantage": 2}),
         ({"metadata": "{}"}, {}),
         ({"metadata": "null"}, {}),
         ({"metadata": None}, {"metadata": None}),
@@ -262,12 +264,21 @@ def test_the_row_of_the_data_set_is_the_metadata_however_they_pack_it(extra: dic
     assert sample_of(TheirSample("a duck", extra_kwargs=extra)).metadata == metadata
 
 
+def test_what_of_the_row_cannot_travel_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        sample_of(TheirSample("a duck", extra_kwargs={"metadata": {"text": "QUACK", "mask": torch.zeros(2)}}))
+    (said,) = [r.getMessage() for r in caplog.records if "'mask'" in r.getMessage()]
+    assert said.startswith("the data set's 'mask' is a Tensor, which is no plain data: no reward is given it")
+
+
 @pytest.mark.parametrize(
     ("attributes", "extra", "rates"),
     [
         ({"audio_sample_rate": 24000}, {"frame_rate": 24.0}, (24.0, 24000)),
         ({"frame_rate": 25, "audio_sample_rate": None}, {}, (25, None)),
         ({}, {"fps": 30, "audio_sample_rate": 16000}, (30, 16000)),
+        ({"frame_rate": torch.tensor(24.0)}, {"audio_sample_rate": np.array(16000)}, (24.0, 16000)),
+        ({}, {"fps": float("inf"), "audio_sample_rate": float("nan")}, (None, None)),
         ({}, {"fps": "thirty", "frame_rate": True, "audio_sample_rate": -1}, (None, None)),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -108,6 +109,43 @@ def test_code_that_could_not_be_made_is_made_anew_once_it_is_mended_without_a_re
     assert lent(models, "code_d", version="2").value == 1
 
 
+def test_an_import_that_failed_is_tried_again_at_once_where_the_source_is_another(folder):
+    path = folder / "code_k.py"
+    path.write_text("def half(:\n")
+    models = models_for("code_k")
+    entry = {"version": "1", "queue": "gpu", "required_fields": ["prompt"]}
+    with pytest.raises(ModelLoadError, match="invalid syntax"):
+        lent(models, "code_k", **entry)
+    write(folder, "code_k", 1)
+    assert lent(models, "code_k", **entry).value == 1
+
+
+@pytest.mark.parametrize("is_package_first", [False, True])
+def test_a_module_that_has_become_a_package_or_the_other_way_round_is_stale(folder, is_package_first):
+    package, module = folder / "code_l", folder / "code_l.py"
+    entry = {"version": "1", "queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
+
+    def make_package() -> None:
+        package.mkdir()
+        (package / "__init__.py").write_text("from .inner import Mine\n")
+        write(package, "inner", 1)
+
+    if is_package_first:
+        make_package()
+    else:
+        write(folder, "code_l", 1)
+    models = models_for("code_l")
+    assert lent(models, "code_l", **entry).value == 1
+    if is_package_first:
+        shutil.rmtree(package)
+        write(folder, "code_l", 2)
+    else:
+        module.unlink()
+        make_package()
+    with pytest.raises(StaleCodeError, match=r"code_l"):
+        lent(models, "code_l", **entry)
+
+
 def test_a_class_that_raises_and_is_mended_is_stale_and_not_wrong_for_good(folder):
     write(folder, "code_e", -1)
     models = models_for("code_e")
@@ -130,6 +168,45 @@ def test_a_class_that_no_trainer_has_read_gets_no_new_instance_of_outdated_code(
         assert loaded.model.value == 1
     with pytest.raises(StaleCodeError), models.lend(second):
         pass
+    (folder / "code_f.py").unlink()
+    with pytest.raises(StaleCodeError), models.lend(second):
+        pass
+
+
+BY_COMPUTED_NAMES = {
+    "when asked for": """
+import importlib
+
+def __getattr__(name):
+    return getattr(importlib.import_module(".in" + "ner", __name__), name)
+""",
+    "all at once": """
+import pkgutil, sys
+
+for found in pkgutil.iter_modules(__path__):
+    __import__(f"{__name__}.{found.name}")
+Mine = sys.modules[f"{__name__}.inner"].Mine
+""",
+}
+
+
+@pytest.mark.parametrize("init", BY_COMPUTED_NAMES.values(), ids=BY_COMPUTED_NAMES.keys())
+def test_a_new_version_is_not_of_old_code_where_a_package_finds_its_modules_by_computed_names(folder, init):
+    package = folder / "code_m"
+    package.mkdir()
+    (package / "__init__.py").write_text(init)
+    write(package, "inner", 1)
+    models, entry = models_for("code_m"), {"queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
+    first = call_of(reward_model="code_m.Mine", version="1", **entry)
+    assert [module for module, _ in first.code] == ["code_m"]
+    with models.lend(first) as loaded:
+        assert loaded.model.value == 1
+    assert lent(models, "code_m", version="2", **entry).value == 1
+    write(package, "inner", 2)
+    with models.lend(first) as loaded:  # who has its rewards of the old code is served on
+        assert loaded.model.value == 1
+    with pytest.raises(StaleCodeError, match=r"code_m/inner\.py"):
+        lent(models, "code_m", version="3", **entry)
 
 
 def test_a_module_that_was_imported_before_it_was_followed_counts_as_it_is_then(folder):

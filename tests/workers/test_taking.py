@@ -67,6 +67,34 @@ def test_a_field_that_a_call_names_without_declaring_it_counts_where_it_is_small
     assert "`required_fields: [prompt, metadata, sample_rate]`" in outcomes[2].failure.message
 
 
+def test_a_small_field_that_a_call_looks_up_in_its_kwargs_counts_as_one_that_it_names(requests):
+    class LooksUp(PointwiseRewardModel):
+        required_fields = ("prompt", "video")
+
+        def __call__(self, prompt, video=None, **kwargs):
+            rates = kwargs.get("frame_rate") or [0] * len(prompt)
+            return [float(row["n"]) + (rate or 0) for row, rate in zip(kwargs["metadata"], rates, strict=True)]
+
+    samples = [
+        requests.sample(video=VIDEO, metadata={"n": 5}, fps=8.0),
+        requests.sample(video=VIDEO, metadata={"n": 3}),
+        requests.sample(video=VIDEO, withheld=("metadata",)),
+    ]
+    outcomes = run(make(LooksUp), samples, requests.payloads)
+    assert plain(outcomes) == [13.0, 3.0, "failed"]
+    assert "`required_fields: [prompt, video, metadata, fps]`" in outcomes[2].failure.message
+
+
+def test_what_a_call_does_not_look_up_is_not_among_its_kwargs(requests):
+    class Passes(PointwiseRewardModel):
+        required_fields = ("prompt",)
+
+        def __call__(self, prompt, **kwargs):
+            return [float(len(kwargs))] * len(prompt)
+
+    assert plain(run(make(Passes), [requests.sample(metadata={"n": 5}, fps=8.0)], requests.payloads)) == [0.0]
+
+
 def test_media_that_a_class_has_an_argument_for_without_declaring_them_are_said_once(requests, caplog):
     class Edits(PointwiseRewardModel):
         required_fields = ("prompt", "image")

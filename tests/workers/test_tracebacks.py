@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import textwrap
 
@@ -10,6 +12,7 @@ import pytest
 
 from tasks.errors import ModelLoadError
 from tasks.settings import load_settings
+from tests.servers import ROOT
 from tests.workers.requests import Requests, call_of, iter_run
 from workers import tracebacks as module
 from workers.loading import Models
@@ -48,6 +51,15 @@ class Unspeakable(Base):
                 raise RuntimeError("no words")
 
         raise Odd
+
+
+class Wordless(Base):
+    def one(self, text):
+        assert not text
+
+
+class Callless(PointwiseRewardModel):
+    required_fields = ("prompt",)
 
 
 class Long(Base):
@@ -128,6 +140,13 @@ def test_an_error_whose_text_cannot_be_made_is_a_reason_all_the_same(my_rewards,
     assert "in one" in logged(caplog)[0]
 
 
+def test_an_error_without_words_is_its_type_and_a_class_without_a_call_says_so(my_rewards):
+    (reason,) = reasons_of("Wordless", "a")
+    assert reason == f"AssertionError (my_rewards.py:{line_of('assert not text')} in one)"
+    (reason,) = reasons_of("Callless", "a")
+    assert reason == "NotImplementedError: Callless has no __call__ of its own"
+
+
 def test_the_place_stays_where_the_text_is_cut_and_the_log_is_bounded(my_rewards, caplog):
     (reason,) = reasons_of("Long", "a")
     assert len(reason) < 2000
@@ -195,3 +214,31 @@ def test_a_module_that_cannot_be_imported_says_where(my_rewards, caplog, text, w
 def test_what_says_all_that_there_is_to_say_has_no_traceback(my_rewards, caplog):
     assert "has no 'Absent'" in load_error_of("my_rewards.Absent")
     assert not logged(caplog)
+
+
+def test_in_an_editable_install_whose_modules_are_found_by_links_no_place_is_in_this_package(tmp_path):
+    (tmp_path / "links").mkdir()
+    for package in ("tasks", "workers"):
+        (tmp_path / "links" / package).symlink_to(ROOT / package)
+    (tmp_path / "my_rewards.py").write_text("def half(:\n")
+    code = """
+from tasks.rewards import RewardConfig
+from tasks.settings import load_settings
+from workers.loading import Models
+
+entry = {"reward_model": "my_rewards.Mine", "queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
+(spec,) = RewardConfig.from_dict({"rewards": entry}).rewards
+try:
+    with Models(load_settings(modules="my_rewards")).lend(spec.call):
+        pass
+except Exception as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path / "links"), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "SyntaxError: invalid syntax (my_rewards.py, line 1)" in done.stdout
+    assert "get_code" not in done.stdout + done.stderr
+    assert "_class_in" not in done.stdout + done.stderr

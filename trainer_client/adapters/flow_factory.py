@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+import math
 import numbers
 import sys
 import uuid
@@ -22,6 +25,8 @@ from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
 from trainer_client.metrics import Detail
 from trainer_client.results import RewardBatch
 from trainer_client.verdict import OnFailure
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["pointwise", "groupwise", "all"]
 
@@ -328,17 +333,39 @@ def _listed(values: Iterable[Any] | None) -> list[Any] | None:
 def _metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
     """What is plain data in their `extra_kwargs`, with the row of the data set laid out."""
     row = _row_of(extra.get("metadata"))
-    found = _plain_of(extra)
+    found = _plain_of({key: value for key, value in extra.items() if key not in _THEIRS})
     if row is not None:
         found.pop("metadata", None)
-        found.update(_plain_of(row))
+        laid_out = _plain_of({key: _without_numpy(value) for key, value in row.items()})
+        for key in row.keys() - laid_out.keys():
+            _say_left_out(str(key), type(row[key]).__name__)
+        found.update(laid_out)
     return found
 
 
 def _plain_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """What is plain data among values by name; a number of numpy as one of Python."""
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
-    return {key: value for key, value in plain.items() if key not in _THEIRS and _is_plain({key: value})}
+    return {key: value for key, value in plain.items() if _is_plain({key: value})}
+
+
+def _without_numpy(value: Any) -> Any:
+    """A value of a row with its arrays as lists: a data set may give either."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_numpy(one) for one in value]
+    return value
+
+
+@functools.cache
+def _say_left_out(key: str, kind: str) -> None:
+    log.warning(
+        "the data set's %r is a %s, which is no plain data: no reward is given it; make it text, numbers or lists",
+        key, kind,
+    )  # fmt: skip
 
 
 def _row_of(metadata: Any) -> Mapping[str, Any] | None:
@@ -356,8 +383,10 @@ def _number(theirs: Any, name: str) -> float | None:
     """A number above 0 that one of their samples has as an attribute or in its `extra_kwargs`."""
     value = getattr(theirs, name, None)
     value = theirs.extra_kwargs.get(name) if value is None else value
+    if getattr(value, "ndim", None) == 0:  # a tensor or array of one number
+        value = value.item()
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return value if is_number and value > 0 else None  # type: ignore[return-value]
+    return value if is_number and 0 < value < math.inf else None  # type: ignore[return-value]
 
 
 def _is_plain(value: Any) -> bool:

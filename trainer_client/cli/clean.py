@@ -136,6 +136,7 @@ def _ask(num: int, of: str) -> None:
     try:
         is_wanted = click.confirm(f"drop {_count(num)} of {of}?")
     except click.Abort:  # nobody is there to answer
+        click.echo()  # the question's line is open
         is_wanted = False
     if not is_wanted:
         raise ConfigError("nothing was dropped; --yes drops without asking")
