@@ -29,7 +29,9 @@ def prompts_of(*prompts, first=0):
 
 
 def warnings_in(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    """The warnings, without the numbers of lines in the tests' reward models."""
+    words = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [re.sub(r"(reward_models\.py):\d+", r"\1", one) for one in words]
 
 
 def test_samples_without_a_group_are_compared_with_those_of_their_prompt(clients, workers, caplog):
@@ -130,7 +132,7 @@ def test_failures_are_one_warning_a_step_with_their_worker_whatever_on_failure_s
     assert {failed.worker for failed in batch.failures} == {node}
     assert "8 x failed" in str(batch.failures)
     assert warnings_in(caplog)[1:] == [
-        f"step 0: RaisesOn: 1 of 8 failed on {node}: ValueError: this sample is bad; "
+        f"step 0: RaisesOn: 1 of 8 failed on {node}: ValueError: this sample is bad (reward_models.py in __call__); "
         f"NaNModel: 8 of 8 failed on {node}: the model returned nan"
     ]
     client.submit(samples)
@@ -202,7 +204,7 @@ def test_the_failure_rate_that_stops_a_run_is_that_of_all_ranks(settings, worker
     of_steps = [words for words in warnings_in(caplog) if words.startswith("step")]
     node = f"gpu.{worker.pid}@{socket.gethostname()}"
     assert of_steps == [
-        f"step {i}: RaisesOn: {n} failed on {node}: ValueError: this sample is bad"
+        f"step {i}: RaisesOn: {n} failed on {node}: ValueError: this sample is bad (reward_models.py in __call__)"
         for i, n in [(0, "1 of 7"), (1, "3 of 4")]
     ]
 
@@ -227,7 +229,7 @@ def test_what_was_sent_again_is_counted_apart_from_what_was_there(clients, worke
 TRAINER = """
 import numpy as np
 from trainer_client import RewardClient, Sample, steplog
-steplog.SAY_EVERY_S = 0.2
+steplog.SAY_EVERY_S = {say_every_s}
 config = {config}
 with RewardClient.from_dict(config, "told", max_failure_rate=1.0) as client:
     for step in range(2):
@@ -239,7 +241,7 @@ with RewardClient.from_dict(config, "told", max_failure_rate=1.0) as client:
 def test_a_trainer_without_a_terminal_says_how_each_step_went(settings, workers, tmp_path):
     workers("gpu")
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60))
+    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60, say_every_s=60))
     lines = run_python("-W", "error", script, env=worker_env(settings, {})).stderr.splitlines()
     told = [line for line in lines if "rewardq: step" in line]
     assert len(told) == 2
@@ -251,7 +253,7 @@ def test_a_trainer_without_a_terminal_says_how_each_step_went(settings, workers,
 
 def test_a_trainer_without_a_terminal_says_what_it_waits_for(settings, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null"), timeout_s=1.5))
+    script.write_text(TRAINER.format(config=config_of("Null"), timeout_s=1.5, say_every_s=0.2))
     lines = run_python("-W", "error", script, env=worker_env(settings, {})).stderr.splitlines()
     waits = [line for line in lines if "collect() has waited" in line]
     assert len(waits) >= 4
@@ -284,7 +286,7 @@ def on_a_terminal(*command, env):
 def test_a_terminal_shows_bars_that_are_red_where_samples_fail(settings, workers, tmp_path):
     workers("gpu")
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60))
+    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60, say_every_s=60))
     env = {**worker_env(settings, {}), "TERM": "xterm", "COLUMNS": "120"}
     status, shown = on_a_terminal(sys.executable, script, env=env)
     assert status == 0, shown
