@@ -50,7 +50,9 @@ from trainer_client.steplog import (
     Summary,
     TicketWarnings,
     Waiting,
+    group_digest,
     group_size_words,
+    mixed_groups,
     summary_of,
     tell_step,
     warn_of_failures,
@@ -58,7 +60,14 @@ from trainer_client.steplog import (
 from trainer_client.steps import Step, Steps, check_group_size, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
-from trainer_client.verdict import OnFailure, error_for, error_for_rate, of_all_ranks
+from trainer_client.verdict import (
+    OnFailure,
+    check_call,
+    check_max_failure_rate,
+    error_for,
+    error_for_rate,
+    of_all_ranks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +103,8 @@ class _Wanted:
     open_step: Step | None
     """The open step of its split, of which a ticket's samples may be a part."""
     ticket: Ticket | None
+    prompts: Mapping[Hashable, tuple[str, ...]]
+    """The different prompts of each group, where other ranks may have samples of it."""
 
 
 class RewardClient:
@@ -116,8 +127,8 @@ class RewardClient:
         RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
-        ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common, or not the
-            same code of a class of the user's.
+        ConfigError: The run's name, rank, world size or `max_failure_rate` is wrong, or several ranks have no launch in
+            common, or not the same code of a class of the user's.
         UnknownRewardError: One of the training rewards is not built here. (One of the evaluation's is said in the log,
             and refused by `submit(split="eval")`.)
     """
@@ -145,6 +156,7 @@ class RewardClient:
             raise ConfigError(f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be in [0, world_size), found rank={rank}, world_size={world_size}")
+        check_max_failure_rate(max_failure_rate)
         self.run, self.rank, self.world_size = run, rank, world_size
         self.launch = launch or _launch(world_size)
         self.config = config.for_launch(self.launch)
@@ -280,7 +292,7 @@ class RewardClient:
             open_step.add(slots, time.monotonic() - started)
             ticket = self._ticket(session, split, open_step.number, start, slots, number)
         session.sender.submit(slots)
-        if mixed is not None and (split == "train" or groupwise is not None):
+        if mixed is not None and self.rank == 0 and _are_compared(split, rewards):
             self._warn_once("mixed", _mixed_words(mixed))
         return ticket
 
@@ -342,7 +354,9 @@ class RewardClient:
                 needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
             TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
             InvalidSampleError: Another step than `step` is open.
+            ConfigError: `timeout_s`, `on_failure` or `split` is none.
         """
+        check_call(timeout_s, on_failure)
         started = time.monotonic()
         wanted = self._wanted(split, step, ticket)
         is_told = progress is None and self.rank == 0 and not is_terminal()
@@ -438,6 +452,10 @@ class RewardClient:
         words = group_size_words(summary)
         if words:
             self._warn_once("size", f"{batch.name}: {words}")
+        mixed = mixed_groups(summary)
+        if mixed:
+            named = [group for group in wanted.prompts if group_digest(group) in mixed]
+            self._warn_once("mixed", _mixed_over_ranks_words(batch.name, len(mixed), len(summary.groups), named))
         if is_told:
             tell_step(batch.name, summary)
 
@@ -524,7 +542,10 @@ class RewardClient:
             else:
                 slots = list(open_step.slots) if open_step is not None else []
             number = self._steps.number(split) if ticket is None else ticket.step
-        return _Wanted(session, split, number, rewards, slots, open_step, ticket)
+            prompts: dict[Hashable, tuple[str, ...]] = {}
+            if open_step is not None and ticket is None and self.world_size > 1 and _are_compared(split, rewards):
+                prompts = dict(open_step.prompts)
+        return _Wanted(session, split, number, rewards, slots, open_step, ticket, prompts)
 
     def _is_shared(self, wanted: _Wanted) -> bool:
         """Whether all ranks collect this together, and come to one verdict."""
@@ -574,7 +595,7 @@ class RewardClient:
         """What `collect()` raises, or None, and the step in numbers; of several ranks on all alike."""
         error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards})
         sizes = {slot.group: slot.group_size for slot in wanted.slots if slot.group_size is not None}
-        summary = summary_of(batch, sizes if wanted.ticket is None else None)
+        summary = summary_of(batch, sizes if wanted.ticket is None else None, wanted.prompts)
         if self._is_shared(wanted):
             topic, waits = f"{wanted.split} step {wanted.step}", _wait_for_ranks(waiting)
             error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, waits)
@@ -673,6 +694,20 @@ def _mixed_words(group: Hashable) -> str:
         f"group {_cut(group)} has samples of several prompts: advantages and ranks compare the samples of a group, "
         "which should be of one prompt; give each prompt a group= of its own, or none, and equal prompts are a group"
     )
+
+
+def _mixed_over_ranks_words(name: str, num_mixed: int, num_groups: int, named: Sequence[Hashable]) -> str:
+    example = f", {_cut(named[0])} for example," if named else ""
+    return (
+        f"{name}: {num_mixed} of {num_groups} groups{example} have samples of several prompts, over all ranks: "
+        "advantages and ranks compare the samples of a group, which should be of one prompt; group= is an id over all "
+        "ranks, not one that each rank counts from 0: add the rank to it, or give none, and equal prompts are a group"
+    )
+
+
+def _are_compared(split: Split, rewards: Sequence[RewardSpec]) -> bool:
+    """Whether the samples of a group are: by advantages, or by a reward."""
+    return split == "train" or any(spec.is_groupwise for spec in rewards)
 
 
 def _alone_words(name: str, num_samples: int) -> str:

@@ -74,6 +74,9 @@ def test_ranks_agree_about_the_groups_of_samples_that_name_none(clients, workers
         ([(["fox"] * 2, 4), (["fox"] * 2, 3)], "group 'fox' has group_size=4, found group_size=3"),
         ([(["fox"] * 3, 4), (["fox"] * 2, None)], "group 'fox' of step 0 would have 5 members, group_size=4"),
         ([(["fox"], 0)], "group_size must be at least 1, found 0"),
+        ([(["fox"], 2.5)], "group_size must be a whole number, found 2.5"),
+        ([(["fox"], float("nan"))], "group_size must be a whole number, found nan"),
+        ([(["fox"], "4")], "group_size must be a whole number, found '4'"),
     ],
 )
 def test_the_size_of_a_group_is_checked_for_pointwise_rewards_too(clients, settings, calls, message):
@@ -119,6 +122,26 @@ def test_a_group_with_a_member_on_each_rank_is_no_sample_alone(clients, workers,
     low, high = together(lambda: step_of(ranks[0], 1), lambda: step_of(ranks[1], 5))
     np.testing.assert_allclose([low[0], high[0]], [-1.0, 1.0])
     assert warnings_in(caplog) == []
+
+
+def test_group_ids_that_each_rank_counts_by_itself_are_told_once(clients, workers, caplog):
+    workers("gpu")
+    ranks = [clients("PixelCode", rank=rank, world_size=2, launch="one") for rank in range(2)]
+
+    def step_of(rank, step, prompts):
+        samples = prompts_of(*prompts)
+        for i, sample in enumerate(samples):
+            sample.group = i // 2
+        ranks[rank].submit(samples, step=step)
+        ranks[rank].collect(timeout_s=60)
+
+    everywhere = ["fox", "fox", "door", "door"]
+    for step, of_second in enumerate([everywhere, ["sea", "sea", "door", "door"], ["a", "b", "c", "d"]]):
+        together(lambda n=step: step_of(0, n, everywhere), lambda n=step, p=of_second: step_of(1, n, p))
+        if step == 0:
+            assert warnings_in(caplog) == []
+    (warned,) = warnings_in(caplog)
+    assert "step 1: 1 of 2 groups, 0 for example, have samples of several prompts, over all ranks" in warned
 
 
 def test_failures_are_one_warning_a_step_with_their_worker_whatever_on_failure_says(clients, workers, caplog):
