@@ -45,8 +45,8 @@ class Sample:
     """Images that the generator was given (the source of an edit first)."""
     condition_videos: Sequence[Any] | None = None
     group: Hashable = None
-    """Id of its prompt's group; samples of one group are compared. Unless given, equal prompts and condition media are
-    one."""
+    """Id of its prompt's group, over all ranks; samples of one group are compared. Unless given, equal prompts and
+    condition media are one."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like; reaches the reward models that declare it."""
     fps: float | None = None

@@ -113,14 +113,20 @@ class RewardBatch:
 
         return {name: torch.from_numpy(values.copy()).to(device) for name, values in self.rewards.items()}
 
-    def describe_failures(self) -> str:
-        """Every reward with failures: how many of which kind, and the reasons, equal ones together."""
+    def describe_failures(self, said: str | None = None) -> str:
+        """Every reward with failures: how many of which kind, and the reasons, equal ones together.
+
+        Args:
+            said: A reason that the text says already; only its samples are given.
+        """
         lines = []
         for name in self.rewards:
             failures = [f for f in self.failures if f.reward == name]
             if failures:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in failures).most_common())
-                lines.append(f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures)}")
+                lines.append(
+                    f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures, said)}"
+                )
         return "\n".join(lines)
 
     def _describe_reward(self, name: str) -> str:

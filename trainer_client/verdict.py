@@ -46,7 +46,7 @@ def error_for(
         policies: By reward name, its own `on_failure`, which comes before the call's.
     """
     if late is not None and on_failure == "raise":
-        return CollectTimeoutError(f"{late.message}\n{batch.describe_failures()}", batch)
+        return CollectTimeoutError(f"{late.message}\n{batch.describe_failures(late.message)}", batch)
     if any((policies.get(f.reward) or on_failure) == "raise" for f in batch.failures):
         return ScoringError(batch.describe_failures(), batch)
     return None

@@ -84,7 +84,7 @@ def test_reasons_are_counted_over_ranks():
     second = step_of_rank({"a": [NAN] * 2}, [failure(i, "y", "gpu.1@b") for i in (0, 1)])
     words = failure_words(joined([first, second]))
     assert words == "a: 5 of 5 failed on gpu.1@a, gpu.1@b: y (and 1 other reason)"
-    many = [failure(i, f"reason {i}", "gpu.1@a") for i in range(9)]
+    many = [failure(i, f"reason {'abcdefghi'[i]}", "gpu.1@a") for i in range(9)]
     assert failure_words(joined([step_of_rank({"a": [NAN] * 9}, many), second])).endswith(": y (and 8 other reasons)")
 
 
