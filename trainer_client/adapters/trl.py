@@ -178,7 +178,8 @@ class _Rounds:
         """Give the samples the groups they lack; returns the size of a group where ranks must know it, else None."""
         texts = [text_of(prompt) for prompt in prompts]
         size, numbers = self._layout(texts, _is_evaluating(given))
-        lacking = [(sample, i) for i, sample in enumerate(samples) if sample.group is None]
+        # submit() refuses what is no Sample.
+        lacking = [(one, i) for i, one in enumerate(samples) if isinstance(one, Sample) and one.group is None]
         is_shared = self._client.world_size > 1 and any(r.is_groupwise for r in self._client.config.of(self._split))
         if is_shared and lacking and not numbers:
             train, evaluation = self._sizes
