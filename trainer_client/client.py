@@ -457,7 +457,7 @@ class RewardClient:
             named = [group for group in wanted.prompts if group_digest(group) in mixed]
             self._warn_once("mixed", _mixed_over_ranks_words(batch.name, len(mixed), len(summary.groups), named))
         if is_told:
-            tell_step(batch.name, summary)
+            tell_step(batch.name, summary, batch.timings["ranks_s"])
 
     def _warn_once(self, topic: str, words: str) -> None:
         """A warning that this client gives once."""
@@ -578,6 +578,7 @@ class RewardClient:
         times = {
             "submit_s": wanted.open_step.submit_s if wanted.open_step is not None else 0.0,
             "wait_s": time.monotonic() - started,
+            "ranks_s": 0.0,
             **session.sender.times.take(),
         }
         why_open = session.groups.why_open
@@ -597,8 +598,11 @@ class RewardClient:
         sizes = {slot.group: slot.group_size for slot in wanted.slots if slot.group_size is not None}
         summary = summary_of(batch, sizes if wanted.ticket is None else None, wanted.prompts)
         if self._is_shared(wanted):
+            done_at = time.monotonic()
             topic, waits = f"{wanted.split} step {wanted.step}", _wait_for_ranks(waiting)
             error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, waits)
+            # After the batch was made: what the error carries is to have it too.
+            batch.timings["ranks_s"] = time.monotonic() - done_at
         return error or error_for_rate(summary, self.max_failure_rate, batch), summary
 
     def _slots_of(self, session: Session, ticket: Ticket, config: RewardConfig) -> Sequence[Slot]:

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
 """How often a trainer without a terminal is told what `collect()` waits for."""
 
+RANKS_TOLD_S = 0.5
+"""A shorter wait for other ranks is nothing to be told."""
+
 REASONS_KEPT = 5
 """Of each reward, so many different reasons are counted over all ranks."""
 
@@ -180,12 +183,14 @@ def mixed_groups(summary: Summary) -> list[str]:
     return [key for key, group in summary.groups.items() if len(group.prompts) > 1]
 
 
-def tell_step(name: str, summary: Summary) -> None:
-    """One line of how a step went, unless nothing was in it."""
+def tell_step(name: str, summary: Summary, ranks_s: float = 0.0) -> None:
+    """One line of how a step went, unless nothing was in it; `ranks_s` this rank has waited for the others."""
     if not summary.num_samples:
         return
     rewards = "".join(f", {reward} {_mean(found)}" for reward, found in summary.rewards.items())
     times = f"waited {summary.wait_s:.1f} s, {summary.hidden_s:.1f} s hidden"
+    if ranks_s >= RANKS_TOLD_S:
+        times += f"; {ranks_s:.1f} s for other ranks"
     tell(f"{name}: {summary.num_samples} samples{rewards}; {times}")
 
 

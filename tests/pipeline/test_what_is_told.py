@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from tasks.connections import connect
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
 from tests.reward_models import image_of
-from tests.servers import messages_in, run_python, worker_env
+from tests.servers import messages_in, run_python, wait_until, worker_env
 from trainer_client import CollectTimeoutError, InvalidSampleError, RewardClient, Sample, ScoringError
 
 HOST = re.escape(socket.gethostname())
@@ -350,6 +351,26 @@ def test_a_rank_that_is_done_says_for_which_it_waits(clients, workers, capsys, m
         client.collect(timeout_s=6)
     assert "step 5: collect() has waited" in (told := capsys.readouterr().err)
     assert "for rank 1, 2; this rank has its rewards" in told
+
+
+def test_the_wait_for_other_ranks_is_no_wait_for_rewards(clients, workers):
+    workers("gpu")
+    ranks = [clients("PixelCode", rank=rank, world_size=2, launch="one") for rank in range(2)]
+    for rank, client in enumerate(ranks):
+        client.submit(samples_of([rank]), step=0)
+
+    def first():
+        wait_until(lambda: ranks[0].pending() == 0)
+        return ranks[0].collect(timeout_s=60)
+
+    def second():
+        wait_until(lambda: ranks[0].pending() == 0)
+        time.sleep(1.5)
+        return ranks[1].collect(timeout_s=60)
+
+    early, _ = together(first, second)
+    assert early.timings["ranks_s"] > early.timings["wait_s"]
+    assert ranks[0].metrics(early, gather=lambda mine: [mine])["train/ranks_s"] == early.timings["ranks_s"]
 
 
 def test_tickets_are_few_warnings_that_count_all_failures(clients, workers, caplog):

@@ -71,6 +71,9 @@ def test_a_step_of_several_ranks_is_told_as_one(caplog):
         tell_step("step 12", both)
     (line,) = caplog.messages
     assert line == "step 12: 4 samples, a 2.333 (1 failed), b 0.75; waited 3.0 s, 2.0 s hidden"
+    with caplog.at_level(logging.INFO, "trainer_client"):
+        tell_step("step 12", both, ranks_s=4.0)
+    assert caplog.messages[1] == f"{line}; 4.0 s for other ranks"
 
 
 def test_the_reason_most_samples_have_is_told_with_its_kind_and_how_many_others_there_are():
