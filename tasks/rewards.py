@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -295,7 +295,10 @@ class RewardConfig(BaseModel):
         Raises:
             UnknownRewardError: One has a name that loads but is not built here, or is a class that its module does not
                 have.
+            ConfigError: There is no such split.
         """
+        if split not in get_args(Split):
+            raise ConfigError(f"split must be 'train' or 'eval', found {split!r}")
         specs = (self.eval_rewards or self.rewards) if split == "eval" else self.rewards
         for spec in specs:
             if spec.absent:

@@ -45,8 +45,8 @@ class Sample:
     """Images that the generator was given (the source of an edit first)."""
     condition_videos: Sequence[Any] | None = None
     group: Hashable = None
-    """Id of its prompt's group; samples of one group are compared. Unless given, equal prompts and condition media are
-    one."""
+    """Id of its prompt's group, over all ranks; samples of one group are compared. Unless given, equal prompts and
+    condition media are one."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like; reaches the reward models that declare it."""
     fps: float | None = None
@@ -233,6 +233,13 @@ def _check_group(group: Any, where: str) -> None:
         raise InvalidSampleError(
             f"{where}: group must be hashable, a number or a text for example, found a {type(group).__name__}"
         ) from None
+    if media.is_tensor(group):
+        raise InvalidSampleError(
+            f"{where}: group must be a number or a text for example, found a tensor, which equals no other tensor; "
+            "give its number: group=int(...)"
+        )
+    if isinstance(group, numbers.Real) and group != group:
+        raise InvalidSampleError(f"{where}: group is NaN, which equals nothing; None groups by the prompt")
 
 
 def _check_number(value: Any, where: str, unit: str) -> None:

@@ -13,6 +13,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +21,14 @@ from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
 from tasks.connections import LOST, connect, why_away
-from tasks.errors import CollectTimeoutError, ConfigError, RedisUnreachableError, TicketError, UnknownRewardError
+from tasks.errors import (
+    CollectTimeoutError,
+    ConfigError,
+    RedisUnreachableError,
+    ScoringError,
+    TicketError,
+    UnknownRewardError,
+)
 from tasks.messages import Failure
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
@@ -42,7 +50,9 @@ from trainer_client.steplog import (
     Summary,
     TicketWarnings,
     Waiting,
+    group_digest,
     group_size_words,
+    mixed_groups,
     summary_of,
     tell_step,
     warn_of_failures,
@@ -50,7 +60,14 @@ from trainer_client.steplog import (
 from trainer_client.steps import Step, Steps, check_group_size, check_groups
 from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
-from trainer_client.verdict import OnFailure, error_for, error_for_rate, of_all_ranks
+from trainer_client.verdict import (
+    OnFailure,
+    check_call,
+    check_max_failure_rate,
+    error_for,
+    error_for_rate,
+    of_all_ranks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +91,22 @@ RANKS_MARGIN_S = 5.0
 the time at most), and the ranks use the rest to come to one verdict."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What one `collect()` is to bring."""
+
+    session: Session
+    split: Split
+    step: int
+    rewards: tuple[RewardSpec, ...]
+    slots: Sequence[Slot]
+    open_step: Step | None
+    """The open step of its split, of which a ticket's samples may be a part."""
+    ticket: Ticket | None
+    prompts: Mapping[Hashable, tuple[str, ...]]
+    """The different prompts of each group, where other ranks may have samples of it."""
+
+
 class RewardClient:
     """Submits samples and collects their rewards. Safe between threads, and usable in a forked child.
 
@@ -94,8 +127,8 @@ class RewardClient:
         RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
         RankTakenError: Another live process is this rank of this launch; names it.
-        ConfigError: The run's name, rank or world size is wrong, or several ranks have no launch in common, or not the
-            same code of a class of the user's.
+        ConfigError: The run's name, rank, world size or `max_failure_rate` is wrong, or several ranks have no launch in
+            common, or not the same code of a class of the user's.
         UnknownRewardError: One of the training rewards is not built here. (One of the evaluation's is said in the log,
             and refused by `submit(split="eval")`.)
     """
@@ -123,6 +156,7 @@ class RewardClient:
             raise ConfigError(f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be in [0, world_size), found rank={rank}, world_size={world_size}")
+        check_max_failure_rate(max_failure_rate)
         self.run, self.rank, self.world_size = run, rank, world_size
         self.launch = launch or _launch(world_size)
         self.config = config.for_launch(self.launch)
@@ -258,7 +292,7 @@ class RewardClient:
             open_step.add(slots, time.monotonic() - started)
             ticket = self._ticket(session, split, open_step.number, start, slots, number)
         session.sender.submit(slots)
-        if mixed is not None and (split == "train" or groupwise is not None):
+        if mixed is not None and self.rank == 0 and _are_compared(split, rewards):
             self._warn_once("mixed", _mixed_words(mixed))
         return ticket
 
@@ -320,55 +354,20 @@ class RewardClient:
                 needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
             TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
             InvalidSampleError: Another step than `step` is open.
+            ConfigError: `timeout_s`, `on_failure` or `split` is none.
         """
+        check_call(timeout_s, on_failure)
         started = time.monotonic()
-        if ticket is not None:
-            split = ticket.split
-        config = self.config if ticket is None else self.config.for_launch(ticket.launch)
-        rewards = config.of(split)
-        with self._lock:
-            session = self._open_session()
-            if step is not None and ticket is None:
-                self._steps.open(split, step)
-            open_step = self._steps.get(split)
-            if ticket is not None:
-                slots = self._slots_of(session, ticket, config)
-            else:
-                slots = list(open_step.slots) if open_step is not None else []
-            number = self._steps.number(split) if ticket is None else ticket.step
-        # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
-        is_shared = self.world_size > 1 and ticket is None
-        margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if is_shared else 0.0
+        wanted = self._wanted(split, step, ticket)
         is_told = progress is None and self.rank == 0 and not is_terminal()
-        waiting = Waiting(step_name(split, number)) if is_told else None
+        waiting = Waiting(step_name(wanted.split, wanted.step)) if is_told else None
         bars = progress if progress is not None or self.rank == 0 else False
-        incomplete = self._incomplete(open_step) if ticket is None else {}
-        in_vain = why_in_vain(incomplete, rewards, on_failure)
-        if in_vain is None:
-            session.groups.give_up(split, number, incomplete)
-            is_complete = session.wait(slots, started + timeout_s - margin_s, bars, waiting)
-            late = None if is_complete else session.why_late(slots, timeout_s)
-        else:
-            late = Failure(kind="timeout", message=in_vain)
-        times = {
-            "submit_s": open_step.submit_s if open_step is not None else 0.0,
-            "wait_s": time.monotonic() - started,
-            **session.sender.times.take(),
-        }
-        batch = batch_of(slots, rewards, late, session.groups.why_open, times, split, number)
-        error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in rewards})
-        sizes = {slot.group: slot.group_size for slot in slots if slot.group_size is not None}
-        summary = summary_of(batch, sizes if ticket is None else None)
-        if is_shared:
-            topic, deadline = f"{split} step {number}", started + timeout_s
-            error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, _wait_for_ranks(waiting))
-        error = error or error_for_rate(summary, self.max_failure_rate, batch)
+        late = self._wait(wanted, started, timeout_s, on_failure, bars, waiting)
+        batch = self._batch(wanted, late, started)
+        error, summary = self._verdict(wanted, batch, late, on_failure, started + timeout_s, waiting)
         if not isinstance(error, CollectTimeoutError):
-            self._close_step(session, slots, ticket, split)
-            if ticket is not None:
-                self._ticket_warnings.add(batch.name, summary)
-            elif self.rank == 0:
-                self._tell(batch, summary, is_told)
+            self._close_step(wanted)
+            self._tell(wanted, batch, summary, is_told)
         if error is not None:
             raise error
         return batch
@@ -442,14 +441,23 @@ class RewardClient:
 
     # --- private: what is told -------------------------------------------------------------------
 
-    def _tell(self, batch: RewardBatch, summary: Summary, is_told: bool) -> None:
-        """What the log is to say of a step that is closed."""
+    def _tell(self, wanted: _Wanted, batch: RewardBatch, summary: Summary, is_told: bool) -> None:
+        """What the log is to say of a ticket, or of a step that is closed; of several ranks the first says it."""
+        if wanted.ticket is not None:
+            self._ticket_warnings.add(batch.name, summary)
+            return
+        if self.rank != 0:
+            return
         warn_of_failures(batch.name, summary)
         words = group_size_words(summary)
         if words:
             self._warn_once("size", f"{batch.name}: {words}")
+        mixed = mixed_groups(summary)
+        if mixed:
+            named = [group for group in wanted.prompts if group_digest(group) in mixed]
+            self._warn_once("mixed", _mixed_over_ranks_words(batch.name, len(mixed), len(summary.groups), named))
         if is_told:
-            tell_step(batch.name, summary)
+            tell_step(batch.name, summary, batch.timings["ranks_s"])
 
     def _warn_once(self, topic: str, words: str) -> None:
         """A warning that this client gives once."""
@@ -518,6 +526,85 @@ class RewardClient:
 
     # --- private: collect ------------------------------------------------------------------------
 
+    def _wanted(self, split: Split, step: int | None, ticket: Ticket | None) -> _Wanted:
+        """The samples to collect: those of a ticket, else all of the open step, which gets the number `step`."""
+        if ticket is not None:
+            split = ticket.split
+        config = self.config if ticket is None else self.config.for_launch(ticket.launch)
+        rewards = config.of(split)
+        with self._lock:
+            session = self._open_session()
+            if step is not None and ticket is None:
+                self._steps.open(split, step)
+            open_step = self._steps.get(split)
+            if ticket is not None:
+                slots = self._slots_of(session, ticket, config)
+            else:
+                slots = list(open_step.slots) if open_step is not None else []
+            number = self._steps.number(split) if ticket is None else ticket.step
+            prompts: dict[Hashable, tuple[str, ...]] = {}
+            if open_step is not None and ticket is None and self.world_size > 1 and _are_compared(split, rewards):
+                prompts = dict(open_step.prompts)
+        return _Wanted(session, split, number, rewards, slots, open_step, ticket, prompts)
+
+    def _is_shared(self, wanted: _Wanted) -> bool:
+        """Whether all ranks collect this together, and come to one verdict."""
+        return self.world_size > 1 and wanted.ticket is None
+
+    def _wait(
+        self,
+        wanted: _Wanted,
+        started: float,
+        timeout_s: float,
+        on_failure: OnFailure,
+        bars: bool | None,
+        waiting: Waiting | None,
+    ) -> Failure | None:
+        """Wait for the samples; the reason of those that have no answer at the deadline, None if all have."""
+        session = wanted.session
+        incomplete = self._incomplete(wanted.open_step) if wanted.ticket is None else {}
+        in_vain = why_in_vain(incomplete, wanted.rewards, on_failure)
+        if in_vain is not None:
+            return Failure(kind="timeout", message=in_vain)
+        session.groups.give_up(wanted.split, wanted.step, incomplete)
+        # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
+        margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
+        is_complete = session.wait(wanted.slots, started + timeout_s - margin_s, bars, waiting)
+        return None if is_complete else session.why_late(wanted.slots, timeout_s)
+
+    def _batch(self, wanted: _Wanted, late: Failure | None, started: float) -> RewardBatch:
+        """The batch of the samples, which were waited for since `started`."""
+        session = wanted.session
+        times = {
+            "submit_s": wanted.open_step.submit_s if wanted.open_step is not None else 0.0,
+            "wait_s": time.monotonic() - started,
+            "ranks_s": 0.0,
+            **session.sender.times.take(),
+        }
+        why_open = session.groups.why_open
+        return batch_of(wanted.slots, wanted.rewards, late, why_open, times, wanted.split, wanted.step)
+
+    def _verdict(
+        self,
+        wanted: _Wanted,
+        batch: RewardBatch,
+        late: Failure | None,
+        on_failure: OnFailure,
+        deadline: float,
+        waiting: Waiting | None,
+    ) -> tuple[ScoringError | None, Summary]:
+        """What `collect()` raises, or None, and the step in numbers; of several ranks on all alike."""
+        error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards})
+        sizes = {slot.group: slot.group_size for slot in wanted.slots if slot.group_size is not None}
+        summary = summary_of(batch, sizes if wanted.ticket is None else None, wanted.prompts)
+        if self._is_shared(wanted):
+            done_at = time.monotonic()
+            topic, waits = f"{wanted.split} step {wanted.step}", _wait_for_ranks(waiting)
+            error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, waits)
+            # After the batch was made: what the error carries is to have it too.
+            batch.timings["ranks_s"] = time.monotonic() - done_at
+        return error or error_for_rate(summary, self.max_failure_rate, batch), summary
+
     def _slots_of(self, session: Session, ticket: Ticket, config: RewardConfig) -> Sequence[Slot]:
         """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""
         rewards = config.of(ticket.split)
@@ -545,14 +632,14 @@ class RewardClient:
         with self._lock:
             return incomplete_groups(step)
 
-    def _close_step(self, session: Session, slots: Sequence[Slot], ticket: Ticket | None, split: Split) -> None:
-        session.give_up(slots)
+    def _close_step(self, wanted: _Wanted) -> None:
+        wanted.session.give_up(wanted.slots)
         with self._lock:
-            if ticket is None:
-                self._steps.close(split, slots)
+            if wanted.ticket is None:
+                self._steps.close(wanted.split, wanted.slots)
             else:
-                self._steps.take_out(split, slots)
-                self._adopted.pop(ticket.place, None)
+                self._steps.take_out(wanted.split, wanted.slots)
+                self._adopted.pop(wanted.ticket.place, None)
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()
@@ -611,6 +698,20 @@ def _mixed_words(group: Hashable) -> str:
         f"group {_cut(group)} has samples of several prompts: advantages and ranks compare the samples of a group, "
         "which should be of one prompt; give each prompt a group= of its own, or none, and equal prompts are a group"
     )
+
+
+def _mixed_over_ranks_words(name: str, num_mixed: int, num_groups: int, named: Sequence[Hashable]) -> str:
+    example = f", {_cut(named[0])} for example," if named else ""
+    return (
+        f"{name}: {num_mixed} of {num_groups} groups{example} have samples of several prompts, over all ranks: "
+        "advantages and ranks compare the samples of a group, which should be of one prompt; group= is an id over all "
+        "ranks, not one that each rank counts from 0: add the rank to it, or give none, and equal prompts are a group"
+    )
+
+
+def _are_compared(split: Split, rewards: Sequence[RewardSpec]) -> bool:
+    """Whether the samples of a group are: by advantages, or by a reward."""
+    return split == "train" or any(spec.is_groupwise for spec in rewards)
 
 
 def _alone_words(name: str, num_samples: int) -> str:

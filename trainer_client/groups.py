@@ -192,7 +192,7 @@ class Groups:
         there = "; ".join(f"rank {rank}: samples {', '.join(map(str, found))}" for rank, found in ranks.items())
         return (
             f"group {group.id!r} of step {group.step} has {len(places)} of {group.size} members, "
-            f"{group.size - len(places)} are missing ({there} are there)"
+            f"{group.size - len(places)} missing ({there} are there)"
         )
 
     def forget(self, slots: Iterable[Slot]) -> None:
@@ -250,7 +250,8 @@ class Groups:
     def _refuse(self, group: Group, member: Member, found: Registered) -> None:
         where = f"run {self._run!r}, step {group.step}, group {group.id!r}"
         reasons = {
-            "full": f"it has its {group.size} members already, this sample is one more",
+            "full": f"it has its {group.size} members already, this sample is one more; a prompt that comes twice in a "
+            "step, over all ranks, needs another group= each time",
             "size": f"group_size={group.size} here, another rank said group_size={found.num_members}",
             "scored": f"the group was scored with another sample in this slot (rank {self._rank}, "
             f"sample {member.slot.index}); give this start of the job a launch= of its own",

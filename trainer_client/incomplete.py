@@ -21,7 +21,7 @@ def incomplete_groups(step: Step) -> dict[Hashable, str]:
     for group, size in step.group_sizes.items():
         num_members = step.members[group]
         if size is not None and num_members < size:
-            there = f"has {num_members} of {size} members, {size - num_members} are missing"
+            there = f"has {num_members} of {size} members, {size - num_members} missing"
             found[group] = f"group {group!r} of step {step.number} {there}"
     return found
 

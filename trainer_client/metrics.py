@@ -28,7 +28,7 @@ NAN = float("nan")
 
 Detail = Literal["brief", "full"]
 
-TIMES = ("submit_s", "wait_s", "span_s", "hidden_s")
+TIMES = ("submit_s", "wait_s", "ranks_s", "span_s", "hidden_s")
 """Of `RewardBatch.timings`, those of the caller; the rest are those of background threads."""
 
 BRIEF_OF_REWARD = ("mean", "std", "zero_std_ratio", "failure_rate")
@@ -142,8 +142,8 @@ def metrics(
 
     The same of the weighted sum under `<prefix>/reward_`, as far as it applies: `mean`, `std`, `group_std_mean`,
     `group_std_max`, `group_mean_std`, `zero_std_ratio`. Of all: `<prefix>/failure_rate`, `cache_hits`, `rescored`;
-    where the time went, `submit_s`, `wait_s`, `span_s` (of the rank with the most) and `hidden_s` (of that with the
-    least), see `RewardBatch.timings`; with `advantages`, `adv_min`, `adv_max`, `adv_abs_mean`.
+    where the time went, `submit_s`, `wait_s`, `ranks_s`, `span_s` (of the rank with the most) and `hidden_s` (of that
+    with the least), see `RewardBatch.timings`; with `advantages`, `adv_min`, `adv_max`, `adv_abs_mean`.
 
     Args:
         advantages: `(N,)`, to be logged too; over ranks, where each gives them.

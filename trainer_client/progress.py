@@ -14,8 +14,35 @@ FAILED_STYLE = "bold red"
 
 
 def is_terminal() -> bool:
-    """Whether standard error is one, for bars to be drawn on."""
-    return sys.stderr.isatty()
+    """Whether standard error is one, for bars to be drawn on.
+
+    It may be closed, or something that a program has put in its place and that cannot say.
+    """
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+class _Shown:
+    """A stream whose failed writes are nobody's errors: a terminal may hang up while a step is collected."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 @contextlib.contextmanager
@@ -24,11 +51,10 @@ def bars(names: tuple[str, ...], num_samples: int, show: bool | None) -> Iterato
     if show is False or (show is None and not is_terminal()):
         yield None
         return
-    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), _bar_column(), _count_column(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=_console()) as progress:
         tasks = {name: progress.add_task(name, total=num_samples, num_failed=0) for name in names}
 
         def report(counts: Mapping[str, tuple[int, int]]) -> None:
@@ -36,6 +62,14 @@ def bars(names: tuple[str, ...], num_samples: int, show: bool | None) -> Iterato
                 progress.update(tasks[name], completed=num_done, num_failed=num_failed)
 
         yield report
+
+
+def _console() -> Any:
+    """Standard error as rich draws on it."""
+    from rich.console import Console
+
+    stream: Any = _Shown(sys.stderr)
+    return Console(file=stream)
 
 
 def _bar_column() -> Any:

@@ -16,6 +16,8 @@ REASONS_SHOWN = 5
 WORKERS_SHOWN = 3
 RANGES_SHOWN = 8
 
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
 _OWN_NUMBER = re.compile(r"sample \d+: ")
 """How a reason of the trainer's own begins, where it names its sample."""
 
@@ -30,14 +32,24 @@ class Reason:
     workers: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        what = f"{self.kind}{on_workers(self.workers)}: {self.words}"
+        what = f"{self.kind}{on_workers(self.workers)}" + (f": {self.words}" if self.words else "")
         if len(self.samples) == 1:
             return f"sample {self.samples[0]}: {what}"
         return f"{len(self.samples)} x {what}: samples {ranges(self.samples)}"
 
 
 def reasons_of(failures: Iterable[Failed]) -> list[Reason]:
-    """The different reasons, the most frequent first; one that names its own sample is as any other's."""
+    """The different reasons, the most frequent first; one that names its own sample is as any other's.
+
+    Where they are more than are shown, those that differ in their numbers only (the range of each image) are one.
+    """
+    reasons = _equal_reasons(failures)
+    if len(reasons) > REASONS_SHOWN:
+        reasons = _alike_reasons(reasons)
+    return sorted(reasons, key=lambda reason: -len(reason.samples))
+
+
+def _equal_reasons(failures: Iterable[Failed]) -> list[Reason]:
     by_words: dict[tuple[str, str], Reason] = {}
     for failed in failures:
         words = _OWN_NUMBER.sub("", failed.message, count=1) if _OWN_NUMBER.match(failed.message) else failed.message
@@ -45,12 +57,35 @@ def reasons_of(failures: Iterable[Failed]) -> list[Reason]:
         reason.samples.append(failed.sample)
         if failed.worker and failed.worker not in reason.workers:
             reason.workers.append(failed.worker)
-    return sorted(by_words.values(), key=lambda reason: -len(reason.samples))
+    return list(by_words.values())
 
 
-def describe(failures: Iterable[Failed]) -> str:
-    """The reasons of one reward's failures, in one line each of them but for those beyond `REASONS_SHOWN`."""
+def _alike_reasons(reasons: Sequence[Reason]) -> list[Reason]:
+    by_words: dict[tuple[str, str], list[Reason]] = {}
+    for reason in reasons:
+        by_words.setdefault((reason.kind, _NUMBER.sub("0", reason.words)), []).append(reason)
+    return [_merged(alike) if len(alike) > 1 else alike[0] for alike in by_words.values()]
+
+
+def _merged(alike: Sequence[Reason]) -> Reason:
+    most = max(alike, key=lambda reason: len(reason.samples))
+    return Reason(
+        kind=most.kind,
+        words=f"{most.words} (and with other numbers)",
+        samples=[sample for reason in alike for sample in reason.samples],
+        workers=list(dict.fromkeys(worker for reason in alike for worker in reason.workers)),
+    )
+
+
+def describe(failures: Iterable[Failed], said: str | None = None) -> str:
+    """The reasons of one reward's failures, in one line each of them but for those beyond `REASONS_SHOWN`.
+
+    Args:
+        said: A reason that the text says already; only its samples are given.
+    """
     reasons = reasons_of(failures)
+    for reason in reasons:
+        reason.words = "" if reason.words == said else reason.words
     shown = "; ".join(map(str, reasons[:REASONS_SHOWN]))
     left = reasons[REASONS_SHOWN:]
     if not left:

@@ -63,9 +63,10 @@ class RewardBatch:
         info: By reward name, `N` mappings: what the reward model says beside the reward, and under `origin` where it
             was computed (worker, device, versions, seconds).
         groups: `N` group ids: as submitted; of a sample without one, a text of its prompt and condition media.
-        timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: it waited in `collect()`; `span_s`:
-            from the first submit to the last outcome; `hidden_s`: the part of `span_s` not waited for; `encode_s`,
-            `store_s`, `send_s`: spent by background threads, summed over them.
+        timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: it waited in `collect()` for these
+            rewards, and `ranks_s` after that for the other ranks; `span_s`: from the first submit to the last outcome;
+            `hidden_s`: the part of `span_s` not waited for; `encode_s`, `store_s`, `send_s`: spent by background
+            threads, summed over them.
         num_hits: By reward name, how many were answered from what was there, without being sent.
         num_rescored: By reward name, how many were sent more than once: since their worker or message was lost, or
             tried again after a failure of an earlier submit.
@@ -79,7 +80,7 @@ class RewardBatch:
     failures: tuple[Failed, ...]
     info: Mapping[str, tuple[Mapping[str, Any], ...]]
     groups: tuple[Hashable, ...]
-    timings: Mapping[str, float]
+    timings: dict[str, float]
     num_hits: Mapping[str, int]
     weights: Mapping[str, float] = field(default_factory=dict)
     latency_s: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
@@ -113,14 +114,20 @@ class RewardBatch:
 
         return {name: torch.from_numpy(values.copy()).to(device) for name, values in self.rewards.items()}
 
-    def describe_failures(self) -> str:
-        """Every reward with failures: how many of which kind, and the reasons, equal ones together."""
+    def describe_failures(self, said: str | None = None) -> str:
+        """Every reward with failures: how many of which kind, and the reasons, equal ones together.
+
+        Args:
+            said: A reason that the text says already; only its samples are given.
+        """
         lines = []
         for name in self.rewards:
             failures = [f for f in self.failures if f.reward == name]
             if failures:
                 kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in failures).most_common())
-                lines.append(f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures)}")
+                lines.append(
+                    f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures, said)}"
+                )
         return "\n".join(lines)
 
     def _describe_reward(self, name: str) -> str:

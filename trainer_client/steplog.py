@@ -7,6 +7,7 @@ logging would swallow them, they go to standard error, as the bars do. `logging.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 SAY_EVERY_S = 30.0
 """How often a trainer without a terminal is told what `collect()` waits for."""
 
+RANKS_TOLD_S = 0.5
+"""A shorter wait for other ranks is nothing to be told."""
+
+REASONS_KEPT = 5
+"""Of each reward, so many different reasons are counted over all ranks."""
+
 REASON_CHARS = 300
 """A reason in the log is cut to so many characters; `RewardBatch.failures` has it whole."""
 
@@ -42,10 +49,22 @@ class RewardSummary:
     """Sum of its rewards."""
     num_failed: int
     workers: tuple[str, ...] = ()
-    """Those that say why, the first few."""
+    """Those that say why."""
+    reasons: tuple[tuple[str, int], ...] = ()
+    """The `REASONS_KEPT` most frequent, and of how many samples each is."""
     num_reasons: int = 0
-    reason: str = ""
-    """The most frequent."""
+    """How many there are; over ranks at least so many, as each tells the others of its most frequent alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSummary:
+    """One group of one step, of this rank's samples or of all ranks'."""
+
+    num_samples: int
+    size: int | None = None
+    """As it was given, if it was."""
+    prompts: tuple[str, ...] = ()
+    """Digests of its different prompts, two of them at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +77,8 @@ class Summary:
     hidden_s: float
     """Of the rank that has least of it."""
     rewards: Mapping[str, RewardSummary]
-    groups: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Of the groups whose size was given, by a digest of their id: how many samples they have, and that size."""
+    groups: Mapping[str, GroupSummary] = field(default_factory=dict)
+    """By a digest of their id, the groups of which there is something to look at."""
 
     @property
     def num_failed(self) -> int:
@@ -75,33 +94,46 @@ class Summary:
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
         rewards = {
-            name: [r.num_valid, r.total, r.num_failed, list(r.workers), r.num_reasons, r.reason]
+            name: [r.num_valid, r.total, r.num_failed, list(r.workers), list(map(list, r.reasons)), r.num_reasons]
             for name, r in self.rewards.items()
         }
-        return [self.num_samples, self.wait_s, self.hidden_s, rewards, {k: list(v) for k, v in self.groups.items()}]
+        groups = {key: [g.num_samples, g.size, list(g.prompts)] for key, g in self.groups.items()}
+        return [self.num_samples, self.wait_s, self.hidden_s, rewards, groups]
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> Summary:
         """As it comes from other ranks."""
         num_samples, wait_s, hidden_s, rewards, groups = plain
-        found = {
-            name: RewardSummary(num_valid, total, num_failed, tuple(workers), num_reasons, reason)
-            for name, (num_valid, total, num_failed, workers, num_reasons, reason) in rewards.items()
-        }
-        sizes = {key: (num_samples, size) for key, (num_samples, size) in groups.items()}
-        return cls(num_samples, wait_s, hidden_s, found, sizes)
+        found = {}
+        for name, (num_valid, total, num_failed, workers, reasons, num_reasons) in rewards.items():
+            listed = tuple((words, num) for words, num in reasons)
+            found[name] = RewardSummary(num_valid, total, num_failed, tuple(workers), listed, num_reasons)
+        members = {key: GroupSummary(num, size, tuple(prompts)) for key, (num, size, prompts) in groups.items()}
+        return cls(num_samples, wait_s, hidden_s, found, members)
 
 
-def summary_of(batch: RewardBatch, group_sizes: Mapping[Hashable, int] | None = None) -> Summary:
-    """The numbers of a batch; `group_sizes` are those of its groups, as far as they were given."""
+def summary_of(
+    batch: RewardBatch,
+    group_sizes: Mapping[Hashable, int] | None = None,
+    prompts: Mapping[Hashable, Sequence[str]] | None = None,
+) -> Summary:
+    """The numbers of a batch.
+
+    Args:
+        group_sizes: Of its groups, as far as they were given.
+        prompts: The different prompts of its groups, where they are to be compared with those of other ranks.
+    """
     num_members = Counter(batch.groups)
-    sizes = {_digest(group): (num_members[group], size) for group, size in (group_sizes or {}).items()}
+    sizes, found = group_sizes or {}, {}
+    for group in {**sizes, **(prompts or {})}:
+        digests = tuple(_text_digest(prompt) for prompt in (prompts or {}).get(group, ()))
+        found[group_digest(group)] = GroupSummary(num_members[group], sizes.get(group), digests)
     return Summary(
         num_samples=len(batch),
         wait_s=batch.timings.get("wait_s", 0.0),
         hidden_s=batch.timings.get("hidden_s", 0.0),
         rewards={name: _reward_summary(batch, name) for name in batch.rewards},
-        groups=sizes,
+        groups=found,
     )
 
 
@@ -135,23 +167,30 @@ def warn_of_failures(name: str, summary: Summary) -> None:
 
 def group_size_words(summary: Summary) -> str:
     """What is wrong with the sizes of groups; empty if nothing is."""
-    wrong = [(num_samples, size) for num_samples, size in summary.groups.values() if num_samples != size]
+    sized = [group for group in summary.groups.values() if group.size is not None]
+    wrong = [group for group in sized if group.num_samples != group.size]
     if not wrong:
         return ""
-    num_samples, size = wrong[0]
     return (
-        f"{len(wrong)} of {len(summary.groups)} groups are not whole: one has {num_samples} of "
-        f"group_size={size} samples; were all of its samples submitted before collect(), under the same group= "
-        "(without group=: under the same prompt)?"
+        f"{len(wrong)} of {len(sized)} groups are not whole: one has {wrong[0].num_samples} of "
+        f"group_size={wrong[0].size} samples; were all of its samples submitted before collect(), under the same "
+        "group= (without group=: under the same prompt)?"
     )
 
 
-def tell_step(name: str, summary: Summary) -> None:
-    """One line of how a step went, unless nothing was in it."""
+def mixed_groups(summary: Summary) -> list[str]:
+    """The digests of groups with samples of several prompts."""
+    return [key for key, group in summary.groups.items() if len(group.prompts) > 1]
+
+
+def tell_step(name: str, summary: Summary, ranks_s: float = 0.0) -> None:
+    """One line of how a step went, unless nothing was in it; `ranks_s` this rank has waited for the others."""
     if not summary.num_samples:
         return
     rewards = "".join(f", {reward} {_mean(found)}" for reward, found in summary.rewards.items())
     times = f"waited {summary.wait_s:.1f} s, {summary.hidden_s:.1f} s hidden"
+    if ranks_s >= RANKS_TOLD_S:
+        times += f"; {ranks_s:.1f} s for other ranks"
     tell(f"{name}: {summary.num_samples} samples{rewards}; {times}")
 
 
@@ -160,8 +199,10 @@ def tell(words: str) -> None:
     if log.isEnabledFor(logging.INFO) and log.hasHandlers():
         log.info("%s", words)
     elif not _is_level_chosen():
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} rewardq: {words}\n")
-        sys.stderr.flush()
+        # Nobody may be there to read it (a closed pipe, a full disk), which must not end a step.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} rewardq: {words}\n")
+            sys.stderr.flush()
 
 
 class TicketWarnings:
@@ -216,29 +257,35 @@ def _reward_summary(batch: RewardBatch, name: str) -> RewardSummary:
     there = batch.rewards[name][batch.valid[name]].astype(np.float64)
     reasons = reasons_of(failed for failed in batch.failures if failed.reward == name)
     workers = dict.fromkeys(worker for reason in reasons for worker in reason.workers)
+    kept: Counter[str] = Counter()
+    for reason in reasons[:REASONS_KEPT]:
+        kept[_short(reason.words if reason.kind == "failed" else f"{reason.kind}: {reason.words}")] += len(
+            reason.samples
+        )
     return RewardSummary(
         num_valid=len(there),
         total=float(there.sum()),
         num_failed=sum(len(reason.samples) for reason in reasons),
         workers=tuple(workers),
+        reasons=tuple(kept.items()),
         num_reasons=len(reasons),
-        reason=_short(reasons[0].words if reasons[0].kind == "failed" else f"{reasons[0].kind}: {reasons[0].words}")
-        if reasons
-        else "",
     )
 
 
-def _joined_groups(summaries: Sequence[Summary]) -> dict[str, tuple[int, int]]:
-    num_members: Counter[str] = Counter()
-    sizes: dict[str, int] = {}
+def _joined_groups(summaries: Sequence[Summary]) -> dict[str, GroupSummary]:
+    found: dict[str, GroupSummary] = {}
     for one in summaries:
-        for key, (num_samples, size) in one.groups.items():
-            num_members[key] += num_samples
-            sizes[key] = size
-    return {key: (num_members[key], size) for key, size in sizes.items()}
+        for key, group in one.groups.items():
+            before = found.get(key, GroupSummary(0))
+            found[key] = GroupSummary(
+                num_samples=before.num_samples + group.num_samples,
+                size=before.size if group.size is None else group.size,
+                prompts=tuple(dict.fromkeys([*before.prompts, *group.prompts]))[:2],
+            )
+    return found
 
 
-def _digest(group: Hashable) -> str:
+def group_digest(group: Hashable) -> str:
     """The same for a group's id on all ranks where that can be; one of another type is known on its rank alone."""
     try:
         plain = msgpack.packb(plain_of_ids([group]))
@@ -247,22 +294,29 @@ def _digest(group: Hashable) -> str:
     return hashlib.sha256(plain).hexdigest()[:16]
 
 
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def _joined(found: Sequence[RewardSummary]) -> RewardSummary:
-    worst = max(found, key=lambda one: one.num_failed)
+    reasons: Counter[str] = Counter()
+    for one in found:
+        reasons.update(dict(one.reasons))
     return RewardSummary(
         num_valid=sum(one.num_valid for one in found),
         total=sum(one.total for one in found),
         num_failed=sum(one.num_failed for one in found),
         workers=tuple(dict.fromkeys(worker for one in found for worker in one.workers)),
-        num_reasons=max(one.num_reasons for one in found),
-        reason=worst.reason,
+        reasons=tuple(reasons.most_common(REASONS_KEPT)),
+        num_reasons=max(len(reasons), *(one.num_reasons for one in found)),
     )
 
 
 def _why(found: RewardSummary) -> str:
     num_others = found.num_reasons - 1
     more = f" (and {num_others} other reason{'s' if num_others > 1 else ''})" if num_others > 0 else ""
-    return f"{on_workers(found.workers)}: {found.reason}{more}"
+    reason = found.reasons[0][0] if found.reasons else "no reason is known"
+    return f"{on_workers(found.workers)}: {reason}{more}"
 
 
 def _mean(found: RewardSummary) -> str:
@@ -279,9 +333,9 @@ def _is_level_chosen() -> bool:
     """Whether somebody has set a level for this package's loggers, or turned INFO off for all."""
     if log.manager.disable >= logging.INFO:
         return True
-    logger: logging.Logger | None = log
-    while logger is not None and logger.parent is not None:  # the root's is WARNING unless somebody sets it
+    logger: logging.Logger = log
+    while logger.parent is not None:
         if logger.level != logging.NOTSET:
             return True
         logger = logger.parent
-    return False
+    return logger.level > logging.WARNING  # which is the root's unless somebody sets it

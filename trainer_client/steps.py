@@ -26,8 +26,8 @@ class Step:
     members: Counter[Any] = field(default_factory=Counter)
     """Samples of each group that this rank has submitted."""
     group_sizes: dict[Any, int | None] = field(default_factory=dict)
-    _prompts: dict[Any, str] = field(default_factory=dict)
-    """The first prompt of each group."""
+    prompts: dict[Any, tuple[str, ...]] = field(default_factory=dict)
+    """The different prompts of each group, the first two of them."""
     _is_strict: bool = False
     is_emptied: bool = False
     """All of it was collected by tickets: it ends unless more is submitted under its number."""
@@ -65,11 +65,13 @@ class Step:
         self.group_sizes = sizes
 
     def find_mixed_group(self, slots: Sequence[Slot]) -> Hashable | None:
-        """A group of which samples with different prompts were submitted; None if there is none."""
+        """A group that these samples give another prompt than it had; None if there is none."""
         mixed = None
         for slot in slots:
             prompt = slot.sample.prompt if slot.sample is not None else ""
-            if self._prompts.setdefault(slot.group, prompt) != prompt:
+            known = self.prompts.setdefault(slot.group, (prompt,))
+            if prompt not in known:
+                self.prompts[slot.group] = (known[0], prompt)
                 mixed = slot.group
         return mixed
 
@@ -85,7 +87,7 @@ class Step:
         collected = set(slots)
         self.slots = [s for s in self.slots if s not in collected]
         for slot in collected:  # a step whose tickets overlap is never empty, and must not grow with them
-            self._prompts.pop(slot.group, None)
+            self.prompts.pop(slot.group, None)
             if not self._is_strict:
                 self._forget_member(slot.group)
 
@@ -122,8 +124,10 @@ class Steps:
         """The open step of a split, or a new one; one that tickets have emptied ends at another number.
 
         Raises:
-            InvalidSampleError: Another number than `number` is open, or with several ranks none was given.
+            InvalidSampleError: Another number than `number` is open, or with several ranks none was given, or it is no
+                whole number.
         """
+        number = number if number is None else whole_number(number, "step")
         step = self._open.get(split)
         if step is not None and step.is_emptied and number != step.number:
             self.give_up(split)
@@ -163,9 +167,16 @@ class Steps:
         self.give_up(split)
 
 
+def whole_number(value: Any, name: str) -> int:
+    """`value` as an int. Raises `InvalidSampleError` unless it is a whole number, of Python or numpy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InvalidSampleError(f"{name} must be a whole number, found {value!r} ({type(value).__name__})")
+    return int(value)
+
+
 def check_group_size(group_size: int | None) -> None:
     """Raises `InvalidSampleError` unless a group can have this size."""
-    if group_size is not None and group_size < 1:
+    if group_size is not None and whole_number(group_size, "group_size") < 1:
         raise InvalidSampleError(f"group_size must be at least 1, found {group_size}")
 
 

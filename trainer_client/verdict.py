@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from tasks.errors import CollectTimeoutError, RanksMissingError, ScoringError
+from tasks.errors import CollectTimeoutError, ConfigError, RanksMissingError, ScoringError
 from tasks.messages import Failure
 from tasks.rewards import ConstantOnFailure
 from trainer_client.ranks import Ranks, Waits
@@ -13,6 +14,23 @@ from trainer_client.results import RewardBatch
 from trainer_client.steplog import Summary, failure_words, joined
 
 OnFailure = Literal["raise", "nan"]
+
+
+def check_max_failure_rate(share: float) -> None:
+    """Raises `ConfigError` unless it is a share."""
+    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share <= 1:
+        raise ConfigError(f"max_failure_rate must be a share, from 0.0 to 1.0, found {share!r}")
+
+
+def check_call(timeout_s: float, on_failure: OnFailure) -> None:
+    """Raises `ConfigError` unless `collect()` can be called so."""
+    if not isinstance(timeout_s, numbers.Real) or timeout_s != timeout_s:
+        raise ConfigError(f"timeout_s must be a number of seconds, found {timeout_s!r}")
+    if on_failure not in get_args(OnFailure):
+        raise ConfigError(
+            f"collect(on_failure=) must be 'raise' or 'nan', found {on_failure!r}; a number in the place of a reward "
+            "is the reward's own, on_failure: {value: 0.0} in the config"
+        )
 
 
 def error_for(
@@ -28,7 +46,7 @@ def error_for(
         policies: By reward name, its own `on_failure`, which comes before the call's.
     """
     if late is not None and on_failure == "raise":
-        return CollectTimeoutError(f"{late.message}\n{batch.describe_failures()}", batch)
+        return CollectTimeoutError(f"{late.message}\n{batch.describe_failures(late.message)}", batch)
     if any((policies.get(f.reward) or on_failure) == "raise" for f in batch.failures):
         return ScoringError(batch.describe_failures(), batch)
     return None

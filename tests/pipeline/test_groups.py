@@ -214,7 +214,7 @@ def test_a_group_that_nobody_can_complete_is_told_when_it_is_collected_and_can_s
     client = clients("OrderInGroup", "PixelCode")
     client.submit(samples_of([1, 2, 3], group="g"), group_size=5)
     # No worker serves: whoever waited here would wait until the deadline, which is after the test's own.
-    with pytest.raises(CollectTimeoutError, match=r"group 'g' of step 0 has 3 of 5 members, 2 are missing") as error:
+    with pytest.raises(CollectTimeoutError, match=r"group 'g' of step 0 has 3 of 5 members, 2 missing") as error:
         client.collect(timeout_s=600)
     assert "OrderInGroup needs whole groups" in str(error.value)
     assert len(error.value.batch) == 3
@@ -239,7 +239,7 @@ def test_where_failures_are_data_an_incomplete_group_is_one_and_the_rest_is_wait
     assert_rewards(batch, [1, 2, 3, 5, 4])
     np.testing.assert_array_equal(batch.rewards["OrderInGroup"], np.float32([np.nan] * 3 + [1, 0]))
     assert [(f.sample, f.reward, f.kind) for f in batch.failures] == [(i, "OrderInGroup", "invalid") for i in range(3)]
-    assert "group 'short' of step 0 has 3 of 4 members, 1 are missing" in batch.failures[0].message
+    assert "group 'short' of step 0 has 3 of 4 members, 1 missing" in batch.failures[0].message
     # The next step is another: a group of the same name is completed there.
     client.submit(samples_of([7, 8, 9, 6], group="short"), group_size=4)
     assert_rewards(client.collect(timeout_s=60), [1, 2, 3, 0], "OrderInGroup")
@@ -249,7 +249,7 @@ def test_a_ticket_of_a_part_of_a_group_waits_for_the_rest_of_it(clients, workers
     workers("gpu")
     client = clients("OrderInGroup")
     first = client.submit(samples_of([1, 2], group="g"), group_size=3)
-    with pytest.raises(CollectTimeoutError, match=r"has 2 of 3 members, 1 are missing"):
+    with pytest.raises(CollectTimeoutError, match=r"has 2 of 3 members, 1 missing"):
         client.collect(ticket=first, timeout_s=2)  # another thread may be about to submit it
     client.submit(samples_of([3], group="g"), group_size=3)
     assert_rewards(client.collect(ticket=first, timeout_s=60), [0, 1], "OrderInGroup")
@@ -408,7 +408,7 @@ def test_ranks_that_differ_about_the_size_of_a_group_are_told(clients):
     batches = together(*(lambda c=c: c.collect(timeout_s=4, on_failure="nan") for c in (first, second)))
     assert {f.kind for f in batches[0].failures} == {"timeout"}
     assert "rank 0: samples 0, 1 are there" in batches[0].failures[0].message
-    assert "group 'g' of step 0 has 2 of 4 members, 2 are missing" in batches[0].failures[0].message
+    assert "group 'g' of step 0 has 2 of 4 members, 2 missing" in batches[0].failures[0].message
     assert "group_size=2 here, another rank said group_size=4" in batches[1].failures[0].message
 
 

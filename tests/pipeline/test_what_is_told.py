@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from tasks.connections import connect
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
 from tests.reward_models import image_of
-from tests.servers import messages_in, run_python, worker_env
+from tests.servers import messages_in, run_python, wait_until, worker_env
 from trainer_client import CollectTimeoutError, InvalidSampleError, RewardClient, Sample, ScoringError
 
 HOST = re.escape(socket.gethostname())
@@ -29,7 +30,9 @@ def prompts_of(*prompts, first=0):
 
 
 def warnings_in(caplog):
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    """The warnings, without the numbers of lines in the tests' reward models."""
+    words = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [re.sub(r"(reward_models\.py):\d+", r"\1", one) for one in words]
 
 
 def test_samples_without_a_group_are_compared_with_those_of_their_prompt(clients, workers, caplog):
@@ -72,6 +75,9 @@ def test_ranks_agree_about_the_groups_of_samples_that_name_none(clients, workers
         ([(["fox"] * 2, 4), (["fox"] * 2, 3)], "group 'fox' has group_size=4, found group_size=3"),
         ([(["fox"] * 3, 4), (["fox"] * 2, None)], "group 'fox' of step 0 would have 5 members, group_size=4"),
         ([(["fox"], 0)], "group_size must be at least 1, found 0"),
+        ([(["fox"], 2.5)], "group_size must be a whole number, found 2.5"),
+        ([(["fox"], float("nan"))], "group_size must be a whole number, found nan"),
+        ([(["fox"], "4")], "group_size must be a whole number, found '4'"),
     ],
 )
 def test_the_size_of_a_group_is_checked_for_pointwise_rewards_too(clients, settings, calls, message):
@@ -119,6 +125,26 @@ def test_a_group_with_a_member_on_each_rank_is_no_sample_alone(clients, workers,
     assert warnings_in(caplog) == []
 
 
+def test_group_ids_that_each_rank_counts_by_itself_are_told_once(clients, workers, caplog):
+    workers("gpu")
+    ranks = [clients("PixelCode", rank=rank, world_size=2, launch="one") for rank in range(2)]
+
+    def step_of(rank, step, prompts):
+        samples = prompts_of(*prompts)
+        for i, sample in enumerate(samples):
+            sample.group = i // 2
+        ranks[rank].submit(samples, step=step)
+        ranks[rank].collect(timeout_s=60)
+
+    everywhere = ["fox", "fox", "door", "door"]
+    for step, of_second in enumerate([everywhere, ["sea", "sea", "door", "door"], ["a", "b", "c", "d"]]):
+        together(lambda n=step: step_of(0, n, everywhere), lambda n=step, p=of_second: step_of(1, n, p))
+        if step == 0:
+            assert warnings_in(caplog) == []
+    (warned,) = warnings_in(caplog)
+    assert "step 1: 1 of 2 groups, 0 for example, have samples of several prompts, over all ranks" in warned
+
+
 def test_failures_are_one_warning_a_step_with_their_worker_whatever_on_failure_says(clients, workers, caplog):
     (worker,) = workers("gpu")
     client = clients({"reward_model": "RaisesOn", "on_failure": "nan"}, {"reward_model": "NaNModel"}, "PixelCode")
@@ -130,7 +156,7 @@ def test_failures_are_one_warning_a_step_with_their_worker_whatever_on_failure_s
     assert {failed.worker for failed in batch.failures} == {node}
     assert "8 x failed" in str(batch.failures)
     assert warnings_in(caplog)[1:] == [
-        f"step 0: RaisesOn: 1 of 8 failed on {node}: ValueError: this sample is bad; "
+        f"step 0: RaisesOn: 1 of 8 failed on {node}: ValueError: this sample is bad (reward_models.py in __call__); "
         f"NaNModel: 8 of 8 failed on {node}: the model returned nan"
     ]
     client.submit(samples)
@@ -202,7 +228,7 @@ def test_the_failure_rate_that_stops_a_run_is_that_of_all_ranks(settings, worker
     of_steps = [words for words in warnings_in(caplog) if words.startswith("step")]
     node = f"gpu.{worker.pid}@{socket.gethostname()}"
     assert of_steps == [
-        f"step {i}: RaisesOn: {n} failed on {node}: ValueError: this sample is bad"
+        f"step {i}: RaisesOn: {n} failed on {node}: ValueError: this sample is bad (reward_models.py in __call__)"
         for i, n in [(0, "1 of 7"), (1, "3 of 4")]
     ]
 
@@ -227,7 +253,7 @@ def test_what_was_sent_again_is_counted_apart_from_what_was_there(clients, worke
 TRAINER = """
 import numpy as np
 from trainer_client import RewardClient, Sample, steplog
-steplog.SAY_EVERY_S = 0.2
+steplog.SAY_EVERY_S = {say_every_s}
 config = {config}
 with RewardClient.from_dict(config, "told", max_failure_rate=1.0) as client:
     for step in range(2):
@@ -239,7 +265,7 @@ with RewardClient.from_dict(config, "told", max_failure_rate=1.0) as client:
 def test_a_trainer_without_a_terminal_says_how_each_step_went(settings, workers, tmp_path):
     workers("gpu")
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60))
+    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60, say_every_s=60))
     lines = run_python("-W", "error", script, env=worker_env(settings, {})).stderr.splitlines()
     told = [line for line in lines if "rewardq: step" in line]
     assert len(told) == 2
@@ -251,7 +277,7 @@ def test_a_trainer_without_a_terminal_says_how_each_step_went(settings, workers,
 
 def test_a_trainer_without_a_terminal_says_what_it_waits_for(settings, tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null"), timeout_s=1.5))
+    script.write_text(TRAINER.format(config=config_of("Null"), timeout_s=1.5, say_every_s=0.2))
     lines = run_python("-W", "error", script, env=worker_env(settings, {})).stderr.splitlines()
     waits = [line for line in lines if "collect() has waited" in line]
     assert len(waits) >= 4
@@ -284,7 +310,7 @@ def on_a_terminal(*command, env):
 def test_a_terminal_shows_bars_that_are_red_where_samples_fail(settings, workers, tmp_path):
     workers("gpu")
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60))
+    script.write_text(TRAINER.format(config=config_of("Null", "NaNModel"), timeout_s=60, say_every_s=60))
     env = {**worker_env(settings, {}), "TERM": "xterm", "COLUMNS": "120"}
     status, shown = on_a_terminal(sys.executable, script, env=env)
     assert status == 0, shown
@@ -325,6 +351,26 @@ def test_a_rank_that_is_done_says_for_which_it_waits(clients, workers, capsys, m
         client.collect(timeout_s=6)
     assert "step 5: collect() has waited" in (told := capsys.readouterr().err)
     assert "for rank 1, 2; this rank has its rewards" in told
+
+
+def test_the_wait_for_other_ranks_is_no_wait_for_rewards(clients, workers):
+    workers("gpu")
+    ranks = [clients("PixelCode", rank=rank, world_size=2, launch="one") for rank in range(2)]
+    for rank, client in enumerate(ranks):
+        client.submit(samples_of([rank]), step=0)
+
+    def first():
+        wait_until(lambda: ranks[0].pending() == 0)
+        return ranks[0].collect(timeout_s=60)
+
+    def second():
+        wait_until(lambda: ranks[0].pending() == 0)
+        time.sleep(1.5)
+        return ranks[1].collect(timeout_s=60)
+
+    early, _ = together(first, second)
+    assert early.timings["ranks_s"] > early.timings["wait_s"]
+    assert ranks[0].metrics(early, gather=lambda mine: [mine])["train/ranks_s"] == early.timings["ranks_s"]
 
 
 def test_tickets_are_few_warnings_that_count_all_failures(clients, workers, caplog):

@@ -46,6 +46,14 @@ def truncated_jpeg():
         (Sample(prompt="p", image=Image.new("RGB", (9000, 9000))), "more than REWARDQ_MAX_PIXELS"),
         (Sample(prompt=7, image=image_of(1)), "prompt must be text, found a int"),
         (Sample(prompt="p", image=image_of(1), metadata={"x": {1, 2}}), r"metadata\['x'\] is a set"),
+        (
+            Sample(prompt="p", image=image_of(1), group=torch.tensor(3)),
+            r"sample 1: group .*found a tensor.*group=int\(",
+        ),
+        (
+            Sample(prompt="p", image=image_of(1), group=np.float64("nan")),
+            "sample 1: group is NaN, which equals nothing",
+        ),
         ({"prompt": "p"}, "needs a Sample, found a dict"),
     ],
 )
@@ -63,6 +71,38 @@ def test_submit_refuses_an_empty_prompt_where_a_reward_needs_one(clients):
     client = clients({"reward_model": "OCR"})
     with pytest.raises(InvalidSampleError, match=r"reward 'OCR' \(OCR\) needs prompt, found an empty prompt '  '"):
         client.submit([Sample(prompt="  ", image=image_of(1))])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"on_failure": "zero"}, "must be 'raise' or 'nan', found 'zero'"),
+        ({"on_failure": {"value": 0.0}}, "found {'value': 0.0}; a number .* is the reward's own"),
+        ({"on_failure": None}, "must be 'raise' or 'nan', found None"),
+        ({"timeout_s": float("nan")}, "timeout_s must be a number of seconds, found nan"),
+        ({"timeout_s": None}, "timeout_s must be a number of seconds, found None"),
+        ({"split": "Eval"}, "split must be 'train' or 'eval', found 'Eval'"),
+        ({"step": 0.0}, "step must be a whole number, found 0.0"),
+    ],
+)
+def test_collect_refuses_what_it_does_not_know_and_leaves_the_step_open(clients, given, message):
+    client = clients("PixelCode")
+    client.submit(samples_of([1]))
+    with pytest.raises((ConfigError, InvalidSampleError), match=message):
+        client.collect(**{"timeout_s": 0.1, **given})
+    assert client.pending() == 1
+
+
+def test_a_split_that_there_is_not_is_no_split_of_training(clients):
+    client = clients("PixelCode")
+    with pytest.raises(ConfigError, match="split must be 'train' or 'eval', found 'evaluation'"):
+        client.submit(samples_of([1]), split="evaluation")
+
+
+@pytest.mark.parametrize("share", [50, -0.1, float("nan"), "0.5", None, True])
+def test_a_failure_rate_is_a_share(clients, share):
+    with pytest.raises(ConfigError, match="max_failure_rate must be a share, from"):
+        clients("PixelCode", max_failure_rate=share)
 
 
 def test_what_needs_a_pass_over_the_pixels_becomes_the_reason_of_its_own_sample(clients, workers):

@@ -179,6 +179,23 @@ def test_evaluation_with_another_number_of_generations_compares_its_own_groups(
         assert either(**same, log_metric=Model(training=False).log_metric) == [0.0, 0.5, 0.5, 0.0]
 
 
+def test_rows_without_groups_are_compared_where_prompt_and_source_are_the_same(
+    settings: Settings, workers: Callable[..., Any]
+) -> None:
+    workers("gpu")
+
+    def edits(prompts: Any, completions: Any, columns: Any) -> list[Sample]:
+        return [
+            Sample(prompt="Is it well done?", image=image, condition_images=[image_of(source)])
+            for image, source in zip(completions, columns["source"], strict=True)
+        ]
+
+    given = {"prompts": ["blue"] * 4 + ["red"] * 2, "source": [1, 2, 1, 2, 1, 1]}
+    with RewardClient.from_dict(RANK, "trl", settings=settings) as client:
+        rank = reward_functions(client, to_samples=edits, timeout_s=30)[0]
+        assert rank(**given, completions=pictures_of(8, 16, 32, 64, 64, 32)) == [0.0, 0.0, 0.5, 0.5, 0.5, 0.0]
+
+
 def test_groups_reach_over_ranks_and_a_prompt_may_come_twice(settings: Settings, workers: Callable[..., Any]) -> None:
     workers("gpu")
     clients = [

@@ -110,7 +110,14 @@ def test_where_the_time_went_is_among_them_and_what_was_hit_and_rescored() -> No
     def of_rank(wait_s: float, hidden_s: float, num_hits: int) -> RewardBatch:
         return replace(
             batch_of({"a": [1.0, 2.0], "b": [1.0, 2.0]}, ["g", "g"], num_hits={"a": num_hits, "b": 0}),
-            timings={"submit_s": 0.5, "wait_s": wait_s, "span_s": 9.0, "hidden_s": hidden_s, "encode_s": 1.0},
+            timings={
+                "submit_s": 0.5,
+                "wait_s": wait_s,
+                "ranks_s": 3.5 - wait_s,
+                "span_s": 9.0,
+                "hidden_s": hidden_s,
+                "encode_s": 1.0,
+            },
             num_rescored={"a": 0, "b": 1},
         )
 
@@ -118,6 +125,7 @@ def test_where_the_time_went_is_among_them_and_what_was_hit_and_rescored() -> No
     expected = {
         "train/submit_s": 0.5,
         "train/wait_s": 3.0,
+        "train/ranks_s": 1.5,
         "train/span_s": 9.0,
         "train/hidden_s": 6.0,
         "train/cache_hits": 3.0,

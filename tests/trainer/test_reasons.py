@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from tasks.errors import MissingExtraError
+from tasks.messages import Failure
 from tests.trainer.batches import NAN, batch_of
 from trainer_client.reasons import ranges, reasons_of
 from trainer_client.results import Failed, Failures
+from trainer_client.verdict import error_for
 
 
 def failed(sample, message, worker="gpu.7@host", kind="failed", reward="text"):
@@ -52,8 +54,34 @@ def test_a_reason_that_names_its_own_sample_is_equal_to_the_others():
     assert [str(reason) for reason in reasons] == ["4 x invalid: image: has NaN: samples 0-3"]
 
 
+def test_a_deadline_is_told_once_and_each_reward_with_its_samples():
+    late = Failure(kind="timeout", message="2 of 3 samples had no answer after 4 s: queue 'gpu' has no worker")
+    failures = [failed(i, late.message, "", "timeout", name) for name in ("a", "b") for i in (0, 1)]
+    batch = batch_of({"a": [NAN] * 3, "b": [NAN, NAN, 1.0]}, ["g"] * 3, (*failures, failed(2, "black", reward="a")))
+    error = error_for(batch, late, "raise", {})
+    assert str(error).splitlines() == [
+        late.message,
+        "reward 'a': 3 of 3 samples (2 timeout, 1 failed): 2 x timeout: samples 0-1; "
+        "sample 2: failed on gpu.7@host: black",
+        "reward 'b': 2 of 3 samples (2 timeout): 2 x timeout: samples 0-1",
+    ]
+    assert late.message in batch.describe_failures()
+
+
+def test_many_reasons_that_differ_in_their_numbers_are_one():
+    found = [failed(i, f"found values in [-0.{i}, 1.{i}e-05]", f"gpu.{i % 2}@host", "invalid") for i in range(9)]
+    (reason,) = reasons_of([*found, failed(9, "found values in [-0.3, 1.3e-05]", "gpu.1@host", "invalid")])
+    assert str(reason) == (
+        "10 x invalid on gpu.0@host, gpu.1@host: found values in [-0.3, 1.3e-05] (and with other numbers): samples 0-9"
+    )
+    few = [failed(i, f"status {code}") for i, code in enumerate([429, 500, 429])]
+    assert [reason.words for reason in reasons_of(few)] == ["status 429", "status 500"]
+
+
 def test_many_different_reasons_are_counted_beyond_the_first():
-    batch = batch_of({"text": [NAN] * 9}, list(range(9)), tuple(failed(i, f"reason {i}") for i in range(9)))
+    batch = batch_of(
+        {"text": [NAN] * 9}, list(range(9)), tuple(failed(i, f"reason {'abcdefghi'[i]}") for i in range(9))
+    )
     assert batch.describe_failures().endswith("; and 4 more reasons of 4 samples")
 
 

@@ -95,8 +95,8 @@ class RewardBuffer:
             split: Rewards of which kind of model; all are computed in any case.
 
         Raises:
-            ScoringError: Some samples have no reward, and `on_failure` is `raise`; carries the batch. Raised again
-                until `clear()`.
+            ScoringError: Some samples have no reward, and `on_failure` is `raise`, or more of them than the client's
+                `max_failure_rate`; carries the batch. Raised again until `clear()`.
         """
         import torch
 

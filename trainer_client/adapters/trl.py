@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 
 from tasks.media import is_tensor
 from tasks.rewards import Split
-from tasks.samples import Sample
+from tasks.samples import Sample, check
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
+from trainer_client.grouping import groups_of
 from trainer_client.progress import is_terminal
 from trainer_client.results import RewardBatch
 
@@ -47,7 +49,8 @@ def reward_functions(
     Args:
         to_samples: Makes samples of the trainer's rows; `samples_of` unless given.
         num_generations: The trainer's, for rewards that compare the completions of a prompt: a group is that many rows,
-            one after another over all ranks. On one rank, where the rows are not so, it is those with the same prompt.
+            one after another over all ranks. On one rank, where the rows are not so, it is those with the same prompt
+            and condition media.
         num_generations_eval: The trainer's for its evaluation; `num_generations` unless given.
         timeout_s: Of `collect()`. What is missing then is None.
         split: `eval` for the rewards of evaluation.
@@ -55,8 +58,9 @@ def reward_functions(
 
     Returns:
         Functions that give None where there is no reward, and raise `ScoringError` for a reward whose `on_failure` is
-        `raise`. Where the trainer has `log_metric`, each logs `rewards/<name>/failure_rate`. With several ranks and
-        rewards that compare, they raise `ValueError` for rows that are not in groups of these sizes.
+        `raise`, and where more of a step failed than the client's `max_failure_rate`. Where the trainer has
+        `log_metric`, each logs `rewards/<name>/failure_rate`. With several ranks and rewards that compare, they raise
+        `ValueError` for rows that are not in groups of these sizes.
     """
     sizes = (num_generations, num_generations_eval or num_generations)
     rounds = _Rounds(client, to_samples, sizes, timeout_s, split)
@@ -174,7 +178,8 @@ class _Rounds:
         """Give the samples the groups they lack; returns the size of a group where ranks must know it, else None."""
         texts = [text_of(prompt) for prompt in prompts]
         size, numbers = self._layout(texts, _is_evaluating(given))
-        lacking = [(sample, i) for i, sample in enumerate(samples) if sample.group is None]
+        # submit() refuses what is no Sample.
+        lacking = [(one, i) for i, one in enumerate(samples) if isinstance(one, Sample) and one.group is None]
         is_shared = self._client.world_size > 1 and any(r.is_groupwise for r in self._client.config.of(self._split))
         if is_shared and lacking and not numbers:
             train, evaluation = self._sizes
@@ -183,9 +188,20 @@ class _Rounds:
                 f"are not, with num_generations={train} and num_generations_eval={evaluation}: give both as the "
                 "trainer has them, or let to_samples say the groups"
             )
-        for sample, i in lacking:
-            sample.group = numbers[i] if numbers else texts[i]
+        if numbers:
+            for sample, i in lacking:
+                sample.group = numbers[i]
+        else:
+            self._group_by_prompt(lacking, texts)
         return size if is_shared else None
+
+    def _group_by_prompt(self, lacking: Sequence[tuple[Sample, int]], texts: Sequence[str]) -> None:
+        """Equal prompts of the trainer, with equal condition media, are a group, whatever prompt `to_samples` gave."""
+        rows = [replace(sample, prompt=texts[i]) for sample, i in lacking]
+        for row, (_, i) in zip(rows, lacking, strict=True):
+            check(row, (), f"sample {i}", self._client.settings.max_pixels)
+        for (sample, _), group in zip(lacking, groups_of(rows, uuid.uuid4().hex), strict=True):
+            sample.group = group
 
     def _layout(self, texts: Sequence[str], is_evaluating: bool | None) -> tuple[int | None, list[int]]:
         """The size of a group, and for each row the number of its group, over all ranks; no numbers if it does not fit.
