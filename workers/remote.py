@@ -17,6 +17,7 @@ import msgpack
 from tasks import catalog
 from tasks.errors import FailureKind, ModelLoadError
 from tasks.samples import MEDIA_FIELDS
+from tasks.settings import without_password
 from tasks.urls import whats_wrong_with_server
 from workers.base import (
     Accelerator,
@@ -46,6 +47,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 
 MAX_WORDS = 500
 """Characters of a server's answer that a reason repeats."""
+
+_FAILED = ("error", "fail", "failed", "failure")
+"""What a `status` in an answer says of rewards beside it: they are none."""
 
 Columns = Mapping[str, Sequence[Any] | None]
 """The fields of some samples: a value for each sample, or None."""
@@ -425,7 +429,7 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
     is_success = response.is_success and status == response.status_code
     rewards: Any = said.get("rewards")
     is_list = isinstance(rewards, list) and len(rewards) == num_samples
-    if is_success and not said.get("error"):
+    if is_success and not _says_what_is_wrong(said):
         if is_list:
             return list(rewards)
         found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {_cut(response.text)!r}"
@@ -483,18 +487,35 @@ def _mapping(response: httpx2.Response) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int) -> dict[int, Unscored]:
-    """The reasons of the samples that a server blames."""
+def _says_what_is_wrong(said: Mapping[str, Any]) -> bool:
+    """Whether an answer says that something went wrong, whatever its status is and whatever else it has."""
     errors = said.get("errors")
+    each = errors.values() if isinstance(errors, dict) else errors if isinstance(errors, list) else [errors]
+    status = said.get("status")
+    is_failed = isinstance(status, str) and status.strip().casefold() in _FAILED
+    return bool(said.get("error")) or any(each) or is_failed or said.get("success") is False
+
+
+def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int) -> dict[int, Unscored]:
+    """The reasons of the samples that a server blames: a text by index, or a list that has one for each sample."""
+    errors = said.get("errors")
+    if isinstance(errors, list) and len(errors) == num_samples:
+        errors = {str(i): text for i, text in enumerate(errors)}
     texts = errors if isinstance(errors, dict) else {}
     places = {str(i): i for i in range(num_samples)}
-    return {places[i]: Unscored(kind, f"{server.name}: {_cut(str(t))}") for i, t in texts.items() if i in places}
+    return {
+        places[i]: Unscored(kind, f"{server.name}: {_cut(text if isinstance(text, str) else json.dumps(text))}")
+        for i, text in texts.items()
+        if i in places and text
+    }
 
 
 def _words(response: httpx2.Response) -> str:
     """The status of an answer and what it says."""
     said = _mapping(response)
-    found = said.get("error") or said.get("detail") or response.text
+    found = said.get("error") or said.get("detail") or said.get("message") or response.text
+    if response.is_redirect:
+        found = f"look at {without_password(response.headers.get('Location', ''))}, which is not followed"
     return f"{response.status_code}: {_cut(found if isinstance(found, str) else json.dumps(found))}"
 
 
