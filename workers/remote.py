@@ -15,7 +15,8 @@ import httpx2
 import msgpack
 
 from tasks import catalog
-from tasks.errors import FailureKind, ModelLoadError
+from tasks.errors import ConfigError, FailureKind, ModelLoadError
+from tasks.options import options_of_subclass
 from tasks.samples import MEDIA_FIELDS
 from tasks.settings import without_password
 from tasks.urls import whats_wrong_with_server
@@ -348,10 +349,13 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        defaults = {name: o.default for name, o in catalog.CATALOG["RemotePointwiseRewardModel"].options.items()}
-        options = {**defaults, **config.extra_kwargs}
-        if not options["server_url"]:
+        if not config.extra_kwargs.get("server_url"):
             raise ValueError("needs server_url, the URL of a reward server")
+        entry = catalog.CATALOG["RemotePointwiseRewardModel"]
+        try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
+            options = options_of_subclass(entry, config.extra_kwargs, type(self).__name__)
+        except ConfigError as error:
+            raise ModelLoadError(str(error)) from None
         if options["required_fields"]:
             vars(self).update(required_fields=tuple(options["required_fields"]), optional_fields=())
         self._remote = Remote(options, config.timeout_s, may_split=not isinstance(self, GroupwiseRewardModel))
