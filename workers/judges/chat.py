@@ -17,7 +17,7 @@ from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import Endpoint, says_no_such_model
-from workers.judges.inner_errors import MARK, InnerError, words_of
+from workers.judges.inner_errors import MARK, InnerError, said_in
 from workers.judges.reply import Reply, cut, read_reply
 from workers.network import cause_of, least_busy
 
@@ -100,9 +100,8 @@ class Chat:
             async with asyncio.timeout(self._timeout_s):
                 return await self._ask_somewhere(messages, params, count)
         except TimeoutError:
-            after = _after(count)
-            words = f"no answer within timeout_s={self._timeout_s:g} seconds{after}{_way(count)}"
-            raise Unscored("timeout", words) from None
+            words = f"no answer within timeout_s={self._timeout_s:g} seconds{_after(count)}{_before(count)}"
+            raise Unscored("timeout", words + _way(count)) from None
         except openai.OpenAIError as error:
             raise await self._reason(error, count) from None
 
@@ -225,9 +224,13 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     """The reason for an error of the API: what the server said."""
     after = _after(count)
     if isinstance(error, openai.APITimeoutError):
-        return Unscored("timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}")
+        return Unscored(
+            "timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}{_before(count)}"
+        )
     if isinstance(error, openai.APIStatusError):
-        return Unscored("failed", f"the judge answered {_status(error)}{after}: {_server_words(error)}")
+        return Unscored(
+            "failed", f"the judge answered {_status(error.response)}{after}: {_server_words(error.response)}"
+        )
     if isinstance(error, openai.APIConnectionError):
         return Unscored(
             "failed",
@@ -236,11 +239,18 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     return Unscored("failed", f"{type(error).__name__}{after}: {error}")
 
 
-def _status(error: Any) -> str:
+def _before(count: Requests) -> str:
+    """What a server said that was to be asked again, when time ended."""
+    if count.refusal is None:
+        return ""
+    return f"; before that the judge answered {_status(count.refusal)}: {_server_words(count.refusal)}"
+
+
+def _status(response: Any) -> str:
     """The status of an answer, or the code of the error that was inside one of 200."""
-    inner: InnerError | None = error.response.extensions.get(MARK)
+    inner: InnerError | None = response.extensions.get(MARK)
     if inner is None:
-        return str(error.status_code)
+        return str(response.status_code)
     return f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
 
 
@@ -260,9 +270,9 @@ def _after(count: Requests) -> str:
     return f" after {count.num} request{'s' if count.num != 1 else ''}"
 
 
-def _server_words(error: Any) -> str:
+def _server_words(response: Any) -> str:
     """What the server said, without the key: the message in its error, else its answer as it is."""
-    inner: InnerError | None = error.response.extensions.get(MARK)
-    words: str = inner.words if inner is not None else words_of(error.body) or error.response.text
-    key = error.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    inner: InnerError | None = response.extensions.get(MARK)
+    words: str = inner.words if inner is not None else said_in(response.content) or response.text
+    key = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     return cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)

@@ -1,4 +1,4 @@
-"""Errors that servers and gateways hand over inside an answer of 200, with the status that they stand for."""
+"""Errors that servers and gateways hand over, also inside an answer of 200, with the status that they stand for."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BROKEN = 502
 
 _STATUS_OF_WORDS = (
     (429, r"rate.?limit|too.?many|exhausted|throttl|quota|\bqps\b|concurrency.?limit"),
-    (503, r"overload|unavailable|capacity|\bbusy\b|try again|temporar"),
+    (503, r"overload|unavailable|capacity|\bbusy\b|try again|temporar|\bloading\b|warming up|not ready|starting up"),
     (504, r"time.?out|timed out|deadline"),
     (404, r"not.?found|does not exist|no such model|unknown model"),
     (401, r"authenticat|api.?key|unauthorized"),
     (403, r"permission|forbidden"),
     (400, r"invalid|bad.?request|content.?filter|policy"),
-    (502, r"bad.?gateway|upstream|provider.?error|engine"),
-    (500, r"internal|server.?error|api.?error"),
+    (502, r"bad.?gateway|upstream|provider.?error|engine|connection|disconnected"),
+    (500, r"internal|server.?error|api.?error|out of memory|crash"),
 )
 """What codes in words stand for; the first that fits counts."""
 
@@ -59,6 +59,16 @@ def inner_error(content: bytes) -> InnerError | None:
         if found is not None:
             return found
     return None
+
+
+def said_in(content: bytes) -> str:
+    """What the body of an error says: the message in its error; empty if it has none, or is no JSON."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return ""
+    error = body.get("error") if isinstance(body, Mapping) else None
+    return words_of(error or body)
 
 
 def words_of(error: Any) -> str:
@@ -100,13 +110,14 @@ def _error_in(body: Any) -> InnerError | None:
         return None
     choice = _choice(body)
     error = _first_error(body, choice)
+    is_broken_off = choice.get("finish_reason") == "error"
     if error is not None:
-        return _read(error)
-    if choice.get("finish_reason") == "error":
+        return _read(error, BROKEN if is_broken_off else REFUSED)
+    if is_broken_off:
         return InnerError(BROKEN, "", "the reply ended with finish_reason 'error'")
     if choice or not words_of(body) or not _says_that_it_failed(body):
         return None
-    return _read(body)
+    return _read(body, REFUSED)
 
 
 def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,7 +151,8 @@ def _says_that_it_failed(body: Mapping[str, Any]) -> bool:
     return any(name in body for name in (*_CODES[:5], "errcode", "detail", "success")) or body.get("object") == "error"
 
 
-def _read(error: Any) -> InnerError:
+def _read(error: Any, otherwise: int) -> InnerError:
+    """The error; `otherwise` is its status if neither a code nor words tell one."""
     if isinstance(error, list) and error and isinstance(error[0], Mapping):
         words, error = words_of(error), error[0]
     else:
@@ -150,7 +162,7 @@ def _read(error: Any) -> InnerError:
     numbers = [int(str(c)) for c in codes if re.fullmatch(r"[45]\d\d", str(c).strip())]
     if numbers:
         return InnerError(numbers[0], code, words)
-    return InnerError(_status_of(" ".join(map(str, codes))) or _status_of(words) or REFUSED, code, words)
+    return InnerError(_status_of(" ".join(map(str, codes))) or _status_of(words) or otherwise, code, words)
 
 
 def _status_of(words: str) -> int | None:
