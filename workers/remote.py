@@ -29,7 +29,7 @@ from workers.base import (
     Unscored,
 )
 from workers.judges.images import DATA_URLS
-from workers.judges.inner_errors import inner_error
+from workers.judges.inner_errors import cut, inner_error
 from workers.network import Gate, NetworkLoop, Once, Server, cause_of, its_own_deadline, least_busy
 from workers.proxies import proxy_for, trusted_certificates
 
@@ -45,9 +45,6 @@ HEALTH_TIMEOUT_S = 10.0
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Pauses when no other server is left to ask: each is double the one before, and varied by half."""
-
-MAX_WORDS = 500
-"""Characters of a server's answer that a reason repeats."""
 
 _FAILED = ("error", "fail", "failed", "failure")
 """What a `status` in an answer says of rewards beside it: they are none."""
@@ -436,7 +433,7 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
     if is_success and not _says_what_is_wrong(said):
         if is_list:
             return list(rewards)
-        found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {_cut(response.text)!r}"
+        found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {cut(response.text)!r}"
         raise Unscored("failed", f"{server.name} gave {found} for {num_samples} samples{server.way}")
     kind: FailureKind = "invalid" if status in (400, 413, 422) else "failed"
     reasons = _reasons(server, said, kind, num_samples)
@@ -508,7 +505,7 @@ def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, n
     texts = errors if isinstance(errors, dict) else {}
     places = {str(i): i for i in range(num_samples)}
     return {
-        places[i]: Unscored(kind, f"{server.name}: {_cut(text if isinstance(text, str) else json.dumps(text))}")
+        places[i]: Unscored(kind, f"{server.name}: {cut(text if isinstance(text, str) else json.dumps(text))}")
         for i, text in texts.items()
         if i in places and text
     }
@@ -520,7 +517,7 @@ def _words(response: httpx2.Response) -> str:
     found = said.get("error") or said.get("detail") or said.get("message") or response.text
     if response.is_redirect:
         found = f"look at {without_password(response.headers.get('Location', ''))}, which is not followed"
-    return f"{response.status_code}: {_cut(found if isinstance(found, str) else json.dumps(found))}"
+    return f"{response.status_code}: {cut(found if isinstance(found, str) else json.dumps(found))}"
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:
@@ -530,7 +527,3 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
     except ValueError:
         return None
     return seconds if 0 <= seconds < math.inf else None
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."

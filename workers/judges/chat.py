@@ -17,8 +17,8 @@ from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import Endpoint, says_no_such_model
-from workers.judges.inner_errors import MARK, InnerError, said_in
-from workers.judges.reply import Reply, cut, read_reply
+from workers.judges.inner_errors import MARK, InnerError, cut, said_in
+from workers.judges.reply import Reply, read_reply
 from workers.network import cause_of, least_busy
 
 __all__ = ["Chat", "Reply", "read_reply"]

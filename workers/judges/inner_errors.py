@@ -11,6 +11,9 @@ from typing import Any
 MARK = "rewardq_inner_error"
 """In `extensions` of an HTTP response: the `InnerError` whose status it was given."""
 
+MAX_WORDS = 500
+"""Characters of a server's answer that a reason repeats."""
+
 REFUSED = 400
 """The status of an error that does not say whether to ask again: it is not asked again."""
 
@@ -83,6 +86,11 @@ def words_of(error: Any) -> str:
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
     return f"{message}: {raw}" if raw and message else message or str(raw or "")
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that a reason repeats."""
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
 
 
 # --- private -------------------------------------------------------------------------------------

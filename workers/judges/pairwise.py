@@ -11,9 +11,10 @@ from tasks.errors import BusyError
 from workers.base import Accelerator, RewardArguments, RewardModelOutput, Unscored
 from workers.judges import rubrics
 from workers.judges.images import evenly_spaced
+from workers.judges.inner_errors import cut
 from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
-from workers.judges.reply import Reply, cut
+from workers.judges.reply import Reply
 from workers.judges.template import Template
 from workers.network import its_own_deadline
 

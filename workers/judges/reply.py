@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.base import Unscored
+from workers.judges.inner_errors import cut
 from workers.judges.thought import HINT, has_thought, without_thought
 from workers.judges.tokens import answer_begins, end_with
-
-MAX_WORDS = 500
-"""Characters of a server's answer that a reason repeats."""
 
 COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
 """Finish reasons of a reply that ended by itself; some servers give none."""
@@ -119,11 +117,6 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
         thought=thought,
         num_tokens=len(tokens),
     )
-
-
-def cut(text: str) -> str:
-    """The beginning of a text that a reason repeats."""
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
 
 
 # --- private -------------------------------------------------------------------------------------
