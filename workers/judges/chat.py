@@ -101,7 +101,7 @@ class Chat:
                 return await self._ask_somewhere(messages, params, count)
         except TimeoutError:
             words = f"no answer within timeout_s={self._timeout_s:g} seconds{_after(count)}{_before(count)}"
-            raise Unscored("timeout", words + _way(count)) from None
+            raise Unscored("timeout", f"{words}{_asked(count)}{_way(count)}") from None
         except openai.OpenAIError as error:
             raise await self._reason(error, count) from None
 
@@ -224,13 +224,11 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     """The reason for an error of the API: what the server said."""
     after = _after(count)
     if isinstance(error, openai.APITimeoutError):
-        return Unscored(
-            "timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}{_before(count)}"
-        )
+        words = f"the judge gave no answer within timeout={timeout:g} seconds{after}{_before(count)}"
+        return Unscored("timeout", words + _asked(count))
     if isinstance(error, openai.APIStatusError):
-        return Unscored(
-            "failed", f"the judge answered {_status(error.response)}{after}: {_server_words(error.response)}"
-        )
+        response = error.response
+        return Unscored("failed", f"the judge answered {_status(response)}{after}: {_server_words(response)}")
     if isinstance(error, openai.APIConnectionError):
         return Unscored(
             "failed",
@@ -262,11 +260,17 @@ def _whereto(endpoint: Endpoint | None) -> str:
     return f"{endpoint.name}{' (the default of api_base_url)' if is_default else ''} {endpoint.whence}"
 
 
+def _asked(count: Requests) -> str:
+    return f"; asked {_whereto(count.endpoint)}" if count.endpoint is not None else ""
+
+
 def _way(count: Requests) -> str:
     return count.endpoint.way if count.endpoint is not None else ""
 
 
 def _after(count: Requests) -> str:
+    if not count.num:  # else a question had gone out
+        return " when it was asked for its models" if count.endpoint is not None else ""
     return f" after {count.num} request{'s' if count.num != 1 else ''}"
 
 
