@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from tasks.entries import ModelEntry
+from tasks.entries import ModelEntry, Option
 from tasks.errors import ConfigError, UnknownOptionError, nearest
 from tasks.numerals import as_numbers
 from tasks.settings import without_password
+from tasks.spelling import misspelt
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""
@@ -45,18 +46,46 @@ def check_options(
                 f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
                 f"its options: {', '.join(builtin.options) or 'none'}"
             )
-        try:
-            needed = TypeAdapter(_FiniteFloat if builtin.options[name].type is float else builtin.options[name].type)
-            written = as_numbers(value, needed.json_schema())
-            checked[name] = needed.validate_python(written, strict=True)  # an integer is a float too
-        except ValidationError as error:
-            raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})") from None
+        checked[name] = _checked(builtin.options[name], name, value, where)
     for name, option in builtin.options.items():
         if option.is_needed and name not in given:
             raise ConfigError(f"{where}: {model} needs {name}: {option.doc}")
     _read_files(builtin, checked, where, folder)
     _check_key(checked, where)
     return checked
+
+
+def options_of_subclass(
+    builtin: ModelEntry, given: Mapping[str, Any], where: str, unchecked: Collection[str] = ()
+) -> dict[str, Any]:
+    """The options of a class of the user's that is made of a built-in: those of the built-in, and its own as they are.
+
+    Args:
+        unchecked: Options of the built-in that may have other values in such a class.
+
+    Raises:
+        ConfigError: An option of the built-in has a wrong value, or one of the class's own is a slip of the built-in's.
+    """
+    checked = {name: copy.copy(option.default) for name, option in builtin.options.items()}
+    for name, value in given.items():
+        meant = None if name in builtin.options else misspelt(name, builtin.options)
+        if meant is not None:
+            raise UnknownOptionError(
+                f"{where}: {name!r} is no option; did you mean {meant!r}? An option of your class needs another name"
+            )
+        is_ours = name in builtin.options and name not in unchecked
+        checked[name] = _checked(builtin.options[name], name, value, where) if is_ours else value
+    _check_key(checked, where)
+    return checked
+
+
+def _checked(option: Option, name: str, value: Any, where: str) -> Any:
+    try:
+        needed = TypeAdapter(_FiniteFloat if option.type is float else option.type)
+        written = as_numbers(value, needed.json_schema())
+        return needed.validate_python(written, strict=True)  # an integer is a float too
+    except ValidationError as error:
+        raise ConfigError(f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})") from None
 
 
 def _shown(value: Any) -> Any:

@@ -45,6 +45,10 @@ def whats_wrong(url: str) -> str:
         return "needs a host, http://host:8000 for example" if port != 0 else "needs a port above 0"
     if parts.fragment:
         return f"ends with #{parts.fragment}, which no server is sent"
+    if parts.query:
+        return (
+            f"has a query behind its path, which would end up in the middle of what is asked; take ?{_query(url)} away"
+        )
     return ""
 
 
@@ -56,6 +60,10 @@ def whats_wrong_with_api(url: str) -> str:
 def whats_wrong_with_server(url: str) -> str:
     """The same for the URL of a reward server."""
     return whats_wrong(url) or _call(url, _BEHIND_SERVER, "the server")
+
+
+def _query(url: str) -> str:
+    return without_password(url).partition("?")[2]
 
 
 def _call(url: str, behind: re.Pattern[str], what: str) -> str:

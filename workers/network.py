@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import platform
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -229,7 +230,9 @@ def cause_of(error: BaseException) -> str:
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     below, seen = error.__cause__ or error.__context__, {id(error)}
     while below is not None and id(below) not in seen:
-        if isinstance(below, OSError) and below.errno:
+        if (
+            isinstance(below, OSError) and below.errno and not isinstance(below, ssl.SSLError)
+        ):  # whose numbers are its own
             says = os.strerror(below.errno) if below.errno > 0 else str(below.strerror)  # resolvers count below 0
             return words if says in words else f"{words} ({says})"
         seen.add(id(below))

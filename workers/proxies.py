@@ -43,7 +43,7 @@ def proxy_for(url: str) -> Proxy | None:
     Raises:
         ModelLoadError: A proxy that this environment cannot speak to is needed.
     """
-    proxies = getproxies()
+    proxies = {scheme: found.strip() for scheme, found in getproxies().items()}
     parts = urlsplit(url)
     scheme = parts.scheme if proxies.get(parts.scheme) else "all"
     found = proxies.get(scheme)
@@ -59,8 +59,8 @@ def is_without_proxy(url: str, proxies: dict[str, str]) -> bool:
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    names = [name.strip().lower() for name in proxies.get("no", "").split(",")]
-    return any(_covers(name.rpartition("://")[2], host, port) for name in names if name)
+    names = proxies.get("no", "").replace(",", " ").lower().split()  # spaces part them too, as curl has it
+    return any(_covers(name.rpartition("://")[2].rstrip("/"), host, port) for name in names)
 
 
 def trusted_certificates() -> ssl.SSLContext | bool:
@@ -83,7 +83,7 @@ def _as_url(found: str) -> str:
 
 def _variable(scheme: str, found: str) -> str:
     name = f"{scheme}_proxy"
-    return name if os.environ.get(name) == found else name.upper()
+    return name if os.environ.get(name, "").strip() == found else name.upper()
 
 
 def _check(proxy: Proxy, url: str) -> None:
@@ -94,6 +94,16 @@ def _check(proxy: Proxy, url: str) -> None:
         raise ModelLoadError(f"{where}, which needs the package socksio on this worker: pip install socksio, {instead}")
     if scheme not in (*_SOCKS, "http", "https"):
         raise ModelLoadError(f"{where}; a proxy has to be http://, https://, socks5:// or socks5h://, {instead}")
+    if not _has_host_and_port(proxy.url):
+        raise ModelLoadError(f"{where}, which is no URL; write it as http://host:3128, {instead}")
+
+
+def _has_host_and_port(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0  # reading the port checks that it is a number
+    except ValueError:
+        return False
 
 
 def _covers(name: str, host: str, port: int | None) -> bool:

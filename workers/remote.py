@@ -15,8 +15,10 @@ import httpx2
 import msgpack
 
 from tasks import catalog
-from tasks.errors import FailureKind, ModelLoadError
+from tasks.errors import ConfigError, FailureKind, ModelLoadError
+from tasks.options import options_of_subclass
 from tasks.samples import MEDIA_FIELDS
+from tasks.settings import without_password
 from tasks.urls import whats_wrong_with_server
 from workers.base import (
     Accelerator,
@@ -27,7 +29,7 @@ from workers.base import (
     Unscored,
 )
 from workers.judges.images import DATA_URLS
-from workers.judges.inner_errors import inner_error
+from workers.judges.inner_errors import cut, inner_error
 from workers.network import Gate, NetworkLoop, Once, Server, cause_of, its_own_deadline, least_busy
 from workers.proxies import proxy_for, trusted_certificates
 
@@ -44,8 +46,8 @@ HEALTH_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Pauses when no other server is left to ask: each is double the one before, and varied by half."""
 
-MAX_WORDS = 500
-"""Characters of a server's answer that a reason repeats."""
+_FAILED = ("error", "fail", "failed", "failure")
+"""What a `status` in an answer says of rewards beside it: they are none."""
 
 Columns = Mapping[str, Sequence[Any] | None]
 """The fields of some samples: a value for each sample, or None."""
@@ -344,10 +346,13 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        defaults = {name: o.default for name, o in catalog.CATALOG["RemotePointwiseRewardModel"].options.items()}
-        options = {**defaults, **config.extra_kwargs}
-        if not options["server_url"]:
+        if not config.extra_kwargs.get("server_url"):
             raise ValueError("needs server_url, the URL of a reward server")
+        entry = catalog.CATALOG["RemotePointwiseRewardModel"]
+        try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
+            options = options_of_subclass(entry, config.extra_kwargs, type(self).__name__)
+        except ConfigError as error:
+            raise ModelLoadError(str(error)) from None
         if options["required_fields"]:
             vars(self).update(required_fields=tuple(options["required_fields"]), optional_fields=())
         self._remote = Remote(options, config.timeout_s, may_split=not isinstance(self, GroupwiseRewardModel))
@@ -425,10 +430,10 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
     is_success = response.is_success and status == response.status_code
     rewards: Any = said.get("rewards")
     is_list = isinstance(rewards, list) and len(rewards) == num_samples
-    if is_success and not said.get("error"):
+    if is_success and not _says_what_is_wrong(said):
         if is_list:
             return list(rewards)
-        found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {_cut(response.text)!r}"
+        found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {cut(response.text)!r}"
         raise Unscored("failed", f"{server.name} gave {found} for {num_samples} samples{server.way}")
     kind: FailureKind = "invalid" if status in (400, 413, 422) else "failed"
     reasons = _reasons(server, said, kind, num_samples)
@@ -483,19 +488,36 @@ def _mapping(response: httpx2.Response) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int) -> dict[int, Unscored]:
-    """The reasons of the samples that a server blames."""
+def _says_what_is_wrong(said: Mapping[str, Any]) -> bool:
+    """Whether an answer says that something went wrong, whatever its status is and whatever else it has."""
     errors = said.get("errors")
+    each = errors.values() if isinstance(errors, dict) else errors if isinstance(errors, list) else [errors]
+    status = said.get("status")
+    is_failed = isinstance(status, str) and status.strip().casefold() in _FAILED
+    return bool(said.get("error")) or any(each) or is_failed or said.get("success") is False
+
+
+def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int) -> dict[int, Unscored]:
+    """The reasons of the samples that a server blames: a text by index, or a list that has one for each sample."""
+    errors = said.get("errors")
+    if isinstance(errors, list) and len(errors) == num_samples:
+        errors = {str(i): text for i, text in enumerate(errors)}
     texts = errors if isinstance(errors, dict) else {}
     places = {str(i): i for i in range(num_samples)}
-    return {places[i]: Unscored(kind, f"{server.name}: {_cut(str(t))}") for i, t in texts.items() if i in places}
+    return {
+        places[i]: Unscored(kind, f"{server.name}: {cut(text if isinstance(text, str) else json.dumps(text))}")
+        for i, text in texts.items()
+        if i in places and text
+    }
 
 
 def _words(response: httpx2.Response) -> str:
     """The status of an answer and what it says."""
     said = _mapping(response)
-    found = said.get("error") or said.get("detail") or response.text
-    return f"{response.status_code}: {_cut(found if isinstance(found, str) else json.dumps(found))}"
+    found = said.get("error") or said.get("detail") or said.get("message") or response.text
+    if response.is_redirect:
+        found = f"look at {without_password(response.headers.get('Location', ''))}, which is not followed"
+    return f"{response.status_code}: {cut(found if isinstance(found, str) else json.dumps(found))}"
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:
@@ -505,7 +527,3 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
     except ValueError:
         return None
     return seconds if 0 <= seconds < math.inf else None
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."

@@ -85,9 +85,9 @@ def test_a_request_that_hangs_is_retried_and_then_a_timeout(judge_server, make_j
     server = judge_server(lambda q: says_yes(0.5, delay_s=60))
     started = time.monotonic()
     found = reason(ask(make_judge("vllm_evaluate", server, timeout=0.5, max_retries=1), picture))
-    assert (found.kind, found.message) == (
-        "timeout",
-        "the judge gave no answer within timeout=0.5 seconds after 2 requests",
+    assert found.kind == "timeout"
+    assert found.message.startswith(
+        f"the judge gave no answer within timeout=0.5 seconds after 2 requests; asked {server.url} from the worker's"
     )
     assert time.monotonic() - started < 20
 
@@ -96,8 +96,27 @@ def test_a_sample_ends_at_its_deadline_whatever_is_retried(judge_server, make_ju
     server = judge_server(lambda _: fails(429, "slow down", retry_after="60"))
     started = time.monotonic()
     found = reason(ask(make_judge("vllm_evaluate", server, timeout_s=1.5), picture))
-    assert (found.kind, found.message) == ("timeout", "no answer within timeout_s=1.5 seconds after 1 request")
+    words = "no answer within timeout_s=1.5 seconds after 1 request; before that the judge answered 429: slow down"
+    assert found.kind == "timeout"
+    assert found.message.startswith(f"{words}; asked {server.url} from the worker's host {platform.node()}")
     assert 1.4 < time.monotonic() - started < 20
+
+
+def test_a_timeout_tells_what_was_said_inside_a_200(judge_server, make_judge, picture):
+    body = b'{"error": {"code": 429, "message": "too many of you"}}'
+    server = judge_server(lambda _: Answer(body=body, headers={"Retry-After": "50"}))
+    found = reason(ask(make_judge("vllm_evaluate", server, timeout_s=1), picture))
+    assert found.kind == "timeout"
+    assert "; before that the judge answered 200 with an error of code 429: too many of you;" in found.message
+
+
+def test_a_list_of_models_that_does_not_come_is_said(picture, make_judge):
+    with socket.create_server(("127.0.0.1", 0)) as nobody_answers:
+        url = f"http://127.0.0.1:{nobody_answers.getsockname()[1]}/v1"
+        found = reason(ask(make_judge("vllm_evaluate", url, timeout_s=0.5), picture))
+    assert found.message.startswith(
+        f"no answer within timeout_s=0.5 seconds when it was asked for its models; asked {url} from the worker's host"
+    )
 
 
 @pytest.mark.parametrize("cut_after", [0, 20])
@@ -118,6 +137,13 @@ def test_nobody_there_is_a_reason(make_judge, picture):
     assert found.message.startswith("no connection to the judge after 2 requests: http://127.0.0.1:9/v1 from the ")
     assert platform.node() in found.message
     assert "Connection refused" in found.message
+
+
+def test_http_where_https_is_asked_is_told_in_the_words_of_tls_alone(judge_server, make_judge, picture):
+    url = judge_server().url.replace("http://", "https://")
+    (found,) = make_judge("vllm_evaluate", url, max_retries=0)(["a cat"], image=[picture()]).rewards
+    assert "SSL" in found.message
+    assert "Operation not permitted" not in found.message, "what the system calls the number of that error"
 
 
 def test_nobody_at_the_default_url_is_said_to_be_that(make_judge, picture):

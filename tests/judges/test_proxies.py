@@ -145,6 +145,20 @@ def test_a_proxy_of_an_unknown_scheme_is_told(make_judge, in_env):
         make_judge("vllm_evaluate", "http://judge.example:8000/v1")
 
 
+@pytest.mark.parametrize("wrong", ["http://", "http://proxy.example:port", "http://proxy.example:0"])
+def test_a_proxy_that_is_no_url_is_told_with_its_variable(make_judge, in_env, wrong):
+    in_env(http_proxy=wrong)
+    with pytest.raises(ModelLoadError, match=r"\(http_proxy\), which is no URL"):
+        make_judge("vllm_evaluate", "http://judge.example:8000/v1")
+
+
+def test_white_space_around_a_proxy_is_not_part_of_it(in_env):
+    in_env(http_proxy=" http://proxy.example:3128 ", all_proxy="  ")
+    found = proxy_for("http://judge.example/v1")
+    assert (found.url, found.variable) == ("http://proxy.example:3128", "http_proxy")
+    assert proxy_for("https://judge.example/v1") is None
+
+
 @pytest.mark.parametrize(
     ("entry", "url", "is_direct"),
     [
@@ -164,6 +178,8 @@ def test_a_proxy_of_an_unknown_scheme_is_told(make_judge, in_env):
         ("::1", "http://[::1]:8000/v1", True),
         ("[::1]:8000", "http://[::1]:8000/v1", True),
         ("fd00::/8", "http://[fd00::7]/v1", True),
+        ("other.example judge.example", "http://judge.example/v1", True),
+        ("http://judge.example:80/", "http://judge.example/v1", True),
         ("ge.example", "http://judge.example/v1", False),
         ("other.example,,", "http://judge.example/v1", False),
         ("", "http://judge.example/v1", False),

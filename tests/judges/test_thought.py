@@ -119,6 +119,11 @@ def test_a_yes_or_no_behind_a_thought_is_read_from_its_own_token(judge_server, m
         ({"content": "<think>Yes, No"}, THOUGHT[:-1], "is all thought"),
         ({"content": "<think>Yes, No</think>"}, THOUGHT, "is all thought"),
         ({"content": "No", "reasoning": "Yes"}, [("Yes", TRAP)], "logprobs of the thought but not of the answer"),
+        (
+            {"content": "Yes", "reasoning": "I say\nYes"},
+            [("I say ", {}), ("Yes", TRAP)],
+            "thought but not of the answer",
+        ),
         ({"content": WHOLE}, THOUGHT, "logprobs of the thought but not of the answer"),
         ({"content": None, "reasoning": "Yes"}, [], "is all thought, and the server gave no logprobs"),
     ],

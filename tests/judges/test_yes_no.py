@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tasks.rewards import RewardConfig
 from tests.judges.scripted import Answer, says
 from workers import Unscored
-from workers.judges.reply import Reply
+from workers.judges.reply import Reply, read_reply
 from workers.judges.tokens import word_of
 from workers.judges.yes_no import QUESTION, yes_probability
 
@@ -76,10 +76,40 @@ def test_little_of_yes_and_no_is_no_reward(candidates):
     assert "below min_answer_mass=0.25" in why_not(candidates)
 
 
-@pytest.mark.parametrize("token", ["Sure", "The", "Describe", "A"])
+@pytest.mark.parametrize("token", ["Sure", "The", "Describe", "A", "</s>", "<b>", "<answer>", "<|im_end|>", ""])
 def test_the_hint_at_thinking_is_given_only_where_it_looks_like_that(token):
     assert HINT not in why_not({token: 0.9, "Yes": 0.06, "No": 0.04})
     assert "one word" in why_not({token: 0.9, "Yes": 0.06, "No": 0.04})
+
+
+@pytest.mark.parametrize("token", ["<", "<th", "<think", "<think>", "[TH", "◁", "Okay", "ĊSo", "<|channel|>"])
+def test_a_part_of_a_thoughts_mark_looks_like_thinking(token):
+    assert HINT in why_not({token: 0.9, "Yes": 0.06, "No": 0.04})
+
+
+def test_tokens_that_are_numbers_are_said_to_be():
+    assert "--return-tokens-as-token-ids" in why_not({"token_id:9454": 0.7, "token_id:2753": 0.3})
+
+
+def chosen(token: str, logprob: float, *listed: tuple[str, float]) -> Reply:
+    top = [{"token": t, "logprob": math.log(p)} for t, p in listed]
+    first = {"token": token, "logprob": logprob, "top_logprobs": top}
+    choice = {"message": {"content": token}, "finish_reason": "length", "logprobs": {"content": [first]}}
+    return read_reply(json.dumps({"choices": [choice]}).encode(), "m", 1)
+
+
+def test_a_chosen_token_that_is_not_listed_counts_and_one_that_is_listed_twice_counts_once():
+    apart = chosen("No", math.log(0.1), ("Yes", 0.6))
+    assert yes_probability(apart, canonicalize=True)[0] == pytest.approx(6 / 7)
+    twice = chosen("Yes", math.log(0.4), ("Yes", 0.4), ("Yes", 0.4), ("No", 0.1))
+    assert yes_probability(twice, canonicalize=True)[0] == pytest.approx(0.8)
+    two_tokens = chosen("Yes", math.log(0.4), ("Yes", 0.4), ("Yes", 0.2), ("No", 0.1))
+    assert yes_probability(two_tokens, canonicalize=True)[0] == pytest.approx(6 / 7)
+
+
+def test_a_chosen_token_whose_probability_is_not_said_is_not_taken_for_0():
+    with pytest.raises(Unscored, match="Yes is not among the judge's 2 candidates"):
+        yes_probability(chosen("Yes", -9999.0, ("No", 0.5), ("A", 0.3)), canonicalize=True)
 
 
 def test_the_floor_is_an_option_and_0_takes_what_there_is():

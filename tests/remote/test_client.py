@@ -171,7 +171,10 @@ def test_something_else_at_the_url_is_said_and_not_asked_again(json_server, make
         (Answer(body=b"[" * 100_000), "gave no rewards but"),
         (says_error(404, {"detail": "Not Found"}), "answered 404: Not Found"),
         (says_error(401, {"detail": "who are you"}), "answered 401: who are you"),
-        (says_error(302, {}, Location="http://elsewhere"), "answered 302"),
+        (
+            says_error(302, {}, Location="http://me:secret@elsewhere"),
+            "302: look at http://me:***@elsewhere, which is not",
+        ),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_reason_for_all_and_not_asked_for_again(
@@ -182,6 +185,46 @@ def test_an_answer_that_makes_no_sense_is_a_reason_for_all_and_not_asked_for_aga
     assert message.startswith(server.url)
     assert words in message
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"errors": {"1": "no face"}},
+        {"errors": {"0": None, "1": "no face", "2": ""}},
+        {"errors": [None, "no face", None]},
+        {"errors": {"1": {"message": "no face"}}},
+    ],
+)
+@pytest.mark.parametrize("kind", ["Pointwise", "Groupwise"])
+def test_a_sample_that_a_200_blames_has_no_reward_whatever_number_stands_there(json_server, make_remote, kind, more):
+    server = json_server(lambda _: Answer(body=json.dumps({"rewards": [0.5, 0.0, 2.5], **more}).encode()))
+    first, second, third = ask(make_remote(kind, server.url), *"abc")
+    assert (first, third, second.kind) == (0.5, 2.5, "failed")
+    assert "no face" in second.message
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"error": "no memory"},
+        {"errors": ["no memory"]},
+        {"errors": "no memory"},
+        {"status": "error", "message": "no memory"},
+        {"status": "Failed", "detail": "no memory"},
+        {"success": False, "message": "no memory"},
+    ],
+)
+def test_rewards_in_an_answer_that_says_it_failed_are_none(json_server, make_remote, more):
+    server = json_server(lambda _: Answer(body=json.dumps({"rewards": [0.0, 0.0], **more}).encode()))
+    assert "no memory" in reason_of(ask(make_remote("Groupwise", server.url), "a", "b"))
+
+
+@pytest.mark.parametrize("more", [{"error": None}, {"errors": {}}, {"errors": [None, None]}, {"status": "ok"}])
+def test_an_error_that_is_none_takes_no_reward_away(json_server, make_remote, more):
+    server = json_server(lambda _: Answer(body=json.dumps({"rewards": [0.5, 0.0], **more}).encode()))
+    assert ask(make_remote("Pointwise", server.url), "a", "b") == [0.5, 0.0]
 
 
 def test_what_is_no_number_is_left_to_whoever_checks_rewards(json_server, make_remote):

@@ -37,6 +37,11 @@ def error_of(**reward) -> str:
         ("http://judge/v1/chat/completions", "one call (/chat/completions)", "'http://judge/v1'"),
         ("http://judge/v1/chat/completions/", "one call", "'http://judge/v1'"),
         ("http://judge/v1/models", "one call (/models)", "'http://judge/v1'"),
+        (
+            "http://judge/v1?api-version=1&password=secret",
+            "has a query behind its path",
+            "take ?api-version=1&password=***",
+        ),
         ("http://judge:80v1", "is no URL", "80v1"),
         ("http://judge:99999/v1", "is no URL", "0-65535"),
         ("http://:8000/v1", "needs a host", "http://host:8000"),

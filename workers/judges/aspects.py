@@ -16,6 +16,9 @@ LOWEST, HIGHEST = 1.0, 4.0
 ANOTHER_SCALE = 4.5
 """A score above this is one on another scale, of 5, 10 or 100, and says nothing on ours."""
 
+SCALE_FROM_0 = 0.5
+"""A score below this is one on another scale too, that of [0, 1] for example."""
+
 TITLES = {
     "text_faithfulness": r"text\s+faithfulness",
     "image_faithfulness": r"image\s+faithfulness",
@@ -87,7 +90,7 @@ def read_judgement(text: str) -> Judgement:
             score = _on_scale(found)
             if scores.setdefault(aspect, score) != score:
                 unclear[aspect] = None
-            if not isinstance(found, str) and found > ANOTHER_SCALE:
+            if not isinstance(found, str) and not SCALE_FROM_0 <= found <= ANOTHER_SCALE:
                 beyond.setdefault(aspect, found)
     kept = {aspect: score for aspect, score in scores.items() if aspect not in unclear}
     return Judgement(kept, tuple(unclear), _refined_request(text), beyond)

@@ -17,8 +17,8 @@ from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import LIST_TIMEOUT_S, Endpoint, says_no_such_model
-from workers.judges.inner_errors import MARK, InnerError, words_of
-from workers.judges.reply import Reply, cut, read_reply
+from workers.judges.inner_errors import MARK, InnerError, cut, said_in
+from workers.judges.reply import Reply, read_reply
 from workers.network import cause_of, least_busy
 
 __all__ = ["Chat", "Reply", "read_reply"]
@@ -103,9 +103,8 @@ class Chat:
             async with asyncio.timeout(self._timeout_s):
                 return await self._ask_somewhere(messages, params, count)
         except TimeoutError:
-            after = _after(count)
-            words = f"no answer within timeout_s={self._timeout_s:g} seconds{after}{_way(count)}"
-            raise Unscored("timeout", words) from None
+            words = f"no answer within timeout_s={self._timeout_s:g} seconds{_after(count)}{_before(count)}"
+            raise Unscored("timeout", f"{words}{_asked(count)}{_way(count)}") from None
         except openai.OpenAIError as error:
             raise await self._reason(error, count) from None
 
@@ -228,9 +227,11 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     """The reason for an error of the API: what the server said."""
     after = _after(count)
     if isinstance(error, openai.APITimeoutError):
-        return Unscored("timeout", f"the judge gave no answer within timeout={timeout:g} seconds{after}")
+        words = f"the judge gave no answer within timeout={timeout:g} seconds{after}{_before(count)}"
+        return Unscored("timeout", words + _asked(count))
     if isinstance(error, openai.APIStatusError):
-        return Unscored("failed", f"the judge answered {_status(error)}{after}: {_server_words(error)}")
+        response = error.response
+        return Unscored("failed", f"the judge answered {_status(response)}{after}: {_server_words(response)}")
     if isinstance(error, openai.APIConnectionError):
         return Unscored(
             "failed",
@@ -239,11 +240,18 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
     return Unscored("failed", f"{type(error).__name__}{after}: {error}")
 
 
-def _status(error: Any) -> str:
+def _before(count: Requests) -> str:
+    """What a server said that was to be asked again, when time ended."""
+    if count.refusal is None:
+        return ""
+    return f"; before that the judge answered {_status(count.refusal)}: {_server_words(count.refusal)}"
+
+
+def _status(response: Any) -> str:
     """The status of an answer, or the code of the error that was inside one of 200."""
-    inner: InnerError | None = error.response.extensions.get(MARK)
+    inner: InnerError | None = response.extensions.get(MARK)
     if inner is None:
-        return str(error.status_code)
+        return str(response.status_code)
     return f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
 
 
@@ -255,17 +263,23 @@ def _whereto(endpoint: Endpoint | None) -> str:
     return f"{endpoint.name}{' (the default of api_base_url)' if is_default else ''} {endpoint.whence}"
 
 
+def _asked(count: Requests) -> str:
+    return f"; asked {_whereto(count.endpoint)}" if count.endpoint is not None else ""
+
+
 def _way(count: Requests) -> str:
     return count.endpoint.way if count.endpoint is not None else ""
 
 
 def _after(count: Requests) -> str:
+    if not count.num:  # else a question had gone out
+        return " when it was asked for its models" if count.endpoint is not None else ""
     return f" after {count.num} request{'s' if count.num != 1 else ''}"
 
 
-def _server_words(error: Any) -> str:
+def _server_words(response: Any) -> str:
     """What the server said, without the key: the message in its error, else its answer as it is."""
-    inner: InnerError | None = error.response.extensions.get(MARK)
-    words: str = inner.words if inner is not None else words_of(error.body) or error.response.text
-    key = error.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    inner: InnerError | None = response.extensions.get(MARK)
+    words: str = inner.words if inner is not None else said_in(response.content) or response.text
+    key = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     return cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)

@@ -32,6 +32,8 @@ class Requests:
     """How many so far, the SDK's retries included."""
     endpoint: Endpoint | None = None
     """Where the last one went."""
+    refusal: Any = None
+    """The last answer that was an error, as the HTTP library has it; the SDK may be waiting to ask again."""
 
 
 requests: ContextVar[Requests] = ContextVar("requests")
@@ -83,7 +85,7 @@ def _endpoint(url: str, key: str) -> Endpoint:
         proxy=proxy.url if proxy else None,
         trust_env=False,  # else the transports of proxies are built that this URL does not need
         verify=trusted_certificates(),
-        event_hooks={"response": [_give_its_errors_status]},
+        event_hooks={"response": [_look_for_errors]},
     )
     # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
     headers = {"Authorization": f"Bearer {key}"}
@@ -91,13 +93,20 @@ def _endpoint(url: str, key: str) -> Endpoint:
     return Endpoint(url, client=client, proxy=proxy)
 
 
-async def _give_its_errors_status(response: Any) -> None:
-    """Give an answer of 200 with an error in it that error's status, so that the SDK does what it does about that."""
+async def _look_for_errors(response: Any) -> None:
+    """Give an answer of 200 with an error in it that error's status, so that the SDK does what it does about that.
+
+    An answer that is an error is kept for the question, should its time end before the SDK has asked again.
+    """
     if response.is_success:
         error = inner_error(await response.aread())
         if error is not None:
             response.status_code = error.status
             response.extensions[MARK] = error
+    count = requests.get(None)
+    if response.is_error and count is not None:
+        await response.aread()
+        count.refusal = response
 
 
 @Once

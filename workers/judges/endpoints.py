@@ -74,7 +74,7 @@ class Endpoint(Server):
                 self.listed_at = time.monotonic()
         if wanted:
             return wanted
-        if self.names is None:
+        if not self.names:
             raise Unscored("failed", f"{self.name} lists no models; name the one to ask as vlm_model")
         if len(self.names) == 1:
             return self.names[0]

@@ -1,4 +1,4 @@
-"""Errors that servers and gateways hand over inside an answer of 200, with the status that they stand for."""
+"""Errors that servers and gateways hand over, also inside an answer of 200, with the status that they stand for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 MARK = "rewardq_inner_error"
 """In `extensions` of an HTTP response: the `InnerError` whose status it was given."""
 
+MAX_WORDS = 500
+"""Characters of a server's answer that a reason repeats."""
+
 REFUSED = 400
 """The status of an error that does not say whether to ask again: it is not asked again."""
 
@@ -19,14 +22,14 @@ BROKEN = 502
 
 _STATUS_OF_WORDS = (
     (429, r"rate.?limit|too.?many|exhausted|throttl|quota|\bqps\b|concurrency.?limit"),
-    (503, r"overload|unavailable|capacity|\bbusy\b|try again|temporar"),
+    (503, r"overload|unavailable|capacity|\bbusy\b|try again|temporar|\bloading\b|warming up|not ready|starting up"),
     (504, r"time.?out|timed out|deadline"),
     (404, r"not.?found|does not exist|no such model|unknown model"),
     (401, r"authenticat|api.?key|unauthorized"),
     (403, r"permission|forbidden"),
     (400, r"invalid|bad.?request|content.?filter|policy"),
-    (502, r"bad.?gateway|upstream|provider.?error|engine"),
-    (500, r"internal|server.?error|api.?error"),
+    (502, r"bad.?gateway|upstream|provider.?error|engine|connection|disconnected"),
+    (500, r"internal|server.?error|api.?error|out of memory|crash"),
 )
 """What codes in words stand for; the first that fits counts."""
 
@@ -61,6 +64,16 @@ def inner_error(content: bytes) -> InnerError | None:
     return None
 
 
+def said_in(content: bytes) -> str:
+    """What the body of an error says: the message in its error; empty if it has none, or is no JSON."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return ""
+    error = body.get("error") if isinstance(body, Mapping) else None
+    return words_of(error or body)
+
+
 def words_of(error: Any) -> str:
     """What an error says: its message, with what a gateway adds of the server behind it; empty if it says nothing."""
     if isinstance(error, list):
@@ -73,6 +86,11 @@ def words_of(error: Any) -> str:
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
     return f"{message}: {raw}" if raw and message else message or str(raw or "")
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that a reason repeats."""
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -100,13 +118,14 @@ def _error_in(body: Any) -> InnerError | None:
         return None
     choice = _choice(body)
     error = _first_error(body, choice)
+    is_broken_off = choice.get("finish_reason") == "error"
     if error is not None:
-        return _read(error)
-    if choice.get("finish_reason") == "error":
+        return _read(error, BROKEN if is_broken_off else REFUSED)
+    if is_broken_off:
         return InnerError(BROKEN, "", "the reply ended with finish_reason 'error'")
     if choice or not words_of(body) or not _says_that_it_failed(body):
         return None
-    return _read(body)
+    return _read(body, REFUSED)
 
 
 def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,7 +159,8 @@ def _says_that_it_failed(body: Mapping[str, Any]) -> bool:
     return any(name in body for name in (*_CODES[:5], "errcode", "detail", "success")) or body.get("object") == "error"
 
 
-def _read(error: Any) -> InnerError:
+def _read(error: Any, otherwise: int) -> InnerError:
+    """The error; `otherwise` is its status if neither a code nor words tell one."""
     if isinstance(error, list) and error and isinstance(error[0], Mapping):
         words, error = words_of(error), error[0]
     else:
@@ -150,7 +170,7 @@ def _read(error: Any) -> InnerError:
     numbers = [int(str(c)) for c in codes if re.fullmatch(r"[45]\d\d", str(c).strip())]
     if numbers:
         return InnerError(numbers[0], code, words)
-    return InnerError(_status_of(" ".join(map(str, codes))) or _status_of(words) or REFUSED, code, words)
+    return InnerError(_status_of(" ".join(map(str, codes))) or _status_of(words) or otherwise, code, words)
 
 
 def _status_of(words: str) -> int | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tasks import catalog
-from tasks.errors import BusyError
+from tasks.errors import BusyError, ConfigError, ModelLoadError
+from tasks.options import options_of_subclass
 from workers.base import (
     Accelerator,
     PointwiseRewardModel,
@@ -29,10 +30,12 @@ class Judge(PointwiseRewardModel):
     """Asks a judge one question about each sample. A subclass writes the question and reads the reply.
 
     `info["judge"]` keeps what was read. The options are those of the built-in `catalog_name`, which a subclass of
-    yours inherits with their defaults.
+    yours inherits with their defaults and their checks; it may have further ones.
     """
 
     catalog_name: ClassVar[str]
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """Options of the built-in whose values the class checks itself."""
     required_fields: ClassVar[tuple[str, ...]] = ("prompt",)
     optional_fields: ClassVar[tuple[str, ...]] = ("image", "video")
     thread_safe = True
@@ -41,7 +44,10 @@ class Judge(PointwiseRewardModel):
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         entry = catalog.CATALOG[self.catalog_name]
-        self.options = {**{name: o.default for name, o in entry.options.items()}, **config.extra_kwargs}
+        try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
+            self.options = options_of_subclass(entry, config.extra_kwargs, type(self).__name__, self.own_options)
+        except ConfigError as error:
+            raise ModelLoadError(str(error)) from None
         is_named = config.image_format in ("png", "jpeg", "webp")
         self._image_format = config.image_format if is_named else entry.image_format
         self.chat = Chat(self.options, config.timeout_s)

@@ -11,6 +11,7 @@ from tasks.errors import BusyError
 from workers.base import Accelerator, RewardArguments, RewardModelOutput, Unscored
 from workers.judges import rubrics
 from workers.judges.images import evenly_spaced
+from workers.judges.inner_errors import cut
 from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
 from workers.judges.reply import Reply
@@ -26,8 +27,22 @@ _VERDICT = re.compile(
     r"^[\s#*_>\-`]*(?:final\s+)?verdict[\s*_`]*[:：][\s*_`\[\](\"']*(?:the\s+)?(?P<verdict>first|second|tie)\b(?P<rest>.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
-_SEVERAL = re.compile(r"^\W*(?:or|/|\|)\W*(?:the\s+)?(?:first|second|tie)", re.IGNORECASE)
+_SEVERAL = re.compile(r"^\W*(?:or|/|\||,)\W*(?:the\s+)?(?:first|second|tie)", re.IGNORECASE)
 """What behind a verdict says that it is only the form of one: `first / second / tie`."""
+
+
+_SENTENCE_ENDS = re.compile(
+    r"[.;(\n]|,(?!\W*(?:the\s+)?(?:first|second|tie)\b)|\s[-–—]+\s|\bbecause\b|\bsince\b|\bas\b"
+)
+"""Where what belongs to a verdict ends, and reasons begin."""
+_OTHERS = re.compile(r"\b(?:first|second|tie)\b", re.IGNORECASE)
+_BETTER = re.compile(r"\b(?:better|beats|wins|superior|preferred|preferable|stronger)\b|>", re.IGNORECASE)
+_AGAINST = re.compile(
+    r"\b(?:no|not|never|neither|nor|nobody|worse|inferior|weaker|loses|lost|loser|less|equal|equally|same|both|draw|"
+    r"breaks?|breaker)\b|n['’]t\b|[?=<≈]",
+    re.IGNORECASE,
+)
+"""What behind a verdict takes it back: `first is worse`, `first = second`, `tie-breaker`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +147,32 @@ def read_verdict(text: str) -> Verdict:
     """The verdict that ends a reply.
 
     Raises:
-        Unscored: `unparsable`; there is none, or two that differ.
+        Unscored: `unparsable`; there is none, two that differ, or one whose line says something else as well.
     """
-    found = {m["verdict"].lower() for m in _VERDICT.finditer(text) if not _SEVERAL.match(m["rest"])}
+    lines = [m for m in _VERDICT.finditer(text) if not _SEVERAL.match(m["rest"])]
+    unclear = next((m for m in lines if _takes_back(m["verdict"].lower(), m["rest"])), None)
+    if unclear is not None:
+        raise Unscored(
+            "unparsable",
+            f"the judge's verdict is unclear: {cut(unclear[0].strip())!r}; it needs one line 'Verdict: first', second "
+            "or tie",
+        )
+    found = {m["verdict"].lower() for m in lines}
     for verdict in ("first", "second", "tie"):
         if found == {verdict}:
             return verdict  # type: ignore[return-value]
     what = "two verdicts that differ" if found else "no verdict"
     raise Unscored("unparsable", f"the judge's reply has {what}; it needs one line 'Verdict: first', second or tie")
+
+
+def _takes_back(verdict: str, rest: str) -> bool:
+    """Whether what follows a verdict in its line says that it is another, or none."""
+    head = _SENTENCE_ENDS.split(rest)[0]
+    if verdict == "tie":  # `tie between first and second` is one
+        return bool(re.search(r"\b(?:no|not|breaks?|breaker)\b|n['’]t\b|\?", head, re.IGNORECASE))
+    if _AGAINST.search(head):
+        return True
+    return bool(_OTHERS.search(head)) and not _BETTER.search(head)
 
 
 def _abstained(found: Comparison) -> Unscored:

@@ -24,14 +24,16 @@ class RationalJudge(Judge):
     refined request. Subclass it to aggregate otherwise.
     """
 
+    own_options = ("aspects", "aspect_weights")
     all_aspects: ClassVar[tuple[str, ...]]
     rubric: ClassVar[str]
     num_images: ClassVar[int] = 1
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self.aspects: tuple[str, ...] = tuple(dict.fromkeys(self.options["aspects"]))
-        unknown = [a for a in self.aspects if a not in self.all_aspects]
+        given = self.options["aspects"]
+        self.aspects: tuple[str, ...] = (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+        unknown = [a for a in (*self.aspects, *self.options["aspect_weights"]) if a not in self.all_aspects]
         if unknown:
             raise ModelLoadError(f"the rubric has no aspect {unknown[0]!r}; it has {', '.join(self.all_aspects)}")
         self._template = Template.parse(rubric_of(self.options, self.rubric), self.num_images, needs_prompt=True)

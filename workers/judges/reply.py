@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.base import Unscored
+from workers.judges.inner_errors import cut
 from workers.judges.thought import HINT, has_thought, without_thought
-from workers.judges.tokens import answer_begins
-
-MAX_WORDS = 500
-"""Characters of a server's answer that a reason repeats."""
+from workers.judges.tokens import answer_begins, end_with
 
 COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
 """Finish reasons of a reply that ended by itself; some servers give none."""
+
+UNKNOWN = -9999.0
+"""What OpenAI gives as the log probability of a chosen token that is not among the likeliest: it says nothing."""
 
 _THOUGHT_FIELDS = ("reasoning", "reasoning_content", "reasoning_text", "thinking", "thought")
 """Fields of a message in which servers hand a thought over: vLLM and OpenRouter, SGLang and DeepSeek, Ollama."""
@@ -118,11 +119,6 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
     )
 
 
-def cut(text: str) -> str:
-    """The beginning of a text that a reason repeats."""
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
-
-
 # --- private -------------------------------------------------------------------------------------
 
 Token = tuple[str, Candidates]
@@ -130,8 +126,13 @@ Token = tuple[str, Candidates]
 
 
 def _token(found: Mapping[str, Any]) -> Token:
-    listed = found.get("top_logprobs") or [found]
-    return str(found["token"]), tuple((str(one["token"]), _logprob(one["logprob"])) for one in listed)
+    """The chosen token stands first where it is less likely than all that are listed; one listed twice is one."""
+    chosen = str(found["token"]), _logprob(found.get("logprob"))
+    listed = [(str(one["token"]), _logprob(one["logprob"])) for one in found.get("top_logprobs") or ()]
+    is_apart = UNKNOWN < chosen[1] < min((logprob for _, logprob in listed), default=math.inf)
+    if not listed or (is_apart and chosen[0] not in (token for token, _ in listed)):
+        listed.insert(0, chosen)
+    return chosen[0], tuple(dict.fromkeys(listed))
 
 
 def _logprob(value: Any) -> float:
@@ -144,8 +145,10 @@ def _candidates(tokens: list[Token], text: str, thought: str) -> Candidates:
     answer = without_thought(text)
     place: int | None = 0
     if answer:
+        chosen = [token for token, _ in tokens]
         is_thinking = bool(thought) or has_thought(text)
-        place = answer_begins([token for token, _ in tokens], answer, is_thinking)
+        is_of_thought = bool(thought) and end_with(chosen, thought)  # whose last word may be that of the answer
+        place = None if is_of_thought else answer_begins(chosen, answer, is_thinking)
     return tokens[place][1] if tokens and place is not None else ()
 
 

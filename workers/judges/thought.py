@@ -44,6 +44,20 @@ _IN_WORDS = (
 )
 """Thoughts that begin and end with words of the text. The words mean nothing in a text that begins otherwise."""
 
+_MARKS = (
+    "<think",
+    "<thought",
+    "<reasoning",
+    "<seed:think",
+    "<|channel|>",
+    "<|channel>",
+    "<|start",
+    "<|think",
+    "[think",
+    "◁think",
+)
+"""How the marks of a thought begin, for a first token that has only a part of one."""
+
 _BEGINNINGS = frozenset(
     ("so", "okay", "ok", "got", "let", "first", "alright", "hmm", "we", "wait", "thinking", "thought", "analysis")
 )
@@ -80,7 +94,8 @@ def has_thought(text: str) -> bool:
 def looks_like_thought(token: str) -> bool:
     """Whether a reply that begins with this token looks like one that begins with a thought."""
     bare = token.strip(" \t\r\n\u0120\u010a▁*,.:'\"“")
-    return has_thought(bare) or bare.startswith(("<", "[TH", "◁")) or bare.casefold() in _BEGINNINGS
+    is_part_of_mark = bare != "" and any(mark.startswith(bare.casefold()) for mark in _MARKS)
+    return has_thought(bare) or is_part_of_mark or bare.casefold() in _BEGINNINGS
 
 
 # --- private -------------------------------------------------------------------------------------

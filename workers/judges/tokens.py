@@ -59,6 +59,11 @@ def answer_begins(tokens: Sequence[str], answer: str, is_thinking: bool) -> int 
     return start
 
 
+def end_with(tokens: Sequence[str], text: str) -> bool:
+    """Whether a text is the last that the tokens say, white space aside."""
+    return _letters("".join(tokens)).endswith(_letters(text))
+
+
 # --- private -------------------------------------------------------------------------------------
 
 

@@ -195,4 +195,6 @@ def _what_to_do(reply: Reply) -> str:
     likeliest = sorted(reply.candidates, key=lambda candidate: -candidate[1])[:3]
     if reply.has_thought or any(looks_like_thought(token) for token, _ in likeliest):
         return HINT
+    if likeliest[0][0].startswith("token_id:"):
+        return "the server writes tokens as numbers; start it without --return-tokens-as-token-ids"
     return "ask a question that is answered by Yes or No in one word"
