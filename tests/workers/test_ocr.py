@@ -203,7 +203,10 @@ def test_a_character_is_readable_as_a_whole_or_piece_by_piece():
     from workers.models.ocr_texts import unreadable
 
     assert unreadable("½ ﬁ É", ["½", "f", "i", "É"]) == []
-    assert unreadable("½", ["1", "2"]) == ["\N{FRACTION SLASH}"]
+    assert unreadable("½", ["1", "2"]) == ["/"]
+    assert unreadable("⅓ T‑shirt", list("1/3Tshir-")) == [], (
+        "typographic hyphens and slashes are drawn as the plain ones"
+    )
     assert unreadable("m", ["\N{SQUARE MM}"]) == ["m"], "it writes two of them at once only"
     assert unreadable("e\u0301 x\u0302", ["é", "x"]) == ["\u0302"]
     assert unreadable("Straße", ["s", "t", "r", "a", "e"]) == []

@@ -14,6 +14,9 @@ from workers.models.quotations import quoted_text
 
 _NEEDS = 'metadata["text"] needs text, a number, or a list of one of these'
 
+_SAME_SIGN = str.maketrans({"‐": "-", "‒": "-", "⁄": "/"})
+"""Signs that are drawn as another is, and that readers write as that; U+2011 and ⅓ come to them under NFKC."""
+
 _EXACT = 1e15
 """Floats below it have all digits of their whole part."""
 
@@ -52,8 +55,9 @@ def target_texts(prompt: str, metadata: Mapping[str, Any]) -> list[str]:
 
 
 def comparable(text: str) -> str:
-    """The characters that are compared: NFKC, case folded, without white space and what is never drawn."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    """The characters that are compared: NFKC, case folded, one sign for each hyphen and slash, without white space and
+    what is never drawn."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_SAME_SIGN)
     return "".join(c for c in folded if not c.isspace() and not _is_invisible(c))
 
 
