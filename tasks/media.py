@@ -239,11 +239,17 @@ def to_waveform(audio: npt.NDArray[np.float32]) -> Any:
 
 def _check_pil(image: Image.Image, where: str, max_pixels: int) -> None:
     if image.mode not in (*EXACT_PIL_MODES, "RGBA"):
-        raise InvalidSampleError(
-            f"{where}: a PIL image of mode {image.mode!r} has no one RGB; convert it as it should look, "
-            'image.convert("RGB")'
-        )
+        raise InvalidSampleError(f"{where}: a PIL image of mode {image.mode!r} has no one RGB; {_as_rgb(image.mode)}")
     _check_area((image.height, image.width), where, max_pixels)
+
+
+def _as_rgb(mode: str) -> str:
+    """What to do with an image of a PIL mode that has no one RGB."""
+    if mode[-1:] in ("A", "a"):
+        return "paste it on the background that it should be seen on, a new RGB image"
+    if mode in ("I", "F") or mode.startswith("I;"):
+        return "scale its levels to 0..255 and make it RGB: convert() alone cuts them off at 255"
+    return 'convert it as it should look, image.convert("RGB")'
 
 
 def _check_area(height_width: tuple[int, int], where: str, max_pixels: int) -> None:
@@ -384,7 +390,7 @@ def _encode_pil(image: Image.Image, where: str) -> PixelsHWC:
     except Exception as error:  # decoders of files raise anything, AssertionError for a closed file
         reason = str(error) or f"{type(error).__name__}; was its file closed?"
         raise InvalidSampleError(f"{where}: the image cannot be read: {reason}") from None
-    if image.mode == "RGBA" or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         lowest_alpha = np.asarray(rgba)[..., 3].min()
         if lowest_alpha < 255:

@@ -275,11 +275,28 @@ def test_a_transparent_colour_of_an_rgb_file_is_refused_where_a_pixel_has_it():
     assert "transparent" in problem_of(image_with(tuple(int(v) for v in PIXELS[0, 0])))
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "I;16", "I", "F", "LAB", "YCbCr", "LA", "PA", "RGBa"])
-def test_modes_with_no_one_rgb_are_refused(mode):
-    message = problem_of(Image.new(mode, (4, 3)))
-    assert f"mode {mode!r}" in message
-    assert 'convert("RGB")' in message
+def test_a_palette_made_of_a_transparent_image_is_refused_as_that_image_is():
+    alpha = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    assert encode(alpha.quantize(4)).tolist() == [[[255, 0, 0]] * 4] * 4
+    alpha.putpixel((1, 1), (0, 255, 0, 0))
+    quantised = alpha.quantize(4)
+    assert "transparency" not in quantised.info
+    assert "alpha down to 0" in problem_of(quantised)
+
+
+@pytest.mark.parametrize(
+    ("modes", "advice"),
+    [
+        (("CMYK", "LAB", "YCbCr", "HSV"), 'image.convert("RGB")'),
+        (("I;16", "I", "F"), "scale its levels to 0..255"),  # convert() makes white of most of them
+        (("LA", "PA", "RGBa"), "paste it on the background"),  # convert() shows what is under the transparent
+    ],
+)
+def test_modes_with_no_one_rgb_are_refused_and_the_advice_is_for_that_mode(modes, advice):
+    for mode in modes:
+        message = problem_of(Image.new(mode, (4, 3)))
+        assert f"mode {mode!r}" in message
+        assert advice in message
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])

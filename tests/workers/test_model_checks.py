@@ -311,6 +311,16 @@ def test_the_activation_is_that_of_the_weights(cached, tmp_path, monkeypatch):  
     assert "ViT-B-32-quickgelu" in said
 
 
+def test_an_architecture_that_has_but_one_activation_is_not_refused_for_it(cached, tmp_path, monkeypatch):  # noqa: F811
+    assert open_clip.get_model_config("roberta-ViT-B-32")["quick_gelu"]
+    quick = {**ARCHITECTURE, "quick_gelu": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "roberta-ViT-B-32", quick)  # a smaller one of that name
+    folder = save_open_clip(tmp_path / "published", seed=32)
+    cached("laion/CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k", folder)
+    (said,) = load(**of_open_clip("roberta-ViT-B-32", pretrained="laion2b_s12b_b32k")).load_warnings
+    assert "'roberta-ViT-B-32' computes with QuickGELU" in said
+
+
 def test_a_file_of_weights_that_does_not_say_its_activation_is_recorded(open_clip_folder, monkeypatch):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", ARCHITECTURE)
     file = open_clip_folder / "open_clip_pytorch_model.bin"

@@ -76,10 +76,44 @@ def test_flow_grpos_way_finds_the_same_in_its_own_prompts():
         ("sign:'OPEN'.", "OPEN"),
         ('says"OPEN"', "OPEN"),
         ("an open \" mark and 'X'", "X"),
+        # words that begin or end with an apostrophe, within
+        ("a sign 'Class of '99' here", "Class of '99"),
+        ("a sign ‘Back to the ’80s’ in neon", "Back to the ’80s"),
+        ("a diner's 'Finger Lickin' Good' sign", "Finger Lickin' Good"),
+        ("a 'Cup o' Joe' mug", "Cup o' Joe"),
+        ("a sign 'Cabin' in the dogs' woods", "Cabin"),
+        ("cats rockin' 'n' rollin'", None),
+        ("jerseys '10' and '20'", "10"),
+        ("signs 'Kids' and '99'", "Kids"),
+        ("the '60s and '70s rockin' cats", None),
+        # marks typed as several characters, or as their likes
+        ("tabliczka ,,Otwarte'' i \"B\"", "Otwarte"),
+        ('ein Schild ,,Offen"', "Offen"),
+        ("un panneau <<Ouvert>>", "Ouvert"),
+        ("a sign ‘‘OPEN’’", "OPEN"),
+        ("a sign ``OPEN``", "OPEN"),
+        ("a sign '''OPEN'''", "OPEN"),
+        ('a sign """OPEN"""', "OPEN"),
+        ("it´s a sign ´OPEN´", "OPEN"),
+        ("a 12″×18″ print with ″HI″", "HI"),
+        ("5′ 10″ tall, 6′ 2″ tall", None),
+        ("a screen with `print('HI')`", "print('HI')"),
+        # prompts that are still what their file had
+        ("a sign &quot;Fish &amp; Chips&quot;", "Fish & Chips"),
+        ("a dog&#39;s bowl", None),
+        ('"A sign ""OPEN"" here"', "OPEN"),
+        ('"A sign \\"OPEN\\" here"', "OPEN"),
+        ('a sign \\\\"OPEN\\\\"', "OPEN"),
     ],
 )
 def test_what_is_quoted_is_what_a_person_would_say_is_quoted(prompt, target):
     assert given(Row(prompt, target)) == target
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("mark", ["'", '"', "“", "‘", "«", "‹", "`", "'''", ",,", "<<", "″", "the dogs' '90s "])
+def test_a_long_prompt_of_marks_that_do_not_close_is_read_all_the_same(mark):
+    given(Row(f"{mark}a " * 4001, None))
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class OpenClipTowers:
     ) -> None:
         name = open_clip_checks.plain_name(name)
         whence = _whence(name, pretrained, file_option)
-        with loading(*whence), without_initialising(), open_clip_checks.NothingResized(*whence):
+        with loading(*whence) as heard, without_initialising(), open_clip_checks.NothingResized(*whence):
             open_clip_checks.check_name(name, pretrained, file_option)
             self._model = open_clip.create_model(
                 name,
@@ -122,6 +122,7 @@ class OpenClipTowers:
             config = open_clip.get_model_preprocess_cfg(self._model)
             self.preprocessing = clip_pixels.of_open_clip(config, backend)
             self._tokenizer = open_clip.get_tokenizer(name)
+            heard[:] = [one for one in heard if "QuickGELU mismatch" not in one.text]  # check_name has looked at it
         take_special_tokens_as_text(self._tokenizer)
         self._one_tokenises = threading.Lock()
         self._device = device

@@ -46,11 +46,12 @@ class OCR(PointwiseRewardModel):
     """Text rendering as in Flow-GRPO: `1 - min(d, n) / n`, in [0, 1].
 
     `d` is the Levenshtein distance between the text asked for and the text that RapidOCR reads (its lines in reading
-    order), `n` the length of the text asked for, both NFKC-normalised and case-folded, without white space; 1 where the
-    text read contains the text asked for. The target is `metadata["text"]` (text, a number, or a list of one), else
-    what the prompt quotes first (`workers.models.quotations`); without one the sample is `invalid`, and so is a target
-    with a character that the loaded recognition model cannot write. Several texts are `invalid`, or with
-    `several_texts: mean` the mean over them. A video's reward is the mean over its frames. Version 2.
+    order), `n` the length of the text asked for, both NFKC-normalised and case-folded, typographic signs as the plain
+    ones, without white space; 1 where the text read contains the text asked for. The target is `metadata["text"]`
+    (text, a number, or a list of one), else what the prompt quotes first (`workers.models.quotations`); without one the
+    sample is `invalid`, and so is a target with a character that the loaded recognition model cannot write. Several
+    texts are `invalid`, or with `several_texts: mean` the mean over them. A video's reward is the mean over its frames.
+    Version 2.
     """
 
     required_fields = ("prompt",)

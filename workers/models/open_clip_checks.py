@@ -163,6 +163,9 @@ def _check_activation(option: str, name: str, is_quick: bool, weights: str, tag:
         return
     other = f"{name}{QUICK}" if needs_quick else name.removesuffix(QUICK)
     words = {True: "QuickGELU", False: "GELU"}
+    if other == name:  # of an architecture that has but this activation, roberta-ViT-B-32, its table leaves it out
+        note(f"{name!r} computes with {words[is_quick]}, which open_clip's table does not say of {weights}")
+        return
     advice = (
         f"write model_name_or_path: {other}"
         if other in open_clip.list_models()

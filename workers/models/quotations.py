@@ -6,6 +6,7 @@ Double marks go before single ones wherever they stand, since a single one may b
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ DOUBLE_MARKS = {
 }  # fmt: skip
 """Opening marks, and what closes each; of every language, also where it uses another's closing mark to open."""
 
-SINGLE_MARKS = {"'": "'", "‘": "’'", "‚": "‘’", "’": "’", "‹": "›", "›": "‹›", "❛": "❜", "`": "`'"}
+SINGLE_MARKS = {"'": "'", "‘": "’'", "‚": "‘’", "’": "’", "‹": "›", "›": "‹›", "‛": "’'", "❛": "❜", "`": "`'"}
 
 _SLOPPY = {'"': "”", "“": '"“', "‟": '"', "„": '"', "‘": "‘"}
 """What else people close with, where the right mark does not come."""
@@ -34,18 +35,39 @@ _SHORTENED = re.compile(
 )
 """Years and words that begin with an apostrophe: '90s, 'tis, 'em."""
 
-_AND = re.compile(r"(?<=\w )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<=[a-z] )['‘’]N['’](?= [A-Z][a-z])")
+_AND = re.compile(r"(?<=[\w'’] )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<=[a-z] )['‘’]N['’](?= [A-Z][a-z])")
 """The 'n' of rock 'n' roll, in lower case as no quoted letter is, or in the case of its neighbours."""
 
-_SAME_MARK = str.maketrans({"＂": '"', "＇": "'"})
+_DROPS_LETTERS = re.compile(r"\b([a-z]{2,}in|o|ol|lil|an|th|wi)\Z", re.IGNORECASE)
+"""Words that end with an apostrophe: lickin', o', ol'."""
+
+_SAME_MARK = str.maketrans({"＂": '"', "＇": "'", "ʼ": "'", "´": "'"})
+
+_HTML_MARK = re.compile(
+    r"&(quot|apos|[lr][sd]quo|[bs]bquo|bdquo|[lr]aquo|#0*3[49]|#x0*2[27]|#0*82(16|17|20|21));", re.IGNORECASE
+)
+
+_WRITTEN_AS_SEVERAL = (
+    (re.compile(r'"""(?=\S)([^"]+)(?<=\S)"""'), '"'),
+    (re.compile(r"'''(?=\S)([^']+)(?<=\S)'''"), '"'),
+    (re.compile(r"(?<!`)`{2,3}(?=\S)([^`]+?)(?<=\S)(?:`{2,3}|'')", re.DOTALL), '"'),
+    (re.compile(r"(?<!')''(?=\S)([^']+?)(?<=\S)''(?!')"), '"'),
+    (re.compile(r'(?<!")""(?=[^\s"])([^"]*[^\s"])""(?!")'), '"'),
+    (re.compile(r"‘‘(?=\S)([^‘]+?)(?<=\S)’’"), '"'),
+    (re.compile(r"(?<![,\w]),,(?=[^\s,])((?:(?!,,)[^\"“”])+?)(?:''|``|[\"“”])"), '"'),
+    (re.compile(r"(?<![\d′])[″ʺ](?=\S)([^″ʺ]+)[″ʺ]"), '"'),
+    (re.compile(r"(?<!<)<<\s*([^<>]+?)\s*>>(?!>)"), "«»"),
+)
+"""Quotations whose marks are typed as several characters, or as primes, and the marks they stand for."""
 
 
 def quoted_text(prompt: str) -> str | None:
     """The text of the first quotation, None where there is none or it is blank.
 
     A mark after a number is inches, feet or an apostrophe, and so is one within a word, at the end of a plural
-    (`the dogs' bowls`) and before a shortened word (`'90s`). Marks may be escaped (`\\"`), doubled (`""OPEN""`) or
-    those of TeX; a quotation within a quotation is part of it.
+    (`the dogs' bowls`) and before a shortened word (`'90s`). Marks may be escaped (`\\"`, `&quot;`), doubled
+    (`""OPEN""`), those of TeX, or typed as several characters (`,,OPEN''`, `<<OPEN>>`); a quotation within a quotation
+    is part of it.
     """
     text = _plain_marks(prompt)
     for quotation in (*_double(text), *_single(text)):
@@ -56,12 +78,23 @@ def quoted_text(prompt: str) -> str | None:
 
 def _plain_marks(prompt: str) -> str:
     """The prompt with one character for each mark."""
-    text = prompt.translate(_SAME_MARK).replace("\\'", "'")
+    text = _unescaped(prompt).translate(_SAME_MARK).replace("\\'", "'")
     if text.count('"') == text.count('\\"'):
-        text = text.replace('\\"', '"')
-    text = re.sub(r"``(.+?)''", r'"\1"', text, flags=re.DOTALL)
-    text = re.sub(r"(?<!')''(?=\S)([^']+?)(?<=\S)''(?!')", r'"\1"', text)
-    return re.sub(r'(?<!")""(?=[^\s"])([^"]*[^\s"])""(?!")', r'"\1"', text)
+        text = re.sub(r'\\+"', '"', text)
+    for quotation, marks in _WRITTEN_AS_SEVERAL:
+        text = quotation.sub(rf"{marks[0]}\1{marks[-1]}", text)
+    return text
+
+
+def _unescaped(prompt: str) -> str:
+    """The prompt itself, of one that still is a field of a CSV file, a string of JSON, or HTML."""
+    text = prompt.strip()
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        inside = text[1:-1]
+        for escaped in ('\\"', '""'):
+            if escaped in inside and '"' not in inside.replace(escaped, ""):
+                return inside.replace(escaped, '"')
+    return html.unescape(prompt) if _HTML_MARK.search(prompt) else prompt
 
 
 # --- double marks --------------------------------------------------------------------------------
@@ -93,6 +126,8 @@ def _opens_double(text: str, at: int) -> bool:
 def _end(text: str, start: int, closing: str) -> int | None:
     """Where the quotation that begins at `start` ends."""
     mark = text[start]
+    if not any(character in text[start + 1 :] for character in closing + _SLOPPY.get(mark, "")):
+        return None
     depth = 1
     for at in range(start + 1, len(text)):
         if text[at] in closing and not (text[at] == '"' and text[at - 1] == "\\"):
@@ -135,17 +170,35 @@ def _opens_single(text: str, at: int) -> bool:
 
 def _end_of_word(text: str, start: int, closing: str) -> int | None:
     """Where a quotation ends whose marks may be apostrophes as well."""
-    next_opening = next((at for at in range(start + 1, len(text)) if _opens_another(text, start, at)), len(text))
-    ends = [at for at in range(start + 2, next_opening) if text[at] in closing and _closes_single(text, at)]
+    next_opening, ends = _ends_before_another(text, start, closing, may_be_shortened=False)
+    if not ends and not _SHORTENED.match(text, start + 1):  # 'Class of '99'
+        next_opening, ends = _ends_before_another(text, start, closing, may_be_shortened=True)
+    ends = [at for at in ends if text[at] == text[start] == "`"] or ends  # `print('HI')`
     if not ends:
         return None
     first, sure = ends[0], [at for at in ends if not _may_be_apostrophe(text, at)]
     if _SHORTENED.match(text, start + 1):  # its mark may be an apostrophe
-        is_whole = next_opening == len(text) and (first in sure or " " not in text[start:first])
+        is_one_word = " " not in text[start:first]
+        is_whole = is_one_word or (next_opening == len(text) and first in sure)
         return first if is_whole and not _ends_a_plural(text, first) else None
     if text[start] == "’" and first not in sure:
         return None
-    return sure[0] if _ends_a_plural(text, first) and sure else first
+    return sure[0] if sure and (_ends_a_plural(text, first) or _drops_letters(text, first)) else first
+
+
+def _ends_before_another(text: str, start: int, closing: str, *, may_be_shortened: bool) -> tuple[int, list[int]]:
+    """Where the next quotation begins, and where before it this one can end.
+
+    Args:
+        may_be_shortened: A mark before a shortened word is its apostrophe, and begins no quotation.
+    """
+    others = (at for at in range(start + 1, len(text)) if _opens_another(text, start, at))
+    if may_be_shortened:
+        others = (at for at in others if not _SHORTENED.match(text, at + 1))
+    next_opening = next(others, len(text))
+    return next_opening, [
+        at for at in range(start + 2, next_opening) if text[at] in closing and _closes_single(text, at)
+    ]
 
 
 def _opens_another(text: str, start: int, at: int) -> bool:
@@ -159,13 +212,22 @@ def _closes_single(text: str, at: int) -> bool:
 
 
 def _may_be_apostrophe(text: str, at: int) -> bool:
-    """Whether the mark behind a word may be of a plural, or of feet."""
-    return _ends_a_plural(text, at) or _is_number(text[at - 1])
+    """Whether the mark behind a word may be of a plural, of dropped letters, or of feet."""
+    return _ends_a_plural(text, at) or _drops_letters(text, at) or _is_number(text[at - 1])
 
 
 def _ends_a_plural(text: str, at: int) -> bool:
     """Whether the mark may be the apostrophe of `the dogs' bowls`."""
     return text[at - 1] in "sS" and text[at + 1 : at + 2] == " " and text[at + 2 : at + 3].isalpha()
+
+
+def _drops_letters(text: str, at: int) -> bool:
+    """Whether the mark may be the apostrophe of `finger lickin' good`."""
+    return (
+        text[at + 1 : at + 2] == " "
+        and text[at + 2 : at + 3].isalpha()
+        and _DROPS_LETTERS.search(text[:at]) is not None
+    )
 
 
 # --- characters ----------------------------------------------------------------------------------
