@@ -147,7 +147,10 @@ def _split(specs: Sequence[RewardSpec]) -> tuple[list[RewardSpec], list[RewardSp
     kept, tried = [], []
     for spec in specs:
         if spec.counts_launch:
-            log.warning("not preloaded reward=%s reason=it has no version", spec.reward_model)
+            log.warning(
+                "tried, then let go reward=%s reason=no `version:` in its YAML: each start of a trainer loads it anew",
+                spec.reward_model,
+            )
             tried.append(spec)
         else:
             kept.append(spec)

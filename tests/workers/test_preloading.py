@@ -69,7 +69,7 @@ def test_models_of_other_queues_are_left_out():
 
 def test_a_class_without_a_version_is_left_out_since_each_launch_has_its_own(caplog):
     assert names("my_rewards.Mine") == []
-    assert "not preloaded reward=my_rewards.Mine" in caplog.text
+    assert "tried, then let go reward=my_rewards.Mine reason=no `version:` in its YAML" in caplog.text
 
 
 def test_what_is_wrong_is_said():
@@ -160,7 +160,7 @@ def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_p
     entry = {"reward_model": "needs_its_own.Mine", "version": "1"}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules="needs_its_own", preload=str(tmp_path / "rewards.yaml"))
-    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: not imported by workers"):
+    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: no worker imports what"):
         preload(settings, ["gpu"], Models(settings))
 
 
