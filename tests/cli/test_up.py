@@ -115,6 +115,7 @@ def test_a_worker_that_was_started_again_dies_with_a_killed_up_as_well(rewardq, 
     killed = next(pid for pid in before if command_of(pid)[-1] == "gpu")
     os.kill(killed, signal.SIGKILL)
     run.wait_for("worker-gpu ended by itself (SIGKILL); starting it again")
+    run.wait_for("worker-gpu is ready again (pid ")
     wait_until(lambda: len(worker_commands(run)) == 2, 20, lambda: run.output)
     after = run.children()
     assert killed not in after
