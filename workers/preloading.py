@@ -148,7 +148,7 @@ def _split(specs: Sequence[RewardSpec]) -> tuple[list[RewardSpec], list[RewardSp
     for spec in specs:
         if spec.counts_launch:
             log.warning(
-                "tried, then let go reward=%s reason=no `version:` in its YAML: each start of a trainer loads it anew",
+                "tried and not kept reward=%s: it has no version, and is loaded anew for each start of a trainer",
                 spec.reward_model,
             )
             tried.append(spec)

@@ -69,7 +69,7 @@ def test_models_of_other_queues_are_left_out():
 
 def test_a_class_without_a_version_is_left_out_since_each_launch_has_its_own(caplog):
     assert names("my_rewards.Mine") == []
-    assert "tried, then let go reward=my_rewards.Mine reason=no `version:` in its YAML" in caplog.text
+    assert "tried and not kept reward=my_rewards.Mine: it has no version" in caplog.text
 
 
 def test_what_is_wrong_is_said():
