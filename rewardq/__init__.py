@@ -7,6 +7,7 @@ it, a reward class does not load the trainer's, and neither loads torch.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,10 @@ def __dir__() -> list[str]:
 
 
 def _check_whose(package: str) -> None:
-    """Raise ImportError if a module of the user's comes before our package of this name."""
+    """Raise ImportError if a module of the user's comes before our package of this name. It is not run for that."""
     ours = Path(__file__).parents[1] / package
-    file = getattr(importlib.import_module(package), "__file__", None)
+    spec = importlib.util.find_spec(package)
+    file = spec.origin if spec else None
     if Path(file or "").resolve().parent != ours.resolve():
         raise ImportError(
             f"the module `{package}` imported here is {file or 'a folder without __init__.py'}, not rewardq's package "

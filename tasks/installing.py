@@ -45,6 +45,8 @@ def _of_origin(origin: dict[str, Any], extra: str) -> list[str]:
     """By what pip has noted (PEP 610): a folder, a file, an archive, a repository; nothing if that is gone."""
     url = origin["url"]
     if "vcs_info" in origin:
+        if url.startswith("file:"):  # pip before 24 takes no `name @ git+file:///...`
+            return []
         vcs = origin["vcs_info"]
         folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
         return [f"{NAME}[{extra}] @ {vcs['vcs']}+{url}@{vcs['commit_id']}{folder}"]

@@ -53,10 +53,11 @@ def warning(folder: Path) -> str | None:
     found = namesakes(folder)
     if not found:
         return None
-    files, names = ", ".join(map(str, found)), ", ".join(f"`{path.stem}`" for path in found)
+    files = ", ".join(map(str, found))
+    names = " and ".join(f"`import {name}`" for name in dict.fromkeys(path.stem for path in found))
     return (
-        f"{files}: not imported by workers, where {names} is rewardq's own. "
-        "A reward class that imports it needs it under another name."
+        f"{files}: no worker imports what lies there. In a worker {names} means rewardq's own package. "
+        "If a reward class of yours needs it, rename it."
     )
 
 

@@ -130,6 +130,15 @@ def test_the_facade_names_a_module_of_the_users_under_our_name(name, shadow, tmp
     assert str(file) in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("name", "package"), [("RewardClient", "trainer_client"), ("Unscored", "workers")])
+def test_the_facade_does_not_run_what_it_finds_under_our_name(name, package, tmp_path):
+    file = tmp_path / f"{package}.py"
+    file.write_text("raise RuntimeError('a script of mine')")
+    done = run_python("-c", f"from rewardq import {name}", cwd=tmp_path)
+    assert f"ImportError: the module `{package}` imported here is {file}, " in done.stderr
+    assert "a script of mine" not in done.stderr
+
+
 def test_an_editable_install_puts_the_packages_on_the_path_and_nothing_else():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     tops = {name for name in config["packages"] if "." not in name}

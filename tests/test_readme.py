@@ -35,8 +35,14 @@ def test_the_snippet_runs_against_a_worker_started_from_another_directory(worker
     assert all(float(n) < 0 for n in numbers[:16])
 
 
+def test_the_rewards_file_of_the_first_commands_is_the_snippets_config():
+    line = next(line for line in blocks("sh")[1].splitlines() if line.startswith("echo "))
+    written = yaml.safe_load(shlex.split(line)[1])
+    assert f"config = {written}".replace("'", '"') in blocks("python")[0]
+
+
 def test_the_worker_commands_are_those_the_tests_start():
-    commands = [shlex.split(line, comments=True) for line in blocks("sh")[1].splitlines()]
+    commands = [shlex.split(line, comments=True) for line in blocks("sh")[2].splitlines()]
     assert commands[0] == ["celery", "-A", "tasks", "worker", "-Q", "gpu"]
     assert commands[1] == ["celery", "-A", "tasks", "worker", "-Q", "vlm", "--concurrency", "32"]
     assert WorkerProcess.command("gpu", None)[2:] == commands[0]
@@ -55,7 +61,8 @@ def test_the_reward_class_runs_in_a_worker_that_may_import_it(workers, settings,
     (tmp_path / "my_rewards.py").write_text(blocks("python")[1])
     workers("gpu", env={"REWARDQ_MODULES": "my_rewards", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])})
     gray, black = Image.new("RGB", (4, 4), (51, 51, 51)), Image.new("RGB", (4, 4))
-    config = {"rewards": {"reward_model": "my_rewards.Brightness", "required_fields": ["image"]}}
+    config = yaml.safe_load(blocks("yaml")[1])
+    config["rewards"][0]["required_fields"] = ["image"]  # the class is not beside this trainer
     with RewardClient.from_dict(config, "readme", settings=settings) as client:
         client.submit([Sample(image=gray), Sample(image=black)])
         batch = client.collect(timeout_s=60, on_failure="nan")

@@ -115,6 +115,7 @@ def test_a_worker_that_was_started_again_dies_with_a_killed_up_as_well(rewardq, 
     killed = next(pid for pid in before if command_of(pid)[-1] == "gpu")
     os.kill(killed, signal.SIGKILL)
     run.wait_for("worker-gpu ended by itself (SIGKILL); starting it again")
+    run.wait_for("worker-gpu is ready again (pid ")
     wait_until(lambda: len(worker_commands(run)) == 2, 20, lambda: run.output)
     after = run.children()
     assert killed not in after
@@ -140,7 +141,7 @@ def test_a_worker_whose_model_hangs_is_replaced_and_the_next_step_is_scored(rewa
         assert_rewards(client.collect(timeout_s=60), range(10, 14), "reward")
 
 
-BRIGHT = """
+VALUED = """
 from workers import PointwiseRewardModel
 
 
@@ -155,13 +156,13 @@ class Bright(PointwiseRewardModel):
 def test_an_edited_class_is_scored_anew_by_a_worker_that_is_started_again_at_once(rewardq, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "rewards.yaml").write_text("rewards: {reward_model: bright.Bright, name: bright, version: '1'}")
-    (tmp_path / "bright.py").write_text(BRIGHT.format(1.0))
+    (tmp_path / "bright.py").write_text(VALUED.format(1.0))
     run = rewardq("up", "rewards.yaml", env={"REWARDQ_MODULES": "bright", "PYTHONPATH": str(ROOT)})
     run.wait_for("Ready.")
     settings = load_settings(broker_url=re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1])
     time.sleep(SETTLED_S)
     for value in (1.0, 2.0):
-        (tmp_path / "bright.py").write_text(BRIGHT.format(value))
+        (tmp_path / "bright.py").write_text(VALUED.format(value))
         with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
             client.submit(samples_of(range(3)))
             assert client.collect(timeout_s=60).rewards["bright"].tolist() == [value] * 3
@@ -258,7 +259,7 @@ def test_a_class_of_the_folder_is_scored_though_the_folder_has_modules_of_our_na
     run = rewardq("up", "rewards.yaml", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     run.wait_for("Ready.")
     assert "REWARDQ_MODULES=own (own as rewards.yaml names it)" in run.output
-    assert f"{tmp_path / 'tasks.py'}, {tmp_path / 'trainer_client'}, {tmp_path / 'workers'}: not imported" in run.output
+    assert f"{tmp_path / 'trainer_client'}, {tmp_path / 'workers'}: no worker imports what lies there" in run.output
     settings = load_settings(broker_url=re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1])
     with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
         client.submit([Sample(prompt="a")])

@@ -60,7 +60,8 @@ def test_it_scores_beside_packages_of_our_names(start, settings, tmp_path, comma
         assert client.collect(timeout_s=60).rewards["code"].tolist() == [7.0]
     if command is OurWorker:
         assert f"rewardq worker: {tmp_path / 'tasks.py'}, " in worker.log_text
-        assert "A reward class that imports it needs it under another name" in worker.log_text
+        names = "`import tasks` and `import trainer_client` and `import workers`"
+        assert f"In a worker {names} means rewardq's own package. " in worker.log_text
 
 
 def test_it_is_the_process_that_was_started_and_named_after_its_queue(start):

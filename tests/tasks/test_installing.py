@@ -84,6 +84,11 @@ def test_a_repository_or_an_archive_is_named_as_it_was_installed(command_of, ori
     assert command_of(origin)[4:] == [requirement]
 
 
+def test_a_repository_on_this_disk_is_no_requirement_for_older_pips(command_of):
+    origin = {"url": "file:///my/clone", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    assert command_of(origin)[4:] == ["openai>=1.60"]
+
+
 def test_a_wheel_that_is_still_there_is_named(command_of, tmp_path):
     wheel = tmp_path / "rewardq-9.9-py3-none-any.whl"
     wheel.touch()

@@ -185,7 +185,7 @@ def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_p
     entry = {"reward_model": "needs_its_own.Mine", "version": "1"}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules="needs_its_own", preload=str(tmp_path / "rewards.yaml"))
-    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: not imported by workers"):
+    with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: no worker imports what"):
         preload(settings, ["gpu"], Models(settings))
 
 

@@ -1,4 +1,7 @@
-"""When `rewardq up` is ready: each worker has loaded its rewards, and the judges and reward servers answer."""
+"""When `rewardq up` is ready: each worker has loaded its rewards, and the judges and reward servers answer.
+
+Later, which worker that was started again is ready again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from tasks.celery_app import make_app, outcomes_of
 from tasks.connections import LOST
@@ -62,13 +66,35 @@ def wait_until_ready(
         app.close()
 
 
+def tell_who_is_back(fleet: Fleet, settings: Settings, say: Callable[[str], None]) -> NoReturn:
+    """Say of each worker that was started again when it serves again; goes on until it is interrupted."""
+    app = make_app(settings)
+    try:
+        outcomes = outcomes_of(app)
+        ready = {child.name: child.pid for child in _workers(fleet)}
+        while True:
+            time.sleep(POLL_S)
+            others = [child for child in _workers(fleet) if child.pid != ready[child.name]]
+            beats = _beats(outcomes) if others else {}
+            for child in others:
+                if _serves(beats.get((child.pid, platform.node()))):
+                    ready[child.name] = child.pid
+                    say(f"{child.name} is ready again (pid {child.pid})")
+    finally:
+        app.close()
+
+
+def _workers(fleet: Fleet) -> list[Child]:
+    return [child for child in fleet.children if not child.is_server]
+
+
 def _wait(
     fleet: Fleet, outcomes: Outcomes, names: Mapping[str, str], lines: Lines, wait_s: float, servers: bool
 ) -> tuple[str, ...]:
     deadline = lines.started_at + wait_s
     while True:
         beats = _beats(outcomes)
-        workers = [child for child in fleet.children if not child.is_server]
+        workers = _workers(fleet)
         found = {child.name: beats.get((child.pid, platform.node())) for child in workers}
         _check_alive(workers, found, lines.started_at)
         for child in workers:

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings, load_settings, without_password
 from tasks.shadows import warning
 from trainer_client.cli.processes import Fleet, stop_signals, worker_command
-from trainer_client.cli.readiness import wait_until_ready
+from trainer_client.cli.readiness import tell_who_is_back, wait_until_ready
 
 BROKER_URL, MODULES, PRELOAD = "REWARDQ_BROKER_URL", "REWARDQ_MODULES", "REWARDQ_PRELOAD"
 GPUS = "CUDA_VISIBLE_DEVICES"
@@ -88,7 +87,7 @@ def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int, wait_s: floa
                 _start_workers(fleet, plan, url)
                 _show(console, fleet, plan, url, started_redis=not given_url)
                 _wait(console, fleet, plan, url, wait_s, no_wait)
-                threading.Event().wait()
+                tell_who_is_back(fleet, load_settings(broker_url=url), say)
             except KeyboardInterrupt:
                 say("stopping the workers; Ctrl-C again kills them")
     except KeyboardInterrupt:
