@@ -18,7 +18,7 @@ from celery.signals import celeryd_init, import_modules
 
 from tasks.catalog import GPU
 from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S, for_sentinels
-from tasks.errors import ServerUrlError, SettingsError
+from tasks.errors import SettingsError
 from tasks.outcomes import Outcomes
 from tasks.settings import Settings, load_settings
 from tasks.shadows import load_ours
@@ -95,17 +95,14 @@ if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unl
 def _settings_of_process() -> Settings:
     """From the environment. Under a command a wrong variable ends the process with its reason, without a traceback.
 
-    One that is a URL ends it with EX_CONFIG, as what a server refuses does: a supervisor is not to try again.
+    The status is EX_CONFIG, as where a server refuses: a supervisor is not to try again.
     """
     try:
         return load_settings()
     except SettingsError as error:
         if {"celery", "rewardq"}.isdisjoint(Path(sys.argv[0]).parts[-2:]):
             raise
-        words = f"{Path(sys.argv[0]).name}: {error}"
-        if not isinstance(error, ServerUrlError):
-            raise SystemExit(words) from None
-        sys.stderr.write(f"{words}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         raise SystemExit(os.EX_CONFIG) from None
 
 

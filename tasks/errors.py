@@ -2,7 +2,6 @@
 
 RewardError
 |-- SettingsError           the operator's: a REWARDQ_* variable is unknown or wrong; nothing was started
-|   `-- ServerUrlError      the operator's: a URL leads to no Redis, or to another than it seems to
 |-- ConfigError             the caller's: a rewards block is wrong; nothing was sent
 |   |-- UnknownRewardError  no reward model of that name; names the nearest
 |   `-- UnknownOptionError  a built-in has no such option; names the nearest
@@ -48,10 +47,6 @@ class RewardError(Exception):
 
 class SettingsError(RewardError, ValueError):
     """A `REWARDQ_*` variable is unknown or has a wrong value."""
-
-
-class ServerUrlError(SettingsError):
-    """A `REWARDQ_*_URL` leads to no Redis, or to another than it seems to; says which part is wrong."""
 
 
 class ConfigError(RewardError, ValueError):

@@ -121,7 +121,9 @@ def _say_what_is_near(path: str, beside: Mapping[str, Any], where: str) -> None:
 def check_blocks(config: Mapping[Any, Any]) -> None:
     """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
     if "rewards" not in config:
-        raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}")
+        near = next((str(key) for key in config if misspelt(str(key), ("rewards",))), None)
+        hint = f"; is {near!r} meant to be 'rewards'?" if near else ""
+        raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}{hint}")
     for key, block in config.items():
         meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
         if meant is not None and _has_rewards(block):

@@ -24,6 +24,7 @@ from tasks.reward_keys import KEYS, check_blocks, check_not_built, check_own_opt
 from tasks.source.class_names import check_class
 from tasks.source.code import Code, code_of, digest_of
 from tasks.source.declared import Declared, declared_by
+from tasks.source.modules import why_not_read
 
 log = logging.getLogger(__name__)
 
@@ -475,7 +476,7 @@ def with_numbers(fields: tuple[str, ...]) -> tuple[str, ...]:
 def _queue_of(declared: Declared | None, path: str, where: str) -> str:
     """The queue that a class names, or the usual one."""
     if declared is None:
-        _say_queue_is_taken(path, "its source is not here, or is no Python of this version")
+        _say_queue_is_taken(path, why_not_read(path.rpartition(".")[0]))
         return catalog.GPU
     if not declared.unread_queue:
         return declared.queue or catalog.GPU

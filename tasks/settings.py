@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tasks.errors import ServerUrlError, SettingsError, nearest
+from tasks.errors import SettingsError, nearest
 from tasks.redis_urls import has_known_scheme, several_urls, tidied, what_is_wrong
 
 PREFIX = "REWARDQ_"
@@ -168,7 +168,6 @@ def load_settings(**given: Any) -> Settings:
 
     Raises:
         SettingsError: A `REWARDQ_*` variable is unknown (the nearest is named) or its value is wrong.
-        ServerUrlError: The wrong value is a URL.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in os.environ.items():
@@ -177,9 +176,7 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [_line(one) for one in error.errors()]
-        is_url = any(str(e["loc"][-1]).lower().endswith("_url") for e in error.errors() if e["loc"])
-        raise (ServerUrlError if is_url else SettingsError)("; ".join(lines)) from None
+        raise SettingsError("; ".join(_line(one) for one in error.errors())) from None
 
 
 def _is_another_ones(name: str, value: str) -> bool:

@@ -39,5 +39,7 @@ def _words(reward: str, num_scored: int, failed: Counter[str] | None) -> str:
     words = f"{reward} {num_scored} scored"
     if not failed:
         return words
+    if set(failed) == {"failed"}:
+        return f"{words}, {failed.total()} failed"
     kinds = ", ".join(f"{num} {kind}" for kind, num in failed.most_common())
     return f"{words}, {failed.total()} failed ({kinds})"

@@ -63,8 +63,8 @@ def error_for_rate(summary: Summary, max_failure_rate: float, batch: RewardBatch
         return None
     where = f" of all ranks' {summary.num_samples} samples" if summary.num_samples != len(batch) else ""
     rate = (
-        f"{summary.failure_rate:.1%} failed{where}, more than max_failure_rate={max_failure_rate:.1%} "
-        "(give RewardClient another; 1.0 stops at nothing)"
+        f"{summary.failure_rate:.1%} failed{where}, more than max_failure_rate={max_failure_rate:g} allows "
+        "(RewardClient(max_failure_rate=1.0) never stops for it)"
     )
     return ScoringError(f"{rate}\n{batch.describe_failures() or failure_words(summary)}", batch)
 

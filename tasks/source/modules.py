@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -64,6 +65,21 @@ def module_of(name: str) -> Module | None:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return None
     return Module(name, file.is_package, tree)
+
+
+def why_not_read(name: str) -> str:
+    """Why `module_of` finds nothing, for people: no source, or where it is no Python of this version."""
+    file = find_source(name)
+    if file is None:
+        return "its source is not here"
+    try:
+        parse(file.path.read_bytes())
+    except SyntaxError as error:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"{file.path}, line {error.lineno}, is no Python {version}: {error.msg}"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file.path}: {type(error).__name__}: {error}"
+    return "it changed meanwhile"
 
 
 def bound_by(statement: ast.AST) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from tasks.celery_app import make_app, outcomes_of
 from tasks.connections import connect
-from tasks.errors import ServerUrlError
+from tasks.errors import SettingsError
 from tasks.settings import load_settings
 from tests.servers import ROOT, clean_env
 
@@ -52,7 +52,7 @@ WRONG = [
 def test_a_url_with_a_wrong_part_is_refused_with_its_variable_and_without_its_password(
     role: str, url: str, words: str
 ) -> None:
-    with pytest.raises(ServerUrlError) as caught:
+    with pytest.raises(SettingsError) as caught:
         load_settings(**{role: url})
     said = str(caught.value)
     assert said.startswith(f"REWARDQ_{role.upper()}: ")
@@ -65,14 +65,14 @@ def test_a_url_with_a_wrong_part_is_refused_with_its_variable_and_without_its_pa
 )
 def test_options_that_celery_cannot_take_are_refused_for_the_broker_only(option: str) -> None:
     name = option.partition("=")[0]
-    with pytest.raises(ServerUrlError, match=f"REWARDQ_BROKER_URL: .*it can have no option {name}") as caught:
+    with pytest.raises(SettingsError, match=f"REWARDQ_BROKER_URL: .*it can have no option {name}") as caught:
         load_settings(broker_url=f"redis://host:6379/0?{option}")
     assert SECRET not in str(caught.value)
     assert load_settings(result_url=f"redis://host:6379/0?{option}").results.endswith(option)
 
 
 def test_an_option_with_a_wrong_value_is_refused() -> None:
-    with pytest.raises(ServerUrlError, match="its option socket_timeout cannot be 'soon'"):
+    with pytest.raises(SettingsError, match="its option socket_timeout cannot be 'soon'"):
         load_settings(payload_url="redis://host:6379/0?socket_timeout=soon")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -189,7 +190,7 @@ def test_settings_cannot_be_changed():
 def test_a_command_with_a_wrong_variable_says_so_in_a_line(command):
     env = {**clean_env(), "REWARDQ_BROKR_URL": "redis://localhost"}
     ended = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
+    assert ended.returncode == os.EX_CONFIG
     assert "unknown variable REWARDQ_BROKR_URL (did you mean 'REWARDQ_BROKER_URL'?)" in ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -36,7 +36,11 @@ def test_a_line_has_each_reward_and_what_failed_by_kind_and_no_reason() -> None:
     tally.count("OCR", [SCORED] * 480)
     tally.count("looks_good", [failed("timeout")])
     tally.count("OCR", [failed("invalid"), failed("timeout"), failed("invalid")])
-    assert tally.take() == "OCR 480 scored, 3 failed (2 invalid, 1 timeout); looks_good 0 scored, 1 failed (1 timeout)"
+    tally.count("mine", [failed("failed"), SCORED])
+    assert tally.take() == (
+        "OCR 480 scored, 3 failed (2 invalid, 1 timeout); mine 1 scored, 1 failed; "
+        "looks_good 0 scored, 1 failed (1 timeout)"
+    )
     assert tally.take() == ""
 
 
