@@ -56,6 +56,7 @@ class Site:
     def client(self, model: str = "my_rewards.Constant", version: str = "1", **options: Any) -> RewardClient:
         reward = {"name": "own", "reward_model": model, "version": version, "required_fields": ["prompt"]}
         reward["batch_size"] = options.pop("batch_size", 16)
+        options.setdefault("max_failure_rate", 1.0)  # where a sample fails here, all do
         return RewardClient.from_dict({"rewards": reward}, "run", settings=self.settings, **options)
 
     def score(self, model: str = "my_rewards.Constant", version: str = "1", num: int = 2, **options: Any) -> Any:
