@@ -102,8 +102,8 @@ def numbers_of(sample: Sample, reward: RewardSpec) -> dict[str, float]:
 
 def identity_of(sample: Sample, reward: RewardSpec) -> dict[str, Any]:
     """What of `sample`, beside prompt, media and metadata, makes its reward another."""
-    withheld = [name for name in beside(sample, reward).withheld if name not in NUMBER_FIELDS]
-    return {**numbers_of(sample, reward), **({"withheld": withheld} if withheld else {})}
+    withheld = beside(sample, reward).withheld
+    return {**numbers_of(sample, reward), **({"withheld": list(withheld)} if withheld else {})}
 
 
 def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int) -> None:

@@ -120,7 +120,9 @@ class RewardClient:
             torchrun was given a --rdzv-id, or is --standalone) and its restart count; else new, on one rank.
         settings: Where the servers are; from REWARDQ_* variables unless given.
         max_failure_rate: A step of which a larger share of (sample, reward) pairs has no reward, over all ranks, raises
-            `ScoringError` whatever `on_failure` says; a half unless given, 1.0 never. Of a ticket its samples count.
+            `ScoringError`, whatever the rewards' `on_failure` says. 1.0 never raises; a share that is given here counts
+            in every call. Unless given it is 0.5, but for a `collect(on_failure="nan")`: who says so looks at the
+            failures. Of a ticket its samples count.
 
     Raises:
         RedisUnreachableError: No server answers; says which, and what to start.
@@ -150,19 +152,20 @@ class RewardClient:
         world_size: int = 1,
         launch: str | None = None,
         settings: Settings | None = None,
-        max_failure_rate: float = MAX_FAILURE_RATE,
+        max_failure_rate: float | None = None,
     ) -> None:
         if not RUN_NAME.fullmatch(run):
             raise ConfigError(f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be in [0, world_size), found rank={rank}, world_size={world_size}")
-        check_max_failure_rate(max_failure_rate)
+        if max_failure_rate is not None:
+            check_max_failure_rate(max_failure_rate)
         self.run, self.rank, self.world_size = run, rank, world_size
         self.launch = launch or _launch(world_size)
         self.config = config.for_launch(self.launch)
         self.config.of("train")
         self._say_what_evaluation_lacks()
-        self.max_failure_rate = max_failure_rate
+        self._given_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         check_stores(self.settings, self.config.queues)
@@ -330,17 +333,20 @@ class RewardClient:
         progress: bool | None = None,
         split: Split = "train",
         step: int | None = None,
+        max_failure_rate: float | None = None,
     ) -> RewardBatch:
         """Wait for the rewards of everything submitted in the open step (or of a ticket), and close it.
 
         Args:
             timeout_s: Returns or raises at this deadline.
             ticket: Collect its samples only; also one of a process that is gone.
-            on_failure: `nan` returns a batch with NaN and its `failures` instead of raising.
+            on_failure: `nan` returns a batch with NaN and its `failures` instead of raising, however many there are
+                unless the client or this call was given a `max_failure_rate`.
             progress: A bar for each reward on standard error. None shows them on a terminal; where there is none, rank
                 0 tells the log in a line how the step went, and every 30 s what is waited for. False does neither.
             split: Which open step.
             step: Its number; with `world_size > 1` a rank that submitted nothing says so in which step the others are.
+            max_failure_rate: Of this call; the client's unless given.
 
         Returns:
             The rewards in submit order. At the deadline with `on_failure="nan"`, what is missing is NaN with kind
@@ -348,15 +354,16 @@ class RewardClient:
 
         Raises:
             ScoringError: Some samples have no reward; names each reward and the reasons, carries the batch. Or more
-                than `max_failure_rate` have none, whatever `on_failure` says. The step is closed.
+                than `max_failure_rate` have none. The step is closed.
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
                 that is away). Or, at once, a group of one rank has fewer members than its `group_size`, and a reward
                 needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
             TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
             InvalidSampleError: Another step than `step` is open.
-            ConfigError: `timeout_s`, `on_failure` or `split` is none.
+            ConfigError: `timeout_s`, `on_failure`, `max_failure_rate` or `split` is none.
         """
         check_call(timeout_s, on_failure)
+        limit = self._failure_limit(on_failure, max_failure_rate)
         started = time.monotonic()
         wanted = self._wanted(split, step, ticket)
         is_told = progress is None and self.rank == 0 and not is_terminal()
@@ -365,6 +372,7 @@ class RewardClient:
         late = self._wait(wanted, started, timeout_s, on_failure, bars, waiting)
         batch = self._batch(wanted, late, started)
         error, summary = self._verdict(wanted, batch, late, on_failure, started + timeout_s, waiting)
+        error = error or error_for_rate(summary, limit, batch)
         if not isinstance(error, CollectTimeoutError):
             self._close_step(wanted)
             self._tell(wanted, batch, summary, is_told)
@@ -584,6 +592,21 @@ class RewardClient:
         why_open = session.groups.why_open
         return batch_of(wanted.slots, wanted.rewards, late, why_open, times, wanted.split, wanted.step)
 
+    @property
+    def max_failure_rate(self) -> float:
+        """The share of (sample, reward) pairs without a reward above which `collect()` raises."""
+        return MAX_FAILURE_RATE if self._given_failure_rate is None else self._given_failure_rate
+
+    def _failure_limit(self, on_failure: OnFailure, of_this_call: float | None) -> float:
+        """The share above which this call raises. Who asks for NaN in the call itself is given all of them, unless a
+        share was named; a policy in the config is no such word, since nobody may be looking."""
+        if of_this_call is not None:
+            check_max_failure_rate(of_this_call)
+            return of_this_call
+        if self._given_failure_rate is None and on_failure == "nan":
+            return 1.0
+        return self.max_failure_rate
+
     def _verdict(
         self,
         wanted: _Wanted,
@@ -593,7 +616,7 @@ class RewardClient:
         deadline: float,
         waiting: Waiting | None,
     ) -> tuple[ScoringError | None, Summary]:
-        """What `collect()` raises, or None, and the step in numbers; of several ranks on all alike."""
+        """What `collect()` raises for the failures themselves, or None, and the step in numbers; on all ranks alike."""
         error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards})
         sizes = {slot.group: slot.group_size for slot in wanted.slots if slot.group_size is not None}
         summary = summary_of(batch, sizes if wanted.ticket is None else None, wanted.prompts)
@@ -603,7 +626,7 @@ class RewardClient:
             error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, waits)
             # After the batch was made: what the error carries is to have it too.
             batch.timings["ranks_s"] = time.monotonic() - done_at
-        return error or error_for_rate(summary, self.max_failure_rate, batch), summary
+        return error, summary
 
     def _slots_of(self, session: Session, ticket: Ticket, config: RewardConfig) -> Sequence[Slot]:
         """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""

@@ -27,7 +27,7 @@ def main(
         Sample(prompt=prompt, image=Image.open(path).convert("RGB"), condition_images=condition_images, group=0)
         for path in images
     ]
-    with RewardClient.from_yaml(rewards_yaml, run="try-a-judge", max_failure_rate=1.0) as client:
+    with RewardClient.from_yaml(rewards_yaml, run="try-a-judge") as client:
         client.submit(samples, group_size=len(samples), split=split)
         batch = client.collect(timeout_s, on_failure="nan", split=split)
     failures = {(f.reward, f.sample): f for f in batch.failures}

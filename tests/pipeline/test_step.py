@@ -206,7 +206,7 @@ def test_a_run_stops_above_its_largest_failure_rate(clients, workers):
     workers("gpu")
     client = clients({"reward_model": "NaNModel"}, "PixelCode", max_failure_rate=0.4)
     client.submit(samples_of([1, 2]))
-    with pytest.raises(ScoringError, match=r"50.0% failed, more than max_failure_rate=40.0%"):
+    with pytest.raises(ScoringError, match=r"50.0% failed, more than max_failure_rate=0.4"):
         client.collect(timeout_s=60, on_failure="nan")
 
 

@@ -197,10 +197,31 @@ def test_more_than_half_without_a_reward_stop_a_run_unless_told_otherwise(settin
 
     with RewardClient.from_dict(config, "half", settings=settings) as client:
         assert np.isnan(step_with(client, 2).rewards["RaisesOn"]).sum() == 2
-        with pytest.raises(ScoringError, match=r"75.0% failed, more than max_failure_rate=50.0%"):
+        with pytest.raises(ScoringError, match=r"75.0% failed, more than max_failure_rate=0.5"):
             step_with(client, 3)
     with RewardClient.from_dict(config, "all", settings=settings, max_failure_rate=1.0) as client:
         assert np.isnan(step_with(client, 4).rewards["RaisesOn"]).all()
+
+
+def test_who_asks_for_nan_in_the_call_is_given_all_failures_unless_a_share_was_named(settings, workers):
+    workers("gpu")
+    config = config_of("RaisesOn")
+
+    def collect(client, **options):
+        samples = samples_of(range(4), group="g")
+        for sample in samples:
+            sample.metadata = {"raise": True}
+        client.submit(samples)
+        return client.collect(timeout_s=60, on_failure="nan", **options)
+
+    with RewardClient.from_dict(config, "asked", settings=settings) as client:
+        assert collect(client).failure_rate == 1.0
+        with pytest.raises(ScoringError, match=r"100.0% failed, more than max_failure_rate=0.9"):
+            collect(client, max_failure_rate=0.9)
+    with RewardClient.from_dict(config, "named", settings=settings, max_failure_rate=0.5) as client:
+        with pytest.raises(ScoringError, match=r"100.0% failed, more than max_failure_rate=0.5"):
+            collect(client)
+        assert collect(client, max_failure_rate=1.0).failure_rate == 1.0
 
 
 def test_the_failure_rate_that_stops_a_run_is_that_of_all_ranks(settings, workers, caplog):

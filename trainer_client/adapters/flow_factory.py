@@ -144,7 +144,13 @@ class RewardBuffer:
     def _collect(self) -> None:
         self._is_open = True
         try:
-            batch = self.client.collect(self.timeout_s, on_failure=self.on_failure, split=self.split, step=self._step)
+            batch = self.client.collect(
+                self.timeout_s,
+                on_failure=self.on_failure,
+                split=self.split,
+                step=self._step,
+                max_failure_rate=self.client.max_failure_rate,
+            )
         except CollectTimeoutError:
             raise  # the step is still open: finalize() again, or clear()
         except ScoringError as error:

@@ -169,7 +169,13 @@ class _Rounds:
             self._client.submit(samples, group_size=group_size, split=self._split, step=current.number)
             # No bars, which the trainer has; the log is told where there are none to be had.
             progress = False if is_terminal() else None
-            return self._client.collect(self._timeout_s, on_failure="nan", split=self._split, progress=progress)
+            return self._client.collect(
+                self._timeout_s,
+                on_failure="nan",
+                split=self._split,
+                progress=progress,
+                max_failure_rate=self._client.max_failure_rate,
+            )
         except BaseException:
             self._client.cancel(self._split)  # Ctrl-C in a notebook must not leave the step open
             raise

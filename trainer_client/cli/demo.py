@@ -101,7 +101,7 @@ def _run(console: Console, fleet: Fleet, num_steps: int, judge_url: str | None, 
 def _train(console: Console, rewards: dict[str, Any], settings: Settings, num_steps: int) -> list[Step]:
     """Sample, submit and collect, step by step, as a trainer does."""
     steps = []
-    with RewardClient.from_dict(rewards, run="demo", settings=settings, max_failure_rate=1.0) as client:
+    with RewardClient.from_dict(rewards, run="demo", settings=settings) as client:
         for number in range(1, num_steps + 1):
             sampling_s = 0.0
             with _sampling_bar(console, number) as advance:
