@@ -170,6 +170,34 @@ def test_an_edited_class_is_scored_anew_by_a_worker_that_is_started_again_at_onc
     assert "bright.py changed since this worker loaded it" in run.output
 
 
+def test_a_class_that_is_broken_by_an_edit_keeps_its_worker_from_nothing_else(rewardq, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "rewards.yaml").write_text(
+        "rewards: [{reward_model: bright.Bright, name: bright, version: '1', queue: gpu}, "
+        "{reward_model: jpeg_compressibility, name: size}]"
+    )
+    (tmp_path / "bright.py").write_text(VALUED.format(1.0))
+    run = rewardq("up", "rewards.yaml", env={"PYTHONPATH": str(ROOT)})
+    run.wait_for("Ready.")
+    settings = load_settings(broker_url=re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1])
+    time.sleep(SETTLED_S)
+
+    def collect():
+        with RewardClient.from_yaml(tmp_path / "rewards.yaml", "up", settings=settings) as client:
+            client.submit(samples_of(range(3)))
+            return client.collect(timeout_s=90, on_failure="nan")
+
+    (tmp_path / "bright.py").write_text(VALUED.format("1.0 +"))
+    broken = collect()
+    assert broken.valid["size"].all()
+    assert not broken.valid["bright"].any()
+    assert all("SyntaxError" in failed.message and "bright.py" in failed.message for failed in broken.failures)
+    assert "without REWARDQ_PRELOAD" in run.output
+
+    (tmp_path / "bright.py").write_text(VALUED.format(3.0))
+    assert collect().rewards["bright"].tolist() == [3.0] * 3
+
+
 def test_a_redis_that_is_given_is_used_and_outlives_up(rewardq, tmp_path):
     first = start_up(rewardq, tmp_path)
     url = re.search(r"REWARDQ_BROKER_URL=(\S+)", first.output)[1]

@@ -26,6 +26,7 @@ from tasks.outcomes import Outcomes
 from tasks.settings import Settings
 
 LOOPBACK = "127.0.0.1"
+PRELOAD = "REWARDQ_PRELOAD"
 JUDGE_CALLS = 32
 """Judge calls at once: threads of a worker on queue `vlm`, which only wait."""
 
@@ -40,6 +41,9 @@ PORT_TRIES = 5
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 """Pauses before a child that ended by itself is started again: doubled each time, from the first to the longest."""
+FAILED = 1
+"""Exit status of a worker that cannot load what it is to load before it serves."""
+
 HEALTHY_S = 60.0
 """A child that lived this long starts with the first pause again."""
 SETTLED_S = 5.0
@@ -77,6 +81,9 @@ class Child:
     """Once it has been ready it is started again when it ends; before that, its end is an error."""
     pause_s: float = 0.0
     restart_at: float | None = None
+    left_out: tuple[str, ...] = ()
+    """Variables that it is started again without, once it has ended with status 1: what it could not do before it
+    served is not to keep it from the rest."""
 
     @property
     def pid(self) -> int:
@@ -90,6 +97,13 @@ class Child:
         if code is None:
             return None
         return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+
+    @property
+    def next_env(self) -> Mapping[str, str]:
+        """The environment to start it again with."""
+        if self.process.returncode != FAILED:
+            return self.env
+        return {name: value for name, value in self.env.items() if name not in self.left_out}
 
     def log_tail(self) -> list[str]:
         """The last lines of its log."""
@@ -141,11 +155,13 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         is_server: bool = False,
+        left_out: tuple[str, ...] = (),
     ) -> Child:
-        """Start a child; `env` is its whole environment (ours unless given)."""
+        """Start a child; `env` is its whole environment (ours unless given), `left_out` as in `Child`."""
         env, cwd, log_path = env or dict(os.environ), cwd or self.log_dir, self.log_dir / f"{name}.log"
         process = _spawn(command, env, cwd, log_path)
         child = Child(name, tuple(command), env, cwd, log_path, is_server, process, time.monotonic())
+        child.left_out = left_out
         with self._lock:
             self._children.append(child)
         return child
@@ -174,9 +190,14 @@ class Fleet:
         raise AssertionError("the last try returns or raises")
 
     def start_worker(self, name: str, queue: str, env: Mapping[str, str], cwd: Path) -> Child:
-        """Start a worker of `queue` by the documented command; `wait_for_workers` waits until it is ready."""
+        """Start a worker of `queue` by the documented command; `wait_for_workers` waits until it is ready.
+
+        One that is started again loads nothing beforehand where that has failed (a class that was edited and is broken
+        now): it serves its other rewards, and the samples of that one are told why.
+        """
         # -P: a file of the folder is imported where a reward names it, and not in the place of a library's module
-        return self.start(name, (sys.executable, "-P", "-m", *worker_command(queue)), env, cwd)
+        command = (sys.executable, "-P", "-m", *worker_command(queue))
+        return self.start(name, command, env, cwd, left_out=(PRELOAD,))
 
     def wait_for(self, child: Child, is_ready: Callable[[], bool], timeout_s: float = SERVER_START_S) -> None:
         """Wait until a child is ready; from then on it is started again when it ends.
@@ -254,10 +275,12 @@ class Fleet:
             child.restart_at = now + child.pause_s
             tail = "".join(f"\n    {line}" for line in child.log_tail())
             when = f"in {child.pause_s:g} s" if child.pause_s else "at once"
+            if child.next_env != child.env:
+                when += f", without {' '.join(child.left_out)}"
             self._say(f"{child.name} ended by itself ({ended}); starting it again {when}{tail}")
         elif now >= child.restart_at:
             try:
-                child.process = _spawn(child.command, child.env, child.cwd, child.log_path)
+                child.process = _spawn(child.command, child.next_env, child.cwd, child.log_path)
             except OSError as error:  # no memory, no folder any more: the watcher must live for the others
                 self._say(f"{child.name} cannot be started: {error}")
                 child.restart_at = now + LONGEST_PAUSE_S

@@ -20,10 +20,10 @@ from tasks.redis_needs import check_servers
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings, load_settings, without_password
 from tasks.shadows import warning
-from trainer_client.cli.processes import Fleet, stop_signals, worker_command
+from trainer_client.cli.processes import PRELOAD, Fleet, stop_signals, worker_command
 from trainer_client.cli.readiness import tell_who_is_back, wait_until_ready
 
-BROKER_URL, MODULES, PRELOAD = "REWARDQ_BROKER_URL", "REWARDQ_MODULES", "REWARDQ_PRELOAD"
+BROKER_URL, MODULES = "REWARDQ_BROKER_URL", "REWARDQ_MODULES"
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 WAIT_S = 1800.0
