@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, UnknownOptionError, nearest
 from tasks.numerals import in_exponent_form
-from tasks.source.files import find_source
+from tasks.source.class_options import options_read_by
 from tasks.spelling import misspelt
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
 def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
     """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
 
-    What is odd and may be meant is said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours
-    under `extra_kwargs`, which reaches the class only, and a name like one of ours that the class's file has not.
+    Where the class's source tells all that it reads, they are compared with that too. What is odd and may be meant is
+    said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours under `extra_kwargs`, which
+    reaches the class only, and a name that the class's code has not.
 
     Raises:
-        UnknownOptionError: An option beside our keys is a slip of one of them; says how to mean it nevertheless.
+        UnknownOptionError: An option beside our keys is a slip of one of them, or of one that the class reads; says how
+            to mean it nevertheless.
     """
     for key in beside:
         meant = misspelt(key, (*KEYS, *NOT_BUILT), OWN_WORDS)
@@ -88,7 +90,7 @@ def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str,
                 f"{where}: {key!r} is no key of a reward; did you mean {meant!r}? If it is an option of your class, "
                 f"put it under extra_kwargs: {{{key}: ...}}"
             )
-    _say_what_is_near(path, beside, where)
+    _check_against_source(path, beside, where)
     for key, value in {**nested, **beside}.items():
         if in_exponent_form(value) is not None:
             log.warning(
@@ -103,19 +105,30 @@ def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str,
             )
 
 
-def _say_what_is_near(path: str, beside: Mapping[str, Any], where: str) -> None:
-    """`timeout_sec` is an option that a class may well have; one whose file does not name it has it hardly."""
-    near = {key: nearest(key, KEYS) for key in beside}
-    source = find_source(path.rpartition(".")[0]) if any(near.values()) else None
-    if source is None:
+def _check_against_source(path: str, beside: Mapping[str, Any], where: str) -> None:
+    """Compare options with those that the code of the class reads, where its source is here and tells them all.
+
+    Raises:
+        UnknownOptionError: One is a slip of a name that is read, and stands nowhere in the code.
+    """
+    if not beside:
         return
-    text = source.path.read_bytes().decode("utf-8", "replace")
-    for key, meant in near.items():
-        if meant and key not in text:
-            log.warning(
-                "%s: %s goes to the class as an option of its own, and %s does not name it%s",
-                where, key, source.path.name, meant,
-            )  # fmt: skip
+    read = options_read_by(path)
+    if read is None:
+        return
+    for key in beside:
+        if key in read.words:
+            continue
+        meant = misspelt(key, read.names)
+        if meant is not None:
+            raise UnknownOptionError(
+                f"{where}: {read.file} reads no option {key!r}; did you mean {meant!r}? If the class is given it in a "
+                f"way that its source does not show, put it under extra_kwargs: {{{key}: ...}}"
+            )
+        log.warning(
+            "%s: %s goes to the class as an option of its own, and %s does not name it%s",
+            where, key, read.file, nearest(key, (*KEYS, *read.names)),
+        )  # fmt: skip
 
 
 def check_blocks(config: Mapping[Any, Any]) -> None:

@@ -33,23 +33,28 @@ def code_of(path: str) -> Code:
 
 def code_from(first: SourceFile) -> Code:
     """As `code_of`, from a module's file on."""
-    found: dict[str, str] = {}
+    return tuple(sorted((file.module, hash_of(source)) for file, source in sources_from(first)))
+
+
+def sources_from(first: SourceFile) -> list[tuple[SourceFile, bytes]]:
+    """The files of a class's code, each with its source, the class's own module first; none if that cannot be read."""
+    found: dict[str, tuple[SourceFile, bytes]] = {}
     waiting = [first, *_packages_of(first)]
     while waiting:
-        file = waiting.pop()
+        file = waiting.pop(0)
         if file.module in found:
             continue
         source = read(file.path)
         if source is None:
             if file is first:
-                return ()
+                return []
             continue
-        found[file.module] = hash_of(source)
+        found[file.module] = (file, source)
         for module in imports_of(file, source).difference(found):
             imported = neighbour(first, module)
             if imported is not None:
                 waiting.append(imported)
-    return tuple(sorted(found.items()))
+    return list(found.values())
 
 
 def read(path: Path) -> bytes | None:

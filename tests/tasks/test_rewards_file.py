@@ -381,8 +381,9 @@ def test_an_option_like_a_key_of_ours_that_the_class_does_not_name_is_said(
     )
     monkeypatch.chdir(tmp_path)
     spec_of(reward_model="near_rewards.Mine", on_fail="nan", timeout_ms=5, theirs=1)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.endswith(
+    near, other = [record.getMessage() for record in caplog.records]
+    assert near.endswith(
         "on_fail goes to the class as an option of its own, and near_rewards.py does not name it (did "
         "you mean 'on_failure'?)"
     )
+    assert other.endswith("theirs goes to the class as an option of its own, and near_rewards.py does not name it")

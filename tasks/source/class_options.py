@@ -1,0 +1,165 @@
+"""Which options the code of a user's class reads, told from source on this host; nothing is imported.
+
+An option is what a reward's entry says beside our own keys. A class reads it from `config.extra_kwargs`, or as an
+attribute of `config`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+
+from tasks.source.class_body import last_name
+from tasks.source.code import sources_from
+from tasks.source.files import find_source, parse
+
+CONFIG, OPTIONS = "config", "extra_kwargs"
+"""What a class calls its configuration, and the mapping in it that has its options."""
+
+_SAY_NOTHING = ("RewardModel", "PointwiseRewardModel", "GroupwiseRewardModel", "object", "ABC")
+"""Bases that read no options."""
+
+_READERS = ("get", "pop", "setdefault", "__getitem__", "__contains__")
+"""Methods of a mapping whose first argument is the key that is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionsRead:
+    """What the code of a class says of its options."""
+
+    file: str
+    """The name of the class's file, for people."""
+    names: frozenset[str]
+    """Names that it reads."""
+    words: frozenset[str]
+    """All words of its source: what is none of them is no option that it reads in any way."""
+
+
+def options_read_by(path: str) -> OptionsRead | None:
+    """The options that the code of the class at a dotted path reads.
+
+    None where the source does not tell: it is not here, it cannot be parsed, a base of the class is a library's or a
+    built-in of ours, which reads its own, or the options are handed on as a whole (`**config.extra_kwargs`), so that
+    any name may be read elsewhere.
+    """
+    module, _, name = path.rpartition(".")
+    first = find_source(module)
+    sources = sources_from(first) if first is not None else []
+    try:
+        trees = [parse(source) for _, source in sources]
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    if first is None or not _is_all_there(name, trees):
+        return None
+    readings = [_Reading(tree) for tree in trees]
+    if any(reading.is_handed_on for reading in readings):
+        return None
+    names = {name for reading in readings for name in reading.names}
+    words = {word for _, source in sources for word in re.findall(r"\w+", source.decode("utf-8", "replace"))}
+    return OptionsRead(first.name, frozenset(names), frozenset(words))
+
+
+def _is_all_there(name: str, trees: list[ast.Module]) -> bool:
+    """Whether a class and all its bases that may read options are in these modules."""
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(node)
+    left, seen = [name], set(_SAY_NOTHING)
+    while left:
+        current = left.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current not in classes:
+            return False
+        left += [last_name(base) for node in classes[current] for base in node.bases]
+    return True
+
+
+class _Reading(ast.NodeVisitor):
+    """Collects what one module reads."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.names: set[str] = set()
+        self.is_handed_on = False
+        self._aliases = {OPTIONS}
+        self._told: set[ast.expr] = set()
+        for node in ast.walk(tree):
+            self._find_alias(node)
+        self.visit(tree)
+
+    def _find_alias(self, node: ast.AST) -> None:
+        """`options = self.config.extra_kwargs`, also with `or {}` behind it."""
+        if not isinstance(node, ast.Assign):
+            return
+        value = node.value.values[0] if isinstance(node.value, ast.BoolOp) else node.value
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        if self._is_options(value) and len(names) == len(node.targets):
+            self._told.add(value)
+            self._aliases.update(names)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        """`extra_kwargs["name"]`."""
+        if self._is_options(node.value):
+            self._read(node.value, node.slice)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        """`"name" in extra_kwargs`."""
+        for operator, right in zip(node.ops, node.comparators, strict=True):
+            if isinstance(operator, ast.In | ast.NotIn) and self._is_options(right):
+                self._read(right, node.left)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """`extra_kwargs.get("name")`, `getattr(config, "name", ...)`."""
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _READERS and self._is_options(called.value):
+            self._read(called.value, node.args[0] if node.args else None)
+        if isinstance(called, ast.Name) and called.id in ("getattr", "hasattr") and len(node.args) > 1:
+            self._read_attribute(node.args[0], node.args[1])
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """`config.name`; the options themselves, where nothing above has told what is read of them."""
+        if self._is_options(node):
+            self.is_handed_on |= node not in self._told
+        elif _is_config(node.value):
+            self.names.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """An alias of the options that is used as a whole."""
+        if isinstance(node.ctx, ast.Load) and self._is_options(node):
+            self.is_handed_on |= node not in self._told
+
+    def _is_options(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Attribute):
+            return node.attr == OPTIONS
+        return isinstance(node, ast.Name) and node.id in self._aliases
+
+    def _read(self, options: ast.expr, key: ast.expr | None) -> None:
+        """A key of the options is read; one that is not written out may be any."""
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            self._told.add(options)
+            self.names.add(key.value)
+
+    def _read_attribute(self, config: ast.expr, name: ast.expr) -> None:
+        if not _is_config(config):
+            return
+        if isinstance(name, ast.Constant) and isinstance(name.value, str):
+            self.names.add(name.value)
+            if name.value == OPTIONS:
+                self.is_handed_on = True
+        else:
+            self.is_handed_on = True
+
+
+def _is_config(node: ast.expr) -> bool:
+    """`config`, or `self.config`."""
+    return (isinstance(node, ast.Name) and node.id == CONFIG) or (
+        isinstance(node, ast.Attribute) and node.attr == CONFIG
+    )
