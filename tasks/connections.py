@@ -213,6 +213,8 @@ def why_away(error: BaseException) -> str:
                 return words
     if isinstance(error, MasterNotFoundError):  # with all that it knows of each sentinel, and what each said last
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
+    if isinstance(error, redis.AuthenticationError):  # it served this user before: else it were no outage
+        return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
     if isinstance(error, redis.ReadOnlyError):
         return f"Redis is away: {READ_ONLY}"
     if "max number of clients reached" in str(error):

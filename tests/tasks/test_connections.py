@@ -158,6 +158,17 @@ def test_a_server_that_refuses_for_a_while_is_asked_again_and_says_why(private_r
     close()
 
 
+def test_a_password_that_is_set_while_a_client_runs_is_said_as_such(private_redis):
+    server = private_redis()
+    with connect(server.url) as client:
+        client.set("key", "value")
+        client.config_set("requirepass", "new")
+        client.connection_pool.disconnect()
+        with pytest.raises(LOST) as caught:
+            client.get("key")
+    assert why_away(caught.value).startswith("Redis refuses this user now: Authentication required")
+
+
 def test_a_cluster_without_its_slots_is_waited_for(private_redis):
     server = private_redis("--cluster-enabled", "yes")
     with connect(server.url) as client, pytest.raises(LOST):
