@@ -166,7 +166,7 @@ def test_a_password_that_is_set_while_a_client_runs_is_said_as_such(private_redi
         client.connection_pool.disconnect()
         with pytest.raises(LOST) as caught:
             client.get("key")
-    assert why_away(caught.value).startswith("Redis refuses this user now: Authentication required")
+    assert why_away(caught.value).startswith("Redis refuses this user now: ")
 
 
 def test_a_cluster_without_its_slots_is_waited_for(private_redis):
