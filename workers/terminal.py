@@ -138,7 +138,8 @@ class _LostConnections(logging.Filter):
         text = record.getMessage()
         if "Connection to broker lost" in text or "Cannot connect to" in text:
             return self._is_another(record)
-        if text.startswith("Error on ") and self._redis_log.is_gone:  # a step that cannot say goodbye to a lost server
+        is_without = self._redis_log.is_gone or self._redis_log.refusal is not None
+        if text.startswith("Error on ") and is_without:  # a step that cannot say goodbye to a server
             return False
         if "Frequent restarts detected" in text:
             record.exc_info = None

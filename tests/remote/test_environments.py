@@ -38,8 +38,8 @@ NAMED = {"a red door": (255, 0, 0), "a navy door": (0, 0, 128)}
 def wheel(tmp_path: Path) -> Path:
     """rewardq as it is installed, built from a copy: a build leaves files behind."""
     source = tmp_path / "source"
-    for name in ("tasks", "workers", "trainer_client"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("src", "rewardq", "tasks", "workers", "trainer_client"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]

@@ -199,15 +199,15 @@ def test_any_kind_of_number_is_a_rate(value):
     check(Sample(prompt="p", image=PIXELS, fps=value, sample_rate=value), ANY, "sample 3", MAX_PIXELS)
 
 
-def test_a_rate_counts_for_a_reward_that_it_travels_to_and_for_no_other():
+def test_a_rate_counts_for_a_reward_that_it_travels_to_and_one_that_stays_behind_is_told_apart():
     def identity(reward: dict, **fields) -> dict:
         (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": "nowhere.Mine", **reward}}).rewards
         return identity_of(Sample(prompt="p", **fields), spec)
 
     of_video = {"required_fields": ["prompt", "video"]}
     assert identity(of_video, fps=24) == identity(of_video, fps=np.float32(24)) == {"fps": 24}
-    assert identity(of_video, fps=24, sample_rate=16000) == {"fps": 24}
-    assert identity({"required_fields": ["image"]}, fps=24) == {}
+    assert identity(of_video, fps=24, sample_rate=16000) == {"fps": 24, "withheld": ["sample_rate"]}
+    assert identity({"required_fields": ["image"]}, fps=24) == {"withheld": ["fps"]}
     assert identity({"reward_model": "jpeg_compressibility"}, fps=24) == {}
     assert identity({}, fps=29.97, sample_rate=16000.0) == {"fps": 29.97, "sample_rate": 16000}
     unsent = {"image": PIXELS, "video": [PIXELS], "metadata": {"a": 1}}
