@@ -108,8 +108,7 @@ def test_what_expires_is_gone_and_not_counted(store):
 def test_what_is_renewed_lives_on_and_what_is_gone_is_named(store):
     store.put({"c.1": b"12345", "c.2": b"123"}, ttl_s=1.0)
     assert store.renew(["c.1", "none"], ttl_s=60) == ["none"]
-    wait_until(lambda: store.bytes_in_use() == 5)
-    assert store.get(["c.1", "c.2"]) == [b"12345", None]
+    wait_until(lambda: store.bytes_in_use() == 5 and store.get(["c.1", "c.2"]) == [b"12345", None])
     assert store.renew(["c.1", "c.2"], ttl_s=60) == ["c.2"]
 
 
