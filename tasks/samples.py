@@ -80,13 +80,12 @@ class Beside:
 
 def beside(sample: Sample, reward: RewardSpec) -> Beside:
     """What of `sample` goes to `reward` beside its prompt and media."""
-    withheld = () if reward.is_builtin else tuple(n for n in _WITHHELD if n not in reward.fields and _has(sample, n))
     given = numbers_of(sample, reward)
     return Beside(
         metadata=dict(sample.metadata) if "metadata" in reward.fields else {},
         fps=given.get("fps"),
         sample_rate=given.get("sample_rate"),
-        withheld=withheld,
+        withheld=_withheld(sample, reward),
     )
 
 
@@ -102,7 +101,7 @@ def numbers_of(sample: Sample, reward: RewardSpec) -> dict[str, float]:
 
 def identity_of(sample: Sample, reward: RewardSpec) -> dict[str, Any]:
     """What of `sample`, beside prompt, media and metadata, makes its reward another."""
-    withheld = beside(sample, reward).withheld
+    withheld = _withheld(sample, reward)
     return {**numbers_of(sample, reward), **({"withheld": list(withheld)} if withheld else {})}
 
 
@@ -181,6 +180,13 @@ def _check_edges(sample: Sample, reward: RewardSpec, where: str) -> None:
 
 
 _WITHHELD = (*MEDIA_FIELDS, "metadata", *NUMBER_FIELDS)
+
+
+def _withheld(sample: Sample, reward: RewardSpec) -> tuple[str, ...]:
+    """The fields that a sample has and that do not travel for a class of the user's."""
+    if reward.is_builtin:
+        return ()
+    return tuple(name for name in _WITHHELD if name not in reward.fields and _has(sample, name))
 
 
 def _has(sample: Sample, name: str) -> bool:
