@@ -25,7 +25,9 @@ def _load_tasks() -> None:
     root = Path(__file__).parents[1]
     spec = PathFinder.find_spec("tasks", [str(root)])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{root} has no package 'tasks'; rewardq is not installed whole, install it again")
+        raise ImportError(
+            f"{root} has no package 'tasks'; rewardq is not installed whole, install it again"
+        )
     module = module_from_spec(spec)
     sys.modules["tasks"] = module
     spec.loader.exec_module(module)

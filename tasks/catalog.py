@@ -24,13 +24,32 @@ _POINTWISE: dict[str, ModelEntry] = {
         extra="ocr",
         options={
             "lang": Option(
-                Literal["", "latin", "eslav", "cyrillic", "korean", "el", "th", "devanagari", "ta", "te"],
+                Literal[
+                    "",
+                    "latin",
+                    "eslav",
+                    "cyrillic",
+                    "korean",
+                    "el",
+                    "th",
+                    "devanagari",
+                    "ta",
+                    "te",
+                ],
                 "",
                 "which PP-OCRv5 recognition model RapidOCR fetches; empty for the one in its wheel (Chinese, Japanese, "
                 "English and most Latin letters)",
             ),
-            "rec_model_path": Option(str, "", "a recognition model in ONNX on the worker, in the place of those"),
-            "rec_keys_path": Option(str, "", "that model's characters, one a line, where the model does not have them"),
+            "rec_model_path": Option(
+                str,
+                "",
+                "a recognition model in ONNX on the worker, in the place of those",
+            ),
+            "rec_keys_path": Option(
+                str,
+                "",
+                "that model's characters, one a line, where the model does not have them",
+            ),
             "several_texts": Option(
                 Literal["invalid", "mean"],
                 "invalid",
@@ -54,11 +73,15 @@ _POINTWISE: dict[str, ModelEntry] = {
         doc="kilobytes (1000 bytes) of the image as JPEG at quality 95",
     ),
     **CLIPS,
-    **{name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how == "each"},
+    **{
+        name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how == "each"
+    },
 }
 
 _TIES = Option(
-    Literal["mean", "ordinal"], "mean", "equal scores share their mean rank, or rank in their order as in Flow-Factory"
+    Literal["mean", "ordinal"],
+    "mean",
+    "equal scores share their mean rank, or rank in their order as in Flow-Factory",
 )
 
 
@@ -76,7 +99,9 @@ def _rank_of(name: str, entry: ModelEntry) -> ModelEntry:
 CATALOG: dict[str, ModelEntry] = {
     **_POINTWISE,
     **{f"{name}_Rank": _rank_of(name, entry) for name, entry in _POINTWISE.items()},
-    **{name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how != "each"},
+    **{
+        name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how != "each"
+    },
 }
 
 ALIASES: dict[str, str] = {
@@ -105,7 +130,9 @@ NOT_BUILT = (
 SLIP = 0.8
 """From this likeness on an unknown name is taken for a built-in's, misspelt."""
 
-_BY_LOWER = {name.lower(): name for name in CATALOG} | {path.lower(): name for path, name in ALIASES.items()}
+_BY_LOWER = {name.lower(): name for name in CATALOG} | {
+    path.lower(): name for path, name in ALIASES.items()
+}
 
 
 def find(name: str, *, may_be_unknown: bool = False) -> tuple[str, ModelEntry] | None:
@@ -124,7 +151,9 @@ def find(name: str, *, may_be_unknown: bool = False) -> tuple[str, ModelEntry] |
         return canonical, CATALOG[canonical]
     if "." in name.strip(".") or name.lower() in NOT_BUILT:
         return None
-    if may_be_unknown and not difflib.get_close_matches(name.lower(), _BY_LOWER, n=1, cutoff=SLIP):
+    if may_be_unknown and not difflib.get_close_matches(
+        name.lower(), _BY_LOWER, n=1, cutoff=SLIP
+    ):
         return None
     raise UnknownRewardError(
         f"unknown reward model {name!r}{nearest(name, CATALOG)}; built in: "

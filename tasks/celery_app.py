@@ -17,7 +17,12 @@ from celery import Celery
 from celery.signals import celeryd_init, import_modules
 
 from tasks.catalog import GPU
-from tasks.connections import CONNECT_TIMEOUT_S, HEALTH_CHECK_S, SOCKET_TIMEOUT_S, for_sentinels
+from tasks.connections import (
+    CONNECT_TIMEOUT_S,
+    HEALTH_CHECK_S,
+    SOCKET_TIMEOUT_S,
+    for_sentinels,
+)
 from tasks.errors import SettingsError
 from tasks.outcomes import Outcomes
 from tasks.settings import Settings, load_settings
@@ -41,9 +46,17 @@ WORKER_MODULES = ("tasks.score", "tasks.combine", "workers.serving")
 
 def make_app(settings: Settings) -> Any:
     """A Celery app on the servers that `settings` names; `app.settings` are those settings."""
-    app = Celery("rewardq", broker=settings.broker_url, backend=settings.results, set_as_current=False)
+    app = Celery(
+        "rewardq",
+        broker=settings.broker_url,
+        backend=settings.results,
+        set_as_current=False,
+    )
     app.settings = settings
-    sentinels = {"master_name": settings.sentinels.master, "sentinel_kwargs": for_sentinels(settings.sentinels)}
+    sentinels = {
+        "master_name": settings.sentinels.master,
+        "sentinel_kwargs": for_sentinels(settings.sentinels),
+    }
     app.conf.update(
         include=WORKER_MODULES,
         task_serializer="msgpack",
@@ -89,7 +102,9 @@ def outcomes_of(app: Any) -> Outcomes:
 
 
 if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unless told
-    os.environ.setdefault("FLOWER_TASKS_COLUMNS", "name,args,result,state,received,runtime,worker")
+    os.environ.setdefault(
+        "FLOWER_TASKS_COLUMNS", "name,args,result,state,received,runtime,worker"
+    )
 
 
 def _settings_of_process() -> Settings:

@@ -10,7 +10,9 @@ from tasks.entries import GPU, IMAGE_OR_VIDEO, ModelEntry, Option
 
 _Name = Annotated[str, Field(min_length=1)]
 
-_REVISION = Option(str, "", "branch, tag or commit of the model on the hub; empty for its main branch")
+_REVISION = Option(
+    str, "", "branch, tag or commit of the model on the hub; empty for its main branch"
+)
 
 _PREPROCESSING = Option(
     Literal["pil", "tensor"],
@@ -32,9 +34,13 @@ CLIPS: dict[str, ModelEntry] = {
         extra="gpu",
         uses_dtype=True,
         options={
-            "model_name_or_path": _model("yuvalkirstain/PickScore_v1", "directory on the worker, or id on the hub"),
+            "model_name_or_path": _model(
+                "yuvalkirstain/PickScore_v1",
+                "directory on the worker, or id on the hub",
+            ),
             "processor_name_or_path": _model(
-                "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "the same of its tokenizer and image processor"
+                "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+                "the same of its tokenizer and image processor",
             ),
             "revision": _REVISION,
             "preprocessing": _PREPROCESSING,
@@ -53,11 +59,27 @@ CLIPS: dict[str, ModelEntry] = {
                 "openai/clip-vit-large-patch14",
                 "directory on the worker or id on the hub; for open_clip an architecture, local-dir: or hf-hub:",
             ),
-            "backend": Option(Literal["transformers", "open_clip"], "transformers", "the library that has the model"),
-            "pretrained": Option(str, "", "for an architecture of open_clip: the tag or file of its weights"),
-            "processor_name_or_path": Option(str, "", "tokenizer and image processor, unless they are the model's own"),
+            "backend": Option(
+                Literal["transformers", "open_clip"],
+                "transformers",
+                "the library that has the model",
+            ),
+            "pretrained": Option(
+                str,
+                "",
+                "for an architecture of open_clip: the tag or file of its weights",
+            ),
+            "processor_name_or_path": Option(
+                str,
+                "",
+                "tokenizer and image processor, unless they are the model's own",
+            ),
             "revision": _REVISION,
-            "frames": Option(Literal["first", "mean"], "first", "of a video: its first frame, or the mean over all"),
+            "frames": Option(
+                Literal["first", "mean"],
+                "first",
+                "of a video: its first frame, or the mean over all",
+            ),
             "preprocessing": _PREPROCESSING,
         },
         doc="cos(text, image), in [-1, 1]; a video's first frame, or the mean over its frames",
@@ -70,8 +92,12 @@ CLIPS: dict[str, ModelEntry] = {
         extra="gpu",
         uses_dtype=True,
         options={
-            "hps_version": Option(Literal["v2.0", "v2.1"], "v2.1", "which of the two published scores"),
-            "checkpoint_path": _model("xswu/HPSv2", "file or directory on the worker, or id on the hub"),
+            "hps_version": Option(
+                Literal["v2.0", "v2.1"], "v2.1", "which of the two published scores"
+            ),
+            "checkpoint_path": _model(
+                "xswu/HPSv2", "file or directory on the worker, or id on the hub"
+            ),
             "revision": _REVISION,
         },
         doc="cos(text, image) of the preference model HPS v2, 0.2 to 0.35; the mean over a video's frames",
@@ -85,13 +111,17 @@ CLIPS: dict[str, ModelEntry] = {
         uses_dtype=True,
         options={
             "model_name_or_path": _model(
-                "openai/clip-vit-large-patch14", "the CLIP ViT-L/14: directory on the worker, or id on the hub"
+                "openai/clip-vit-large-patch14",
+                "the CLIP ViT-L/14: directory on the worker, or id on the hub",
             ),
             "revision": _REVISION,
             "checkpoint_path": _model(
-                "trl-lib/ddpo-aesthetic-predictor", "the head: file or directory on the worker, or id on the hub"
+                "trl-lib/ddpo-aesthetic-predictor",
+                "the head: file or directory on the worker, or id on the hub",
             ),
-            "checkpoint_file": _model("aesthetic-model.pth", "the head's file in that directory or repository"),
+            "checkpoint_file": _model(
+                "aesthetic-model.pth", "the head's file in that directory or repository"
+            ),
             "preprocessing": _PREPROCESSING,
         },
         doc="LAION's aesthetic predictor v2, ratings from 1 to 10; the mean over a video's frames",

@@ -22,7 +22,13 @@ WAITING = "waits for others"
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
 def score_group(
-    self: Any, label: str, request_id: str, wire: int, number: int = 0, store: str = "", *_later: Any
+    self: Any,
+    label: str,
+    request_id: str,
+    wire: int,
+    number: int = 0,
+    store: str = "",
+    *_later: Any,
 ) -> str:
     """Score the parts of a group and combine them; returns a few words for people. Arguments as `tasks.score.score`.
 
@@ -32,18 +38,30 @@ def score_group(
     def work(desk: Desk, request: GroupRequest, taken_ms: int) -> str:
         if _is_answered(desk, request):
             return "answered already"
-        words = Chunk(desk, request.chunk(), taken_ms).score() if request.parts else "nothing to score"
+        words = (
+            Chunk(desk, request.chunk(), taken_ms).score()
+            if request.parts
+            else "nothing to score"
+        )
         combined = _combine(desk, request)
         if combined == WAITING:
             _send_body(self, label, request_id, store, num_returns=0)
         return f"{words}; {combined}"
 
-    return on_desk(self, label, Message(request_id, wire, number, store), GroupRequest, work)
+    return on_desk(
+        self, label, Message(request_id, wire, number, store), GroupRequest, work
+    )
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
 def combine_group(
-    self: Any, label: str, request_id: str, wire: int, store: str = "", num_returns: int = 0, *_later: Any
+    self: Any,
+    label: str,
+    request_id: str,
+    wire: int,
+    store: str = "",
+    num_returns: int = 0,
+    *_later: Any,
 ) -> str:
     """Make a group's outcome of those of its parts; the body of a chord, whose header scored them.
 
@@ -53,7 +71,9 @@ def combine_group(
 
     def work(desk: Desk, request: GroupRequest, _taken_ms: int) -> str:
         ends_at = time.monotonic() + WAIT_FOR_OTHERS_S
-        while (words := _combine(desk, request)) == WAITING and time.monotonic() < ends_at:
+        while (
+            words := _combine(desk, request)
+        ) == WAITING and time.monotonic() < ends_at:
             time.sleep(0.1)
         if words == WAITING and num_returns < MOST_RETURNS:
             _send_body(self, label, request_id, store, num_returns + 1)
@@ -62,27 +82,47 @@ def combine_group(
     return on_desk(self, label, Message(request_id, wire, 0, store), GroupRequest, work)
 
 
-def _send_body(task: Any, label: str, request_id: str, store: str, num_returns: int) -> None:
+def _send_body(
+    task: Any, label: str, request_id: str, store: str, num_returns: int
+) -> None:
     queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
     args = [label, request_id, WIRE_VERSION, store, num_returns]
-    app.send_task(COMBINE, args=args, queue=queue, argsrepr=label, priority=PRIORITY_FIRST, ignore_result=True)
+    app.send_task(
+        COMBINE,
+        args=args,
+        queue=queue,
+        argsrepr=label,
+        priority=PRIORITY_FIRST,
+        ignore_result=True,
+    )
 
 
 def _combine(desk: Desk, request: GroupRequest) -> str:
     """Read the parts' outcomes and write the group's once; what came of it."""
     outcomes, parts = desk.outcomes, request.parts
     addresses = [p.address for p in parts]
-    found = dict(zip(addresses, lasting(lambda: outcomes.look_up(addresses)), strict=True))
+    found = dict(
+        zip(addresses, lasting(lambda: outcomes.look_up(addresses)), strict=True)
+    )
     there = {a: o for a, o in found.items() if o is not None}
     missing = [
         p.address
         for p in parts
-        if p.address not in there or not (there[p.address].is_final or there[p.address].attempt >= p.attempt)
+        if p.address not in there
+        or not (there[p.address].is_final or there[p.address].attempt >= p.attempt)
     ]
     if missing:
-        return WAITING if any(lasting(lambda: outcomes.claimed(missing))) else f"{len(missing)} parts are missing"
+        return (
+            WAITING
+            if any(lasting(lambda: outcomes.claimed(missing)))
+            else f"{len(missing)} parts are missing"
+        )
     token = new_token(desk.node)
-    claims = lasting(lambda: outcomes.claim([request.address], [request.attempt], token, request.deadline_ms))
+    claims = lasting(
+        lambda: outcomes.claim(
+            [request.address], [request.attempt], token, request.deadline_ms
+        )
+    )
     if claims is None or claims[0].state != "claimed":
         return "combined already"
     whole = combine(request, there)
@@ -92,4 +132,6 @@ def _combine(desk: Desk, request: GroupRequest) -> str:
 
 def _is_answered(desk: Desk, request: GroupRequest) -> bool:
     outcome = lasting(lambda: desk.outcomes.look_up([request.address]))[0]
-    return outcome is not None and (outcome.is_final or outcome.attempt >= request.attempt)
+    return outcome is not None and (
+        outcome.is_final or outcome.attempt >= request.attempt
+    )

@@ -43,7 +43,11 @@ class BusyScriptError(redis.ResponseError):
 # redis-py raises for these, which pass by themselves, what it raises for a bug of ours: a plain ResponseError. All its
 # parsers, those of Celery's connections too, look a reply's first word up in this one table.
 _CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
-for _code, _class in (("NOREPLICAS", NoReplicasError), ("MISCONF", DiskError), ("BUSY", BusyScriptError)):
+for _code, _class in (
+    ("NOREPLICAS", NoReplicasError),
+    ("MISCONF", DiskError),
+    ("BUSY", BusyScriptError),
+):
     _CLASSES.setdefault(_code, _class)
 
 FULL = (
@@ -61,7 +65,9 @@ WHY_REFUSED: dict[type[Exception], str] = {
         "Redis refuses to write: it cannot save to its disk; make room there (its log says more), or set "
         "`stop-writes-on-bgsave-error no`"
     ),
-    _CLASSES["BUSY"]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
+    _CLASSES[
+        "BUSY"
+    ]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
 }
 """In words, by the error that a server refuses with for now."""
 
@@ -80,12 +86,18 @@ LOST: tuple[type[Exception], ...] = (
 )
 """What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
 
-SERVES_NOT_NOW: tuple[type[Exception], ...] = (redis.ReadOnlyError, redis.BusyLoadingError, *REFUSED)
+SERVES_NOT_NOW: tuple[type[Exception], ...] = (
+    redis.ReadOnlyError,
+    redis.BusyLoadingError,
+    *REFUSED,
+)
 """Those of them that a server answers with: it is there."""
 
 READ_ONLY = "it is a replica and takes no writes; right after a failover that passes, else the URL must name its master"
 
-MAX_CLIENTS = "it has as many clients as its `maxclients` allows; raise that, or end some"
+MAX_CLIENTS = (
+    "it has as many clients as its `maxclients` allows; raise that, or end some"
+)
 
 NEARLY = 0.99
 """Share of its maxmemory from which a server may refuse a write."""
@@ -95,7 +107,9 @@ DEFAULT_SENTINELS = Sentinels()
 T = TypeVar("T")
 
 
-def connect(url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any) -> redis.Redis:
+def connect(
+    url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any
+) -> redis.Redis:
     """A client (a pool of connections, made at first use; safe between threads and after a fork).
 
     Args:
@@ -113,12 +127,22 @@ def connect(url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any) 
     if not url.startswith("sentinel://"):
         client: redis.Redis = redis.Redis.from_url(url, **options)
         return client
-    given = [parse_url(one.replace("sentinel://", "redis://", 1)) for one in several_urls(url)]  # type: ignore[no-untyped-call]
+    given = []
+    for one in several_urls(url):
+        as_redis = one.replace("sentinel://", "redis://", 1)
+        given.append(parse_url(as_redis))  # type: ignore[no-untyped-call]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [(one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given],
+        [
+            (one.get("host", "localhost"), one.get("port", SENTINEL_PORT))
+            for one in given
+        ],
         sentinel_kwargs=for_sentinels(sentinels),
     )
-    account = {name: given[0][name] for name in ("db", "username", "password") if name in given[0]}
+    account = {
+        name: given[0][name]
+        for name in ("db", "username", "password")
+        if name in given[0]
+    }
     master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
         sentinels.master, **options, **account
     )
@@ -135,17 +159,24 @@ def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
     (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
     """
     account = {"password": sentinels.password} if sentinels.password else {}
-    bounds = {"socket_timeout": SENTINEL_TIMEOUT_S, "socket_connect_timeout": SENTINEL_TIMEOUT_S}
+    bounds = {
+        "socket_timeout": SENTINEL_TIMEOUT_S,
+        "socket_connect_timeout": SENTINEL_TIMEOUT_S,
+    }
     return {**bounds, "retry": None, **account}
 
 
-def connect_for_media(url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> redis.Redis:
+def connect_for_media(
+    url: str, sentinels: Sentinels = DEFAULT_SENTINELS
+) -> redis.Redis:
     """As `connect`, for values of megabytes: a buffer is sent from where it lies.
 
     redis-py with hiredis copies a value twice to send it; its other packer, written in Python, does not.
     """
     packer = PythonRespSerializer(JOINED_BYTES, _encode)
-    return connect(url, sentinels, socket_read_size=MEDIA_READ_BYTES, command_packer=packer)
+    return connect(
+        url, sentinels, socket_read_size=MEDIA_READ_BYTES, command_packer=packer
+    )
 
 
 def _encode(value: bytes | memoryview | str | int) -> bytes | memoryview:
@@ -161,9 +192,13 @@ def check_reachable(client: Any, url: str, role: str) -> None:
     try:
         client.ping()
     except redis.AuthenticationError as error:
-        raise RedisUnreachableError(f"{role} at {without_password(url)} refuses this user: {error}") from None
+        raise RedisUnreachableError(
+            f"{role} at {without_password(url)} refuses this user: {error}"
+        ) from None
     except REFUSED as error:  # MISCONF refuses a PING as well
-        raise RedisUnreachableError(f"{role} at {without_password(url)}: {why_away(error)}") from None
+        raise RedisUnreachableError(
+            f"{role} at {without_password(url)}: {why_away(error)}"
+        ) from None
     except (redis.RedisError, OSError) as error:
         raise RedisUnreachableError(
             f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
@@ -211,9 +246,13 @@ def why_away(error: BaseException) -> str:
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
-    if isinstance(error, MasterNotFoundError):  # with all that it knows of each sentinel, and what each said last
+    if isinstance(
+        error, MasterNotFoundError
+    ):  # with all that it knows of each sentinel, and what each said last
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
-    if isinstance(error, redis.AuthenticationError):  # it served this user before: else it were no outage
+    if isinstance(
+        error, redis.AuthenticationError
+    ):  # it served this user before: else it were no outage
         return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
     if isinstance(error, redis.ReadOnlyError):
         return f"Redis is away: {READ_ONLY}"
@@ -222,7 +261,9 @@ def why_away(error: BaseException) -> str:
     return f"Redis is away: {error}"
 
 
-def persist(call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False) -> T:
+def persist(
+    call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False
+) -> T:
     """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
 
     Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true, and at once what

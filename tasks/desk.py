@@ -57,7 +57,11 @@ class Runner(Protocol):
         """Raises `BusyError` if the model cannot be asked now."""
 
     def run(
-        self, model: Any, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+        self,
+        model: Any,
+        call: RewardCall,
+        samples: Sequence[SampleRequest],
+        payloads: Mapping[str, bytes],
     ) -> Iterator[dict[str, Outcome]]:
         """Score samples; yields outcomes by address as they come, one for each sample in all. Never raises for one.
 
@@ -124,7 +128,13 @@ class Message:
     store: str
 
 
-def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callable[[Desk, R, int], str]) -> str:
+def on_desk(
+    task: Any,
+    label: str,
+    message: Message,
+    kind: type[R],
+    work: Callable[[Desk, R, int], str],
+) -> str:
     """Open a message at this process's desk and do its work; returns a few words for people.
 
     `work` is given the request and when it was taken (Redis's clock, ms). What cannot be read or asked now is left to
@@ -149,7 +159,9 @@ def on_desk(task: Any, label: str, message: Message, kind: type[R], work: Callab
         if isinstance(error, Exception) and not isinstance(error, MemoryError):
             raise
         # Out of a task of a threads pool it would leak the slot: the worker looks alive and takes nothing.
-        raise RuntimeError(f"{type(error).__name__} while scoring {label}: {error}") from error
+        raise RuntimeError(
+            f"{type(error).__name__} while scoring {label}: {error}"
+        ) from error
 
 
 def lasting(call: Callable[[], T]) -> T:
@@ -157,14 +169,24 @@ def lasting(call: Callable[[], T]) -> T:
     return persist(call, REDIS_AWAY_S)
 
 
-def _work(desk: Desk, queue: str, message: Message, kind: type[R], work: Callable[[Desk, R, int], str]) -> str:
+def _work(
+    desk: Desk,
+    queue: str,
+    message: Message,
+    kind: type[R],
+    work: Callable[[Desk, R, int], str],
+) -> str:
     now_ms = lasting(lambda: desk.outcomes.take(queue, message.number))
     if message.wire != WIRE_VERSION:
-        detail = f"it speaks wire version {WIRE_VERSION}, the message is of {message.wire}"
+        detail = (
+            f"it speaks wire version {WIRE_VERSION}, the message is of {message.wire}"
+        )
         return _leave_note(desk, message, "wire", detail)
     try:
         request = _read(desk, message, kind)
-        return "expired" if now_ms > request.deadline_ms else work(desk, request, now_ms)
+        return (
+            "expired" if now_ms > request.deadline_ms else work(desk, request, now_ms)
+        )
     except PayloadGoneError as error:
         return _note_missing(desk, message, str(error))
     except WireError as error:
@@ -191,15 +213,21 @@ def _note_missing(desk: Desk, message: Message, what: str) -> str:
     return _leave_note(desk, message, "gone", what)
 
 
-def _note_error(desk: Desk, message: Message, error: BaseException, why: str = "") -> None:
+def _note_error(
+    desk: Desk, message: Message, error: BaseException, why: str = ""
+) -> None:
     """A task that raises each time would be sent again for ever; the client is to know why it waits."""
     words = why or f"the task raised {type(error).__name__}: {error}"
-    with contextlib.suppress(redis.RedisError, OSError):  # what was raised may be that it is away
+    with contextlib.suppress(
+        redis.RedisError, OSError
+    ):  # what was raised may be that it is away
         note = Note(reason="error", worker=desk.node, detail=words[:MAX_ERROR_CHARS])
         desk.outcomes.leave_note(message.request_id, note)
 
 
-def _leave_note(desk: Desk, message: Message, reason: Any, detail: str, store: str = "") -> str:
+def _leave_note(
+    desk: Desk, message: Message, reason: Any, detail: str, store: str = ""
+) -> str:
     note = Note(reason=reason, worker=desk.node, detail=detail, store=store)
     lasting(lambda: desk.outcomes.leave_note(message.request_id, note))
     return f"not read: {reason}"

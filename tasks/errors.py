@@ -75,12 +75,23 @@ class MissingExtraError(RewardError, ImportError):
         worker_host: The host of the worker that lacks it; empty where the process that raises lacks it.
     """
 
-    def __init__(self, what: str, module: str, extra: str, worker_host: str = "") -> None:
+    def __init__(
+        self, what: str, module: str, extra: str, worker_host: str = ""
+    ) -> None:
         super().__init__(what, module, extra, worker_host)
-        self.what, self.module, self.extra, self.worker_host = what, module, extra, worker_host
+        self.what, self.module, self.extra, self.worker_host = (
+            what,
+            module,
+            extra,
+            worker_host,
+        )
 
     def __str__(self) -> str:
-        where = f"in the worker's environment on {self.worker_host}" if self.worker_host else "here"
+        where = (
+            f"in the worker's environment on {self.worker_host}"
+            if self.worker_host
+            else "here"
+        )
         then = ", there, then restart the worker" if self.worker_host else ""
         return (
             f"{self.what} needs the module {self.module!r}, which is not installed {where}: "

@@ -34,7 +34,9 @@ def ranks(scores: Sequence[float], ties: Ties = "mean") -> list[float]:
     """
     values = np.asarray(scores, np.float64)
     if ties == "ordinal":
-        found = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64)
+        found = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(
+            np.float64
+        )
     else:
         less = (values[None, :] < values[:, None]).sum(1)
         equal = (values[None, :] == values[:, None]).sum(1)
@@ -42,7 +44,9 @@ def ranks(scores: Sequence[float], ties: Ties = "mean") -> list[float]:
     return [float(rank) / len(values) for rank in found]
 
 
-def draw_pairs(group_digest: str, num_members: int, opponents: Literal["all"] | int) -> list[tuple[int, int]]:
+def draw_pairs(
+    group_digest: str, num_members: int, opponents: Literal["all"] | int
+) -> list[tuple[int, int]]:
     """Which members are compared with each other: pairs `(i, j)`, `i < j`, each once.
 
     Args:
@@ -53,12 +57,22 @@ def draw_pairs(group_digest: str, num_members: int, opponents: Literal["all"] | 
     """
     if opponents == "all" or opponents >= num_members - 1:
         return [(i, j) for i in range(num_members) for j in range(i + 1, num_members)]
-    circle = np.random.default_rng(int(group_digest[:16], 16)).permutation(num_members).tolist()
-    seats = [(at, (at + step) % num_members) for step in range(1, opponents // 2 + 1) for at in range(num_members)]
+    circle = (
+        np.random.default_rng(int(group_digest[:16], 16))
+        .permutation(num_members)
+        .tolist()
+    )
+    seats = [
+        (at, (at + step) % num_members)
+        for step in range(1, opponents // 2 + 1)
+        for at in range(num_members)
+    ]
     if opponents % 2:
         half = num_members // 2
         seats += [(at, at + half) for at in range(num_members - half)]
-    return sorted({(min(circle[a], circle[b]), max(circle[a], circle[b])) for a, b in seats})
+    return sorted(
+        {(min(circle[a], circle[b]), max(circle[a], circle[b])) for a, b in seats}
+    )
 
 
 def combine(request: GroupRequest, found: Mapping[str, Outcome]) -> Outcome:
@@ -69,11 +83,22 @@ def combine(request: GroupRequest, found: Mapping[str, Outcome]) -> Outcome:
 
 def _ranks(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
     """Members without a score have its reason; the others are ranked among themselves."""
-    scored = [found[m.address] if m.failure is None else Outcome(failure=m.failure) for m in request.members]
+    scored = [
+        found[m.address] if m.failure is None else Outcome(failure=m.failure)
+        for m in request.members
+    ]
     places = [i for i, one in enumerate(scored) if one.reward is not None]
-    rank_of = dict(zip(places, ranks([scored[i].reward or 0.0 for i in places], request.ties), strict=True))
+    rank_of = dict(
+        zip(
+            places,
+            ranks([scored[i].reward or 0.0 for i in places], request.ties),
+            strict=True,
+        )
+    )
     return [
-        Outcome(reward=rank_of[i], info={**one.info, "score": one.reward}, origin=one.origin)
+        Outcome(
+            reward=rank_of[i], info={**one.info, "score": one.reward}, origin=one.origin
+        )
         if one.failure is None
         else Outcome(failure=_not_ranked(one.failure), info=one.info, origin=one.origin)
         for i, one in enumerate(scored)
@@ -88,7 +113,9 @@ def _wins(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
     """Share of comparisons that each member won, a tie counts half; one without an answer abstains."""
     points: list[list[float]] = [[] for _ in request.members]
     unanswered: list[Outcome] = []
-    for (first, second), comparison in zip(request.pairs, request.comparisons, strict=True):
+    for (first, second), comparison in zip(
+        request.pairs, request.comparisons, strict=True
+    ):
         outcome = found[comparison.address]
         if outcome.reward is None:
             unanswered.append(outcome)
@@ -101,19 +128,28 @@ def _wins(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:
     ]
 
 
-def _share(member: SampleRequest, won: Sequence[float], unanswered: Outcome | None) -> Outcome:
+def _share(
+    member: SampleRequest, won: Sequence[float], unanswered: Outcome | None
+) -> Outcome:
     """A member's outcome; `unanswered` is the first comparison that has none, whose worker says why."""
     if member.failure is not None:
         return Outcome(failure=member.failure)
     if won:
-        return Outcome(reward=sum(won) / len(won), info={"num_comparisons": len(won), "points": sum(won)})
+        return Outcome(
+            reward=sum(won) / len(won),
+            info={"num_comparisons": len(won), "points": sum(won)},
+        )
     if unanswered is None or unanswered.failure is None:
         return Outcome(failure=_abstained("it was compared with nobody"))
-    return Outcome(failure=_abstained(unanswered.failure.message), origin=unanswered.origin)
+    return Outcome(
+        failure=_abstained(unanswered.failure.message), origin=unanswered.origin
+    )
 
 
 def _abstained(reason: str) -> Failure:
-    return Failure(kind="abstained", message=f"none of its comparisons has an answer: {reason}")
+    return Failure(
+        kind="abstained", message=f"none of its comparisons has an answer: {reason}"
+    )
 
 
 _REGISTER = """
@@ -195,15 +231,32 @@ class GroupSlots:
         return keys.group(self._run, self._launch, split, step, fingerprint, group)
 
     def register(
-        self, key: str, slot: tuple[int, int], member_key: str, member: SampleRequest, size: int, fingerprint: str
+        self,
+        key: str,
+        slot: tuple[int, int],
+        member_key: str,
+        member: SampleRequest,
+        size: int,
+        fingerprint: str,
     ) -> Registered:
         """Put a member into its slot; the last one seals the group. Putting the same one again changes nothing."""
         outcomes = keys.outcome(f"{self._run}:{fingerprint}:")
-        args = [_slot_name(slot), member_key, pack(member), size, self._ttl_ms, outcomes]
+        args = [
+            _slot_name(slot),
+            member_key,
+            pack(member),
+            size,
+            self._ttl_ms,
+            outcomes,
+        ]
         state, found, num_members, is_now = self._register(keys=[key], args=args)
-        return Registered(state.decode(), found.decode(), int(num_members), bool(is_now))
+        return Registered(
+            state.decode(), found.decode(), int(num_members), bool(is_now)
+        )
 
-    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int) -> tuple[int, int]:
+    def ask(
+        self, key: str, digest: str, rank: int, client: str, attempt: int
+    ) -> tuple[int, int]:
         """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
 
         That is the one that another rank asked for before, so that a group has one outcome on all ranks also where
@@ -212,7 +265,9 @@ class GroupSlots:
         found = self._ask(keys=[key], args=[rank, digest, client, attempt])
         return int(found[0]), int(found[1])
 
-    def put_back(self, key: str, digest: str, rank: int, client: str, attempt: int) -> None:
+    def put_back(
+        self, key: str, digest: str, rank: int, client: str, attempt: int
+    ) -> None:
         """Note in an emptied Redis that this rank has had this attempt; its members are registered anew after it."""
         fields = {"attempt": attempt, f"asked{rank}": f"{client} {digest} {attempt}"}
         with self._redis.pipeline() as pipe:
@@ -231,11 +286,16 @@ class GroupSlots:
         with self._redis.pipeline(transaction=False) as pipe:
             for key in group_keys:
                 pipe.hkeys(key)
-            return [sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k") for names in pipe.execute()]
+            return [
+                sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k")
+                for names in pipe.execute()
+            ]
 
     def set_number(self, key: str, number: int) -> None:
         """Tell the other ranks which message was sent for the group."""
-        with self._redis.pipeline() as pipe:  # in a Redis that was emptied meanwhile it would stay for ever
+        with (
+            self._redis.pipeline() as pipe
+        ):  # in a Redis that was emptied meanwhile it would stay for ever
             pipe.hset(key, "number", number).pexpire(key, self._ttl_ms)
             pipe.execute()
 
@@ -244,7 +304,11 @@ class GroupSlots:
         found = self._redis.hgetall(key)
         slots = sorted(name[1:] for name in found if name[:1] == b"k")
         return {
-            _slot_of(slot): (found[b"k" + slot].decode(), unpack(SampleRequest, found[b"b" + slot])) for slot in slots
+            _slot_of(slot): (
+                found[b"k" + slot].decode(),
+                unpack(SampleRequest, found[b"b" + slot]),
+            )
+            for slot in slots
         }
 
 

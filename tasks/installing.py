@@ -36,7 +36,9 @@ def _what_to_install(extra: str) -> list[str]:
     for installed in distributions(name=NAME):
         noted = installed.read_text("direct_url.json")
         if noted:
-            return _of_origin(json.loads(noted), extra) or _requirements(installed, extra)
+            return _of_origin(json.loads(noted), extra) or _requirements(
+                installed, extra
+            )
     checkout = Path(__file__).resolve().parents[1]  # on PYTHONPATH, without an install
     return _of_folder(checkout, extra, is_editable=True) or [f"{NAME}[{extra}]"]
 
@@ -48,13 +50,19 @@ def _of_origin(origin: dict[str, Any], extra: str) -> list[str]:
         if url.startswith("file:"):  # pip before 24 takes no `name @ git+file:///...`
             return []
         vcs = origin["vcs_info"]
-        folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+        folder = (
+            f"#subdirectory={origin['subdirectory']}"
+            if "subdirectory" in origin
+            else ""
+        )
         return [f"{NAME}[{extra}] @ {vcs['vcs']}+{url}@{vcs['commit_id']}{folder}"]
     if not url.startswith("file:"):
         return [f"{NAME}[{extra}] @ {url}"]
     path = Path(unquote(urlsplit(url).path))
     if "dir_info" in origin:
-        return _of_folder(path, extra, is_editable=bool(origin["dir_info"].get("editable")))
+        return _of_folder(
+            path, extra, is_editable=bool(origin["dir_info"].get("editable"))
+        )
     return [f"{path}[{extra}]"] if path.is_file() else []
 
 

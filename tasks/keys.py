@@ -40,7 +40,9 @@ def worker(node: str) -> str:
     return f"{ROOT}worker:{node}"
 
 
-def group(run: str, launch: str, split: str, step: int, fingerprint: str, group: str) -> str:
+def group(
+    run: str, launch: str, split: str, step: int, fingerprint: str, group: str
+) -> str:
     """The slots of one group across ranks (a hash): keys and members, and the digest once it is complete."""
     return f"{ROOT}group:{run}:{launch}:{split}:{step}:{fingerprint}:{group}"
 

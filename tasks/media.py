@@ -89,12 +89,16 @@ def check_video(value: Any, where: str, max_pixels: int) -> None:
             check_image(frame, f"{where}[{t}]", max_pixels)
         sizes = {_frame_size(frame) for frame in value}
         if len(sizes) > 1:
-            raise InvalidSampleError(f"{where}: {_VIDEO_NEEDS}, found frames of sizes {sorted(sizes)}")
+            raise InvalidSampleError(
+                f"{where}: {_VIDEO_NEEDS}, found frames of sizes {sorted(sizes)}"
+            )
         return
     shape, is_float = _array_kind(value, where, _VIDEO_NEEDS)
     height_width = _plane(shape, is_float, 4, where, _VIDEO_NEEDS)
     if shape[0] == 0:
-        raise InvalidSampleError(f"{where}: {_VIDEO_NEEDS}, found no frames, shape {shape}")
+        raise InvalidSampleError(
+            f"{where}: {_VIDEO_NEEDS}, found no frames, shape {shape}"
+        )
     _check_area(height_width, where, max_pixels)
 
 
@@ -135,7 +139,9 @@ def hold(value: Any) -> Held:
     if value.is_cuda:
         torch = sys.modules["torch"]
         event = torch.cuda.current_stream(value.device).record_event()
-    return Held(value, version=None if value.is_inference() else value._version, event=event)
+    return Held(
+        value, version=None if value.is_inference() else value._version, event=event
+    )
 
 
 # --- what a sender's thread does: one pass over the pixels --------------------------------------
@@ -161,7 +167,9 @@ def encode_image(held: Held, where: str) -> PixelsHWC:
 def encode_video(held: Held, where: str) -> PixelsTHWC:
     """The checked pixels of one video, uint8 `(T, H, W, 3)`, C-contiguous. Raises as `encode_image`."""
     if isinstance(held.value, tuple):
-        return np.stack([encode_image(frame, f"{where}[{t}]") for t, frame in enumerate(held.value)])
+        return np.stack(
+            [encode_image(frame, f"{where}[{t}]") for t, frame in enumerate(held.value)]
+        )
     array = _to_numpy(held, where)
     pixels = array if array.dtype == np.uint8 else _to_uint8(array, where)
     pixels = np.ascontiguousarray(pixels)
@@ -171,11 +179,15 @@ def encode_video(held: Held, where: str) -> PixelsTHWC:
 
 def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:
     """The waveform as float32 `(C, T)`. Raises `InvalidSampleError` where it is not finite."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+    with np.errstate(
+        over="ignore"
+    ):  # what float32 cannot hold becomes infinite, and is refused as that
         array = np.atleast_2d(_to_numpy(held, where).astype(np.float32))
     _check_unchanged(held, where)
     if not np.isfinite(array).all():
-        raise InvalidSampleError(f"{where}: the waveform has values that are NaN or infinite")
+        raise InvalidSampleError(
+            f"{where}: the waveform has values that are NaN or infinite"
+        )
     return np.ascontiguousarray(array)
 
 
@@ -239,7 +251,9 @@ def to_waveform(audio: npt.NDArray[np.float32]) -> Any:
 
 def _check_pil(image: Image.Image, where: str, max_pixels: int) -> None:
     if image.mode not in (*EXACT_PIL_MODES, "RGBA"):
-        raise InvalidSampleError(f"{where}: a PIL image of mode {image.mode!r} has no one RGB; {_as_rgb(image.mode)}")
+        raise InvalidSampleError(
+            f"{where}: a PIL image of mode {image.mode!r} has no one RGB; {_as_rgb(image.mode)}"
+        )
     _check_area((image.height, image.width), where, max_pixels)
 
 
@@ -276,7 +290,9 @@ def _array_kind(value: Any, where: str, needs: str) -> tuple[tuple[int, ...], bo
     return tuple(value.shape), is_float
 
 
-def _plane(shape: tuple[int, ...], is_float: bool, num_axes: int, where: str, needs: str) -> tuple[int, int]:
+def _plane(
+    shape: tuple[int, ...], is_float: bool, num_axes: int, where: str, needs: str
+) -> tuple[int, int]:
     """Height and width, after checking that the axes are where the dtype says they are."""
     kind = "float" if is_float else "uint8"
     channels = shape[-3] if is_float and len(shape) >= 3 else shape[-1] if shape else 0
@@ -289,14 +305,18 @@ def _frame_size(frame: Any) -> tuple[int, int]:
     """Height and width of one checked frame."""
     if isinstance(frame, Image.Image):
         return frame.height, frame.width
-    is_float = frame.is_floating_point() if is_tensor(frame) else frame.dtype.kind == "f"
+    is_float = (
+        frame.is_floating_point() if is_tensor(frame) else frame.dtype.kind == "f"
+    )
     shape = tuple(frame.shape)
     return (shape[1], shape[2]) if is_float else (shape[0], shape[1])
 
 
 def _describe(value: Any) -> str:
     if is_tensor(value) or isinstance(value, np.ndarray):
-        return f"{type(value).__module__.split('.')[0]} {value.dtype} {tuple(value.shape)}"
+        return (
+            f"{type(value).__module__.split('.')[0]} {value.dtype} {tuple(value.shape)}"
+        )
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
@@ -327,16 +347,26 @@ def _to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
     _check_unchanged(held, where)
     if not is_tensor(held.value):
         array = np.asarray(held.value)
-        return array.astype(np.float32) if array.dtype == np.float16 else array  # 255 x needs more than 11 bits
+        return (
+            array.astype(np.float32) if array.dtype == np.float16 else array
+        )  # 255 x needs more than 11 bits
     torch = sys.modules["torch"]
     try:
         tensor = (held.value if held.event is None else _from_cuda(held)).detach()
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        if tensor.is_floating_point() and tensor.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
             tensor = tensor.float()
         return np.asarray(tensor.cpu().numpy())
-    except (RuntimeError, TypeError) as error:  # of a kind of tensor that is taken for a plain one by its shape
+    except (
+        RuntimeError,
+        TypeError,
+    ) as error:  # of a kind of tensor that is taken for a plain one by its shape
         kind = f"{type(held.value).__name__} on {held.value.device}"
-        raise InvalidSampleError(f"{where}: a {kind} that cannot be read as a plain tensor: {error}") from None
+        raise InvalidSampleError(
+            f"{where}: a {kind} that cannot be read as a plain tensor: {error}"
+        ) from None
 
 
 def _to_uint8(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
@@ -345,16 +375,30 @@ def _to_uint8(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
     What is less than half a level outside has a nearest level, black or white, as every other value has one.
     """
     low, high = float(array.min()), float(array.max())
-    if not (low >= -HALF_A_LEVEL and high <= 1.0 + HALF_A_LEVEL):  # NaN fails both comparisons
+    if not (
+        low >= -HALF_A_LEVEL and high <= 1.0 + HALF_A_LEVEL
+    ):  # NaN fails both comparisons
         num_nans = int(np.isnan(array).sum())
-        found = f"{num_nans} values are NaN" if num_nans else f"values in [{low:.4g}, {high:.4g}]"
-        hint = "" if num_nans else _likely_cause(low, high)  # four digits show what is half a level outside
-        raise InvalidSampleError(f"{where}: floats must be in [0, 1], found {found}{hint}")
+        found = (
+            f"{num_nans} values are NaN"
+            if num_nans
+            else f"values in [{low:.4g}, {high:.4g}]"
+        )
+        hint = (
+            "" if num_nans else _likely_cause(low, high)
+        )  # four digits show what is half a level outside
+        raise InvalidSampleError(
+            f"{where}: floats must be in [0, 1], found {found}{hint}"
+        )
     clamp = low < 0.0 or high > 1.0
     pixels = np.empty((*array.shape[:-3], *array.shape[-2:], 3), np.uint8)
-    for *frame, channel in np.ndindex(array.shape[:-2]):  # by planes: in one piece it takes three times as long
+    for *frame, channel in np.ndindex(
+        array.shape[:-2]
+    ):  # by planes: in one piece it takes three times as long
         plane = array[(*frame, channel)]
-        pixels[(*frame, ..., channel)] = np.rint((plane.clip(0.0, 1.0) if clamp else plane) * 255.0)
+        pixels[(*frame, ..., channel)] = np.rint(
+            (plane.clip(0.0, 1.0) if clamp else plane) * 255.0
+        )
     return pixels
 
 
@@ -387,14 +431,20 @@ def _encode_pil(image: Image.Image, where: str) -> PixelsHWC:
     try:
         with _reading_files:
             image.load()
-    except Exception as error:  # decoders of files raise anything, AssertionError for a closed file
+    except (
+        Exception
+    ) as error:  # decoders of files raise anything, AssertionError for a closed file
         reason = str(error) or f"{type(error).__name__}; was its file closed?"
-        raise InvalidSampleError(f"{where}: the image cannot be read: {reason}") from None
+        raise InvalidSampleError(
+            f"{where}: the image cannot be read: {reason}"
+        ) from None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         lowest_alpha = np.asarray(rgba)[..., 3].min()
         if lowest_alpha < 255:
-            raise InvalidSampleError(f"{where}: the image is transparent (alpha down to {lowest_alpha}); flatten it")
+            raise InvalidSampleError(
+                f"{where}: the image is transparent (alpha down to {lowest_alpha}); flatten it"
+            )
         image = rgba
     if image.mode != "RGB":
         image = image.convert("RGB")

@@ -6,7 +6,14 @@ import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tasks.errors import FailureKind, WireError
 
@@ -26,7 +33,9 @@ Words = Annotated[str, BeforeValidator(_encodable)]
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
 
 class _Answer(_Message):
@@ -146,7 +155,11 @@ class GroupRequest(_Message):
     @property
     def parts(self) -> tuple[SampleRequest, ...]:
         """What is scored for this group."""
-        return self.comparisons if self.how == "wins" else tuple(m for m in self.members if m.failure is None)
+        return (
+            self.comparisons
+            if self.how == "wins"
+            else tuple(m for m in self.members if m.failure is None)
+        )
 
     def chunk(self) -> ScoreRequest:
         """The parts as one chunk."""
@@ -193,12 +206,18 @@ class Outcome(_Answer):
     @property
     def is_final(self) -> bool:
         """Whether it is an answer for good: a reward, or a group's whose members all have theirs."""
-        return self.reward is not None or (bool(self.members) and all(m.reward is not None for m in self.members))
+        return self.reward is not None or (
+            bool(self.members) and all(m.reward is not None for m in self.members)
+        )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Outcome:
-        if (self.reward is not None) + (self.failure is not None) + bool(self.members) != 1:
-            raise ValueError("an outcome is a reward, a failure, or a group's, exactly one of them")
+        if (self.reward is not None) + (self.failure is not None) + bool(
+            self.members
+        ) != 1:
+            raise ValueError(
+                "an outcome is a reward, a failure, or a group's, exactly one of them"
+            )
         if self.reward is not None and not math.isfinite(self.reward):
             raise ValueError(f"a reward is finite, found {self.reward}")
         return self
@@ -244,15 +263,21 @@ def unpack(model: type[M], data: bytes) -> M:
         fields = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"not a {model.__name__}: {error}") from None
-    wire = fields.get("wire", WIRE_VERSION) if isinstance(fields, dict) else WIRE_VERSION
+    wire = (
+        fields.get("wire", WIRE_VERSION) if isinstance(fields, dict) else WIRE_VERSION
+    )
     if wire != WIRE_VERSION:
-        raise WireError(f"a {model.__name__} of wire version {wire}; this side speaks {WIRE_VERSION}")
+        raise WireError(
+            f"a {model.__name__} of wire version {wire}; this side speaks {WIRE_VERSION}"
+        )
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise WireError(f"not a {model.__name__} of wire version {WIRE_VERSION}: {place}: {first['msg']}") from None
+        raise WireError(
+            f"not a {model.__name__} of wire version {WIRE_VERSION}: {place}: {first['msg']}"
+        ) from None
 
 
 # An outcome in Redis starts with a short header that scripts there can read: `R;` for what is final, `F<attempt>;` for

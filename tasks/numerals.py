@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_DECIMAL = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
+_DECIMAL = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII
+)
 _EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+", re.ASCII)
 EXPONENT_PATTERN = _EXPONENT.pattern
 """A number in exponent form, whatever YAML makes of it."""
@@ -23,8 +25,13 @@ def as_numbers(value: Any, schema: Mapping[str, Any]) -> Any:
 
     Where it wants an integer: texts in exponent form, and floats, that are whole.
     """
-    if isinstance(value, Mapping) and isinstance(schema.get("additionalProperties"), Mapping):
-        return {key: as_numbers(one, schema["additionalProperties"]) for key, one in value.items()}
+    if isinstance(value, Mapping) and isinstance(
+        schema.get("additionalProperties"), Mapping
+    ):
+        return {
+            key: as_numbers(one, schema["additionalProperties"])
+            for key, one in value.items()
+        }
     kinds = {part.get("type") for part in (schema, *schema.get("anyOf", ()))}
     if "number" in kinds:
         found = _number(value, _DECIMAL)
@@ -36,7 +43,11 @@ def as_numbers(value: Any, schema: Mapping[str, Any]) -> Any:
 
 def _whole(value: Any) -> Any:
     found = value if isinstance(value, float) else in_exponent_form(value)
-    return int(found) if found is not None and math.isfinite(found) and found.is_integer() else value
+    return (
+        int(found)
+        if found is not None and math.isfinite(found) and found.is_integer()
+        else value
+    )
 
 
 def _number(value: Any, form: re.Pattern[str]) -> float | None:

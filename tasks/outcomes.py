@@ -18,7 +18,15 @@ import msgpack
 
 from tasks import keys
 from tasks.errors import WireError
-from tasks.messages import Heartbeat, Note, Outcome, pack, pack_outcome, unpack, unpack_outcome
+from tasks.messages import (
+    Heartbeat,
+    Note,
+    Outcome,
+    pack,
+    pack_outcome,
+    unpack,
+    unpack_outcome,
+)
 
 KEYS_A_CALL = 1000
 """Keys asked for in one MGET; more go in several, so that Redis serves others between them."""
@@ -215,7 +223,11 @@ class Outcomes:
     # --- for workers -----------------------------------------------------------------------------
 
     def claim(
-        self, addresses: Sequence[str], attempts: Sequence[int], token: str, deadline_ms: int
+        self,
+        addresses: Sequence[str],
+        attempts: Sequence[int],
+        token: str,
+        deadline_ms: int,
     ) -> list[Claim] | None:
         """Claim what nobody has answered or is scoring; None if the deadline (Redis's clock) has passed.
 
@@ -225,16 +237,26 @@ class Outcomes:
         found = self._claim(keys=_keys_of(addresses), args=args)
         if not isinstance(found, list):
             return None
-        return [Claim("claimed", n) if n > 0 else Claim("busy" if n == 0 else "answered") for n in found]
+        return [
+            Claim("claimed", n) if n > 0 else Claim("busy" if n == 0 else "answered")
+            for n in found
+        ]
 
-    def write(self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False) -> int:
+    def write(
+        self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False
+    ) -> int:
         """Write each outcome unless a better one is there, and end the claims; returns how many were new.
 
         `only_claimed` passes over those that this token does not claim any more.
         """
         if not outcomes:
             return 0
-        args = [token, self._result_ms, int(only_claimed), *map(pack_outcome, outcomes.values())]
+        args = [
+            token,
+            self._result_ms,
+            int(only_claimed),
+            *map(pack_outcome, outcomes.values()),
+        ]
         return int(self._write(keys=_keys_of(outcomes), args=args))
 
     def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
@@ -242,7 +264,9 @@ class Outcomes:
 
         May be called again with the same token after a lost connection: it counts once.
         """
-        earlier, since_ms = self._start_alone(keys=[keys.starts(address)], args=[most, token, self._result_ms])
+        earlier, since_ms = self._start_alone(
+            keys=[keys.starts(address)], args=[most, token, self._result_ms]
+        )
         return int(earlier), int(since_ms) / 1000
 
     def release(self, addresses: Iterable[str], token: str) -> None:
@@ -269,7 +293,9 @@ class Outcomes:
     def beat(self, heartbeat: Heartbeat, ttl_s: float) -> None:
         """Say that a worker lives."""
         names = [keys.WORKERS, keys.worker(heartbeat.node)]
-        self._beat(keys=names, args=[heartbeat.node, pack(heartbeat), round(1000 * ttl_s)])
+        self._beat(
+            keys=names, args=[heartbeat.node, pack(heartbeat), round(1000 * ttl_s)]
+        )
 
     def end_beat(self, node: str) -> None:
         """Say that a worker has stopped."""
@@ -282,7 +308,10 @@ class Outcomes:
 
     def look_up(self, addresses: Sequence[str]) -> list[Outcome | None]:
         """The outcomes in order, None where there is none (or one of a wire version we cannot read)."""
-        return [_readable(value) for value in self._mget([keys.outcome(a) for a in addresses])]
+        return [
+            _readable(value)
+            for value in self._mget([keys.outcome(a) for a in addresses])
+        ]
 
     def are_there(self, addresses: Sequence[str]) -> list[bool]:
         """Which addresses have an outcome, whatever it is."""
@@ -303,7 +332,10 @@ class Outcomes:
 
     def claimed(self, addresses: Sequence[str]) -> list[bool]:
         """Which addresses some task is scoring now."""
-        return [value is not None for value in self._mget([keys.claim(a) for a in addresses])]
+        return [
+            value is not None
+            for value in self._mget([keys.claim(a) for a in addresses])
+        ]
 
     def num_starts(self, addresses: Sequence[str]) -> list[int]:
         """How often each was begun without an answer so far."""
@@ -319,7 +351,11 @@ class Outcomes:
 
     def number(self, queue: str, num_messages: int) -> int:
         """Reserve numbers for messages about to be sent; returns the first."""
-        return int(self.redis.incrby(keys.sent_number(queue), num_messages)) - num_messages + 1
+        return (
+            int(self.redis.incrby(keys.sent_number(queue), num_messages))
+            - num_messages
+            + 1
+        )
 
     def check_room(self) -> None:
         """Write something of no consequence; raises what a server that is full raises."""
@@ -332,9 +368,16 @@ class Outcomes:
 
     def workers(self) -> list[Heartbeat]:
         """Every live worker. One of another wire version is listed with its version, whatever else it says."""
-        nodes = [n.decode() for n in self.redis.zrangebyscore(keys.WORKERS, self.now_ms(), "+inf")]
+        nodes = [
+            n.decode()
+            for n in self.redis.zrangebyscore(keys.WORKERS, self.now_ms(), "+inf")
+        ]
         found = self._mget([keys.worker(n) for n in nodes])
-        return [_heartbeat(node, value) for node, value in zip(nodes, found, strict=True) if value is not None]
+        return [
+            _heartbeat(node, value)
+            for node, value in zip(nodes, found, strict=True)
+            if value is not None
+        ]
 
     def _mget(self, names: Sequence[str]) -> list[bytes | None]:
         found: list[bytes | None] = []
@@ -344,7 +387,11 @@ class Outcomes:
 
 
 def _keys_of(addresses: Iterable[str]) -> list[str]:
-    return [key for a in addresses for key in (keys.outcome(a), keys.claim(a), keys.starts(a))]
+    return [
+        key
+        for a in addresses
+        for key in (keys.outcome(a), keys.claim(a), keys.starts(a))
+    ]
 
 
 def _readable(value: bytes | None) -> Outcome | None:
@@ -377,7 +424,11 @@ def _heartbeat(node: str, value: bytes) -> Heartbeat:
         "store": "",
         "state": "ready",
     }
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in Heartbeat.model_fields}
+    known = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in said.items()
+        if k in Heartbeat.model_fields
+    }
     return Heartbeat.model_construct(**{**unsaid, **known})
 
 

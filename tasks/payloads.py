@@ -16,7 +16,12 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from tasks import keys
-from tasks.connections import DEFAULT_SENTINELS, check_eviction, check_reachable, connect_for_media
+from tasks.connections import (
+    DEFAULT_SENTINELS,
+    check_eviction,
+    check_reachable,
+    connect_for_media,
+)
 from tasks.errors import RedisUnreachableError, SettingsError
 from tasks.settings import Sentinels, Settings
 
@@ -105,7 +110,9 @@ class RedisStore:
 
     def identity(self) -> str:
         known = cast(bytes | None, self._redis.get(keys.STORE_IDENTITY))
-        if known is None:  # not written in vain each time: a server that is full refuses that
+        if (
+            known is None
+        ):  # not written in vain each time: a server that is full refuses that
             with self._redis.pipeline(transaction=False) as pipe:
                 pipe.set(keys.STORE_IDENTITY, secrets.token_hex(8), nx=True)
                 pipe.get(keys.STORE_IDENTITY)
@@ -124,14 +131,20 @@ class RedisStore:
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         if not names:
             return []
-        with self._redis.pipeline(transaction=False) as pipe:  # MGET's one reply would be put together in memory
+        with self._redis.pipeline(
+            transaction=False
+        ) as pipe:  # MGET's one reply would be put together in memory
             for name in names:
                 pipe.get(keys.payload(name))
             return cast(list[bytes | None], pipe.execute())
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         ttl_ms = round(1000 * ttl_s)
-        return [some[i] for some in _some(names) for i in self._count(self._redis, some, ttl_ms)[1]]
+        return [
+            some[i]
+            for some in _some(names)
+            for i in self._count(self._redis, some, ttl_ms)[1]
+        ]
 
     def free(self, names: Sequence[str]) -> None:
         for some in _some(names):
@@ -157,7 +170,10 @@ class RedisStore:
 
 def _some(names: Sequence[str]) -> Iterable[Sequence[str]]:
     """The names in runs of `NAMES_A_CALL`."""
-    return (names[start : start + NAMES_A_CALL] for start in range(0, len(names), NAMES_A_CALL))
+    return (
+        names[start : start + NAMES_A_CALL]
+        for start in range(0, len(names), NAMES_A_CALL)
+    )
 
 
 def _flat(data: Any) -> Any:
@@ -187,7 +203,9 @@ class FileStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SettingsError(f"REWARDQ_PAYLOAD_URL: cannot make the folder {folder}: {error.strerror}") from None
+            raise SettingsError(
+                f"REWARDQ_PAYLOAD_URL: cannot make the folder {folder}: {error.strerror}"
+            ) from None
 
     def identity(self) -> str:
         self._sweep_now_and_then()
@@ -208,7 +226,11 @@ class FileStore:
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         now = time.time()
-        return [name for name in names if not self._renew(self._path(name), now, now + ttl_s)]
+        return [
+            name
+            for name in names
+            if not self._renew(self._path(name), now, now + ttl_s)
+        ]
 
     def free(self, names: Sequence[str]) -> None:
         for name in names:
@@ -222,13 +244,18 @@ class FileStore:
         """Drop what has expired; returns how many files."""
         now, num_dropped = time.time(), 0
         for path, stat in self._files():
-            if stat.st_mtime + (self.WRITING_S if path.name.startswith(".") else 0.0) < now:
+            if (
+                stat.st_mtime + (self.WRITING_S if path.name.startswith(".") else 0.0)
+                < now
+            ):
                 num_dropped += self._drop(path)
         return num_dropped
 
     def check(self) -> None:
         if not os.access(self._folder, os.W_OK | os.X_OK):
-            raise RedisUnreachableError(f"the payload folder {self._folder} cannot be written to by this user")
+            raise RedisUnreachableError(
+                f"the payload folder {self._folder} cannot be written to by this user"
+            )
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -283,14 +310,22 @@ class FileStore:
         except FileNotFoundError:
             return None
 
-    def _write(self, path: Path, data: Any, expires_at: float | None = None, only_new: bool = False) -> None:
+    def _write(
+        self,
+        path: Path,
+        data: Any,
+        expires_at: float | None = None,
+        only_new: bool = False,
+    ) -> None:
         try:
             self._write_beside(path, data, expires_at, only_new)
         except FileNotFoundError:  # the folder was removed by hand, or we were stopped for long, and our file swept
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_beside(path, data, expires_at, only_new)
 
-    def _write_beside(self, path: Path, data: Any, expires_at: float | None, only_new: bool) -> None:
+    def _write_beside(
+        self, path: Path, data: Any, expires_at: float | None, only_new: bool
+    ) -> None:
         """Write beside, then rename, so that a reader sees all or nothing."""
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{self.SUFFIX}")
         try:

@@ -15,7 +15,14 @@ import redis
 from redis.exceptions import NoPermissionError, NoScriptError
 
 from tasks import keys
-from tasks.connections import LOST, REFUSED, SERVES_NOT_NOW, check_eviction, connect, why_away
+from tasks.connections import (
+    LOST,
+    REFUSED,
+    SERVES_NOT_NOW,
+    check_eviction,
+    connect,
+    why_away,
+)
 from tasks.errors import RedisRefusalError, RedisUnreachableError
 from tasks.redis_refusals import (
     NO_TLS,
@@ -71,7 +78,9 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
             raise RedisUnreachableError(_unreachable(server, error)) from None
 
 
-def ask(server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()) -> None:
+def ask(
+    server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()
+) -> None:
     """Ask one server.
 
     Raises:
@@ -82,7 +91,9 @@ def ask(server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] 
     missing = without_files(server)
     if missing is not None:
         raise RedisRefusalError(server.says(missing))
-    if server.url.startswith("rediss://") and knock(server) == NO_TLS:  # a connection would wait for half a minute
+    if (
+        server.url.startswith("rediss://") and knock(server) == NO_TLS
+    ):  # a connection would wait for half a minute
         raise RedisRefusalError(server.says(no_tls(server)))
     with connect(server.url, sentinels) as client:
         try:
@@ -100,17 +111,32 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
     if server.role == QUEUES:  # a user may be allowed some names of keys only
-        then = [*then, *(("LLEN", queue + step) for queue in queues for step in ("", PRIORITY_STEP))]
-    about, of_cluster, *answers = _answers(client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first])
+        then = [
+            *then,
+            *(
+                ("LLEN", queue + step)
+                for queue in queues
+                for step in ("", PRIORITY_STEP)
+            ),
+        ]
+    about, of_cluster, *answers = _answers(
+        client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first]
+    )
     if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
         raise RedisRefusalError(server.says(cluster(server)))
-    may_be_full = server.role == PAYLOADS and side == "worker"  # who only reads there, as a rule
+    may_be_full = (
+        server.role == PAYLOADS and side == "worker"
+    )  # who only reads there, as a rule
     errors = _errors_among(answers, may_be_full)
     if not errors:  # else the keys that the others need have no type, and what they wrote would stay
         errors = _errors_among(_answers(client, then), may_be_full)
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
-    _judge(errors, server, str(about.get("redis_version", "")) if isinstance(about, dict) else "")
+    _judge(
+        errors,
+        server,
+        str(about.get("redis_version", "")) if isinstance(about, dict) else "",
+    )
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
@@ -127,8 +153,14 @@ def _answers(client: Any, commands: Commands) -> list[Any]:
 
 def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
     """Without those that say that a command was let pass, or would be at another time."""
-    errors = [answer for answer in answers if isinstance(answer, Exception) and not _is_harmless(answer)]
-    return [error for error in errors if not (may_be_full and isinstance(error, REFUSED))]
+    errors = [
+        answer
+        for answer in answers
+        if isinstance(answer, Exception) and not _is_harmless(answer)
+    ]
+    return [
+        error for error in errors if not (may_be_full and isinstance(error, REFUSED))
+    ]
 
 
 def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
@@ -140,7 +172,10 @@ def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
         if isinstance(error, LOST):
             raise error
     for error in errors:
-        words = words_for(error, server) or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
+        words = (
+            words_for(error, server)
+            or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
+        )
         if "unknown" in str(error).lower():
             words = unknown_command(_command_in(str(error)), version)
         raise RedisRefusalError(server.says(words))
@@ -148,7 +183,11 @@ def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
 
 def _command_in(said: str) -> str:
     quoted = said.split("'")
-    return quoted[1].upper() if len(quoted) > 2 and "from script" not in said else "a command of a script"
+    return (
+        quoted[1].upper()
+        if len(quoted) > 2 and "from script" not in said
+        else "a command of a script"
+    )
 
 
 def _is_harmless(error: Exception) -> bool:
@@ -156,7 +195,11 @@ def _is_harmless(error: Exception) -> bool:
     return is_of_type or isinstance(error, NoScriptError)
 
 
-QUEUES, RESULTS, PAYLOADS = "Redis for queues", "Redis for results", "Redis for payloads"
+QUEUES, RESULTS, PAYLOADS = (
+    "Redis for queues",
+    "Redis for results",
+    "Redis for payloads",
+)
 
 
 _TOGETHER: Commands = [("MULTI",), ("EXEC",)]
@@ -174,7 +217,10 @@ def _scripts(name: str) -> Commands:
 def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
     """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
     binding = f"_kombu.binding.{name}"
-    first = [("SET", name, "1", "PX", PROBE_TTL_MS), ("SET", binding, "1", "PX", PROBE_TTL_MS)]
+    first = [
+        ("SET", name, "1", "PX", PROBE_TTL_MS),
+        ("SET", binding, "1", "PX", PROBE_TTL_MS),
+    ]
     both = [("LPUSH", name, "1"), ("LLEN", name), ("SADD", binding, "1"), *_TOGETHER]
     if side == "trainer":
         return first, both
@@ -268,7 +314,10 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
     with contextlib.closing(client.pubsub(ignore_subscribe_messages=False)) as channels:
-        for ask_for, command in ((channels.psubscribe, "PSUBSCRIBE"), (channels.punsubscribe, "PUNSUBSCRIBE")):
+        for ask_for, command in (
+            (channels.psubscribe, "PSUBSCRIBE"),
+            (channels.punsubscribe, "PUNSUBSCRIBE"),
+        ):
             try:
                 ask_for(*names)
                 for _ in names:
@@ -279,7 +328,9 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     try:
         client.publish(f"{prefix}{keys.PROBE}", b"")
     except redis.ResponseError as error:
-        if "channel" not in str(error):  # this one is ours alone, and need not be allowed
+        if "channel" not in str(
+            error
+        ):  # this one is ours alone, and need not be allowed
             error.add_note("PUBLISH")
             errors.append(error)
     return errors

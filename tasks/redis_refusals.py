@@ -14,7 +14,12 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
-from redis.exceptions import ClusterCrossSlotError, InvalidResponse, MovedError, NoPermissionError
+from redis.exceptions import (
+    ClusterCrossSlotError,
+    InvalidResponse,
+    MovedError,
+    NoPermissionError,
+)
 
 from tasks.connections import SERVES_NOT_NOW
 from tasks.redis_urls import several_urls
@@ -75,7 +80,11 @@ def servers_of(settings: Settings) -> list[Server]:
     ]
     if not settings.payloads.startswith("file:"):
         is_next = not settings.payload_url
-        servers.append(Server("Redis for payloads", "REWARDQ_PAYLOAD_URL", settings.payloads, is_next))
+        servers.append(
+            Server(
+                "Redis for payloads", "REWARDQ_PAYLOAD_URL", settings.payloads, is_next
+            )
+        )
     return servers
 
 
@@ -101,13 +110,19 @@ def may_be_for_good(error: BaseException) -> bool:
 
     Redis says so in many words, those of a script among them, so that this is a reason to ask it again, and no more.
     """
-    return isinstance(error, redis.AuthenticationError | redis.ResponseError) and not isinstance(error, SERVES_NOT_NOW)
+    return isinstance(
+        error, redis.AuthenticationError | redis.ResponseError
+    ) and not isinstance(error, SERVES_NOT_NOW)
 
 
 def words_for_rights(errors: Iterable[BaseException], server: Server) -> str:
     """Rights that the user lacks, all in one: commands, keys, channels, and the ACL rule that gives each."""
     said = [str(error) for error in errors]
-    commands = {found[1] for text in said if (found := re.search(r"run the '([\w|]+)' command", text))}
+    commands = {
+        found[1]
+        for text in said
+        if (found := re.search(r"run the '([\w|]+)' command", text))
+    }
     lacks, rules = [], []
     if commands:
         names = sorted(commands)
@@ -147,7 +162,10 @@ def unknown_command(command: str, version: str) -> str:
 def without_files(server: Server) -> str | None:
     """A file of a certificate or key in the URL that this host has not."""
     for name, value in parse_qsl(urlsplit(server.url).query):
-        if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(value).is_file():
+        if (
+            name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+            and not Path(value).is_file()
+        ):
             return f"{server.variable} names {name}={value}, and this host has no such file"
     return None
 
@@ -217,7 +235,11 @@ def _no_redis(server: Server) -> str:
 
 def _other_language(said: str, server: Server) -> str | None:
     if "CERTIFICATE_VERIFY_FAILED" in said:
-        reason = said.partition("certificate verify failed")[2].partition("(_ssl")[0].strip(" :.")
+        reason = (
+            said.partition("certificate verify failed")[2]
+            .partition("(_ssl")[0]
+            .strip(" :.")
+        )
         return (
             f"certificate verify failed: {reason or said}; name its authority in {server.variable}, "
             "?ssl_ca_certs=/path/ca.pem, and the host as the certificate does"
@@ -249,7 +271,11 @@ def knock(server: Server) -> str | None:
     if parts.scheme not in ("redis", "rediss"):
         return None
     place = (parts.hostname or "localhost", parts.port or 6379)
-    for speaks in (_speaks_tls, _speaks_plainly) if parts.scheme == "rediss" else (_speaks_plainly, _speaks_tls):
+    for speaks in (
+        (_speaks_tls, _speaks_plainly)
+        if parts.scheme == "rediss"
+        else (_speaks_plainly, _speaks_tls)
+    ):
         try:
             found = speaks(place)
         except OSError:
@@ -264,7 +290,10 @@ def _speaks_tls(place: tuple[str, int]) -> str | None:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with socket.create_connection(place, KNOCK_TIMEOUT_S) as plain, context.wrap_socket(plain):
+    with (
+        socket.create_connection(place, KNOCK_TIMEOUT_S) as plain,
+        context.wrap_socket(plain),
+    ):
         return TLS
 
 

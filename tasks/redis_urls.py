@@ -28,7 +28,14 @@ OTHER_OPTIONS = (
 )  # fmt: skip
 """Options of a URL for results or payloads; kombu, which reads the broker's, takes none of them."""
 
-CERTIFICATE_CHECKS = ("required", "optional", "none", "CERT_REQUIRED", "CERT_OPTIONAL", "CERT_NONE")
+CERTIFICATE_CHECKS = (
+    "required",
+    "optional",
+    "none",
+    "CERT_REQUIRED",
+    "CERT_OPTIONAL",
+    "CERT_NONE",
+)
 
 _PARSERS: Mapping[str, Any] = URL_QUERY_ARGUMENT_PARSERS
 
@@ -44,7 +51,9 @@ def several_urls(url: str) -> list[str]:
 
 def has_known_scheme(url: str) -> bool:
     """Whether every URL in the text is one of a Redis."""
-    return all(re.match(rf"({'|'.join(SCHEMES)})://", part) for part in several_urls(url))
+    return all(
+        re.match(rf"({'|'.join(SCHEMES)})://", part) for part in several_urls(url)
+    )
 
 
 def tidied(url: str) -> str:
@@ -94,7 +103,11 @@ def _wrong_place(parts: SplitResult) -> str | None:
         _ = parts.port
         name = parts.hostname
     except ValueError:
-        return f"its port must be a number from 0 to 65535, found {port!r}" if host else f"it has no host; {ENCODE}"
+        return (
+            f"its port must be a number from 0 to 65535, found {port!r}"
+            if host
+            else f"it has no host; {ENCODE}"
+        )
     if not name:
         return f"it names no host; this machine is {parts.scheme}://localhost:6379/0"
     return None
@@ -110,7 +123,10 @@ def _wrong_database(parts: SplitResult) -> str | None:
 def _options_of(scheme: str, is_broker: bool) -> tuple[str, ...]:
     if scheme == "sentinel":
         return ()
-    return (*(TLS_OPTIONS if scheme == "rediss" else ()), *(() if is_broker else OTHER_OPTIONS))
+    return (
+        *(TLS_OPTIONS if scheme == "rediss" else ()),
+        *(() if is_broker else OTHER_OPTIONS),
+    )
 
 
 def _wrong_options(parts: SplitResult, known: tuple[str, ...]) -> str | None:

@@ -9,7 +9,15 @@ from pydantic import Field
 from tasks.entries import IMAGE_OR_VIDEO, VLM, How, ModelEntry, Option
 from tasks.urls import ServerUrls
 
-_Field = Literal["prompt", "image", "video", "condition_images", "condition_videos", "metadata", "fps"]
+_Field = Literal[
+    "prompt",
+    "image",
+    "video",
+    "condition_images",
+    "condition_videos",
+    "metadata",
+    "fps",
+]
 
 
 def _remote(name: str, how: How, doc: str) -> ModelEntry:
@@ -53,9 +61,13 @@ def _remote(name: str, how: How, doc: str) -> ModelEntry:
 
 REMOTES: dict[str, ModelEntry] = {
     "RemotePointwiseRewardModel": _remote(
-        "RemotePointwiseRewardModel", "each", "what a reward server of yours says of each sample"
+        "RemotePointwiseRewardModel",
+        "each",
+        "what a reward server of yours says of each sample",
     ),
     "RemoteGroupwiseRewardModel": _remote(
-        "RemoteGroupwiseRewardModel", "model", "what a reward server of yours says of the members of a group"
+        "RemoteGroupwiseRewardModel",
+        "model",
+        "what a reward server of yours says of the members of a group",
     ),
 }

@@ -41,7 +41,9 @@ OWN_WORDS = (
 """Options that a class of one's own may well have, though they are close to a key of ours."""
 
 
-def split_keys(entry: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def split_keys(
+    entry: Mapping[Any, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The parts of an entry: our keys, options written beside them, options under `extra_kwargs`.
 
     Raises:
@@ -49,19 +51,33 @@ def split_keys(entry: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], di
     """
     for key in entry:
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {key!r} is no text; put it in quotes (YAML reads on and yes as true)")
+            raise ConfigError(
+                f"{where}: the key {key!r} is no text; put it in quotes (YAML reads on and yes as true)"
+            )
     nested = entry.get("extra_kwargs")
     nested = {} if nested is None else nested
     if not isinstance(nested, Mapping):
-        raise ConfigError(f"{where}: extra_kwargs must be a mapping, found {type(nested).__name__} {nested!r}"[:200])
-    ours = {key: value for key, value in entry.items() if key in KEYS and key != "extra_kwargs"}
+        raise ConfigError(
+            f"{where}: extra_kwargs must be a mapping, found {type(nested).__name__} {nested!r}"[
+                :200
+            ]
+        )
+    ours = {
+        key: value
+        for key, value in entry.items()
+        if key in KEYS and key != "extra_kwargs"
+    }
     beside = {key: value for key, value in entry.items() if key not in KEYS}
     for key in NOT_BUILT:
-        if beside.get(key, "given") is None:  # a key without a value is as if it were not there
+        if (
+            beside.get(key, "given") is None
+        ):  # a key without a value is as if it were not there
             del beside[key]
     twice = [key for key in beside if key in nested]
     if twice:
-        raise ConfigError(f"{where}: {twice[0]!r} is given twice, beside extra_kwargs and in it; say it once")
+        raise ConfigError(
+            f"{where}: {twice[0]!r} is given twice, beside extra_kwargs and in it; say it once"
+        )
     return ours, beside, dict(nested)
 
 
@@ -69,10 +85,14 @@ def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
     """Raises `UnknownOptionError` for a key that means something in Flow-Factory and nothing here."""
     for key, advice in NOT_BUILT.items():
         if key in beside:
-            raise UnknownOptionError(f"{where}: {model} has no option {key!r}: {advice}")
+            raise UnknownOptionError(
+                f"{where}: {model} has no option {key!r}: {advice}"
+            )
 
 
-def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str) -> None:
+def check_own_options(
+    path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str
+) -> None:
     """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
 
     Where the class's source tells all that it reads, they are compared with that too. What is odd and may be meant is
@@ -101,7 +121,10 @@ def check_own_options(path: str, beside: Mapping[str, Any], nested: Mapping[str,
             )
         if key in nested and key in KEYS:
             log.warning(
-                "%s: %s under extra_kwargs is an option of the class; the reward's own %s is beside it", where, key, key
+                "%s: %s under extra_kwargs is an option of the class; the reward's own %s is beside it",
+                where,
+                key,
+                key,
             )
 
 
@@ -134,35 +157,54 @@ def _check_against_source(path: str, beside: Mapping[str, Any], where: str) -> N
 def check_blocks(config: Mapping[Any, Any]) -> None:
     """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
     if "rewards" not in config:
-        near = next((str(key) for key in config if misspelt(str(key), ("rewards",))), None)
+        near = next(
+            (str(key) for key in config if misspelt(str(key), ("rewards",))), None
+        )
         hint = f"; is {near!r} meant to be 'rewards'?" if near else ""
-        raise ConfigError(f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}{hint}")
+        raise ConfigError(
+            f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}{hint}"
+        )
     for key, block in config.items():
         meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
         if meant is not None and _has_rewards(block):
-            raise ConfigError(f"the block {key!r} has rewards in it; did you mean {meant!r}?")
+            raise ConfigError(
+                f"the block {key!r} has rewards in it; did you mean {meant!r}?"
+            )
         _say_what_is_not_read(key, block)
     train = config.get("train")
     for key in train if isinstance(train, Mapping) else ():
         meant = misspelt(str(key), TRAIN_KEYS) if key not in TRAIN_KEYS else None
         if meant is not None:
-            raise ConfigError(f"train: {key!r} is read by nobody; did you mean {meant!r}?")
+            raise ConfigError(
+                f"train: {key!r} is read by nobody; did you mean {meant!r}?"
+            )
 
 
 def _say_what_is_not_read(key: Any, block: Any) -> None:
     """Of other blocks, which are the trainer's or hold what anchors name, what looks as if it were for us."""
     if key in TRAIN_KEYS:
-        log.warning("%s beside the block train: is not read here; write it in train:", key)
+        log.warning(
+            "%s beside the block train: is not read here; write it in train:", key
+        )
     if key in BLOCKS or not EVALUATES.search(str(key)):
         return
-    within = {f"{key}.{name}": one for name, one in block.items()} if isinstance(block, Mapping) else {}
+    within = (
+        {f"{key}.{name}": one for name, one in block.items()}
+        if isinstance(block, Mapping)
+        else {}
+    )
     for path, one in {str(key): block, **within}.items():
         if _has_rewards(one):
-            log.warning("rewards in the block %s are not read here; those of evaluation are eval_rewards:", path)
+            log.warning(
+                "rewards in the block %s are not read here; those of evaluation are eval_rewards:",
+                path,
+            )
 
 
 def _has_rewards(block: Any) -> bool:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple):
         return False
-    return any(isinstance(entry, Mapping) and "reward_model" in entry for entry in entries)
+    return any(
+        isinstance(entry, Mapping) and "reward_model" in entry for entry in entries
+    )

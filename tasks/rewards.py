@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgpack
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from tasks import catalog, rewards_file
 from tasks.entries import How, ModelEntry
@@ -20,7 +27,13 @@ from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.messages import RewardCall
 from tasks.numerals import in_exponent_form
 from tasks.options import answer_options, check_options
-from tasks.reward_keys import KEYS, check_blocks, check_not_built, check_own_options, split_keys
+from tasks.reward_keys import (
+    KEYS,
+    check_blocks,
+    check_not_built,
+    check_own_options,
+    split_keys,
+)
 from tasks.source.class_names import check_class
 from tasks.source.code import Code, code_of, digest_of
 from tasks.source.declared import Declared, declared_by
@@ -62,7 +75,11 @@ def _no_bool(value: Any) -> Any:
 
 def _text_of_number(value: Any) -> Any:
     """`version: 1` as YAML reads it is a number."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return (
+        str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else value
+    )
 
 
 def _number_of_text(value: Any) -> Any:
@@ -78,7 +95,9 @@ def _word_of_nan(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 FiniteNumber = Annotated[Number, Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool), BeforeValidator(_number_of_text), Field(ge=1)]
+Count = Annotated[
+    int, BeforeValidator(_no_bool), BeforeValidator(_number_of_text), Field(ge=1)
+]
 
 
 class ConstantOnFailure(BaseModel):
@@ -91,7 +110,9 @@ class ConstantOnFailure(BaseModel):
 class RewardSpec(BaseModel):
     """One entry of a `rewards:` block, checked. `fingerprint` names the computation, `name` is the user's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     reward_model: str
@@ -108,7 +129,10 @@ class RewardSpec(BaseModel):
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
     version: Annotated[str, BeforeValidator(_text_of_number)] = ""
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
-    on_failure: Annotated[Literal["raise", "nan"] | ConstantOnFailure | None, BeforeValidator(_word_of_nan)] = None
+    on_failure: Annotated[
+        Literal["raise", "nan"] | ConstantOnFailure | None,
+        BeforeValidator(_word_of_nan),
+    ] = None
     timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0
     """Seconds for scoring one sample."""
     cache: bool = False
@@ -161,7 +185,9 @@ class RewardSpec(BaseModel):
     @property
     def counts_launch(self) -> bool:
         """Whether it is another computation in each launch: the user's own code, without `version`."""
-        return not self.version and (not self.is_builtin or catalog.CATALOG[self.reward_model].is_yours)
+        return not self.version and (
+            not self.is_builtin or catalog.CATALOG[self.reward_model].is_yours
+        )
 
     @property
     def is_groupwise(self) -> bool:
@@ -174,9 +200,16 @@ class RewardSpec(BaseModel):
         if self.how != "rank":
             return self
         entry = catalog.CATALOG[self.reward_model]
-        options = {name: value for name, value in self.options.items() if name != "ties"}
+        options = {
+            name: value for name, value in self.options.items() if name != "ties"
+        }
         return self.model_copy(
-            update={"name": entry.part, "reward_model": entry.part, "how": "each", "options": options}
+            update={
+                "name": entry.part,
+                "reward_model": entry.part,
+                "how": "each",
+                "options": options,
+            }
         )
 
     @property
@@ -196,7 +229,11 @@ class RewardSpec(BaseModel):
 
         Code of the user's counts as far as its source can be read: outcomes of two codes never mix.
         """
-        return _hash([*self._computation, digest_of(self.code)] if self.code else self._computation)
+        return _hash(
+            [*self._computation, digest_of(self.code)]
+            if self.code
+            else self._computation
+        )
 
     @property
     def instance(self) -> str:
@@ -205,9 +242,13 @@ class RewardSpec(BaseModel):
 
     @property
     def _computation(self) -> list[Any]:
-        uses_dtype = not self.is_builtin or catalog.CATALOG[self.reward_model].uses_dtype
+        uses_dtype = (
+            not self.is_builtin or catalog.CATALOG[self.reward_model].uses_dtype
+        )
         return [
-            self.reward_model if self.how != "model" else f"{self.reward_model} of groups",
+            self.reward_model
+            if self.how != "model"
+            else f"{self.reward_model} of groups",
             self.model_version,
             self.dtype if uses_dtype else "",
             _canonical(self._answer_options),
@@ -217,12 +258,18 @@ class RewardSpec(BaseModel):
 
     @property
     def _answer_options(self) -> Mapping[str, Any]:
-        return answer_options(catalog.CATALOG[self.reward_model], self.options) if self.is_builtin else self.options
+        return (
+            answer_options(catalog.CATALOG[self.reward_model], self.options)
+            if self.is_builtin
+            else self.options
+        )
 
     @property
     def counts_slot(self) -> bool:
         """Whether equal samples in different slots are different computations (a judge that samples)."""
-        sampled = catalog.CATALOG[self.reward_model].sampled if self.is_builtin else None
+        sampled = (
+            catalog.CATALOG[self.reward_model].sampled if self.is_builtin else None
+        )
         return bool(sampled and self.options.get(sampled, 0) > 0 and not self.cache)
 
     @property
@@ -244,13 +291,17 @@ class RewardSpec(BaseModel):
 
     def for_launch(self, launch: str) -> RewardSpec:
         """This reward as it stands in `launch`."""
-        return self.model_copy(update={"launch": launch}) if self.counts_launch else self
+        return (
+            self.model_copy(update={"launch": launch}) if self.counts_launch else self
+        )
 
 
 class RewardConfig(BaseModel):
     """The rewards of a run: for training, and for evaluation (the training rewards unless given)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     rewards: tuple[RewardSpec, ...]
     eval_rewards: tuple[RewardSpec, ...] = ()
@@ -271,7 +322,9 @@ class RewardConfig(BaseModel):
         return cls.from_dict(rewards_file.read(path), Path(path).parent)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], folder: Path = Path()) -> RewardConfig:
+    def from_dict(
+        cls, config: Mapping[str, Any], folder: Path = Path()
+    ) -> RewardConfig:
         """Check the `rewards` and `eval_rewards` of a parsed file (each a list, or one reward as a mapping).
 
         Relative file names in it start from `folder`.
@@ -285,7 +338,9 @@ class RewardConfig(BaseModel):
             eval_rewards=(
                 ()
                 if config.get("eval_rewards") in (None, [], {}, ())
-                else _parse_block(config["eval_rewards"], "eval_rewards", folder, for_evaluation=True)
+                else _parse_block(
+                    config["eval_rewards"], "eval_rewards", folder, for_evaluation=True
+                )
             ),
             **_parse_train(config.get("train")),
         )
@@ -324,18 +379,31 @@ class RewardConfig(BaseModel):
     @property
     def queues(self) -> tuple[str, ...]:
         """Every queue that serves this config, in order of first use."""
-        return tuple(dict.fromkeys(r.queue for r in (*self.rewards, *self.eval_rewards) if r.is_built))
+        return tuple(
+            dict.fromkeys(
+                r.queue for r in (*self.rewards, *self.eval_rewards) if r.is_built
+            )
+        )
 
 
-def _parse_block(block: Any, where: str, folder: Path, *, for_evaluation: bool = False) -> tuple[RewardSpec, ...]:
+def _parse_block(
+    block: Any, where: str, folder: Path, *, for_evaluation: bool = False
+) -> tuple[RewardSpec, ...]:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple) or not entries:
-        raise ConfigError(f"{where}: needs a list of rewards or one reward, found {_kind(block)}")
-    specs = tuple(_parse_reward(entry, f"{where}[{i}]", folder, for_evaluation) for i, entry in enumerate(entries))
+        raise ConfigError(
+            f"{where}: needs a list of rewards or one reward, found {_kind(block)}"
+        )
+    specs = tuple(
+        _parse_reward(entry, f"{where}[{i}]", folder, for_evaluation)
+        for i, entry in enumerate(entries)
+    )
     names = [s.name for s in specs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise ConfigError(f"{where}: two rewards of the name {twice[0]!r}; give each its own")
+        raise ConfigError(
+            f"{where}: two rewards of the name {twice[0]!r}; give each its own"
+        )
     return specs
 
 
@@ -349,31 +417,47 @@ def _parse_train(block: Any) -> dict[str, Any]:
     method = block.get("advantage_aggregation")
     if method is not None:
         if method not in ("gdpo", "sum"):
-            raise ConfigError(f"train: advantage_aggregation must be gdpo or sum, found {method!r}")
+            raise ConfigError(
+                f"train: advantage_aggregation must be gdpo or sum, found {method!r}"
+            )
         found["advantage_aggregation"] = method
     global_std = block.get("global_std")
     if global_std is not None:
         if not isinstance(global_std, bool):
-            raise ConfigError(f"train: global_std must be true or false, found {global_std!r}")
+            raise ConfigError(
+                f"train: global_std must be true or false, found {global_std!r}"
+            )
         found["global_std"] = global_std
     return found
 
 
 @functools.cache
 def _say_whose_concurrency() -> None:
-    log.warning("num_workers is accepted and not used: concurrency is the workers', celery worker --concurrency")
+    log.warning(
+        "num_workers is accepted and not used: concurrency is the workers', celery worker --concurrency"
+    )
 
 
 def _say_default_url(where: str, url: str) -> None:
-    log.warning("%s has no api_base_url: each worker asks the judge at %s, on the worker's own host", where, url)
+    log.warning(
+        "%s has no api_base_url: each worker asks the judge at %s, on the worker's own host",
+        where,
+        url,
+    )
 
 
-def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) -> RewardSpec:
+def _parse_reward(
+    entry: Any, where: str, folder: Path, for_evaluation: bool
+) -> RewardSpec:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: needs a mapping with reward_model, found {_kind(entry)}")
+        raise ConfigError(
+            f"{where}: needs a mapping with reward_model, found {_kind(entry)}"
+        )
     model = entry.get("reward_model")
     if not isinstance(model, str) or not model.strip():
-        raise ConfigError(f"{where}: reward_model must name a reward model, found {model!r}")
+        raise ConfigError(
+            f"{where}: reward_model must name a reward model, found {model!r}"
+        )
     model = model.strip()
     found = catalog.find(model, may_be_unknown=for_evaluation)
     name = entry.get("name") or (found[0] if found else model)
@@ -390,25 +474,35 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
     if found is None:
         check_own_options(model, beside, nested, where)
         _declare(known, model, where)
-        known["reward_model"] = model.lower() if model.lower() in catalog.NOT_BUILT else model
+        known["reward_model"] = (
+            model.lower() if model.lower() in catalog.NOT_BUILT else model
+        )
         known["options"] = _plain(options, where)
         known["code"] = code_of(known["reward_model"])
     else:
         canonical, builtin = found
         for key in ("kind", "required_fields"):
             if key in known and key not in builtin.options:
-                raise ConfigError(f"{where}: {key} is for a class of your own; {canonical} has its own")
+                raise ConfigError(
+                    f"{where}: {key} is for a class of your own; {canonical} has its own"
+                )
         options |= _options_among(known, builtin, nested, where)
         known["how"] = builtin.how
         known.setdefault("queue", builtin.queue)
         known.setdefault("batch_size", builtin.batch_size)
         known.setdefault("timeout_s", builtin.timeout_s)
         known["reward_model"] = canonical
-        known["options"] = check_options(canonical, builtin, options, KEYS, where, folder)
+        known["options"] = check_options(
+            canonical, builtin, options, KEYS, where, folder
+        )
         if builtin.is_judge and "api_base_url" not in options:
             _say_default_url(where, known["options"]["api_base_url"])
         named = known["options"].get("required_fields")
-        known["required"] = builtin.required if not named else tuple((f,) for f in named if f not in BY_NAME)
+        known["required"] = (
+            builtin.required
+            if not named
+            else tuple((f,) for f in named if f not in BY_NAME)
+        )
         known["fields"] = tuple(named or builtin.fields)
     _check_image_format(known, found[1] if found else None, where)
     try:
@@ -416,21 +510,33 @@ def _parse_reward(entry: Any, where: str, folder: Path, for_evaluation: bool) ->
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        needs = "needs raise, nan, or {value: a finite number}" if key == "on_failure" else first["msg"]
-        found_it = "" if ", found " in needs else f" (found {known[key]!r})"  # an error of ours says it
-        raise ConfigError(f"{where}: {key}: {needs.removeprefix('Value error, ')}{found_it}") from None
+        needs = (
+            "needs raise, nan, or {value: a finite number}"
+            if key == "on_failure"
+            else first["msg"]
+        )
+        found_it = (
+            "" if ", found " in needs else f" (found {known[key]!r})"
+        )  # an error of ours says it
+        raise ConfigError(
+            f"{where}: {key}: {needs.removeprefix('Value error, ')}{found_it}"
+        ) from None
     if spec.num_workers > 1:
         _say_whose_concurrency()
     most = found[1].max_batch_size if found else spec.batch_size
     return spec.model_copy(update={"batch_size": min(spec.batch_size, most)})
 
 
-def _options_among(known: dict[str, Any], builtin: ModelEntry, nested: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options_among(
+    known: dict[str, Any], builtin: ModelEntry, nested: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """Keys of ours that this built-in has an option of the same name for, taken out of `known`."""
     names = [key for key in known if key in builtin.options]
     for key in names:
         if key in nested:
-            raise ConfigError(f"{where}: {key!r} is given twice, beside extra_kwargs and in it; say it once")
+            raise ConfigError(
+                f"{where}: {key!r} is given twice, beside extra_kwargs and in it; say it once"
+            )
     return {key: known.pop(key) for key in names}
 
 
@@ -440,15 +546,23 @@ def _declare(known: dict[str, Any], path: str, where: str) -> None:
     if is_path:
         known["absent"] = check_class(path, where, said=known)
     declared = declared_by(path) if is_path else None
-    kind = known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
+    kind = (
+        known.pop("kind", None) or (declared.kind if declared else None) or "pointwise"
+    )
     if kind not in ("pointwise", "groupwise"):
-        raise ConfigError(f"{where}: kind must be pointwise or groupwise, found {kind!r}")
+        raise ConfigError(
+            f"{where}: kind must be pointwise or groupwise, found {kind!r}"
+        )
     known["how"] = "model" if kind == "groupwise" else "each"
     if "queue" not in known:
         known["queue"] = _queue_of(declared, path, where) if is_path else catalog.GPU
     given = known.pop("required_fields", None)
-    named = _fields_given(given, where) if given is not None else _fields_declared(declared)
-    if named is None:  # all that a sample has travels; the worker knows what the class takes
+    named = (
+        _fields_given(given, where) if given is not None else _fields_declared(declared)
+    )
+    if (
+        named is None
+    ):  # all that a sample has travels; the worker knows what the class takes
         return
     fields = tuple(dict.fromkeys(THEIR_NAMES.get(name, name) for name in named))
     unknown = [name for name in fields if name not in SAMPLE_FIELDS]
@@ -469,7 +583,11 @@ def no_such_field(name: str) -> str:
 
 def with_numbers(fields: tuple[str, ...]) -> tuple[str, ...]:
     """`fields` with those that go along: fps with videos, the sample rate with audio."""
-    along = [number for medium, number in (("video", "fps"), ("audio", "sample_rate")) if medium in fields]
+    along = [
+        number
+        for medium, number in (("video", "fps"), ("audio", "sample_rate"))
+        if medium in fields
+    ]
     return tuple(dict.fromkeys((*fields, *along)))
 
 
@@ -500,32 +618,49 @@ def _say_queue_is_taken(path: str, why: str) -> None:
 def _fields_given(given: Any, where: str) -> tuple[str, ...]:
     """The fields that a config names."""
     names = (given,) if isinstance(given, str) else given
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{where}: required_fields must be a list of fields of a sample, found {given!r}")
+    if not isinstance(names, list | tuple) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise ConfigError(
+            f"{where}: required_fields must be a list of fields of a sample, found {given!r}"
+        )
     return tuple(names)
 
 
 def _fields_declared(declared: Declared | None) -> tuple[str, ...] | None:
     """The fields that a class declares, with what it takes by naming it in its `__call__`; None if that is unknown."""
-    if declared is None or declared.required_fields is None or declared.optional_fields is None:
+    if (
+        declared is None
+        or declared.required_fields is None
+        or declared.optional_fields is None
+    ):
         return None
     arguments = declared.arguments
     by_name = [name for name in BY_NAME if arguments is None or name in arguments]
     return (*declared.required_fields, *declared.optional_fields, *by_name)
 
 
-def _check_image_format(known: dict[str, Any], builtin: ModelEntry | None, where: str) -> None:
+def _check_image_format(
+    known: dict[str, Any], builtin: ModelEntry | None, where: str
+) -> None:
     is_judge = builtin is not None and builtin.is_judge
     allowed = ("png", "jpeg", "webp") if is_judge else (RAW, JPEG)
-    known.setdefault("image_format", builtin.image_format if builtin is not None and is_judge else RAW)
+    known.setdefault(
+        "image_format",
+        builtin.image_format if builtin is not None and is_judge else RAW,
+    )
     if known["image_format"] not in allowed:
-        raise ConfigError(f"{where}: image_format must be one of {', '.join(allowed)}, found {known['image_format']!r}")
+        raise ConfigError(
+            f"{where}: image_format must be one of {', '.join(allowed)}, found {known['image_format']!r}"
+        )
 
 
 def _dtype(value: Any, where: str) -> str:
     name = str(value).removeprefix("torch.").lower()
     if name not in DTYPES:
-        raise ConfigError(f"{where}: dtype must be one of {', '.join(DTYPES)}, found {value!r}")
+        raise ConfigError(
+            f"{where}: dtype must be one of {', '.join(DTYPES)}, found {value!r}"
+        )
     return DTYPES[name]
 
 

@@ -41,7 +41,9 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader that reads numbers in exponent form as YAML 1.2 does."""
 
 
-_Loader.add_implicit_resolver(f"{_TAG}float", re.compile(f"^(?:{EXPONENT_PATTERN})$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    f"{_TAG}float", re.compile(f"^(?:{EXPONENT_PATTERN})$"), list("-+.0123456789")
+)
 
 
 def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
@@ -62,16 +64,25 @@ def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
         finally:
             loader.dispose()
     except OSError as error:
-        raise ConfigError(f"cannot read the rewards file {where}: {error.strerror}") from None
+        raise ConfigError(
+            f"cannot read the rewards file {where}: {error.strerror}"
+        ) from None
     except ConfigError:  # a ValueError too, which says the file already
         raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is no YAML: {error}") from None
-    except (ValueError, RecursionError) as error:  # a date that there is not; an anchor within itself
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a date that there is not; an anchor within itself
         raise ConfigError(f"{where} cannot be read: {error}") from None
     if not isinstance(loaded, Mapping):
-        found = "nothing" if loaded is None else f"{type(loaded).__name__} {loaded!r}"[:80]
-        raise ConfigError(f"{where}: needs a mapping with a rewards: block, found {found}")
+        found = (
+            "nothing" if loaded is None else f"{type(loaded).__name__} {loaded!r}"[:80]
+        )
+        raise ConfigError(
+            f"{where}: needs a mapping with a rewards: block, found {found}"
+        )
     return loaded
 
 
@@ -83,7 +94,9 @@ def _check(root: yaml.MappingNode, where: str) -> None:
                 if isinstance(node, yaml.MappingNode):
                     _check_twice(node, where)
                     _say_what_is_replaced(node, where)
-            for entry in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            for entry in (
+                value.value if isinstance(value, yaml.SequenceNode) else [value]
+            ):
                 _keep_texts(entry)
             _check_numbers(value, where)
         elif key.value == "train" and isinstance(value, yaml.MappingNode):
@@ -106,7 +119,9 @@ def _nodes_below(root: yaml.Node) -> Iterator[yaml.Node]:
             left += node.value
 
 
-def _check_twice(node: yaml.MappingNode, where: str, ours: tuple[str, ...] | None = None) -> None:
+def _check_twice(
+    node: yaml.MappingNode, where: str, ours: tuple[str, ...] | None = None
+) -> None:
     """Raises `ConfigError` for a key that is given twice; only for one of `ours` where the others are the trainer's."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
@@ -128,13 +143,20 @@ def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
         for key in _keys_of_mappings(base):
             if key.value in own:
                 line = own[key.value].start_mark.line + 1
-                log.warning("%s: line %d: %s replaces that of <<, of which nothing is kept", where, line, key.value)
+                log.warning(
+                    "%s: line %d: %s replaces that of <<, of which nothing is kept",
+                    where,
+                    line,
+                    key.value,
+                )
 
 
 def _keys_of_mappings(node: yaml.MappingNode) -> list[yaml.ScalarNode]:
     """The keys whose values are mappings, but for `<<`."""
     keys = [
-        key for key, value in node.value if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
+        key
+        for key, value in node.value
+        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
     ]
     return [key for key in keys if key.value != MERGE]
 
@@ -145,7 +167,9 @@ def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
     left: list[yaml.Node] = [node]
     while left:
         current = left.pop(0)
-        if not isinstance(current, yaml.MappingNode) or any(current is one for one in found):
+        if not isinstance(current, yaml.MappingNode) or any(
+            current is one for one in found
+        ):
             continue
         found.append(current)
         for key, value in current.value:
@@ -170,7 +194,9 @@ def _keep_texts_of(mapping: yaml.MappingNode, texts: set[str]) -> None:
     for key, value in mapping.value:
         if isinstance(key, yaml.ScalarNode) and key.tag == f"{_TAG}bool":
             key.tag = f"{_TAG}str"
-        both_are_scalars = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
+        both_are_scalars = isinstance(key, yaml.ScalarNode) and isinstance(
+            value, yaml.ScalarNode
+        )
         if both_are_scalars and key.value in texts and value.tag in _RETYPED:
             value.tag = f"{_TAG}str"
 
@@ -179,13 +205,24 @@ def _text_options(entry: yaml.MappingNode) -> set[str]:
     """The options of its built-in that are texts."""
     model = ""
     for mapping in (*_merged(entry), entry):
-        model = next((str(value.value) for key, value in mapping.value if key.value == "reward_model"), model)
+        model = next(
+            (
+                str(value.value)
+                for key, value in mapping.value
+                if key.value == "reward_model"
+            ),
+            model,
+        )
     try:
         found = catalog.find(model.strip())
     except UnknownRewardError:
         return set()
     options = found[1].options if found else {}
-    return {name for name, option in options.items() if _is_text(TypeAdapter(option.type).json_schema())}
+    return {
+        name
+        for name, option in options.items()
+        if _is_text(TypeAdapter(option.type).json_schema())
+    }
 
 
 def _is_text(schema: Mapping[str, Any]) -> bool:
@@ -196,7 +233,10 @@ def _is_text(schema: Mapping[str, Any]) -> bool:
 def _check_numbers(block: yaml.Node, where: str) -> None:
     """Raises `ConfigError` for a number that YAML 1.1 and YAML 1.2 read differently."""
     for node in _nodes_below(block):
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in (f"{_TAG}int", f"{_TAG}float"):
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (
+            f"{_TAG}int",
+            f"{_TAG}float",
+        ):
             continue
         if _BASE_60.fullmatch(node.value) or _is_octal(node.value):
             raise ConfigError(

@@ -57,7 +57,11 @@ class Sample:
     def __repr__(self) -> str:
         """Which media it has, not their values."""
         given = [name for name in MEDIA_FIELDS if getattr(self, name) is not None]
-        prompt = self.prompt if len(self.prompt) <= MAX_SHOWN_CHARS else f"{self.prompt[:MAX_SHOWN_CHARS]}..."
+        prompt = (
+            self.prompt
+            if len(self.prompt) <= MAX_SHOWN_CHARS
+            else f"{self.prompt[:MAX_SHOWN_CHARS]}..."
+        )
         group = "" if self.group is None else f", group={self.group!r}"
         return f"Sample({prompt!r}, {', '.join(given) or 'no media'}{group})"
 
@@ -75,7 +79,10 @@ class Beside:
 
     def as_fields(self) -> dict[str, Any]:
         """By field of a `SampleRequest`."""
-        return {name: getattr(self, name) for name in ("metadata", "fps", "sample_rate", "withheld")}
+        return {
+            name: getattr(self, name)
+            for name in ("metadata", "fps", "sample_rate", "withheld")
+        }
 
 
 def beside(sample: Sample, reward: RewardSpec) -> Beside:
@@ -102,19 +109,28 @@ def numbers_of(sample: Sample, reward: RewardSpec) -> dict[str, float]:
 def identity_of(sample: Sample, reward: RewardSpec) -> dict[str, Any]:
     """What of `sample`, beside prompt, media and metadata, makes its reward another."""
     withheld = _withheld(sample, reward)
-    return {**numbers_of(sample, reward), **({"withheld": list(withheld)} if withheld else {})}
+    return {
+        **numbers_of(sample, reward),
+        **({"withheld": list(withheld)} if withheld else {}),
+    }
 
 
-def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int) -> None:
+def check(
+    sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int
+) -> None:
     """Check types, shapes, dtypes and the fields that `rewards` require; no pass over pixels.
 
     Raises:
         InvalidSampleError: Names the sample, the field, what was found and what is needed.
     """
     if not isinstance(sample, Sample):
-        raise InvalidSampleError(f"{where}: needs a Sample, found a {type(sample).__name__}")
+        raise InvalidSampleError(
+            f"{where}: needs a Sample, found a {type(sample).__name__}"
+        )
     if not isinstance(sample.prompt, str):
-        raise InvalidSampleError(f"{where}: prompt must be text, found a {type(sample.prompt).__name__}")
+        raise InvalidSampleError(
+            f"{where}: prompt must be text, found a {type(sample.prompt).__name__}"
+        )
     _check_text(sample.prompt, f"{where}: prompt")
     if sample.image is not None:
         media.check_image(sample.image, f"{where}: image", max_pixels)
@@ -122,9 +138,13 @@ def check(sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels:
         media.check_video(sample.video, f"{where}: video", max_pixels)
     if sample.audio is not None:
         media.check_audio(sample.audio, f"{where}: audio")
-    for i, image in enumerate(_listed(sample.condition_images, f"{where}: condition_images")):
+    for i, image in enumerate(
+        _listed(sample.condition_images, f"{where}: condition_images")
+    ):
         media.check_image(image, f"{where}: condition_images[{i}]", max_pixels)
-    for i, video in enumerate(_listed(sample.condition_videos, f"{where}: condition_videos")):
+    for i, video in enumerate(
+        _listed(sample.condition_videos, f"{where}: condition_videos")
+    ):
         media.check_video(video, f"{where}: condition_videos[{i}]", max_pixels)
     _check_metadata(sample.metadata, where)
     for name, unit in (("fps", "frames a second"), ("sample_rate", "Hz")):
@@ -172,7 +192,11 @@ def _check_edges(sample: Sample, reward: RewardSpec, where: str) -> None:
         value = getattr(sample, name)
         listed = value if name.startswith("condition_") else (value,)
         for one in listed or ():
-            why = None if one is None else media.too_long_for(reward.image_format, *media.size_of(one))
+            why = (
+                None
+                if one is None
+                else media.too_long_for(reward.image_format, *media.size_of(one))
+            )
             if why is not None:
                 raise InvalidSampleError(
                     f"{where}: {name}: {why}, and reward {reward.name!r} has image_format: {reward.image_format}"
@@ -186,7 +210,9 @@ def _withheld(sample: Sample, reward: RewardSpec) -> tuple[str, ...]:
     """The fields that a sample has and that do not travel for a class of the user's."""
     if reward.is_builtin:
         return ()
-    return tuple(name for name in _WITHHELD if name not in reward.fields and _has(sample, name))
+    return tuple(
+        name for name in _WITHHELD if name not in reward.fields and _has(sample, name)
+    )
 
 
 def _has(sample: Sample, name: str) -> bool:
@@ -206,15 +232,24 @@ def _advice(sample: Sample, reward: RewardSpec) -> str:
     """What a class of the user's that takes something else has to say."""
     if reward.is_builtin:
         return ""
-    there = ", ".join(["prompt", *(name for name in (*MEDIA_FIELDS, "metadata") if _has(sample, name))])
-    return f"; if it scores what the sample has, let its required_fields say so: [{there}]"
+    there = ", ".join(
+        [
+            "prompt",
+            *(name for name in (*MEDIA_FIELDS, "metadata") if _has(sample, name)),
+        ]
+    )
+    return (
+        f"; if it scores what the sample has, let its required_fields say so: [{there}]"
+    )
 
 
 def _listed(value: Any, where: str) -> Sequence[Any]:
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
-        raise InvalidSampleError(f"{where}: needs a list, found a {type(value).__name__}")
+        raise InvalidSampleError(
+            f"{where}: needs a list, found a {type(value).__name__}"
+        )
     return value
 
 
@@ -245,7 +280,9 @@ def _check_group(group: Any, where: str) -> None:
             "give its number: group=int(...)"
         )
     if isinstance(group, numbers.Real) and group != group:
-        raise InvalidSampleError(f"{where}: group is NaN, which equals nothing; None groups by the prompt")
+        raise InvalidSampleError(
+            f"{where}: group is NaN, which equals nothing; None groups by the prompt"
+        )
 
 
 def _check_number(value: Any, where: str, unit: str) -> None:
@@ -255,15 +292,21 @@ def _check_number(value: Any, where: str, unit: str) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 < value <= MAX_NUMBER:
         found = repr(value)[:40] if is_number else f"a {type(value).__name__}"
-        raise InvalidSampleError(f"{where} needs a number above 0 ({unit}), found {found}")
+        raise InvalidSampleError(
+            f"{where} needs a number above 0 ({unit}), found {found}"
+        )
 
 
 def _check_metadata(metadata: Any, where: str) -> None:
     if not isinstance(metadata, Mapping):
-        raise InvalidSampleError(f"{where}: metadata must be a mapping, found a {type(metadata).__name__}")
+        raise InvalidSampleError(
+            f"{where}: metadata must be a mapping, found a {type(metadata).__name__}"
+        )
     bad = _not_plain(metadata, "metadata")
     if bad is not None:
-        raise InvalidSampleError(f"{where}: {bad}; needs text keys and text, numbers, booleans, None, lists, mappings")
+        raise InvalidSampleError(
+            f"{where}: {bad}; needs text keys and text, numbers, booleans, None, lists, mappings"
+        )
 
 
 def _not_plain(value: Any, path: str, depth: int = 0) -> str | None:
@@ -280,7 +323,9 @@ def _not_plain(value: Any, path: str, depth: int = 0) -> str | None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str) or _not_text(key) is not None:
-                return f"{path} has the key {key!r}" + (" of no valid Unicode" if isinstance(key, str) else "")
+                return f"{path} has the key {key!r}" + (
+                    " of no valid Unicode" if isinstance(key, str) else ""
+                )
             if (bad := _not_plain(item, f"{path}[{key!r}]", depth + 1)) is not None:
                 return bad
         return None

@@ -25,7 +25,15 @@ _place_for_a_suspect = threading.Lock()
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(self: Any, label: str, request_id: str, wire: int, number: int = 0, store: str = "", *_later: Any) -> str:
+def score(
+    self: Any,
+    label: str,
+    request_id: str,
+    wire: int,
+    number: int = 0,
+    store: str = "",
+    *_later: Any,
+) -> str:
     """Score the chunk of a request; returns a few words for people.
 
     Args:
@@ -33,7 +41,13 @@ def score(self: Any, label: str, request_id: str, wire: int, number: int = 0, st
         request_id, wire, number, store: As in `tasks.desk.Message`.
     """
     message = Message(request_id, wire, number, store)
-    return on_desk(self, label, message, ScoreRequest, lambda desk, request, now: Chunk(desk, request, now).score())
+    return on_desk(
+        self,
+        label,
+        message,
+        ScoreRequest,
+        lambda desk, request, now: Chunk(desk, request, now).score(),
+    )
 
 
 class Chunk:
@@ -72,10 +86,14 @@ class Chunk:
         self.left = {s.address for s, _ in claimed}
         self.desk.claims.hold(self.left, self.token)
         try:
-            if _place_for_a_suspect.locked() and all(starts > USUAL_STARTS for _, starts in claimed):
+            if _place_for_a_suspect.locked() and all(
+                starts > USUAL_STARTS for _, starts in claimed
+            ):
                 return "suspects, sent back: another is being scored alone"
             payloads, self.fetch_s = self._fetch([s for s, _ in claimed])
-            self._run(model, [s for s, starts in claimed if starts <= USUAL_STARTS], payloads)
+            self._run(
+                model, [s for s, starts in claimed if starts <= USUAL_STARTS], payloads
+            )
             for sample in [s for s, starts in claimed if starts > USUAL_STARTS]:
                 self._run_suspect(model, sample, payloads)
         finally:
@@ -84,11 +102,20 @@ class Chunk:
                 lasting(lambda: self.desk.outcomes.release(self.left, self.token))
         return self._words()
 
-    def _run(self, model: Any, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]) -> None:
-        for outcomes in self.desk.runner.run(model, self.request.reward, samples, payloads):
+    def _run(
+        self,
+        model: Any,
+        samples: Sequence[SampleRequest],
+        payloads: Mapping[str, bytes],
+    ) -> None:
+        for outcomes in self.desk.runner.run(
+            model, self.request.reward, samples, payloads
+        ):
             self._write(outcomes)
 
-    def _run_suspect(self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]) -> None:
+    def _run_suspect(
+        self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]
+    ) -> None:
         """Run a sample alone, at most one such in this process at a time; if the place is taken it goes back.
 
         One that ended its process each time is given up, but not before `timeout_s` has passed: what ends processes
@@ -98,36 +125,61 @@ class Chunk:
             return
         try:
             earlier, since_s = lasting(
-                lambda: self.desk.outcomes.start_alone(sample.address, MOST_STARTS_ALONE, self.token)
+                lambda: self.desk.outcomes.start_alone(
+                    sample.address, MOST_STARTS_ALONE, self.token
+                )
             )
             if earlier < MOST_STARTS_ALONE:
                 self._run(model, [sample], payloads)
             elif since_s >= self.request.reward.timeout_s:
                 message = f"its worker process ended without an answer each of the {earlier} times it was scored alone"
-                self._write({sample.address: Outcome(failure=Failure(kind="failed", message=message))})
+                self._write(
+                    {
+                        sample.address: Outcome(
+                            failure=Failure(kind="failed", message=message)
+                        )
+                    }
+                )
         finally:
             _place_for_a_suspect.release()
 
     def _unanswered(self) -> bool:
         samples = self.request.samples
-        found = lasting(lambda: self.desk.outcomes.look_up([s.address for s in samples]))
-        return any(o is None or (not o.is_final and o.attempt < s.attempt) for o, s in zip(found, samples, strict=True))
+        found = lasting(
+            lambda: self.desk.outcomes.look_up([s.address for s in samples])
+        )
+        return any(
+            o is None or (not o.is_final and o.attempt < s.attempt)
+            for o, s in zip(found, samples, strict=True)
+        )
 
     def _claim(self) -> list[tuple[SampleRequest, int]]:
         """The samples that are this task's to score, with their starts. Equal samples in a chunk are claimed once."""
         samples = list({s.address: s for s in self.request.samples}.values())
         addresses, attempts = [s.address for s in samples], [s.attempt for s in samples]
-        claims = lasting(lambda: self.desk.outcomes.claim(addresses, attempts, self.token, self.request.deadline_ms))
+        claims = lasting(
+            lambda: self.desk.outcomes.claim(
+                addresses, attempts, self.token, self.request.deadline_ms
+            )
+        )
         pairs = zip(samples, claims or (), strict=claims is not None)
         return [(s, c.starts) for s, c in pairs if c.state == "claimed"]
 
-    def _fetch(self, samples: Sequence[SampleRequest]) -> tuple[dict[str, bytes], float]:
+    def _fetch(
+        self, samples: Sequence[SampleRequest]
+    ) -> tuple[dict[str, bytes], float]:
         names = list(dict.fromkeys(ref.name for s in samples for ref in _refs(s)))
         started = time.perf_counter()
         found = lasting(lambda: self.desk.store.get(names))
-        fetched = {name: data for name, data in zip(names, found, strict=True) if data is not None}
+        fetched = {
+            name: data
+            for name, data in zip(names, found, strict=True)
+            if data is not None
+        }
         digests = {ref.name: ref.digest for s in samples for ref in _refs(s)}
-        damaged = [name for name, data in fetched.items() if digest(data) != digests[name]]
+        damaged = [
+            name for name, data in fetched.items() if digest(data) != digests[name]
+        ]
         if damaged:  # else the client finds it there, and sends the same again
             lasting(lambda: self.desk.store.free(damaged))
         missing = [name for name in names if name not in fetched or name in damaged]
@@ -136,14 +188,22 @@ class Chunk:
         return fetched, time.perf_counter() - started
 
     def _write(self, outcomes: dict[str, Outcome]) -> None:
-        times = {"queued_s": round(self.queued_s, 4), "fetch_s": round(self.fetch_s, 4), "worker": self.desk.node}
+        times = {
+            "queued_s": round(self.queued_s, 4),
+            "fetch_s": round(self.fetch_s, 4),
+            "worker": self.desk.node,
+        }
         attempts = {s.address: s.attempt for s in self.request.samples}
         complete = {
-            a: o.model_copy(update={"attempt": attempts[a], "origin": {**o.origin, **times}})
+            a: o.model_copy(
+                update={"attempt": attempts[a], "origin": {**o.origin, **times}}
+            )
             for a, o in outcomes.items()
         }
         lasting(lambda: self.desk.outcomes.write(complete, self.token))
-        self.desk.claims.drop(complete, self.token)  # a Redis emptied from now on is not to have them claimed again
+        self.desk.claims.drop(
+            complete, self.token
+        )  # a Redis emptied from now on is not to have them claimed again
         self.left -= complete.keys()
         each = [one for o in outcomes.values() for one in o.members or (o,)]
         self.desk.tally.count(self.request.reward.name, each)

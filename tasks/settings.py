@@ -48,7 +48,9 @@ Bytes = Annotated[int, Field(gt=0)]
 class Settings(BaseSettings):
     """Settings of one process. Durations are seconds, sizes bytes; an unknown `REWARDQ_*` variable is an error."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True, extra="forbid"
+    )
 
     broker_url: str = "redis://localhost:6379/0"
     """Redis that carries the queues."""
@@ -124,7 +126,10 @@ class Settings(BaseSettings):
     @classmethod
     def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
         url = tidied(url)
-        is_broker, may_be_folder = info.field_name == "broker_url", info.field_name == "payload_url"
+        is_broker, may_be_folder = (
+            info.field_name == "broker_url",
+            info.field_name == "payload_url",
+        )
         if (not is_broker and not url) or (may_be_folder and _is_folder(url)):
             return url
         if not has_known_scheme(url):
@@ -150,7 +155,9 @@ class Settings(BaseSettings):
     @property
     def sentinels(self) -> Sentinels:
         """How sentinels are asked."""
-        return Sentinels(self.sentinel_master, self.sentinel_password.get_secret_value())
+        return Sentinels(
+            self.sentinel_master, self.sentinel_password.get_secret_value()
+        )
 
     @property
     def allowed_modules(self) -> tuple[str, ...]:
@@ -171,8 +178,14 @@ def load_settings(**given: Any) -> Settings:
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in os.environ.items():
-        if name.startswith(PREFIX) and name.upper() not in known and not _is_another_ones(name, value):
-            raise SettingsError(f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+        if (
+            name.startswith(PREFIX)
+            and name.upper() not in known
+            and not _is_another_ones(name, value)
+        ):
+            raise SettingsError(
+                f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}"
+            )
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -182,8 +195,15 @@ def load_settings(**given: Any) -> Settings:
 def _is_another_ones(name: str, value: str) -> bool:
     """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
     is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
-    is_link = _DOCKER_LINK.fullmatch(name) is not None and (not name.endswith("_NAME") or value.startswith("/"))
-    return name.startswith(KEY_PREFIX) or is_address or is_link or _SERVICE_LINK.fullmatch(name) is not None
+    is_link = _DOCKER_LINK.fullmatch(name) is not None and (
+        not name.endswith("_NAME") or value.startswith("/")
+    )
+    return (
+        name.startswith(KEY_PREFIX)
+        or is_address
+        or is_link
+        or _SERVICE_LINK.fullmatch(name) is not None
+    )
 
 
 def _line(error: Any) -> str:
@@ -224,13 +244,19 @@ def _with_checked_certificate(url: str) -> str:
 
 def _is_folder(url: str) -> bool:
     parts = urlsplit(url)
-    return parts.scheme == "file" and parts.netloc in ("", "localhost") and len(parts.path) > 1
+    return (
+        parts.scheme == "file"
+        and parts.netloc in ("", "localhost")
+        and len(parts.path) > 1
+    )
 
 
 def _next_database(url: str) -> str:
     """The same server's next database: media apart from the queues, so that each can be looked at alone."""
     parts = urlsplit(url)
     database = parts.path.strip("/")
-    if parts.scheme not in ("redis", "rediss") or not (database.isdigit() or not database):
+    if parts.scheme not in ("redis", "rediss") or not (
+        database.isdigit() or not database
+    ):
         return url
     return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))

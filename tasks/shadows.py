@@ -25,7 +25,9 @@ def load_ours(name: str) -> ModuleType:
         return known
     spec = PathFinder.find_spec(name, [str(ROOT)])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{ROOT} has no package {name!r}; rewardq is not installed whole, install it again")
+        raise ImportError(
+            f"{ROOT} has no package {name!r}; rewardq is not installed whole, install it again"
+        )
     module = module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -35,7 +37,10 @@ def load_ours(name: str) -> ModuleType:
 def is_ours(module: ModuleType) -> bool:
     """Whether a module under one of our names is our package."""
     file = getattr(module, "__file__", None)
-    return file is not None and Path(file).resolve().parent == (ROOT / module.__name__).resolve()
+    return (
+        file is not None
+        and Path(file).resolve().parent == (ROOT / module.__name__).resolve()
+    )
 
 
 def namesakes(folder: Path) -> list[Path]:
@@ -54,7 +59,9 @@ def warning(folder: Path) -> str | None:
     if not found:
         return None
     files = ", ".join(map(str, found))
-    names = " and ".join(f"`import {name}`" for name in dict.fromkeys(path.stem for path in found))
+    names = " and ".join(
+        f"`import {name}`" for name in dict.fromkeys(path.stem for path in found)
+    )
     return (
         f"{files}: no worker imports what lies there. In a worker {names} means rewardq's own package. "
         "If a reward class of yours needs it, rename it."

@@ -8,7 +8,9 @@ LONG = 10
 """Words of so many letters may have two slips, shorter ones have one."""
 
 
-def misspelt(word: str, known: Iterable[str], other_words: Iterable[str] = ()) -> str | None:
+def misspelt(
+    word: str, known: Iterable[str], other_words: Iterable[str] = ()
+) -> str | None:
     """The known word that `word` is a slip of, or None.
 
     A slip is another case or separator, or a letter that is missing, added, replaced or swapped with its neighbour. The

@@ -24,14 +24,19 @@ class Tally:
                 if outcome.failure is None:
                     self._scored[reward] += 1
                 else:
-                    self._failed.setdefault(reward, Counter())[outcome.failure.kind] += 1
+                    self._failed.setdefault(reward, Counter())[
+                        outcome.failure.kind
+                    ] += 1
 
     def take(self) -> str:
         """What was counted since the last call, as one line; empty if nothing was."""
         with self._lock:
             scored, self._scored = self._scored, Counter()
             failed, self._failed = self._failed, {}
-        return "; ".join(_words(name, scored[name], failed.get(name)) for name in dict.fromkeys((*scored, *failed)))
+        return "; ".join(
+            _words(name, scored[name], failed.get(name))
+            for name in dict.fromkeys((*scored, *failed))
+        )
 
 
 def _words(reward: str, num_scored: int, failed: Counter[str] | None) -> str:

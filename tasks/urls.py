@@ -17,12 +17,16 @@ DEFAULT_JUDGE_URL = "http://localhost:8000/v1"
 PATTERN = r"^https?://[^/\s]+"
 """What the URL of a server begins with."""
 
-_BEHIND_API = re.compile(r"/(?:chat/)?completions/*$|(?<=/v1)/(?:chat|models|responses|embeddings)/*$")
+_BEHIND_API = re.compile(
+    r"/(?:chat/)?completions/*$|(?<=/v1)/(?:chat|models|responses|embeddings)/*$"
+)
 """Ends of the addresses of single calls, which are often copied in the place of the API's."""
 
 _BEHIND_SERVER = re.compile(r"/(?:compute|health)/*$")
 
-_SCHEME_OF_SORTS = re.compile(r"^(?:https?:(?!\d)/*|\w*(?:://|:/+|//+)|/+)", re.IGNORECASE)
+_SCHEME_OF_SORTS = re.compile(
+    r"^(?:https?:(?!\d)/*|\w*(?:://|:/+|//+)|/+)", re.IGNORECASE
+)
 """What stands in the place of http:// in a wrong URL."""
 
 
@@ -42,12 +46,17 @@ def whats_wrong(url: str) -> str:
     except ValueError as error:
         return f"is no URL: {error}"
     if not parts.hostname or port == 0:
-        return "needs a host, http://host:8000 for example" if port != 0 else "needs a port above 0"
+        return (
+            "needs a host, http://host:8000 for example"
+            if port != 0
+            else "needs a port above 0"
+        )
     if parts.fragment:
         return f"ends with #{parts.fragment}, which no server is sent"
     if parts.query:
         return (
-            f"has a query behind its path, which would end up in the middle of what is asked; take ?{_query(url)} away"
+            "has a query behind its path, which would end up in the middle of what is "
+            f"asked; take ?{_query(url)} away"
         )
     return ""
 
@@ -71,7 +80,9 @@ def _call(url: str, behind: re.Pattern[str], what: str) -> str:
     if found is None:
         return ""
     right = without_password(url[: found.start()])
-    return f"is the address of one call ({found[0]}); it needs that of {what}: {right!r}"
+    return (
+        f"is the address of one call ({found[0]}); it needs that of {what}: {right!r}"
+    )
 
 
 def _with_scheme(url: str) -> str:
@@ -91,8 +102,12 @@ def _checked(value: str | list[str], check: Any) -> str | list[str]:
 _Url = Annotated[str, Field(json_schema_extra={"pattern": PATTERN})]
 _Urls = _Url | Annotated[list[_Url], Field(min_length=1)]
 
-ApiUrls = Annotated[_Urls, AfterValidator(lambda value: _checked(value, whats_wrong_with_api))]
+ApiUrls = Annotated[
+    _Urls, AfterValidator(lambda value: _checked(value, whats_wrong_with_api))
+]
 """The type of an option: the URL of an OpenAI-compatible API, or a list of them."""
 
-ServerUrls = Annotated[_Urls, AfterValidator(lambda value: _checked(value, whats_wrong_with_server))]
+ServerUrls = Annotated[
+    _Urls, AfterValidator(lambda value: _checked(value, whats_wrong_with_server))
+]
 """The type of an option: the URL of a reward server, or a list of them."""

@@ -19,7 +19,9 @@ ANSWERED = "answered:"
 """Before the name of a chunk of what was answered when its ticket was pickled; there is no request of that name."""
 
 
-def adopt(session: Session, ticket: Ticket, config: RewardConfig, pause_s: float) -> list[Slot]:
+def adopt(
+    session: Session, ticket: Ticket, config: RewardConfig, pause_s: float
+) -> list[Slot]:
     """Slots for a pickled ticket, whose messages are looked after from now on.
 
     What was answered when it was pickled is asked for once more: only its address is in the ticket.
@@ -30,7 +32,9 @@ def adopt(session: Session, ticket: Ticket, config: RewardConfig, pause_s: float
     """
     rewards = config.of(ticket.split)
     specs = {spec.name: spec for spec in rewards}
-    of_both_splits = {spec.fingerprint: spec for spec in (*config.rewards, *config.eval_rewards)}
+    of_both_splits = {
+        spec.fingerprint: spec for spec in (*config.rewards, *config.eval_rewards)
+    }
     entries: dict[str, Entry] = {}
     slots = []
     for record in ticket.slots:
@@ -39,7 +43,9 @@ def adopt(session: Session, ticket: Ticket, config: RewardConfig, pause_s: float
     answered = set(entries)
     chunks = []
     for sent in ticket.chunks:
-        spec = of_both_splits.get(sent.fingerprint)  # what one split needs may travel with a group of the other
+        spec = of_both_splits.get(
+            sent.fingerprint
+        )  # what one split needs may travel with a group of the other
         if spec is None:  # of which this client has but the rewards of the ticket's
             continue
         own = [entries[a] for a in sent.addresses if a in entries]
@@ -59,12 +65,34 @@ def adopt(session: Session, ticket: Ticket, config: RewardConfig, pause_s: float
     return slots
 
 
-def _chunk(request: str, label: str, number: int, entries: list[Entry], spec: RewardSpec, pause_s: float) -> Chunk:
+def _chunk(
+    request: str,
+    label: str,
+    number: int,
+    entries: list[Entry],
+    spec: RewardSpec,
+    pause_s: float,
+) -> Chunk:
     now = time.monotonic()
-    return Chunk(request, label, spec, number, entries, now, now + pause_s, pause_s, is_adopted=True)
+    return Chunk(
+        request,
+        label,
+        spec,
+        number,
+        entries,
+        now,
+        now + pause_s,
+        pause_s,
+        is_adopted=True,
+    )
 
 
-def _slot(record: SlotRecord, ticket: Ticket, specs: Mapping[str, RewardSpec], entries: dict[str, Entry]) -> Slot:
+def _slot(
+    record: SlotRecord,
+    ticket: Ticket,
+    specs: Mapping[str, RewardSpec],
+    entries: dict[str, Entry],
+) -> Slot:
     slot = Slot(
         split=ticket.split,
         step=ticket.step,
@@ -78,18 +106,23 @@ def _slot(record: SlotRecord, ticket: Ticket, specs: Mapping[str, RewardSpec], e
     )
     if record.addresses is None:
         slot.problem = record.problem or Failure(
-            kind="failed", message="the process that submitted it ended before it was sent"
+            kind="failed",
+            message="the process that submitted it ended before it was sent",
         )
         return slot
     slot.entries = {}
     for name, (address, attempt, place) in record.addresses.items():
-        slot.entries[name] = entries.setdefault(address, Entry(address, specs[name], attempt=attempt))
+        slot.entries[name] = entries.setdefault(
+            address, Entry(address, specs[name], attempt=attempt)
+        )
         if place >= 0:
             slot.places[name] = place
     return slot
 
 
-def _adopt_payloads(session: Session, chunk: Chunk, entries: Mapping[str, Entry]) -> None:
+def _adopt_payloads(
+    session: Session, chunk: Chunk, entries: Mapping[str, Entry]
+) -> None:
     """Know the payloads of a request that another process sent, so that they live on and are freed in the end."""
     data = session.store.get([chunk.request])[0]
     if data is None:
@@ -99,7 +132,11 @@ def _adopt_payloads(session: Session, chunk: Chunk, entries: Mapping[str, Entry]
             group = unpack(GroupRequest, data)
             samples = [(group.address, member) for member in group.members]
         else:
-            samples = [(s.address, one) for s in unpack(ScoreRequest, data).samples for one in s.members or (s,)]
+            samples = [
+                (s.address, one)
+                for s in unpack(ScoreRequest, data).samples
+                for one in s.members or (s,)
+            ]
     except WireError:  # of another version of this package: workers say so, in a note
         return
     for address, sample in samples:

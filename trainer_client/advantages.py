@@ -40,7 +40,17 @@ import numpy.typing as npt
 
 from tasks.rewards import RewardSpec
 from trainer_client.results import RewardBatch
-from trainer_client.table import Columns, Floats, Gather, Table, exchange, exchange_plain, ids, tabulate, to_float64
+from trainer_client.table import (
+    Columns,
+    Floats,
+    Gather,
+    Table,
+    exchange,
+    exchange_plain,
+    ids,
+    tabulate,
+    to_float64,
+)
 
 STD_FLOOR = 1e-6
 """Standard deviations are at least this, as in Flow-Factory."""
@@ -102,7 +112,9 @@ def weighted_sum(
         ValueError: Lengths differ, a weight is missing, unknown or not finite, a group id is not hashable or cannot be
             compared between ranks, or ranks have other rewards or weights. With `gather`, on all ranks.
     """
-    return _weighted_sum(tabulate(rewards, groups, weights, valid, gather), global_std, noise_floor)
+    return _weighted_sum(
+        tabulate(rewards, groups, weights, valid, gather), global_std, noise_floor
+    )
 
 
 def _weighted_sum(table: Table, global_std: bool, noise_floor: bool) -> Advantages:
@@ -116,7 +128,9 @@ def _weighted_sum(table: Table, global_std: bool, noise_floor: bool) -> Advantag
         std: Any = _std(totals[votes])
     else:
         num_votes = np.maximum(table.sum_in_groups(votes), 1)
-        std = np.maximum(np.sqrt(table.sum_in_groups(deviations**2) / num_votes), STD_FLOOR)[table.groups]
+        std = np.maximum(
+            np.sqrt(table.sum_in_groups(deviations**2) / num_votes), STD_FLOOR
+        )[table.groups]
     return _of_rank(deviations / std, table)
 
 
@@ -142,11 +156,15 @@ def _gdpo(table: Table, noise_floor: bool) -> Advantages:
     combined, speaks = np.zeros(len(table)), np.zeros(len(table), bool)
     for weight, column in zip(table.weights, table.rewards.T, strict=True):
         compared = _compare(column, np.isfinite(column), table, noise_floor)
-        combined += weight * np.where(compared.speaks, compared.deviations / compared.std, 0.0)
+        combined += weight * np.where(
+            compared.speaks, compared.deviations / compared.std, 0.0
+        )
         speaks |= compared.speaks
     votes = np.isfinite(table.rewards).any(axis=1)
     mean = float(np.mean(combined[votes])) if votes.any() else 0.0
-    return _of_rank(np.where(speaks, (combined - mean) / _std(combined[votes]), 0.0), table)
+    return _of_rank(
+        np.where(speaks, (combined - mean) / _std(combined[votes]), 0.0), table
+    )
 
 
 def advantages_of(
@@ -176,11 +194,19 @@ def advantages_of(
             What one's own raises by itself: with `gather`, a `ValueError` on all ranks that says what and where.
     """
     chosen = batch.weights if weights is None else weights
-    by_name = chosen if isinstance(chosen, Mapping) else {spec.name: spec.weight for spec in chosen}
+    by_name = (
+        chosen
+        if isinstance(chosen, Mapping)
+        else {spec.name: spec.weight for spec in chosen}
+    )
     if method == "gdpo" or method == "sum":
         table = tabulate(batch.rewards, batch.groups, by_name, None, gather)
         look(len(table), table.num_groups)
-        return _gdpo(table, noise_floor) if method == "gdpo" else _weighted_sum(table, global_std, noise_floor)
+        return (
+            _gdpo(table, noise_floor)
+            if method == "gdpo"
+            else _weighted_sum(table, global_std, noise_floor)
+        )
     if not callable(method):
         exchange(Columns, lambda: _refuse(method), gather)
     if gather is None:
@@ -189,16 +215,31 @@ def advantages_of(
 
 
 def _refuse(method: Any) -> Columns:
-    raise ValueError(f"the advantage method must be 'gdpo', 'sum' or a function, found {method!r}")
+    raise ValueError(
+        f"the advantage method must be 'gdpo', 'sum' or a function, found {method!r}"
+    )
 
 
-def _by_own(method: Aggregation, batch: RewardBatch, weights: Mapping[str, float], gather: Gather | None) -> Advantages:
+def _by_own(
+    method: Aggregation,
+    batch: RewardBatch,
+    weights: Mapping[str, float],
+    gather: Gather | None,
+) -> Advantages:
     if gather is None:
-        return _checked(method, method(batch.rewards, batch.groups, weights, gather=None), len(batch))
+        return _checked(
+            method,
+            method(batch.rewards, batch.groups, weights, gather=None),
+            len(batch),
+        )
     rounds = _Rounds(gather)
     found, failed = np.zeros(0, np.float32), None
     try:
-        found = _checked(method, method(batch.rewards, batch.groups, weights, gather=rounds), len(batch))
+        found = _checked(
+            method,
+            method(batch.rewards, batch.groups, weights, gather=rounds),
+            len(batch),
+        )
     except Exception as error:  # a function of the user's may raise anything, and the other ranks must hear of it
         failed = error
     rounds.end(failed)
@@ -208,9 +249,13 @@ def _by_own(method: Aggregation, batch: RewardBatch, weights: Mapping[str, float
 def _checked(method: Aggregation, values: Any, num_samples: int) -> Advantages:
     found = to_float64(values).astype(np.float32)
     if found.shape != (num_samples,):
-        raise ValueError(f"{method!r} must return ({num_samples},) advantages, found the shape {found.shape}")
+        raise ValueError(
+            f"{method!r} must return ({num_samples},) advantages, found the shape {found.shape}"
+        )
     if not np.isfinite(found).all():
-        raise ValueError(f"{method!r} returned {int((~np.isfinite(found)).sum())} advantages that are NaN or infinite")
+        raise ValueError(
+            f"{method!r} returned {int((~np.isfinite(found)).sum())} advantages that are NaN or infinite"
+        )
     return found
 
 
@@ -243,7 +288,9 @@ class _Rounds:
         try:
             found, _ = exchange_plain(make, self._gather)
             if len({bool(has_ended) for has_ended, _ in found}) > 1:
-                raise ValueError("an advantage method must call gather equally often on all ranks")
+                raise ValueError(
+                    "an advantage method must call gather equally often on all ranks"
+                )
         except Exception as error:  # to be raised again even if the method catches it
             self._error = error
             raise
@@ -267,16 +314,23 @@ class _Compared:
     """The sample votes, in a group of at least two that do, and they differ by more than rounding."""
 
 
-def _compare(values: Floats, votes: _Bools, table: Table, noise_floor: bool) -> _Compared:
+def _compare(
+    values: Floats, votes: _Bools, table: Table, noise_floor: bool
+) -> _Compared:
     num_votes = table.sum_in_groups(votes)
     low, high = np.full(table.num_groups, np.inf), np.full(table.num_groups, -np.inf)
     np.minimum.at(low, table.groups[votes], values[votes])
     np.maximum.at(high, table.groups[votes], values[votes])
     low, high = np.where(num_votes, low, 0.0), np.where(num_votes, high, 0.0)
-    above = np.where(votes, values - low[table.groups], 0.0)  # equal rewards differ from their mean by exactly 0
+    above = np.where(
+        votes, values - low[table.groups], 0.0
+    )  # equal rewards differ from their mean by exactly 0
     means = table.sum_in_groups(above) / np.maximum(num_votes, 1)
     deviations = np.where(votes, above - means[table.groups], 0.0)
-    std = np.maximum(np.sqrt(table.sum_in_groups(deviations**2) / np.maximum(num_votes, 1)), STD_FLOOR)
+    std = np.maximum(
+        np.sqrt(table.sum_in_groups(deviations**2) / np.maximum(num_votes, 1)),
+        STD_FLOOR,
+    )
     speaks = num_votes >= 2
     if noise_floor:
         speaks &= high - low > RELATIVE_NOISE * np.maximum(np.abs(low), np.abs(high))

@@ -28,10 +28,15 @@ class Answerers:
 
     def see(self, spec: RewardSpec, outcome: Outcome) -> None:
         """An outcome has arrived; of a group, that of any member tells."""
-        origins = [one.origin for one in (outcome, *outcome.members) if "code" in one.origin]
+        origins = [
+            one.origin for one in (outcome, *outcome.members) if "code" in one.origin
+        ]
         if not origins:
             return
-        answerer = Answerer(str(origins[0]["code"]), str(outcome.origin.get("worker", origins[0].get("worker", "?"))))
+        answerer = Answerer(
+            str(origins[0]["code"]),
+            str(outcome.origin.get("worker", origins[0].get("worker", "?"))),
+        )
         with self._lock:
             if (spec.fingerprint, answerer.code) in self._seen:
                 return
@@ -45,7 +50,9 @@ class Answerers:
         with self._lock:
             others = list(self._others)
         for spec, answerer in others:
-            self._compare(spec, run.first_answerer(spec.fingerprint, answerer), answerer)
+            self._compare(
+                spec, run.first_answerer(spec.fingerprint, answerer), answerer
+            )
         with self._lock:
             self._others = self._others[len(others) :]
 

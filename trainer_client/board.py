@@ -70,7 +70,10 @@ class Slot:
         """By reward name: address, attempt, place in a group (-1: it is by itself); None until all are known."""
         if self.entries is None or len(self.entries) < len(self.rewards):
             return None
-        return {name: (e.address, e.attempt, self.places.get(name, -1)) for name, e in self.entries.items()}
+        return {
+            name: (e.address, e.attempt, self.places.get(name, -1))
+            for name, e in self.entries.items()
+        }
 
     @property
     def is_done(self) -> bool:
@@ -80,7 +83,9 @@ class Slot:
     def is_done_for(self, reward: str) -> bool:
         """Whether this reward has its outcome."""
         entry = (self.entries or {}).get(reward)
-        return self.problem is not None or (entry is not None and entry.outcome is not None)
+        return self.problem is not None or (
+            entry is not None and entry.outcome is not None
+        )
 
     def has_failed_for(self, reward: str) -> bool:
         """Whether the outcome of this reward is there and is a failure."""
@@ -88,7 +93,9 @@ class Slot:
         outcome = entry.outcome if entry is not None else None
         if outcome is not None and outcome.members:
             outcome = outcome.members[self.places[reward]]
-        return self.problem is not None or (outcome is not None and outcome.failure is not None)
+        return self.problem is not None or (
+            outcome is not None and outcome.failure is not None
+        )
 
     @property
     def known_entries(self) -> list[Entry]:
@@ -104,11 +111,20 @@ class Slot:
 
     def record(self) -> SlotRecord:
         """What a pickled ticket keeps of it. What was never put in a message counts as not sent."""
-        return SlotRecord(self.index, self.group, self.addresses if self.is_sent else None, self.problem)
+        return SlotRecord(
+            self.index,
+            self.group,
+            self.addresses if self.is_sent else None,
+            self.problem,
+        )
 
     def chunk_records(self) -> list[ChunkRecord]:
         """The messages under way for it, those that another rank sent among them."""
-        return [chunk.record() for chunk in (e.chunk for e in self.known_entries) if chunk is not None]
+        return [
+            chunk.record()
+            for chunk in (e.chunk for e in self.known_entries)
+            if chunk is not None
+        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -174,7 +190,14 @@ class Chunk:
     def record(self) -> ChunkRecord:
         """What a pickled ticket keeps of it."""
         addresses = tuple(e.address for e in self.entries)
-        return ChunkRecord(self.request, self.label, self.spec.queue, self.number, self.spec.fingerprint, addresses)
+        return ChunkRecord(
+            self.request,
+            self.label,
+            self.spec.queue,
+            self.number,
+            self.spec.fingerprint,
+            addresses,
+        )
 
 
 class Board:
@@ -190,7 +213,9 @@ class Board:
         self._adopted: dict[str, Payload] = {}
         """Payloads that another process stored, by name."""
         self._to_free: list[str] = []
-        self.on_answer: Callable[[RewardSpec, Outcome], None] = lambda _spec, _outcome: None
+        self.on_answer: Callable[[RewardSpec, Outcome], None] = lambda _spec, _outcome: (
+            None
+        )
         """Called with each outcome that arrives, outside of the lock."""
         self._num_names = 0
         self.num_unsent = 0
@@ -202,7 +227,9 @@ class Board:
 
     # --- slots and entries -----------------------------------------------------------------------
 
-    def join(self, slot: Slot, sample: Sample, wanted: Mapping[str, tuple[RewardSpec, str]]) -> list[Entry]:
+    def join(
+        self, slot: Slot, sample: Sample, wanted: Mapping[str, tuple[RewardSpec, str]]
+    ) -> list[Entry]:
         """Give an encoded slot its entries; returns those that are new and still have to be looked up and sent.
 
         One that was given up meanwhile gets none.
@@ -217,7 +244,9 @@ class Board:
             for name, (spec, address) in wanted.items():
                 entry = self._entries.get(address)
                 if entry is None:
-                    entry = self._entries[address] = Entry(address, spec, sample.prompt, beside(sample, spec))
+                    entry = self._entries[address] = Entry(
+                        address, spec, sample.prompt, beside(sample, spec)
+                    )
                     new.append(entry)
                 if not any(s is slot for s in entry.slots):
                     entry.slots.append(slot)
@@ -225,7 +254,9 @@ class Board:
             slot.entries = entries
             return new
 
-    def join_group(self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any]) -> Entry:
+    def join_group(
+        self, entry: Entry, name: str, members: Mapping[tuple[int, int], Any]
+    ) -> Entry:
         """Give the members of a sealed group its entry (or the one that is awaited already); returns that.
 
         The entry takes over the payloads and carried entries of its members. One that the group had before, with other
@@ -250,8 +281,12 @@ class Board:
                 if before is not None and before is not known:
                     before.slots = [s for s in before.slots if s is not slot]
                     earlier[before.address] = before
-                slot.places[name] = entry.places[place]  # of equal members in other places, the order is the same
-                slot.entries[name] = known  # last: with it a ticket that is pickled now counts the slot as sent
+                slot.places[name] = entry.places[
+                    place
+                ]  # of equal members in other places, the order is the same
+                slot.entries[name] = (
+                    known  # last: with it a ticket that is pickled now counts the slot as sent
+                )
                 if not any(s is slot for s in known.slots):
                     known.slots.append(slot)
                 known.payloads += member.holder.payloads
@@ -259,7 +294,9 @@ class Board:
                 known.carried += member.carried
                 member.carried = []
             for before in earlier.values():
-                self._use_too(known, before.payloads)  # which has those of its members that stayed the same
+                self._use_too(
+                    known, before.payloads
+                )  # which has those of its members that stayed the same
                 if not before.slots:
                     self._end(before)
             if not known.slots:
@@ -294,7 +331,9 @@ class Board:
                         known.slots.append(slot)
             for chunk in chunks:
                 awaited = [self._entries.get(e.address) for e in chunk.entries]
-                chunk.entries = [e for e in awaited if e is not None and e.chunk is None]
+                chunk.entries = [
+                    e for e in awaited if e is not None and e.chunk is None
+                ]
                 if chunk.entries:
                     under_way = self._chunks.setdefault(chunk.request, chunk)
                     if under_way is not chunk:
@@ -310,7 +349,9 @@ class Board:
             self._close(slot)
             self.changed.notify_all()
 
-    def answer(self, outcomes: Mapping[Entry, Outcome], *, is_hit: bool = False) -> None:
+    def answer(
+        self, outcomes: Mapping[Entry, Outcome], *, is_hit: bool = False
+    ) -> None:
         """Outcomes have arrived: tell their slots, free what only they needed."""
         for entry, outcome in outcomes.items():
             self.on_answer(entry.spec, outcome)
@@ -318,7 +359,11 @@ class Board:
             for entry, outcome in outcomes.items():
                 if entry.outcome is not None:
                     continue
-                entry.outcome, entry.is_hit, entry.answered_at = outcome, is_hit, time.monotonic()
+                entry.outcome, entry.is_hit, entry.answered_at = (
+                    outcome,
+                    is_hit,
+                    time.monotonic(),
+                )
                 self._end(entry)
                 for slot in entry.slots:
                     if slot.is_done:
@@ -426,8 +471,17 @@ class Board:
         """Everything of ours in the payload store that is still needed."""
         with self.lock:
             mine = {p.name for p in self._payloads.values() if p.stored.is_set()}
-            adopted = {p.name for e in self._entries.values() for p in e.payloads if p.stored.is_set()}
-            requests = (name for c in self._chunks.values() for name in (c.request, *c.more_requests))
+            adopted = {
+                p.name
+                for e in self._entries.values()
+                for p in e.payloads
+                if p.stored.is_set()
+            }
+            requests = (
+                name
+                for c in self._chunks.values()
+                for name in (c.request, *c.more_requests)
+            )
             return [*(mine | adopted), *requests]
 
     def take_to_free(self) -> list[str]:

@@ -50,7 +50,9 @@ class _Queue:
         if now < self.more_at:
             return 0
         self.more_at = now + EVERY_S
-        self.num_more = max(FEWEST, self.num_more // 2) if self.came_back else 2 * self.num_more
+        self.num_more = (
+            max(FEWEST, self.num_more // 2) if self.came_back else 2 * self.num_more
+        )
         self.came_back = False
         return self.num_more
 
@@ -71,7 +73,9 @@ class BusyMessages:
         """A worker could not ask the judge; nobody else looks after the chunk until the message is sent again."""
         chunk.look_at = float("inf")
         if chunk.spec.fingerprint not in self._queues:
-            self._queues[chunk.spec.fingerprint] = _Queue(more_at=time.monotonic() + EVERY_S)
+            self._queues[chunk.spec.fingerprint] = _Queue(
+                more_at=time.monotonic() + EVERY_S
+            )
         self._queues[chunk.spec.fingerprint].put((chunk, request))
 
     def count_answers(self, entries: Iterable[Entry]) -> None:
@@ -86,9 +90,13 @@ class BusyMessages:
             for chunk, request in list(itertools.islice(queue.waiting, num)):
                 is_wanted = bool(chunk.entries)  # neither answered nor given up
                 if is_wanted:
-                    self._send(chunk, request)  # what it raises leaves the message waiting
+                    self._send(
+                        chunk, request
+                    )  # what it raises leaves the message waiting
                 queue.drop((chunk, request))
                 if is_wanted and not queue.num_of[chunk]:
                     chunk.look_at = now + look_after_s
-                    chunk.is_missed = bool(chunk.more_requests)  # a group is put together once its parts are there
+                    chunk.is_missed = bool(
+                        chunk.more_requests
+                    )  # a group is put together once its parts are there
         self._num_answered.clear()

@@ -155,9 +155,13 @@ class RewardClient:
         max_failure_rate: float | None = None,
     ) -> None:
         if not RUN_NAME.fullmatch(run):
-            raise ConfigError(f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
+            raise ConfigError(
+                f"run must be letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}"
+            )
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank must be in [0, world_size), found rank={rank}, world_size={world_size}")
+            raise ConfigError(
+                f"rank must be in [0, world_size), found rank={rank}, world_size={world_size}"
+            )
         if max_failure_rate is not None:
             check_max_failure_rate(max_failure_rate)
         self.run, self.rank, self.world_size = run, rank, world_size
@@ -174,7 +178,9 @@ class RewardClient:
             self._lease.take()
             self._check_ranks()
         except LOST as error:
-            raise RedisUnreachableError(f"{without_password(self.settings.results)}: {why_away(error)}") from None
+            raise RedisUnreachableError(
+                f"{without_password(self.settings.results)}: {why_away(error)}"
+            ) from None
         self._start_fresh()
         _live_clients.add(self)
         self._open_session()  # whose watcher keeps the lease, however long the first submit() is away
@@ -184,7 +190,9 @@ class RewardClient:
         try:
             self.config.of("eval")
         except UnknownRewardError as error:
-            log.warning("evaluation cannot run, submit(split='eval') will refuse it: %s", error)
+            log.warning(
+                "evaluation cannot run, submit(split='eval') will refuse it: %s", error
+            )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], run: str, **options: Any) -> Self:
@@ -197,7 +205,9 @@ class RewardClient:
         return cls(RewardConfig.from_dict(config), run, **options)
 
     def __repr__(self) -> str:
-        rewards = ", ".join(f"{r.name} ({r.reward_model}, queue {r.queue})" for r in self.config.rewards)
+        rewards = ", ".join(
+            f"{r.name} ({r.reward_model}, queue {r.queue})" for r in self.config.rewards
+        )
         rank = f"rank {self.rank} of {self.world_size}, " if self.world_size > 1 else ""
         return (
             f"RewardClient(run={self.run!r}, {rank}launch={self.launch!r}, "
@@ -208,7 +218,10 @@ class RewardClient:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -271,7 +284,9 @@ class RewardClient:
         groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
         if groupwise is not None:
             check_groups(groups, group_size, groupwise, self.world_size, first)
-        session.wait_for_backlog(self.settings.max_backlog, self.settings.submit_timeout_s)
+        session.wait_for_backlog(
+            self.settings.max_backlog, self.settings.submit_timeout_s
+        )
         with self._lock:
             open_step = self._steps.open(split, step)
             start = open_step.num_submitted
@@ -293,7 +308,9 @@ class RewardClient:
             open_step.count_members(slots, group_size, is_strict=groupwise is not None)
             mixed = open_step.find_mixed_group(slots)
             open_step.add(slots, time.monotonic() - started)
-            ticket = self._ticket(session, split, open_step.number, start, slots, number)
+            ticket = self._ticket(
+                session, split, open_step.number, start, slots, number
+            )
         session.sender.submit(slots)
         if mixed is not None and self.rank == 0 and _are_compared(split, rewards):
             self._warn_once("mixed", _mixed_words(mixed))
@@ -371,7 +388,9 @@ class RewardClient:
         bars = progress if progress is not None or self.rank == 0 else False
         late = self._wait(wanted, started, timeout_s, on_failure, bars, waiting)
         batch = self._batch(wanted, late, started)
-        error, summary = self._verdict(wanted, batch, late, on_failure, started + timeout_s, waiting)
+        error, summary = self._verdict(
+            wanted, batch, late, on_failure, started + timeout_s, waiting
+        )
         error = error or error_for_rate(summary, limit, batch)
         if not isinstance(error, CollectTimeoutError):
             self._close_step(wanted)
@@ -407,7 +426,12 @@ class RewardClient:
         chosen = self.config.advantage_aggregation if method is None else method
 
         def look(num_samples: int, num_groups: int) -> None:
-            if num_samples and num_groups == num_samples and batch.split == "train" and self.rank == 0:
+            if (
+                num_samples
+                and num_groups == num_samples
+                and batch.split == "train"
+                and self.rank == 0
+            ):
                 self._warn_once("alone", _alone_words(batch.name, num_samples))
 
         return advantages_of(
@@ -435,21 +459,33 @@ class RewardClient:
         return metrics(batch, advantages, prefix=prefix, detail=detail, gather=gather)
 
     def failure_rate_by_group(
-        self, batch: RewardBatch, *, gather: Gather | None = None, timeout_s: float = 60.0
+        self,
+        batch: RewardBatch,
+        *,
+        gather: Gather | None = None,
+        timeout_s: float = 60.0,
     ) -> dict[Hashable, dict[str, float]]:
         """What fails in which group, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
-        return failure_rate_by_group(batch, gather=self._gather("failures", batch, gather, timeout_s))
+        return failure_rate_by_group(
+            batch, gather=self._gather("failures", batch, gather, timeout_s)
+        )
 
-    def _gather(self, what: str, batch: RewardBatch, given: Gather | None, timeout_s: float) -> Gather | None:
+    def _gather(
+        self, what: str, batch: RewardBatch, given: Gather | None, timeout_s: float
+    ) -> Gather | None:
         if given is not None or self.world_size == 1:
             return given
         with self._lock:
             self._open_session()  # which keeps the lease, without which an answer does not count
-        return self._ranks.gatherer(f"{what} of {batch.split} step {batch.step}", timeout_s)
+        return self._ranks.gatherer(
+            f"{what} of {batch.split} step {batch.step}", timeout_s
+        )
 
     # --- private: what is told -------------------------------------------------------------------
 
-    def _tell(self, wanted: _Wanted, batch: RewardBatch, summary: Summary, is_told: bool) -> None:
+    def _tell(
+        self, wanted: _Wanted, batch: RewardBatch, summary: Summary, is_told: bool
+    ) -> None:
         """What the log is to say of a ticket, or of a step that is closed; of several ranks the first says it."""
         if wanted.ticket is not None:
             self._ticket_warnings.add(batch.name, summary)
@@ -463,7 +499,12 @@ class RewardClient:
         mixed = mixed_groups(summary)
         if mixed:
             named = [group for group in wanted.prompts if group_digest(group) in mixed]
-            self._warn_once("mixed", _mixed_over_ranks_words(batch.name, len(mixed), len(summary.groups), named))
+            self._warn_once(
+                "mixed",
+                _mixed_over_ranks_words(
+                    batch.name, len(mixed), len(summary.groups), named
+                ),
+            )
         if is_told:
             tell_step(batch.name, summary, batch.timings["ranks_s"])
 
@@ -500,7 +541,9 @@ class RewardClient:
             return
         run = Run(outcomes_of(self._app).redis, self.run, self.settings.result_ttl_s)
         try:
-            run.check_ranks(self.launch, self.rank, self.world_size, self.config, platform.node())
+            run.check_ranks(
+                self.launch, self.rank, self.world_size, self.config, platform.node()
+            )
         except ConfigError:
             self._lease.leave()
             raise
@@ -508,14 +551,26 @@ class RewardClient:
     def _open_session(self) -> Session:
         if self._session is None:
             self._session = Session(
-                self._app, self.run, self.launch, self.rank, self.world_size, self._lease, self.config
+                self._app,
+                self.run,
+                self.launch,
+                self.rank,
+                self.world_size,
+                self._lease,
+                self.config,
             )
         return self._session
 
     # --- private: submit -------------------------------------------------------------------------
 
     def _ticket(
-        self, session: Session, split: Split, step: int, start: int, slots: Sequence[Slot], number: int
+        self,
+        session: Session,
+        split: Split,
+        step: int,
+        start: int,
+        slots: Sequence[Slot],
+        number: int,
     ) -> Ticket:
         return Ticket(
             run=self.run,
@@ -526,7 +581,9 @@ class RewardClient:
             start=start,
             stop=start + len(slots),
             fingerprints=_fingerprints(self.config.of(split)),
-            codes=tuple((spec.name, spec.code) for spec in self.config.of(split) if spec.code),
+            codes=tuple(
+                (spec.name, spec.code) for spec in self.config.of(split) if spec.code
+            ),
             slots=tuple(slots),
             client=session.board.client_id,
             number=number,
@@ -538,7 +595,9 @@ class RewardClient:
         """The samples to collect: those of a ticket, else all of the open step, which gets the number `step`."""
         if ticket is not None:
             split = ticket.split
-        config = self.config if ticket is None else self.config.for_launch(ticket.launch)
+        config = (
+            self.config if ticket is None else self.config.for_launch(ticket.launch)
+        )
         rewards = config.of(split)
         with self._lock:
             session = self._open_session()
@@ -551,9 +610,16 @@ class RewardClient:
                 slots = list(open_step.slots) if open_step is not None else []
             number = self._steps.number(split) if ticket is None else ticket.step
             prompts: dict[Hashable, tuple[str, ...]] = {}
-            if open_step is not None and ticket is None and self.world_size > 1 and _are_compared(split, rewards):
+            if (
+                open_step is not None
+                and ticket is None
+                and self.world_size > 1
+                and _are_compared(split, rewards)
+            ):
                 prompts = dict(open_step.prompts)
-        return _Wanted(session, split, number, rewards, slots, open_step, ticket, prompts)
+        return _Wanted(
+            session, split, number, rewards, slots, open_step, ticket, prompts
+        )
 
     def _is_shared(self, wanted: _Wanted) -> bool:
         """Whether all ranks collect this together, and come to one verdict."""
@@ -576,28 +642,50 @@ class RewardClient:
             return Failure(kind="timeout", message=in_vain)
         session.groups.give_up(wanted.split, wanted.step, incomplete)
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
-        margin_s = min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
-        is_complete = session.wait(wanted.slots, started + timeout_s - margin_s, bars, waiting)
+        margin_s = (
+            min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
+        )
+        is_complete = session.wait(
+            wanted.slots, started + timeout_s - margin_s, bars, waiting
+        )
         return None if is_complete else session.why_late(wanted.slots, timeout_s)
 
-    def _batch(self, wanted: _Wanted, late: Failure | None, started: float) -> RewardBatch:
+    def _batch(
+        self, wanted: _Wanted, late: Failure | None, started: float
+    ) -> RewardBatch:
         """The batch of the samples, which were waited for since `started`."""
         session = wanted.session
         times = {
-            "submit_s": wanted.open_step.submit_s if wanted.open_step is not None else 0.0,
+            "submit_s": wanted.open_step.submit_s
+            if wanted.open_step is not None
+            else 0.0,
             "wait_s": time.monotonic() - started,
             "ranks_s": 0.0,
             **session.sender.times.take(),
         }
         why_open = session.groups.why_open
-        return batch_of(wanted.slots, wanted.rewards, late, why_open, times, wanted.split, wanted.step)
+        return batch_of(
+            wanted.slots,
+            wanted.rewards,
+            late,
+            why_open,
+            times,
+            wanted.split,
+            wanted.step,
+        )
 
     @property
     def max_failure_rate(self) -> float:
         """The share of (sample, reward) pairs without a reward above which `collect()` raises."""
-        return MAX_FAILURE_RATE if self._given_failure_rate is None else self._given_failure_rate
+        return (
+            MAX_FAILURE_RATE
+            if self._given_failure_rate is None
+            else self._given_failure_rate
+        )
 
-    def _failure_limit(self, on_failure: OnFailure, of_this_call: float | None) -> float:
+    def _failure_limit(
+        self, on_failure: OnFailure, of_this_call: float | None
+    ) -> float:
         """The share above which this call raises. Who asks for NaN in the call itself is given all of them, unless a
         share was named; a policy in the config is no such word, since nobody may be looking."""
         if of_this_call is not None:
@@ -617,22 +705,39 @@ class RewardClient:
         waiting: Waiting | None,
     ) -> tuple[ScoringError | None, Summary]:
         """What `collect()` raises for the failures themselves, or None, and the step in numbers; on all ranks alike."""
-        error = error_for(batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards})
-        sizes = {slot.group: slot.group_size for slot in wanted.slots if slot.group_size is not None}
-        summary = summary_of(batch, sizes if wanted.ticket is None else None, wanted.prompts)
+        error = error_for(
+            batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards}
+        )
+        sizes = {
+            slot.group: slot.group_size
+            for slot in wanted.slots
+            if slot.group_size is not None
+        }
+        summary = summary_of(
+            batch, sizes if wanted.ticket is None else None, wanted.prompts
+        )
         if self._is_shared(wanted):
             done_at = time.monotonic()
-            topic, waits = f"{wanted.split} step {wanted.step}", _wait_for_ranks(waiting)
-            error, summary = of_all_ranks(self._ranks, topic, error, batch, deadline, summary, waits)
+            topic, waits = (
+                f"{wanted.split} step {wanted.step}",
+                _wait_for_ranks(waiting),
+            )
+            error, summary = of_all_ranks(
+                self._ranks, topic, error, batch, deadline, summary, waits
+            )
             # After the batch was made: what the error carries is to have it too.
             batch.timings["ranks_s"] = time.monotonic() - done_at
         return error, summary
 
-    def _slots_of(self, session: Session, ticket: Ticket, config: RewardConfig) -> Sequence[Slot]:
+    def _slots_of(
+        self, session: Session, ticket: Ticket, config: RewardConfig
+    ) -> Sequence[Slot]:
         """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""
         rewards = config.of(ticket.split)
         if ticket.run != self.run:
-            raise TicketError(f"this ticket is of run {ticket.run!r}, this client of {self.run!r}")
+            raise TicketError(
+                f"this ticket is of run {ticket.run!r}, this client of {self.run!r}"
+            )
         if ticket.fingerprints != _fingerprints(rewards):
             _check_code(ticket, rewards)
             raise TicketError(
@@ -640,12 +745,16 @@ class RewardClient:
                 f"this client has {dict(_fingerprints(rewards))}"
             )
         if ticket.client == session.board.client_id:
-            live = [slot for slot in ticket.slots if isinstance(slot, Slot)] or self._steps.slots_of(ticket)
+            live = [
+                slot for slot in ticket.slots if isinstance(slot, Slot)
+            ] or self._steps.slots_of(ticket)
             if len(live) == len(ticket.slots):
                 return live
         if ticket.place not in self._adopted:
             # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
-            self._adopted[ticket.place] = adopt(session, copy.copy(ticket), config, self.settings.reconcile_s)
+            self._adopted[ticket.place] = adopt(
+                session, copy.copy(ticket), config, self.settings.reconcile_s
+            )
         return self._adopted[ticket.place]
 
     def _incomplete(self, step: Step | None) -> dict[Hashable, str]:
@@ -711,7 +820,11 @@ def _wait_for_ranks(waiting: Waiting | None) -> Waits:
 
     def tell(missing: list[int]) -> None:
         if waiting is not None:
-            waiting.tell(lambda: f"rank {', '.join(map(str, missing))}; this rank has its rewards")
+            waiting.tell(
+                lambda: (
+                    f"rank {', '.join(map(str, missing))}; this rank has its rewards"
+                )
+            )
 
     return tell
 
@@ -723,7 +836,9 @@ def _mixed_words(group: Hashable) -> str:
     )
 
 
-def _mixed_over_ranks_words(name: str, num_mixed: int, num_groups: int, named: Sequence[Hashable]) -> str:
+def _mixed_over_ranks_words(
+    name: str, num_mixed: int, num_groups: int, named: Sequence[Hashable]
+) -> str:
     example = f", {_cut(named[0])} for example," if named else ""
     return (
         f"{name}: {num_mixed} of {num_groups} groups{example} have samples of several prompts, over all ranks: "
@@ -752,4 +867,6 @@ def _cut(group: Hashable) -> str:
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:
     """The media of a sample that travel, by reference."""
     values = {name: getattr(sample, name) for name in MEDIA_FIELDS if name in fields}
-    return {name: media.hold(value) for name, value in values.items() if value is not None}
+    return {
+        name: media.hold(value) for name, value in values.items() if value is not None
+    }

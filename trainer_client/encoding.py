@@ -23,11 +23,16 @@ class Encoded:
 
     def identity(self) -> list[Any]:
         """What of it goes into the sample's key."""
-        return [[list(a.shape), d] for a, d in zip(self.arrays, self.digests, strict=True)]
+        return [
+            [list(a.shape), d] for a, d in zip(self.arrays, self.digests, strict=True)
+        ]
 
     def as_payloads(self, name: str, transport: str) -> list[Content]:
         """Its arrays as they travel."""
-        return [as_payload(a, d, name, transport) for a, d in zip(self.arrays, self.digests, strict=True)]
+        return [
+            as_payload(a, d, name, transport)
+            for a, d in zip(self.arrays, self.digests, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,11 @@ class Content:
 
 def encode(slot: Slot) -> dict[str, Encoded]:
     """The media of a slot's sample that travel, as checked arrays. Raises `InvalidSampleError`."""
-    encoders = {"image": media.encode_image, "video": media.encode_video, "audio": media.encode_audio}
+    encoders = {
+        "image": media.encode_image,
+        "video": media.encode_video,
+        "audio": media.encode_audio,
+    }
     encoded = {}
     for name, held in slot.held.items():
         where = f"sample {slot.index}: {name}"
@@ -51,7 +60,9 @@ def encode(slot: Slot) -> dict[str, Encoded]:
             encoded[name] = Encoded([single(held, where)], is_list=False)
             continue
         one = media.encode_image if name == "condition_images" else media.encode_video
-        encoded[name] = Encoded([one(h, f"{where}[{i}]") for i, h in enumerate(held.value)], is_list=True)
+        encoded[name] = Encoded(
+            [one(h, f"{where}[{i}]") for i, h in enumerate(held.value)], is_list=True
+        )
     return encoded
 
 

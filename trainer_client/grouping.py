@@ -36,19 +36,28 @@ def groups_of(samples: Sequence[Sample], place: str) -> list[Hashable]:
     """
     digests: dict[int, list[Any]] = {}
     return [
-        sample.group if sample.group is not None else _group_of(sample, f"{place}.{i}", digests)
+        sample.group
+        if sample.group is not None
+        else _group_of(sample, f"{place}.{i}", digests)
         for i, sample in enumerate(samples)
     ]
 
 
 def _group_of(sample: Sample, place: str, digests: dict[int, list[Any]]) -> str:
     values = {name: getattr(sample, name) for name in CONDITION_FIELDS}
-    given = {name: list(value) for name, value in values.items() if value is not None and len(value)}
+    given = {
+        name: list(value)
+        for name, value in values.items()
+        if value is not None and len(value)
+    }
     prompt = _short(sample.prompt)
     if not given:
         return prompt
     try:
-        identity = [[name, [_identity(name, one, digests) for one in listed]] for name, listed in given.items()]
+        identity = [
+            [name, [_identity(name, one, digests) for one in listed]]
+            for name, listed in given.items()
+        ]
     except InvalidSampleError:
         return f"{prompt} [unreadable condition {place}]"
     digest = hashlib.sha256(msgpack.packb(identity)).hexdigest()[:ID_DIGITS]
@@ -66,7 +75,9 @@ def _identity(name: str, value: Any, digests: dict[int, list[Any]]) -> list[Any]
     """Shape and digest of one condition; `digests` has them by the object's `id`."""
     known = digests.get(id(value))
     if known is None:
-        encode = media.encode_image if name == "condition_images" else media.encode_video
+        encode = (
+            media.encode_image if name == "condition_images" else media.encode_video
+        )
         pixels = encode(media.hold(value), name)
         known = digests[id(value)] = [list(pixels.shape), media.digest(pixels)]
     return known

@@ -67,7 +67,9 @@ class Group:
 class Groups:
     """The groups of a client that wait for members. Safe between threads; calls with several ranks ask Redis."""
 
-    def __init__(self, board: Board, run: str, rank: int, slots: GroupSlots | None) -> None:
+    def __init__(
+        self, board: Board, run: str, rank: int, slots: GroupSlots | None
+    ) -> None:
         self._board, self._run, self._rank, self._slots = board, run, rank, slots
         self._lock = threading.Lock()
         self._groups: dict[tuple[Any, ...], Group] = {}
@@ -86,7 +88,10 @@ class Groups:
             if slot.is_given_up:  # meanwhile; `forget` came before
                 self._board.release(member.holder)
                 return []
-            group = self._groups.setdefault((slot.split, slot.step, spec.name, slot.group), self._new_group(spec, slot))
+            group = self._groups.setdefault(
+                (slot.split, slot.step, spec.name, slot.group),
+                self._new_group(spec, slot),
+            )
             group.members[self._rank, slot.index] = member
             is_full = group.size is not None and len(group.members) >= group.size
             given_up = self._given_up.get((slot.split, slot.step, slot.group))
@@ -102,24 +107,46 @@ class Groups:
         if self._slots is not None:
             return []
         with self._lock:
-            groups = [g for g in self._groups.values() if g.size is None and (g.split, g.step) in places]
+            groups = [
+                g
+                for g in self._groups.values()
+                if g.size is None and (g.split, g.step) in places
+            ]
         return self._seal_here(groups)
 
     def give_up(self, split: Split, step: int, incomplete: Mapping[Any, str]) -> None:
         """These groups (with the words for each) stay incomplete: their members have no groupwise reward, those that
         are still on their way here too."""
-        reasons = {id_: Failure(kind="invalid", message=words) for id_, words in incomplete.items()}
+        reasons = {
+            id_: Failure(kind="invalid", message=words)
+            for id_, words in incomplete.items()
+        }
         with self._lock:
-            self._given_up.update({(split, step, id_): reason for id_, reason in reasons.items()})
-            groups = [g for g in self._groups.values() if (g.split, g.step) == (split, step) and g.id in reasons]
-            members = [(g, member) for g in groups if g.entry is None for member in g.members.values()]
+            self._given_up.update(
+                {(split, step, id_): reason for id_, reason in reasons.items()}
+            )
+            groups = [
+                g
+                for g in self._groups.values()
+                if (g.split, g.step) == (split, step) and g.id in reasons
+            ]
+            members = [
+                (g, member)
+                for g in groups
+                if g.entry is None
+                for member in g.members.values()
+            ]
         for group, member in members:
             self._board.fail_reward(member.slot, group.spec, reasons[group.id])
 
     def take_overdue(self) -> list[Entry]:
         """Carried entries whose group does not get full: they go by themselves."""
         with self._lock:
-            late = [g for g in self._groups.values() if time.monotonic() - g.opened_at > OVERDUE_S]
+            late = [
+                g
+                for g in self._groups.values()
+                if time.monotonic() - g.opened_at > OVERDUE_S
+            ]
             taken = [e for g in late for m in g.members.values() for e in m.carried]
             for group in late:
                 for member in group.members.values():
@@ -132,10 +159,20 @@ class Groups:
         if self._slots is None:
             return []
         with self._lock:
-            groups = [g for g in self._groups.values() if g.members and not g.is_answered]
-        new = [e for g in groups for e in self._register(g, list(g.members.values()))] if register else []
-        for group, found in zip(groups, self._slots.digests([g.key for g in groups]), strict=True):
-            if found and (found != group.digest or _is_unjoined(group, group.members.values())):
+            groups = [
+                g for g in self._groups.values() if g.members and not g.is_answered
+            ]
+        new = (
+            [e for g in groups for e in self._register(g, list(g.members.values()))]
+            if register
+            else []
+        )
+        for group, found in zip(
+            groups, self._slots.digests([g.key for g in groups]), strict=True
+        ):
+            if found and (
+                found != group.digest or _is_unjoined(group, group.members.values())
+            ):
                 new += self._seal_shared(group, found)
         return new
 
@@ -145,15 +182,31 @@ class Groups:
         if self._slots is None:
             return
         with self._lock:
-            groups = [(g, g.entry, list(g.members.values())) for g in self._groups.values() if g.entry is not None]
-        answered = [(g, entry, entry.outcome, members) for g, entry, members in groups if entry.outcome is not None]
+            groups = [
+                (g, g.entry, list(g.members.values()))
+                for g in self._groups.values()
+                if g.entry is not None
+            ]
+        answered = [
+            (g, entry, entry.outcome, members)
+            for g, entry, members in groups
+            if entry.outcome is not None
+        ]
         are_there = results.are_there([entry.address for _, entry, _, _ in answered])
         digests = self._slots.digests([group.key for group, *_ in answered])
-        for (group, entry, outcome, members), is_there, found in zip(answered, are_there, digests, strict=True):
+        for (group, entry, outcome, members), is_there, found in zip(
+            answered, are_there, digests, strict=True
+        ):
             if not is_there:
                 results.write({entry.address: outcome}, self._board.client_id)
             if not found:
-                self._slots.put_back(group.key, group.digest, self._rank, self._board.client_id, entry.attempt)
+                self._slots.put_back(
+                    group.key,
+                    group.digest,
+                    self._rank,
+                    self._board.client_id,
+                    entry.attempt,
+                )
                 self._register(group, members)
 
     def ask(self, entry: Entry) -> None:
@@ -161,7 +214,11 @@ class Groups:
         that one has sent."""
         assert self._slots is not None
         entry.attempt, entry.sent_number = self._slots.ask(
-            entry.group_key, outcomes.key_of(entry.address), self._rank, self._board.client_id, entry.attempt
+            entry.group_key,
+            outcomes.key_of(entry.address),
+            self._rank,
+            self._board.client_id,
+            entry.attempt,
         )
 
     def tell_number(self, chunk: Chunk) -> None:
@@ -175,7 +232,9 @@ class Groups:
         with self._lock:
             groups = [g for g in self._groups.values() if g.entry is None]
         if self._slots is not None:
-            for group, places in zip(groups, self._slots.places([g.key for g in groups]), strict=True):
+            for group, places in zip(
+                groups, self._slots.places([g.key for g in groups]), strict=True
+            ):
                 group.places_seen = places
 
     def why_open(self, slot: Slot, spec: RewardSpec) -> str | None:
@@ -184,12 +243,17 @@ class Groups:
         if group is None or group.entry is not None:
             return None
         places = sorted({*group.members, *group.places_seen})
-        if group.size is None or len(places) >= group.size:  # no member is missing: it waits for something else
+        if (
+            group.size is None or len(places) >= group.size
+        ):  # no member is missing: it waits for something else
             return None
         ranks: dict[int, list[int]] = {}
         for rank, index in places:
             ranks.setdefault(rank, []).append(index)
-        there = "; ".join(f"rank {rank}: samples {', '.join(map(str, found))}" for rank, found in ranks.items())
+        there = "; ".join(
+            f"rank {rank}: samples {', '.join(map(str, found))}"
+            for rank, found in ranks.items()
+        )
         return (
             f"group {group.id!r} of step {group.step} has {len(places)} of {group.size} members, "
             f"{group.size - len(places)} missing ({there} are there)"
@@ -203,7 +267,9 @@ class Groups:
             for slot in slots:
                 self._given_up.pop((slot.split, slot.step, slot.group), None)
             for key, group in list(self._groups.items()):
-                left = {p: m for p, m in group.members.items() if id(m.slot) not in gone}
+                left = {
+                    p: m for p, m in group.members.items() if id(m.slot) not in gone
+                }
                 for member in group.members.values():
                     if id(member.slot) in gone:
                         self._board.release(member.holder)
@@ -228,8 +294,12 @@ class Groups:
                     continue
                 members = dict(sorted(group.members.items()))
                 group.digest = digest([m.key for m in members.values()])
-                entry = group.entry = self._entry(group, {p: (m.key, m.request) for p, m in members.items()})
-                self._groups.pop((group.split, group.step, group.spec.name, group.id), None)
+                entry = group.entry = self._entry(
+                    group, {p: (m.key, m.request) for p, m in members.items()}
+                )
+                self._groups.pop(
+                    (group.split, group.step, group.spec.name, group.id), None
+                )
             new += self._join(group, entry, members)
         return new
 
@@ -239,11 +309,18 @@ class Groups:
         for member in members:
             place = (self._rank, member.slot.index)
             found = self._slots.register(
-                group.key, place, member.key, member.request, group.size or 0, group.spec.fingerprint
+                group.key,
+                place,
+                member.key,
+                member.request,
+                group.size or 0,
+                group.spec.fingerprint,
             )
             if found.state in ("full", "scored", "size"):
                 self._refuse(group, member, found)
-            elif found.state == "sealed" and (found.digest != group.digest or _is_unjoined(group, [member])):
+            elif found.state == "sealed" and (
+                found.digest != group.digest or _is_unjoined(group, [member])
+            ):
                 return self._seal_shared(group, found.digest)
         return []
 
@@ -259,7 +336,9 @@ class Groups:
         message = f"{where}: {reasons[found.state]}"
         with self._lock:
             group.members.pop((self._rank, member.slot.index), None)
-        self._board.fail_reward(member.slot, group.spec, Failure(kind="invalid", message=message))
+        self._board.fail_reward(
+            member.slot, group.spec, Failure(kind="invalid", message=message)
+        )
         self._board.release(member.holder)
 
     def _seal_shared(self, group: Group, found: str) -> list[Entry]:
@@ -274,7 +353,9 @@ class Groups:
             own = dict(group.members)
         return self._join(group, entry, own)
 
-    def _entry(self, group: Group, members: dict[SlotPlace, tuple[str, SampleRequest]]) -> Entry:
+    def _entry(
+        self, group: Group, members: dict[SlotPlace, tuple[str, SampleRequest]]
+    ) -> Entry:
         spec = group.spec
         assert group.digest, "a group has its digest before its entry"
         entry = Entry(outcomes.address(self._run, spec.fingerprint, group.digest), spec)
@@ -285,15 +366,27 @@ class Groups:
             keys = [key for key, _ in members.values()]
             fit = [i for i, m in enumerate(entry.members) if m.failure is None]
             entry.pairs = tuple(
-                (fit[a], fit[b]) for a, b in draw_pairs(group.digest, len(fit), spec.options["opponents"])
+                (fit[a], fit[b])
+                for a, b in draw_pairs(
+                    group.digest, len(fit), spec.options["opponents"]
+                )
             )
             entry.comparisons = tuple(
-                _comparison(self._run, spec, entry.members[a], entry.members[b], keys[a], keys[b])
+                _comparison(
+                    self._run,
+                    spec,
+                    entry.members[a],
+                    entry.members[b],
+                    keys[a],
+                    keys[b],
+                )
                 for a, b in entry.pairs
             )
         return entry
 
-    def _join(self, group: Group, entry: Entry, members: Mapping[SlotPlace, Member]) -> list[Entry]:
+    def _join(
+        self, group: Group, entry: Entry, members: Mapping[SlotPlace, Member]
+    ) -> list[Entry]:
         """Give the group's members of this rank its entry; returns it if it is new. Another thread may be at it too."""
         known = self._board.join_group(entry, group.spec.name, members)
         with self._lock:
@@ -309,11 +402,20 @@ def _text_of(group: Any) -> str:
 
 def _is_unjoined(group: Group, members: Iterable[Member]) -> bool:
     """Whether some came after the group had its entry: it was sealed with what a process before this one submitted."""
-    return any(group.spec.name not in (m.slot.entries or {}) for m in list(members) if m.slot.problem is None)
+    return any(
+        group.spec.name not in (m.slot.entries or {})
+        for m in list(members)
+        if m.slot.problem is None
+    )
 
 
 def _comparison(
-    run: str, spec: RewardSpec, first: SampleRequest, second: SampleRequest, first_key: str, second_key: str
+    run: str,
+    spec: RewardSpec,
+    first: SampleRequest,
+    second: SampleRequest,
+    first_key: str,
+    second_key: str,
 ) -> SampleRequest:
     """Two members as one sample of the judge that compares them: each of its media fields has those of both."""
     key = hashlib.sha256(f"{first_key} {second_key}".encode()).hexdigest()[:32]
@@ -323,5 +425,8 @@ def _comparison(
         if name in second.media and not isinstance(ref, tuple)
     }
     return SampleRequest(
-        address=outcomes.address(run, spec.fingerprint, key), prompt=first.prompt, media=media, attempt=first.attempt
+        address=outcomes.address(run, spec.fingerprint, key),
+        prompt=first.prompt,
+        media=media,
+        attempt=first.attempt,
     )

@@ -26,11 +26,21 @@ def incomplete_groups(step: Step) -> dict[Hashable, str]:
     return found
 
 
-def why_in_vain(incomplete: Mapping[Any, str], rewards: Sequence[RewardSpec], on_failure: OnFailure) -> str | None:
+def why_in_vain(
+    incomplete: Mapping[Any, str], rewards: Sequence[RewardSpec], on_failure: OnFailure
+) -> str | None:
     """What `collect()` raises at once: a groupwise reward whose failures raise cannot be had. None if it need not."""
-    raising = [r.name for r in rewards if r.is_groupwise and (r.on_failure or on_failure) == "raise"]
+    raising = [
+        r.name
+        for r in rewards
+        if r.is_groupwise and (r.on_failure or on_failure) == "raise"
+    ]
     if not incomplete or not raising or on_failure != "raise":
         return None
     shown = list(incomplete.values())[:GROUPS_SHOWN]
-    more = f"; and {len(incomplete) - len(shown)} more groups" if len(incomplete) > len(shown) else ""
+    more = (
+        f"; and {len(incomplete) - len(shown)} more groups"
+        if len(incomplete) > len(shown)
+        else ""
+    )
     return f"not waited for: {'; '.join(shown)}{more}; {WHAT_TO_DO} ({', '.join(raising)} needs whole groups)"

@@ -36,7 +36,9 @@ class Lease:
     def __init__(self, redis: Any, run: str, launch: str, rank: int) -> None:
         self._key = keys.trainer(run, launch, rank)
         self._words = f"run {run!r}, launch {launch!r}, rank {rank}"
-        self._holder = f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(4)})"
+        self._holder = (
+            f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(4)})"
+        )
         self._pid = os.getpid()
         self._redis = redis
         self._take_script = redis.register_script(_TAKE)
@@ -72,5 +74,7 @@ class Lease:
             self._leave_script(keys=[self._key], args=[self._holder])
 
     def _try(self) -> tuple[str, int] | None:
-        held = self._take_script(keys=[self._key], args=[self._holder, round(1000 * LEASE_TTL_S)])
+        held = self._take_script(
+            keys=[self._key], args=[self._holder, round(1000 * LEASE_TTL_S)]
+        )
         return (held[0].decode(), int(held[1])) if held else None

@@ -44,7 +44,13 @@ BRIEF_OF_ALL = (
     "adv_abs_mean",
 )
 
-GROUP_SPREAD = ("group_std_mean", "group_std_min", "group_std_max", "group_mean_std", "zero_std_ratio")
+GROUP_SPREAD = (
+    "group_std_mean",
+    "group_std_min",
+    "group_std_max",
+    "group_mean_std",
+    "zero_std_ratio",
+)
 
 ZERO_STD = 1e-6
 """A group whose standard deviation is below this counts as having none, as in Flow-Factory."""
@@ -83,7 +89,17 @@ class _Seen:
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> _Seen:
         """As it comes from other ranks."""
-        groups, rewards, latency_s, failures, num_hits, num_rescored, times, advantages, has_advantages = plain
+        (
+            groups,
+            rewards,
+            latency_s,
+            failures,
+            num_hits,
+            num_rescored,
+            times,
+            advantages,
+            has_advantages,
+        ) = plain
         return cls(
             groups=ids_of(groups),
             rewards={name: floats_of(values) for name, values in rewards.items()},
@@ -107,8 +123,13 @@ class _Failures:
 
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
-        groups, places = plain_of_ids(self.sizes), {group: place for place, group in enumerate(self.sizes)}
-        failed = [[places[group], name, count] for (group, name), count in self.failed.items()]
+        groups, places = (
+            plain_of_ids(self.sizes),
+            {group: place for place, group in enumerate(self.sizes)},
+        )
+        failed = [
+            [places[group], name, count] for (group, name), count in self.failed.items()
+        ]
         return [list(self.names), groups, list(self.sizes.values()), failed]
 
     @classmethod
@@ -119,7 +140,9 @@ class _Failures:
         return cls(
             names=tuple(names),
             sizes=Counter(dict(zip(found, sizes, strict=True))),
-            failed=Counter({(found[place], name): count for place, name, count in failed}),
+            failed=Counter(
+                {(found[place], name): count for place, name, count in failed}
+            ),
         )
 
 
@@ -165,17 +188,30 @@ def metrics(
         kept = BRIEF_OF_REWARD if detail == "brief" else tuple(of_reward)
         found |= {f"reward_{name}_{key}": of_reward[key] for key in kept}
     of_all = {
-        **{f"reward_{key}": value for key, value in _weighted(seen, batch.weights, groups, num_groups)},
+        **{
+            f"reward_{key}": value
+            for key, value in _weighted(seen, batch.weights, groups, num_groups)
+        },
         **_of_all(seen),
     }
-    found |= {key: value for key, value in of_all.items() if detail == "full" or key in BRIEF_OF_ALL}
+    found |= {
+        key: value
+        for key, value in of_all.items()
+        if detail == "full" or key in BRIEF_OF_ALL
+    }
     if seen.has_advantages:
         of_advantages = _of_advantages(seen.advantages)
-        found |= {key: value for key, value in of_advantages.items() if detail == "full" or key in BRIEF_OF_ALL}
+        found |= {
+            key: value
+            for key, value in of_advantages.items()
+            if detail == "full" or key in BRIEF_OF_ALL
+        }
     return {f"{prefix or batch.split}/{key}": value for key, value in found.items()}
 
 
-def failure_rate_by_group(batch: RewardBatch, *, gather: Gather | None = None) -> dict[Hashable, dict[str, float]]:
+def failure_rate_by_group(
+    batch: RewardBatch, *, gather: Gather | None = None
+) -> dict[Hashable, dict[str, float]]:
     """For each group, by reward name, the share of its samples without that reward, in [0, 1].
 
     Advantages leave such samples out. If one kind of prompt fails again and again, nothing is learned from it, and
@@ -186,8 +222,14 @@ def failure_rate_by_group(batch: RewardBatch, *, gather: Gather | None = None) -
     """
     ranks, _ = exchange(_Failures, lambda: _failures(batch), gather)
     _check_names([rank.names for rank in ranks])
-    sizes, failed = sum((rank.sizes for rank in ranks), Counter()), sum((rank.failed for rank in ranks), Counter())
-    return {group: {name: failed[group, name] / size for name in batch.rewards} for group, size in sizes.items()}
+    sizes, failed = (
+        sum((rank.sizes for rank in ranks), Counter()),
+        sum((rank.failed for rank in ranks), Counter()),
+    )
+    return {
+        group: {name: failed[group, name] / size for name in batch.rewards}
+        for group, size in sizes.items()
+    }
 
 
 def _failures(batch: RewardBatch) -> _Failures:
@@ -195,13 +237,17 @@ def _failures(batch: RewardBatch) -> _Failures:
     return _Failures(
         names=tuple(sorted(batch.rewards)),
         sizes=Counter(groups),
-        failed=Counter((groups[failure.sample], failure.reward) for failure in batch.failures),
+        failed=Counter(
+            (groups[failure.sample], failure.reward) for failure in batch.failures
+        ),
     )
 
 
 def _check_names(ranks: Sequence[Sequence[str]]) -> None:
     if any(names != ranks[0] for names in ranks):
-        raise ValueError(f"ranks must have the same rewards, found {[list(names) for names in ranks]}")
+        raise ValueError(
+            f"ranks must have the same rewards, found {[list(names) for names in ranks]}"
+        )
 
 
 def _look(batch: RewardBatch, advantages: Any, detail: str) -> _Seen:
@@ -209,12 +255,19 @@ def _look(batch: RewardBatch, advantages: Any, detail: str) -> _Seen:
         raise ValueError(f"detail must be 'brief' or 'full', found {detail!r}")
     values = to_float64([] if advantages is None else advantages)
     if advantages is not None and values.shape != (len(batch),):
-        raise ValueError(f"advantages must have the shape ({len(batch)},), found {values.shape}")
+        raise ValueError(
+            f"advantages must have the shape ({len(batch)},), found {values.shape}"
+        )
     return _Seen(
         groups=ids(batch.groups),
-        rewards={n: np.where(batch.valid[n], to_float64(v), np.nan) for n, v in batch.rewards.items()},
+        rewards={
+            n: np.where(batch.valid[n], to_float64(v), np.nan)
+            for n, v in batch.rewards.items()
+        },
         latency_s={n: to_float64(v) for n, v in batch.latency_s.items()},
-        failures=Counter((failure.reward, str(failure.kind)) for failure in batch.failures),
+        failures=Counter(
+            (failure.reward, str(failure.kind)) for failure in batch.failures
+        ),
         num_hits=dict(batch.num_hits),
         num_rescored=dict(batch.num_rescored),
         times={name: batch.timings[name] for name in TIMES if name in batch.timings},
@@ -227,13 +280,24 @@ def _join(ranks: list[_Seen]) -> _Seen:
     _check_names([sorted(rank.rewards) for rank in ranks])
     return _Seen(
         groups=tuple(group for rank in ranks for group in rank.groups),
-        rewards={n: np.concatenate([rank.rewards[n] for rank in ranks]) for n in ranks[0].rewards},
+        rewards={
+            n: np.concatenate([rank.rewards[n] for rank in ranks])
+            for n in ranks[0].rewards
+        },
         latency_s={
-            n: np.concatenate([rank.latency_s[n] for rank in ranks if n in rank.latency_s]) for n in ranks[0].latency_s
+            n: np.concatenate(
+                [rank.latency_s[n] for rank in ranks if n in rank.latency_s]
+            )
+            for n in ranks[0].latency_s
         },
         failures=sum((rank.failures for rank in ranks), Counter()),
-        num_hits={n: sum(rank.num_hits.get(n, 0) for rank in ranks) for n in ranks[0].rewards},
-        num_rescored={n: sum(rank.num_rescored.get(n, 0) for rank in ranks) for n in ranks[0].rewards},
+        num_hits={
+            n: sum(rank.num_hits.get(n, 0) for rank in ranks) for n in ranks[0].rewards
+        },
+        num_rescored={
+            n: sum(rank.num_rescored.get(n, 0) for rank in ranks)
+            for n in ranks[0].rewards
+        },
         times=_join_times([rank.times for rank in ranks]),
         advantages=np.concatenate([rank.advantages for rank in ranks]),
         has_advantages=all(rank.has_advantages for rank in ranks),
@@ -250,7 +314,9 @@ def _join_times(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return joined
 
 
-def _of_reward(name: str, seen: _Seen, groups: Ints, num_groups: int) -> dict[str, float]:
+def _of_reward(
+    name: str, seen: _Seen, groups: Ints, num_groups: int
+) -> dict[str, float]:
     return {
         **_spread(seen.rewards[name]),
         **_group_spread(seen.rewards[name], groups, num_groups),
@@ -299,9 +365,14 @@ def _group_spread(values: Floats, groups: Ints, num_groups: int) -> dict[str, fl
     if not votes.any():
         return dict.fromkeys(GROUP_SPREAD, NAN)
     counts = np.bincount(groups[votes], minlength=num_groups)
-    means = np.bincount(groups[votes], weights=values[votes], minlength=num_groups) / np.maximum(counts, 1)
+    means = np.bincount(
+        groups[votes], weights=values[votes], minlength=num_groups
+    ) / np.maximum(counts, 1)
     away = values[votes] - means[groups[votes]]
-    stds = np.sqrt(np.bincount(groups[votes], weights=away**2, minlength=num_groups) / np.maximum(counts, 1))
+    stds = np.sqrt(
+        np.bincount(groups[votes], weights=away**2, minlength=num_groups)
+        / np.maximum(counts, 1)
+    )
     means, stds = means[counts > 0], stds[counts > 0]
     return {
         "group_std_mean": float(stds.mean()),
@@ -312,17 +383,23 @@ def _group_spread(values: Floats, groups: Ints, num_groups: int) -> dict[str, fl
     }
 
 
-def _failure_rates(name: str, seen: _Seen, groups: Ints, num_groups: int) -> dict[str, float]:
+def _failure_rates(
+    name: str, seen: _Seen, groups: Ints, num_groups: int
+) -> dict[str, float]:
     num_samples = len(groups)
     if not num_samples:
         kinds = [f"failure_rate_{kind}" for kind in FAILURE_KINDS]
         return dict.fromkeys(("failure_rate", *kinds, "failure_rate_group_max"), NAN)
     by_kind = {kind: seen.failures[name, kind] / num_samples for kind in FAILURE_KINDS}
-    missing = np.bincount(groups, weights=np.isnan(seen.rewards[name]), minlength=num_groups)
+    missing = np.bincount(
+        groups, weights=np.isnan(seen.rewards[name]), minlength=num_groups
+    )
     return {
         "failure_rate": sum(by_kind.values()),
         **{f"failure_rate_{kind}": rate for kind, rate in by_kind.items()},
-        "failure_rate_group_max": float((missing / np.bincount(groups, minlength=num_groups)).max()),
+        "failure_rate_group_max": float(
+            (missing / np.bincount(groups, minlength=num_groups)).max()
+        ),
     }
 
 
@@ -330,10 +407,15 @@ def _latency(latency_s: Floats | None) -> dict[str, float]:
     there = latency_s[np.isfinite(latency_s)] if latency_s is not None else np.zeros(0)
     if not len(there):
         return dict.fromkeys(("latency_p50_s", "latency_p95_s"), NAN)
-    return {"latency_p50_s": float(np.percentile(there, 50)), "latency_p95_s": float(np.percentile(there, 95))}
+    return {
+        "latency_p50_s": float(np.percentile(there, 50)),
+        "latency_p95_s": float(np.percentile(there, 95)),
+    }
 
 
-def _weighted(seen: _Seen, weights: Mapping[str, float], groups: Ints, num_groups: int) -> Iterator[tuple[str, float]]:
+def _weighted(
+    seen: _Seen, weights: Mapping[str, float], groups: Ints, num_groups: int
+) -> Iterator[tuple[str, float]]:
     """Of the weighted sum, over the samples that have every weighted reward; nothing where weights are unknown."""
     if not seen.rewards or set(weights) != set(seen.rewards):
         return

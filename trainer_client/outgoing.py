@@ -46,9 +46,20 @@ class Outgoing:
     """Sends chunks and groups. Calls may run again: a message sent twice is scored once."""
 
     def __init__(
-        self, app: Any, settings: Settings, store: PayloadStore, results: Outcomes, board: Board, run: str
+        self,
+        app: Any,
+        settings: Settings,
+        store: PayloadStore,
+        results: Outcomes,
+        board: Board,
+        run: str,
     ) -> None:
-        self._app, self._settings, self._store, self._outcomes = app, settings, store, results
+        self._app, self._settings, self._store, self._outcomes = (
+            app,
+            settings,
+            store,
+            results,
+        )
         self._board, self._run = board, run
         self._lock = threading.Lock()
         self._connection: Any = None
@@ -75,7 +86,17 @@ class Outgoing:
         """Publish the message of one of a chunk's requests again as it was; what was a chord goes as one task."""
         chunk.number = self._outcomes.number(chunk.spec.queue, 1)
         is_group = chunk.spec.how in ("rank", "wins") and request == chunk.request
-        self._publish([_Post(GROUP if is_group else SCORE, chunk.label, request, chunk.spec.queue, chunk.number)])
+        self._publish(
+            [
+                _Post(
+                    GROUP if is_group else SCORE,
+                    chunk.label,
+                    request,
+                    chunk.spec.queue,
+                    chunk.number,
+                )
+            ]
+        )
 
     def num_waiting(self, queue: str) -> int:
         """How many messages wait in a queue."""
@@ -93,10 +114,17 @@ class Outgoing:
     def _chunk(self, entries: Sequence[Entry]) -> Chunk:
         first = entries[0]
         slot = first.slots[0] if first.slots else None
-        place = f", run {self._run} step {slot.step}" if slot is not None else f", run {self._run}"
+        place = (
+            f", run {self._run} step {slot.step}"
+            if slot is not None
+            else f", run {self._run}"
+        )
         now = time.monotonic()
         # One that is sent again keeps its grown pause.
-        pause_s = max((e.chunk.pause_s for e in entries if e.chunk), default=self._settings.reconcile_s)
+        pause_s = max(
+            (e.chunk.pause_s for e in entries if e.chunk),
+            default=self._settings.reconcile_s,
+        )
         num_samples = len(first.members) or len(entries)
         return Chunk(
             request=self._new_request(),
@@ -112,11 +140,18 @@ class Outgoing:
     def _post(self, chunk: Chunk, now_ms: int) -> tuple[_Post, dict[str, bytes]]:
         """The message of a chunk, and the requests to store for it."""
         first, spec = chunk.entries[0], chunk.spec
-        times = {"sent_ms": now_ms, "deadline_ms": now_ms + round(1000 * self._settings.result_ttl_s)}
+        times = {
+            "sent_ms": now_ms,
+            "deadline_ms": now_ms + round(1000 * self._settings.result_ttl_s),
+        }
         if spec.how in ("each", "model"):
             samples = tuple(sample_request(e) for e in chunk.entries)
-            request = self._score_request(chunk.request, chunk.label, spec, samples, times)
-            return _Post(SCORE, chunk.label, chunk.request, spec.queue), {chunk.request: pack(request)}
+            request = self._score_request(
+                chunk.request, chunk.label, spec, samples, times
+            )
+            return _Post(SCORE, chunk.label, chunk.request, spec.queue), {
+                chunk.request: pack(request)
+            }
         group = GroupRequest(
             id=chunk.request,
             run=self._run,
@@ -151,9 +186,21 @@ class Outgoing:
         return body, requests
 
     def _score_request(
-        self, name: str, label: str, spec: RewardSpec, samples: tuple[SampleRequest, ...], times: dict[str, int]
+        self,
+        name: str,
+        label: str,
+        spec: RewardSpec,
+        samples: tuple[SampleRequest, ...],
+        times: dict[str, int],
     ) -> ScoreRequest:
-        return ScoreRequest(id=name, run=self._run, label=label, reward=spec.call, samples=samples, **times)
+        return ScoreRequest(
+            id=name,
+            run=self._run,
+            label=label,
+            reward=spec.call,
+            samples=samples,
+            **times,
+        )
 
     def _new_request(self) -> str:
         return self._board.new_name(f"request-{uuid.uuid4().hex[:8]}")
@@ -161,8 +208,12 @@ class Outgoing:
     def _number(self, chunks: Sequence[Chunk], posts: Sequence[_Post]) -> None:
         """Give every message its number; a chunk has that of its last message but the body."""
         for queue in {p.queue for p in posts}:
-            own = [(c, p) for c, p in zip(chunks, posts, strict=True) if p.queue == queue]
-            number = self._outcomes.number(queue, sum(len(p.header) or 1 for _, p in own))
+            own = [
+                (c, p) for c, p in zip(chunks, posts, strict=True) if p.queue == queue
+            ]
+            number = self._outcomes.number(
+                queue, sum(len(p.header) or 1 for _, p in own)
+            )
             for chunk, post in own:
                 for message in post.header or (post,):
                     message.number = chunk.number = number
@@ -202,9 +253,18 @@ class Outgoing:
         )  # fmt: skip
         self._app.backend.set_chord_size(group_id, len(body.header))
         for index, post in enumerate(body.header):
-            self._publish_one(producer, post, store_id, group_id=group_id, group_index=index, chord=dict(last))
+            self._publish_one(
+                producer,
+                post,
+                store_id,
+                group_id=group_id,
+                group_index=index,
+                chord=dict(last),
+            )
 
-    def _publish_one(self, producer: Any, post: _Post, store_id: str, **options: Any) -> None:
+    def _publish_one(
+        self, producer: Any, post: _Post, store_id: str, **options: Any
+    ) -> None:
         self._app.send_task(
             post.task,
             args=[post.label, post.request, WIRE_VERSION, post.number, store_id],

@@ -66,7 +66,9 @@ class Patience:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                self._board.trouble = f"sending waits for room in the payload store: {error}"
+                self._board.trouble = (
+                    f"sending waits for room in the payload store: {error}"
+                )
             else:
                 if pause_s > FIRST_PAUSE_S:
                     self._board.trouble = None

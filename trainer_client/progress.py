@@ -46,16 +46,26 @@ class _Shown:
 
 
 @contextlib.contextmanager
-def bars(names: tuple[str, ...], num_samples: int, show: bool | None) -> Iterator[Report | None]:
+def bars(
+    names: tuple[str, ...], num_samples: int, show: bool | None
+) -> Iterator[Report | None]:
     """Bars on standard error; none if `show` is False, or None where it is no terminal."""
     if show is False or (show is None and not is_terminal()):
         yield None
         return
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), _bar_column(), _count_column(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        _bar_column(),
+        _count_column(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=_console()) as progress:
-        tasks = {name: progress.add_task(name, total=num_samples, num_failed=0) for name in names}
+        tasks = {
+            name: progress.add_task(name, total=num_samples, num_failed=0)
+            for name in names
+        }
 
         def report(counts: Mapping[str, tuple[int, int]]) -> None:
             for name, (num_done, num_failed) in counts.items():
@@ -76,11 +86,17 @@ def _bar_column() -> Any:
     """A bar that is red once samples of its reward have failed."""
     from rich.progress import BarColumn
 
-    failing = BarColumn(style="red", complete_style=FAILED_STYLE, finished_style=FAILED_STYLE)
+    failing = BarColumn(
+        style="red", complete_style=FAILED_STYLE, finished_style=FAILED_STYLE
+    )
 
     class Bar(BarColumn):
         def render(self, task: Any) -> Any:
-            return failing.render(task) if task.fields["num_failed"] else super().render(task)
+            return (
+                failing.render(task)
+                if task.fields["num_failed"]
+                else super().render(task)
+            )
 
     return Bar()
 
@@ -94,6 +110,10 @@ def _count_column() -> Any:
         def render(self, task: Any) -> Text:
             words = f"{int(task.completed)}/{int(task.total)}"
             num_failed = task.fields["num_failed"]
-            return Text(f"{words}, {num_failed} failed", style=FAILED_STYLE) if num_failed else Text(words)
+            return (
+                Text(f"{words}, {num_failed} failed", style=FAILED_STYLE)
+                if num_failed
+                else Text(words)
+            )
 
     return Count()

@@ -47,7 +47,11 @@ class _Round:
     def missing(self) -> list[int]:
         """Ranks without an answer of their live process; one of a process that is gone does not count."""
         pairs = enumerate(zip(self.holders, self.answers, strict=True))
-        return [rank for rank, (holder, answer) in pairs if answer is None or answer[0] != holder]
+        return [
+            rank
+            for rank, (holder, answer) in pairs
+            if answer is None or answer[0] != holder
+        ]
 
 
 class Ranks:
@@ -65,7 +69,9 @@ class Ranks:
     under an old launch within seconds may find an answer of a process whose lease has not lapsed: give it a new one.
     """
 
-    def __init__(self, redis: Any, run: str, launch: str, rank: int, world_size: int) -> None:
+    def __init__(
+        self, redis: Any, run: str, launch: str, rank: int, world_size: int
+    ) -> None:
         self._redis, self.rank, self._world_size = redis, rank, world_size
         self._place = (run, launch)
         self._counts: Counter[str] = Counter()
@@ -103,19 +109,25 @@ class Ranks:
         while True:
             count = self._counts[topic]
             self._counts[topic] += 1
-            seen, is_before_us = self._decide(topic, count, [packed, problem], deadline, waits)
+            seen, is_before_us = self._decide(
+                topic, count, [packed, problem], deadline, waits
+            )
             told: list[list[Any] | None] = [
                 *seen.answers[: self.rank],
                 [self._me, packed, problem],
                 *seen.answers[self.rank + 1 :],
             ]
             there = [answer for answer in told if answer is not None]
-            missing = msgpack.unpackb(seen.decision)[0] or [r for r, answer in enumerate(told) if answer is None]
+            missing = msgpack.unpackb(seen.decision)[0] or [
+                r for r, answer in enumerate(told) if answer is None
+            ]
             if missing and is_before_us:
                 continue
             if missing:
                 raise RanksMissingError(topic, missing)
-            problems = [f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(there) if why]
+            problems = [
+                f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(there) if why
+            ]
             if problems:
                 raise ValueError("; ".join(problems))
             found = [msgpack.unpackb(one, strict_map_key=False) for _, one, _ in there]
@@ -126,9 +138,14 @@ class Ranks:
         """`gather` as advantages and metrics take it."""
         return lambda mine: self.gather(topic, mine, time.monotonic() + timeout_s)
 
-    def _decide(self, topic: str, count: int, mine: list[Any], deadline: float, waits: Waits) -> tuple[_Round, bool]:
+    def _decide(
+        self, topic: str, count: int, mine: list[Any], deadline: float, waits: Waits
+    ) -> tuple[_Round, bool]:
         """A round once it is decided, and whether that was before this process came."""
-        names = [keys.answer(*self._place, topic, count, rank) for rank in range(self._world_size)]
+        names = [
+            keys.answer(*self._place, topic, count, rank)
+            for rank in range(self._world_size)
+        ]
         decision = keys.answer(*self._place, topic, count, -1)
         leases = [keys.trainer(*self._place, rank) for rank in range(self._world_size)]
         while True:
@@ -151,10 +168,18 @@ class Ranks:
                         continue
                 else:
                     if self.rank in missing:
-                        self._tell(keys=[names[self.rank], decision], args=[msgpack.packb([self._me, *mine]), TTL_S])
+                        self._tell(
+                            keys=[names[self.rank], decision],
+                            args=[msgpack.packb([self._me, *mine]), TTL_S],
+                        )
                         missing = [rank for rank in missing if rank != self.rank]
                     if is_late or not missing:
-                        self._redis.set(decision, msgpack.packb([missing, seen.holders]), ex=TTL_S, nx=True)
+                        self._redis.set(
+                            decision,
+                            msgpack.packb([missing, seen.holders]),
+                            ex=TTL_S,
+                            nx=True,
+                        )
                         continue
             except LOST:
                 pass
@@ -166,8 +191,16 @@ class Ranks:
     def _witnesses(self, seen: _Round) -> list[int]:
         """Other ranks that took part in what was decided and seem to live."""
         missing, holders = msgpack.unpackb(seen.decision)
-        others = (rank for rank in range(self._world_size) if rank != self.rank and rank not in missing)
-        return [rank for rank in others if holders[rank] is not None and seen.holders[rank] == holders[rank]]
+        others = (
+            rank
+            for rank in range(self._world_size)
+            if rank != self.rank and rank not in missing
+        )
+        return [
+            rank
+            for rank in others
+            if holders[rank] is not None and seen.holders[rank] == holders[rank]
+        ]
 
     def _has_lived(self, lease: str) -> bool:
         """Whether the holder of a lease has extended it since this process came."""
@@ -179,7 +212,10 @@ def _pack(mine: Any) -> tuple[bytes, str]:
     try:
         return msgpack.packb(mine), ""
     except (TypeError, ValueError, OverflowError) as error:
-        return b"", f"what it gathers is not plain data (numbers, text, bytes, lists, mappings by text): {error}"
+        return (
+            b"",
+            f"what it gathers is not plain data (numbers, text, bytes, lists, mappings by text): {error}",
+        )
 
 
 def _round_of(found: Sequence[bytes | None]) -> _Round:
@@ -187,6 +223,8 @@ def _round_of(found: Sequence[bytes | None]) -> _Round:
     leases, answers = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     return _Round(
         holders=[None if lease is None else lease.decode() for lease in leases],
-        answers=[None if answer is None else msgpack.unpackb(answer) for answer in answers],
+        answers=[
+            None if answer is None else msgpack.unpackb(answer) for answer in answers
+        ],
         decision=decision,
     )

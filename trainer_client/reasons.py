@@ -32,7 +32,9 @@ class Reason:
     workers: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        what = f"{self.kind}{on_workers(self.workers)}" + (f": {self.words}" if self.words else "")
+        what = f"{self.kind}{on_workers(self.workers)}" + (
+            f": {self.words}" if self.words else ""
+        )
         if len(self.samples) == 1:
             return f"sample {self.samples[0]}: {what}"
         return f"{len(self.samples)} x {what}: samples {ranges(self.samples)}"
@@ -52,7 +54,11 @@ def reasons_of(failures: Iterable[Failed]) -> list[Reason]:
 def _equal_reasons(failures: Iterable[Failed]) -> list[Reason]:
     by_words: dict[tuple[str, str], Reason] = {}
     for failed in failures:
-        words = _OWN_NUMBER.sub("", failed.message, count=1) if _OWN_NUMBER.match(failed.message) else failed.message
+        words = (
+            _OWN_NUMBER.sub("", failed.message, count=1)
+            if _OWN_NUMBER.match(failed.message)
+            else failed.message
+        )
         reason = by_words.setdefault((failed.kind, words), Reason(failed.kind, words))
         reason.samples.append(failed.sample)
         if failed.worker and failed.worker not in reason.workers:
@@ -63,8 +69,12 @@ def _equal_reasons(failures: Iterable[Failed]) -> list[Reason]:
 def _alike_reasons(reasons: Sequence[Reason]) -> list[Reason]:
     by_words: dict[tuple[str, str], list[Reason]] = {}
     for reason in reasons:
-        by_words.setdefault((reason.kind, _NUMBER.sub("0", reason.words)), []).append(reason)
-    return [_merged(alike) if len(alike) > 1 else alike[0] for alike in by_words.values()]
+        by_words.setdefault((reason.kind, _NUMBER.sub("0", reason.words)), []).append(
+            reason
+        )
+    return [
+        _merged(alike) if len(alike) > 1 else alike[0] for alike in by_words.values()
+    ]
 
 
 def _merged(alike: Sequence[Reason]) -> Reason:
@@ -73,7 +83,9 @@ def _merged(alike: Sequence[Reason]) -> Reason:
         kind=most.kind,
         words=f"{most.words} (and with other numbers)",
         samples=[sample for reason in alike for sample in reason.samples],
-        workers=list(dict.fromkeys(worker for reason in alike for worker in reason.workers)),
+        workers=list(
+            dict.fromkeys(worker for reason in alike for worker in reason.workers)
+        ),
     )
 
 
@@ -98,7 +110,11 @@ def on_workers(workers: Sequence[str]) -> str:
     """` on gpu.7@host`, or nothing where no worker is known: then it is the trainer's own reason."""
     if not workers:
         return ""
-    more = f" and {len(workers) - WORKERS_SHOWN} more" if len(workers) > WORKERS_SHOWN else ""
+    more = (
+        f" and {len(workers) - WORKERS_SHOWN} more"
+        if len(workers) > WORKERS_SHOWN
+        else ""
+    )
     return f" on {', '.join(workers[:WORKERS_SHOWN])}{more}"
 
 
@@ -110,5 +126,8 @@ def ranges(numbers: Sequence[int]) -> str:
             spans[-1] = (spans[-1][0], number)
         else:
             spans.append((number, number))
-    shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans[:RANGES_SHOWN]]
+    shown = [
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in spans[:RANGES_SHOWN]
+    ]
     return ", ".join(shown) + (", ..." if len(spans) > RANGES_SHOWN else "")

@@ -41,7 +41,12 @@ class Reconciler:
         groups: Groups,
     ) -> None:
         self._app, self._settings, self._store = app, settings, store
-        self._outcomes, self._board, self._sender, self._groups = results, board, sender, groups
+        self._outcomes, self._board, self._sender, self._groups = (
+            results,
+            board,
+            sender,
+            groups,
+        )
         self._connection: Any = None
         self._warned: set[str] = set()
         self._ended: dict[str, Note] = {}
@@ -66,8 +71,12 @@ class Reconciler:
 
     def read_notes(self) -> None:
         """Act on what workers say of requests that they could not read."""
-        requests = [(c, r) for c in self._taken() for r in (c.request, *c.more_requests)]
-        for (chunk, request), note in zip(requests, self._outcomes.notes([r for _, r in requests]), strict=True):
+        requests = [
+            (c, r) for c in self._taken() for r in (c.request, *c.more_requests)
+        ]
+        for (chunk, request), note in zip(
+            requests, self._outcomes.notes([r for _, r in requests]), strict=True
+        ):
             if note is not None:
                 self._outcomes.drop_notes([request])
                 self._act_on(chunk, request, note)
@@ -80,14 +89,18 @@ class Reconciler:
         now = time.monotonic()
         due = [c for c in self._board.chunks() if c.look_at <= now]
         missing = self._missing(due)
-        self._look_up([e for lost in missing.values() for e in lost])  # an answer may have ended its claim meanwhile
+        self._look_up(
+            [e for lost in missing.values() for e in lost]
+        )  # an answer may have ended its claim meanwhile
         for chunk in due:
             lost = [e for e in missing.get(chunk, ()) if e.outcome is None]
             is_due = chunk.is_missed and now >= chunk.sent_at + chunk.pause_s
             if lost and (is_due or chunk.was_claimed):
                 self._send_again(chunk, lost)
             else:
-                chunk.is_missed = bool(lost)  # it may be between its queue and its claim: look once more
+                chunk.is_missed = bool(
+                    lost
+                )  # it may be between its queue and its claim: look once more
                 chunk.look_at = now + self._settings.reconcile_s
 
     def idle_queues(self, queues: Iterable[str]) -> str | None:
@@ -96,8 +109,14 @@ class Reconciler:
             self._outcomes.check_room()  # where a worker cannot write, its heartbeat is missing too
             workers = self._outcomes.workers()
             store = self._store.identity()
-            reasons = [r for queue in sorted(queues) if (r := _why_idle(queue, workers, store, self._ended.get(queue)))]
-            if reasons and is_nearly_full(self._outcomes.redis):  # it may have refused the heartbeats alone
+            reasons = [
+                r
+                for queue in sorted(queues)
+                if (r := _why_idle(queue, workers, store, self._ended.get(queue)))
+            ]
+            if reasons and is_nearly_full(
+                self._outcomes.redis
+            ):  # it may have refused the heartbeats alone
                 reasons.insert(0, FULL)
         except AWAY as error:
             return why_away(error)
@@ -106,7 +125,9 @@ class Reconciler:
     def suspects(self, entries: Sequence[Entry]) -> str | None:
         """What is said of entries that were begun again and again without an answer; None if none was."""
         addresses = list(dict.fromkeys(a for e in entries for a in _in_hand_with(e)))
-        num = sum(starts > USUAL_STARTS for starts in self._outcomes.num_starts(addresses))
+        num = sum(
+            starts > USUAL_STARTS for starts in self._outcomes.num_starts(addresses)
+        )
         if not num:
             return None
         return (
@@ -119,7 +140,9 @@ class Reconciler:
         specs = {e.spec.fingerprint: e.spec for e in entries}.values()
         workers = self._outcomes.workers()
         words = [
-            f"{node} is still loading {spec.part.reward_model}" for spec in specs for node in _loaders(spec, workers)
+            f"{node} is still loading {spec.part.reward_model}"
+            for spec in specs
+            for node in _loaders(spec, workers)
         ]
         return "; ".join(words) or None
 
@@ -137,20 +160,34 @@ class Reconciler:
 
     def _missing(self, due: Sequence[Chunk]) -> dict[Chunk, list[Entry]]:
         """Of these chunks, the entries that no task, queue or loading worker has in hand."""
-        states = {queue: self._queue_state(queue) for queue in {c.spec.queue for c in due}}
+        states = {
+            queue: self._queue_state(queue) for queue in {c.spec.queue for c in due}
+        }
         unqueued = [c for c in due if not states[c.spec.queue].holds(c.number)]
         if not unqueued:
             return {}
         workers = self._outcomes.workers()
         unqueued = [c for c in unqueued if not _loaders(c.spec, workers)]
-        pairs = [(c, e, a) for c in unqueued for e in list(c.entries) for a in _in_hand_with(e)]
+        pairs = [
+            (c, e, a)
+            for c in unqueued
+            for e in list(c.entries)
+            for a in _in_hand_with(e)
+        ]
         claimed = self._outcomes.claimed([a for _, _, a in pairs])
-        in_hand = {e for (_, e, _), is_claimed in zip(pairs, claimed, strict=True) if is_claimed}
+        in_hand = {
+            e
+            for (_, e, _), is_claimed in zip(pairs, claimed, strict=True)
+            if is_claimed
+        }
         missing: dict[Chunk, list[Entry]] = {}
         for chunk in unqueued:
             entries = list(chunk.entries)
             lost = [e for e in entries if e not in in_hand]
-            if len(lost) < len(entries) and chunk.spec.how in ("each", "model"):  # a group's parts come and go
+            if len(lost) < len(entries) and chunk.spec.how in (
+                "each",
+                "model",
+            ):  # a group's parts come and go
                 chunk.was_claimed = True
             if lost:
                 missing[chunk] = lost
@@ -159,7 +196,10 @@ class Reconciler:
     def _taken(self) -> list[Chunk]:
         """Messages under way that have left their queue, as far as the numbers say: workers may have answered them."""
         chunks = self._board.chunks()
-        states = {q: self._outcomes.queue_state(q, num_waiting=1) for q in {c.spec.queue for c in chunks}}
+        states = {
+            q: self._outcomes.queue_state(q, num_waiting=1)
+            for q in {c.spec.queue for c in chunks}
+        }
         return [c for c in chunks if not states[c.spec.queue].holds(c.number)]
 
     def _look_up(self, entries: Sequence[Entry]) -> int:
@@ -167,7 +207,11 @@ class Reconciler:
         if not entries:
             return 0
         found = self._outcomes.look_up([e.address for e in entries])
-        new = {e: o for e, o in zip(entries, found, strict=True) if o is not None and _answers(o, e)}
+        new = {
+            e: o
+            for e, o in zip(entries, found, strict=True)
+            if o is not None and _answers(o, e)
+        }
         if new:
             self._board.answer(new)
             self._busy.count_answers(new)
@@ -175,7 +219,9 @@ class Reconciler:
 
     def _act_on(self, chunk: Chunk, request: str, note: Note) -> None:
         # A worker that has our store, but not the identity it had before it was emptied: gone as well.
-        is_gone = note.reason == "gone" or (note.reason == "store" and note.store == self._store.identity())
+        is_gone = note.reason == "gone" or (
+            note.reason == "store" and note.store == self._store.identity()
+        )
         if is_gone and chunk.is_adopted:
             self._give_up(list(chunk.entries))
         elif is_gone:
@@ -200,9 +246,18 @@ class Reconciler:
         if chunk.is_adopted and chunk.request.startswith(ELSEWHERE):
             chunk.look_at = time.monotonic() + self._settings.reconcile_s
             return  # its rank sends it again, or who adopts that one's ticket
-        log.info("sent again queue=%s num_samples=%d request=%s", chunk.spec.queue, len(entries), chunk.request)
+        log.info(
+            "sent again queue=%s num_samples=%d request=%s",
+            chunk.spec.queue,
+            len(entries),
+            chunk.request,
+        )
         # Pauses grow where messages lead nowhere; where a worker took one and died, the next is looked after as soon.
-        chunk.pause_s = self._settings.reconcile_s if chunk.was_claimed else min(2 * chunk.pause_s, MAX_PAUSE_S)
+        chunk.pause_s = (
+            self._settings.reconcile_s
+            if chunk.was_claimed
+            else min(2 * chunk.pause_s, MAX_PAUSE_S)
+        )
         chunk.is_missed = chunk.was_claimed = False
         chunk.sent_at = time.monotonic()
         chunk.look_at = chunk.sent_at + self._settings.reconcile_s
@@ -215,8 +270,13 @@ class Reconciler:
 
     def _give_up(self, entries: Sequence[Entry]) -> None:
         """Media that another process submitted are gone."""
-        failure = Failure(kind="failed", message="its media left the payload store with the process that held them")
-        self._board.answer({e: Outcome(failure=failure, attempt=e.attempt) for e in entries})
+        failure = Failure(
+            kind="failed",
+            message="its media left the payload store with the process that held them",
+        )
+        self._board.answer(
+            {e: Outcome(failure=failure, attempt=e.attempt) for e in entries}
+        )
 
     def _queue_state(self, queue: str) -> QueueState:
         return self._outcomes.queue_state(queue, self._num_in_queue(queue))
@@ -234,7 +294,10 @@ class Reconciler:
 
 def _in_hand_with(entry: Entry) -> list[str]:
     """Addresses of which a claim says that an entry is being scored: a group's is while one of its parts is."""
-    return [entry.address, *(p.address for p in (entry.comparisons or entry.members) if p.address)]
+    return [
+        entry.address,
+        *(p.address for p in (entry.comparisons or entry.members) if p.address),
+    ]
 
 
 def _loaders(spec: RewardSpec, workers: Sequence[Heartbeat]) -> list[str]:
@@ -250,14 +313,18 @@ def _answers(outcome: Outcome, entry: Entry) -> bool:
     return outcome.is_final or outcome.attempt >= entry.attempt
 
 
-def _why_idle(queue: str, workers: Sequence[Heartbeat], store: str, ended: Note | None) -> str | None:
+def _why_idle(
+    queue: str, workers: Sequence[Heartbeat], store: str, ended: Note | None
+) -> str | None:
     """Why a queue gets nowhere, or None if some worker serves it.
 
     Args:
         ended: What a worker of it said that ended since its code was outdated.
     """
     own = [w for w in workers if queue in w.queues]
-    start = f"celery -A tasks worker -Q {queue}" + (" --concurrency 32" if queue == VLM else "")
+    start = f"celery -A tasks worker -Q {queue}" + (
+        " --concurrency 32" if queue == VLM else ""
+    )
     if not own and ended:
         supervised = "start it again, unless its supervisor does"
         return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; {supervised}: {start}"

@@ -45,7 +45,9 @@ class Failures(tuple[Failed, ...]):
 
     def __str__(self) -> str:
         names = dict.fromkeys(failed.reward for failed in self)
-        return "\n".join(f"{name}: {describe(f for f in self if f.reward == name)}" for name in names)
+        return "\n".join(
+            f"{name}: {describe(f for f in self if f.reward == name)}" for name in names
+        )
 
     def __repr__(self) -> str:
         return f"<{len(self)} failures>" + (f"\n{self}" if self else "")
@@ -89,9 +91,15 @@ class RewardBatch:
     num_rescored: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        lines = [f"RewardBatch({self.name}: {len(self)} samples in {len(set(self.groups))} groups"]
+        lines = [
+            f"RewardBatch({self.name}: {len(self)} samples in {len(set(self.groups))} groups"
+        ]
         lines += [f"  {name}: {self._describe_reward(name)}" for name in self.rewards]
-        waits = [f"{key} {self.timings[key]:.1f}" for key in ("wait_s", "hidden_s") if key in self.timings]
+        waits = [
+            f"{key} {self.timings[key]:.1f}"
+            for key in ("wait_s", "hidden_s")
+            if key in self.timings
+        ]
         return "\n".join([*lines, *([f"  {', '.join(waits)}"] if waits else [])]) + ")"
 
     @property
@@ -112,7 +120,10 @@ class RewardBatch:
         """The rewards as float32 tensors `(N,)` on `device`; NaN where there is none."""
         import torch
 
-        return {name: torch.from_numpy(values.copy()).to(device) for name, values in self.rewards.items()}
+        return {
+            name: torch.from_numpy(values.copy()).to(device)
+            for name, values in self.rewards.items()
+        }
 
     def describe_failures(self, said: str | None = None) -> str:
         """Every reward with failures: how many of which kind, and the reasons, equal ones together.
@@ -124,7 +135,10 @@ class RewardBatch:
         for name in self.rewards:
             failures = [f for f in self.failures if f.reward == name]
             if failures:
-                kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in failures).most_common())
+                kinds = ", ".join(
+                    f"{n} {kind}"
+                    for kind, n in Counter(f.kind for f in failures).most_common()
+                )
                 lines.append(
                     f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures, said)}"
                 )
@@ -135,7 +149,9 @@ class RewardBatch:
         there = self.rewards[name][valid]
         mean = f"mean {there.mean():.4g}, " if len(there) else ""
         num_failed = int((~valid).sum())
-        return f"{mean}{len(there)} of {len(self)}" + (f", {num_failed} failed" if num_failed else "")
+        return f"{mean}{len(there)} of {len(self)}" + (
+            f", {num_failed} failed" if num_failed else ""
+        )
 
 
 def step_name(split: Split, step: int) -> str:
@@ -160,27 +176,53 @@ def batch_of(
         times: `timings` as far as the client knows them by itself, in seconds.
         split, step: Of which step they are.
     """
-    outcomes = {spec.name: [_outcome(slot, spec, late, why_open) for slot in slots] for spec in rewards}
+    outcomes = {
+        spec.name: [_outcome(slot, spec, late, why_open) for slot in slots]
+        for spec in rewards
+    }
     failures = [
-        Failed(i, name, o.failure.kind, o.failure.message, o.attempt, str(o.origin.get("worker", "")))
+        Failed(
+            i,
+            name,
+            o.failure.kind,
+            o.failure.message,
+            o.attempt,
+            str(o.origin.get("worker", "")),
+        )
         for name, found in outcomes.items()
         for i, o in enumerate(found)
         if o.failure is not None
     ]
-    entries = {spec.name: [e for s in slots if (e := (s.entries or {}).get(spec.name))] for spec in rewards}
+    entries = {
+        spec.name: [e for s in slots if (e := (s.entries or {}).get(spec.name))]
+        for spec in rewards
+    }
     return RewardBatch(
         rewards={spec.name: _rewards(outcomes[spec.name], spec) for spec in rewards},
-        valid={n: np.array([o.reward is not None for o in found], dtype=bool) for n, found in outcomes.items()},
+        valid={
+            n: np.array([o.reward is not None for o in found], dtype=bool)
+            for n, found in outcomes.items()
+        },
         failures=Failures(failures),
-        info={n: tuple({**o.info, "origin": o.origin} for o in found) for n, found in outcomes.items()},
+        info={
+            n: tuple({**o.info, "origin": o.origin} for o in found)
+            for n, found in outcomes.items()
+        },
         groups=tuple(s.group for s in slots),
         timings={**times, **_span(slots, times["wait_s"])},
-        num_hits={name: sum(e.is_hit for e in found) for name, found in entries.items()},
+        num_hits={
+            name: sum(e.is_hit for e in found) for name, found in entries.items()
+        },
         weights={spec.name: spec.weight for spec in rewards},
-        latency_s={spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32) for spec in rewards},
+        latency_s={
+            spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32)
+            for spec in rewards
+        },
         split=split,
         step=step,
-        num_rescored={name: sum(_is_rescored(e) for e in found) for name, found in entries.items()},
+        num_rescored={
+            name: sum(_is_rescored(e) for e in found) for name, found in entries.items()
+        },
     )
 
 
@@ -189,24 +231,43 @@ def _is_rescored(entry: Entry) -> bool:
 
 
 def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.float32]:
-    constant = spec.on_failure.value if isinstance(spec.on_failure, ConstantOnFailure) else np.nan
-    return np.array([constant if o.reward is None else o.reward for o in outcomes], dtype=np.float32)
+    constant = (
+        spec.on_failure.value
+        if isinstance(spec.on_failure, ConstantOnFailure)
+        else np.nan
+    )
+    return np.array(
+        [constant if o.reward is None else o.reward for o in outcomes], dtype=np.float32
+    )
 
 
 def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
-    last_answer = max((e.answered_at for s in slots for e in s.known_entries), default=0.0)
-    span_s = max(0.0, last_answer - min(s.submitted_at for s in slots)) if last_answer else 0.0
+    last_answer = max(
+        (e.answered_at for s in slots for e in s.known_entries), default=0.0
+    )
+    span_s = (
+        max(0.0, last_answer - min(s.submitted_at for s in slots))
+        if last_answer
+        else 0.0
+    )
     return {"span_s": span_s, "hidden_s": max(0.0, span_s - wait_s)}
 
 
 def _latency_s(slot: Slot, reward: str) -> float:
     """Seconds from the submit to the outcome; NaN where there is none."""
     entry = (slot.entries or {}).get(reward)
-    return entry.answered_at - slot.submitted_at if entry is not None and entry.outcome is not None else float("nan")
+    return (
+        entry.answered_at - slot.submitted_at
+        if entry is not None and entry.outcome is not None
+        else float("nan")
+    )
 
 
 def _outcome(
-    slot: Slot, spec: RewardSpec, late: Failure | None, why_open: Callable[[Slot, RewardSpec], str | None]
+    slot: Slot,
+    spec: RewardSpec,
+    late: Failure | None,
+    why_open: Callable[[Slot, RewardSpec], str | None],
 ) -> Outcome:
     """The outcome of a slot for a reward as its caller sees it; of a group's, its own place."""
     if slot.problem is not None:
@@ -217,7 +278,9 @@ def _outcome(
         if not whole.members:
             return whole
         own = whole.members[slot.places[spec.name]]
-        return own.model_copy(update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}})
+        return own.model_copy(
+            update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}}
+        )
     assert late is not None, "a complete batch has an outcome for every sample"
     reason = why_open(slot, spec) if spec.is_groupwise and entry is None else None
     return Outcome(failure=Failure(kind="timeout", message=reason) if reason else late)

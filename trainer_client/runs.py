@@ -56,7 +56,10 @@ class Run:
 
     def tell(self, config: RewardConfig) -> None:
         """Say which rewards the run has; again before it is forgotten."""
-        fields = {f"{REWARD}{spec.fingerprint}": _packed(spec) for spec in (*config.rewards, *config.eval_rewards)}
+        fields = {
+            f"{REWARD}{spec.fingerprint}": _packed(spec)
+            for spec in (*config.rewards, *config.eval_rewards)
+        }
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hset(self._key, mapping=fields).pexpire(self._key, self._ttl_ms)
             pipe.execute()
@@ -64,14 +67,20 @@ class Run:
     def rewards(self) -> list[KnownReward]:
         """The rewards of the run, of every start of it."""
         found = self._redis.hgetall(self._key)
-        return [_unpacked(value) for name, value in sorted(found.items()) if name.startswith(REWARD.encode())]
+        return [
+            _unpacked(value)
+            for name, value in sorted(found.items())
+            if name.startswith(REWARD.encode())
+        ]
 
     def first_answerer(self, fingerprint: str, answerer: Answerer) -> Answerer:
         """The code that was the first to answer a reward of this run, whichever client has seen it; `answerer` if this
         is the first."""
         name = f"{ANSWERED_BY}{fingerprint}"
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hsetnx(self._key, name, msgpack.packb([answerer.code, answerer.worker]))
+            pipe.hsetnx(
+                self._key, name, msgpack.packb([answerer.code, answerer.worker])
+            )
             pipe.hget(self._key, name)
             pipe.pexpire(self._key, self._ttl_ms)
             _is_new, found, _ = pipe.execute()
@@ -83,7 +92,9 @@ class Run:
         if names:
             self._redis.hdel(self._key, *names)
 
-    def check_ranks(self, launch: str, rank: int, world_size: int, config: RewardConfig, host: str) -> None:
+    def check_ranks(
+        self, launch: str, rank: int, world_size: int, config: RewardConfig, host: str
+    ) -> None:
         """Compare the code of this rank's rewards with that of the other ranks that live.
 
         Raises:
@@ -92,14 +103,22 @@ class Run:
         key, mine = keys.ranks(self._run, launch), _codes_of(config)
         lease = self._redis.get(keys.trainer(self._run, launch, rank)) or b""
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hset(key, str(rank), msgpack.packb([lease, host, mine])).pexpire(key, self._ttl_ms)
+            pipe.hset(key, str(rank), msgpack.packb([lease, host, mine])).pexpire(
+                key, self._ttl_ms
+            )
             pipe.hgetall(key)
-            pipe.mget([keys.trainer(self._run, launch, one) for one in range(world_size)])
+            pipe.mget(
+                [keys.trainer(self._run, launch, one) for one in range(world_size)]
+            )
             *_, told, leases = pipe.execute()
         for name, value in sorted(told.items()):
             other = int(name)
             other_lease, other_host, codes = msgpack.unpackb(value)
-            is_live = other < world_size and leases[other] is not None and leases[other] == other_lease
+            is_live = (
+                other < world_size
+                and leases[other] is not None
+                and leases[other] == other_lease
+            )
             if other == rank or not is_live:
                 continue
             for model in sorted(mine.keys() & codes.keys()):
@@ -112,7 +131,11 @@ class Run:
 
 
 def _codes_of(config: RewardConfig) -> dict[str, Code]:
-    return {s.reward_model: s.code for s in (*config.rewards, *config.eval_rewards) if not s.is_builtin}
+    return {
+        s.reward_model: s.code
+        for s in (*config.rewards, *config.eval_rewards)
+        if not s.is_builtin
+    }
 
 
 def _code(listed: Sequence[Sequence[str]]) -> Code:

@@ -55,11 +55,18 @@ class Sender:
         groups: Groups,
         outgoing: Outgoing,
     ) -> None:
-        self._settings, self._store, self._outcomes, self._board = settings, store, results, board
+        self._settings, self._store, self._outcomes, self._board = (
+            settings,
+            store,
+            results,
+            board,
+        )
         self._run, self._rank = run, rank
         self._groups, self._outgoing = groups, outgoing
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._repairs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._repairs: queue.SimpleQueue[Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._ready: queue.SimpleQueue[list[Entry] | None] = queue.SimpleQueue()
         self._filling: dict[tuple[Any, ...], list[Entry]] = {}
         self._hurrying = threading.Lock()
@@ -68,11 +75,18 @@ class Sender:
         """Steps that someone waits for in `collect()`."""
         self.times = Times()
         self._patience = Patience(board)
-        self._uploads = Uploads(settings, store, board, outgoing, self._patience, self.times)
+        self._uploads = Uploads(
+            settings, store, board, outgoing, self._patience, self.times
+        )
         self._threads = [
-            threading.Thread(target=self._guard, args=(loop,), name=f"rewardq-{name}", daemon=True)
+            threading.Thread(
+                target=self._guard, args=(loop,), name=f"rewardq-{name}", daemon=True
+            )
             for name, loop in (
-                *((f"encode-{i}", functools.partial(self._work, self._jobs)) for i in range(settings.sender_threads)),
+                *(
+                    (f"encode-{i}", functools.partial(self._work, self._jobs))
+                    for i in range(settings.sender_threads)
+                ),
                 ("repair", functools.partial(self._work, self._repairs)),
                 ("send", self._send_loop),
             )
@@ -137,7 +151,9 @@ class Sender:
                 self._num_jobs -= 1
             self._ready.put([])
 
-    def _do(self, jobs: queue.SimpleQueue[Callable[[], None] | None], job: Callable[[], Any]) -> None:
+    def _do(
+        self, jobs: queue.SimpleQueue[Callable[[], None] | None], job: Callable[[], Any]
+    ) -> None:
         with self._hurrying:
             self._num_jobs += 1
         jobs.put(job)
@@ -155,7 +171,9 @@ class Sender:
                 self._board.fail(slot, failure)
                 self._join_groups(slot, sample, {}, [], failure)
             else:
-                new = self._board.join(slot, sample, self._wanted(slot, sample, encoded))
+                new = self._board.join(
+                    slot, sample, self._wanted(slot, sample, encoded)
+                )
                 self.times.add("encode_s", started)
                 new = self._without_answered(new)
                 self._uploads.store(slot, encoded, new)
@@ -179,10 +197,16 @@ class Sender:
         """Put a sample into the groups of its groupwise rewards; returns those of its new entries that they carry."""
         carried: set[Entry] = set()
         for spec in (s for s in slot.rewards if s.is_groupwise):
-            key, address = self._key_and_address(slot, sample, encoded, spec.part, is_fit=failure is None)
+            key, address = self._key_and_address(
+                slot, sample, encoded, spec.part, is_fit=failure is None
+            )
             holder = Entry(address="", spec=spec.part)
             self._uploads.store(slot, encoded, [holder])
-            own = [e for e in new if e.address == address] if self._groups.may_carry and spec.how == "rank" else []
+            own = (
+                [e for e in new if e.address == address]
+                if self._groups.may_carry and spec.how == "rank"
+                else []
+            )
             own = [e for e in own if e not in carried and e.spec.async_reward]
             carried.update(own)
             request = SampleRequest(
@@ -194,7 +218,9 @@ class Sender:
             )
             self._pass_on_sealed(
                 self._patience.insist(
-                    functools.partial(self._groups.add, spec, Member(slot, key, request, holder, own))
+                    functools.partial(
+                        self._groups.add, spec, Member(slot, key, request, holder, own)
+                    )
                 )
             )
         return carried
@@ -205,33 +231,53 @@ class Sender:
             left = self._without_answered(entries)
             for entry in left:
                 self._ask_for_next_attempts(entry)
-            self._board.watch([e for e in left if e.sent_number], self._settings.reconcile_s)
+            self._board.watch(
+                [e for e in left if e.sent_number], self._settings.reconcile_s
+            )
             self._pass_on([e for e in left if not e.sent_number])
 
     def _ask_for_next_attempts(self, group: Entry) -> None:
         """Parts that failed before are tried again with the group."""
         for name in ("members", "comparisons"):
             parts = getattr(group, name)
-            found = self._patience.insist(functools.partial(self._outcomes.look_up, [p.address for p in parts]))
+            found = self._patience.insist(
+                functools.partial(self._outcomes.look_up, [p.address for p in parts])
+            )
             setattr(
                 group,
                 name,
                 tuple(
-                    p.model_copy(update={"attempt": o.attempt + 1}) if o is not None and not o.is_final else p
+                    p.model_copy(update={"attempt": o.attempt + 1})
+                    if o is not None and not o.is_final
+                    else p
                     for p, o in zip(parts, found, strict=True)
                 ),
             )
 
     def _key_and_address(
-        self, slot: Slot, sample: Sample, encoded: Mapping[str, Encoded], spec: RewardSpec, *, is_fit: bool = True
+        self,
+        slot: Slot,
+        sample: Sample,
+        encoded: Mapping[str, Encoded],
+        spec: RewardSpec,
+        *,
+        is_fit: bool = True,
     ) -> tuple[str, str]:
         """The key of a sample for a reward, and where its outcome goes. One that is not fit is like no other."""
         digests = {name: e.identity() for name, e in encoded.items()}
-        place = (slot.split, slot.step, self._rank, slot.index) if spec.counts_slot or not is_fit else ()
-        key = sample_key(sample.prompt, digests, sample.metadata, place, identity_of(sample, spec))
+        place = (
+            (slot.split, slot.step, self._rank, slot.index)
+            if spec.counts_slot or not is_fit
+            else ()
+        )
+        key = sample_key(
+            sample.prompt, digests, sample.metadata, place, identity_of(sample, spec)
+        )
         return key, outcomes.address(self._run, spec.fingerprint, key)
 
-    def _wanted(self, slot: Slot, sample: Sample, encoded: Mapping[str, Encoded]) -> dict[str, tuple[RewardSpec, str]]:
+    def _wanted(
+        self, slot: Slot, sample: Sample, encoded: Mapping[str, Encoded]
+    ) -> dict[str, tuple[RewardSpec, str]]:
         """The address of this sample's outcome for each pointwise reward."""
         return {
             spec.name: (spec, self._key_and_address(slot, sample, encoded, spec)[1])
@@ -242,7 +288,9 @@ class Sender:
     def _without_answered(self, entries: Sequence[Entry]) -> list[Entry]:
         """Take the rewards that are there already; ask for another attempt where a failure is, but for one that other
         ranks have asked for."""
-        found = self._patience.insist(lambda: self._outcomes.look_up([e.address for e in entries]))
+        found = self._patience.insist(
+            lambda: self._outcomes.look_up([e.address for e in entries])
+        )
         hits = {}
         for entry, outcome in zip(entries, found, strict=True):
             is_final = outcome is not None and outcome.is_final
@@ -259,12 +307,18 @@ class Sender:
         """Bring back what is gone of the media of entries that are to be sent again."""
         entries = [e for e in entries if self._board.is_wanted(e)]
         names = list(dict.fromkeys(p.name for e in entries for p in e.payloads))
-        gone = set(self._patience.insist(lambda: self._store.renew(names, self._settings.payload_ttl_s)))
+        gone = set(
+            self._patience.insist(
+                lambda: self._store.renew(names, self._settings.payload_ttl_s)
+            )
+        )
         self._pass_on(
             [
                 e
                 for e in entries
-                if self._uploads.bring_back(e, {p.digest: p.name for p in e.payloads if p.name in gone})
+                if self._uploads.bring_back(
+                    e, {p.digest: p.name for p in e.payloads if p.name in gone}
+                )
             ]
         )
 
@@ -274,7 +328,9 @@ class Sender:
         try:
             while True:
                 try:
-                    new = self._ready.get(timeout=IDLE_S if self._filling or self._releases else None)
+                    new = self._ready.get(
+                        timeout=IDLE_S if self._filling or self._releases else None
+                    )
                 except queue.Empty:
                     new = []
                     is_idle = True
@@ -286,14 +342,19 @@ class Sender:
                 may_hurry, released = self._may_hurry()
                 if may_hurry and released:
                     self._release_groups(released)
-                self._send(self._take_chunks(released, all_of_them=is_idle or may_hurry))
+                self._send(
+                    self._take_chunks(released, all_of_them=is_idle or may_hurry)
+                )
         finally:
             self._outgoing.disconnect()
 
     def _may_hurry(self) -> tuple[bool, set[Place]]:
         """Whether someone waits, and nothing is being encoded that could still fill a chunk; and the steps released."""
         with self._hurrying:
-            return self._num_hurries > 0 and self._num_jobs == 0 and self._ready.empty(), set(self._releases)
+            return (
+                self._num_hurries > 0 and self._num_jobs == 0 and self._ready.empty(),
+                set(self._releases),
+            )
 
     def _release_groups(self, released: set[Place]) -> None:
         """Someone waits in `collect()`: seal groups of unknown size; let go what waits for one that does not fill."""
@@ -309,12 +370,22 @@ class Sender:
                 self._board.count_unsent(-1)
                 continue
             by_itself = id(entry) if entry.members else 0
-            key = (entry.spec.fingerprint, slot.split, slot.step, by_itself, entry.spec.async_reward)
+            key = (
+                entry.spec.fingerprint,
+                slot.split,
+                slot.step,
+                by_itself,
+                entry.spec.async_reward,
+            )
             self._filling.setdefault(key, []).append(entry)
             if not entry.spec.async_reward:
-                self._board.count_unsent(-1)  # held until collect(), which nobody waits for before
+                self._board.count_unsent(
+                    -1
+                )  # held until collect(), which nobody waits for before
 
-    def _take_chunks(self, released: set[Place], *, all_of_them: bool) -> list[list[Entry]]:
+    def _take_chunks(
+        self, released: set[Place], *, all_of_them: bool
+    ) -> list[list[Entry]]:
         """Full chunks, and the others too if `all_of_them`; what `async_reward: false` holds goes once its step, or
         that of another slot that needs the same, is released."""
         taken = []
@@ -325,7 +396,11 @@ class Sender:
             wanted = [e for e in filled if self._board.is_wanted(e)]
             if not is_held and len(wanted) < len(filled):
                 self._board.count_unsent(len(wanted) - len(filled))
-            due = [e for e in wanted if not is_held or any(s.place in released for s in list(e.slots))]
+            due = [
+                e
+                for e in wanted
+                if not is_held or any(s.place in released for s in list(e.slots))
+            ]
             left = _without(wanted, due)
             size = 1 if not due or due[0].members else due[0].spec.batch_size
             while len(due) >= size or (due and all_of_them):
@@ -341,7 +416,11 @@ class Sender:
             return
         started = time.perf_counter()
         num_counted = sum(e.spec.async_reward for c in chunks for e in c)
-        with_carried = [[*c, *(e for e in c[0].carried if self._board.is_wanted(e))] for c in chunks if c]
+        with_carried = [
+            [*c, *(e for e in c[0].carried if self._board.is_wanted(e))]
+            for c in chunks
+            if c
+        ]
         self._patience.insist(lambda: self._send_once(with_carried))
         self._board.count_unsent(-num_counted)
         self.times.add("send_s", started)
@@ -357,7 +436,9 @@ class Sender:
             loop()
         except EndedError:
             return
-        except BaseException as error:  # a bug of ours must end every wait, not only this thread
+        except (
+            BaseException
+        ) as error:  # a bug of ours must end every wait, not only this thread
             log.exception("a sender's thread ended")
             self._board.break_with(error)
 

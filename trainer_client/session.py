@@ -69,7 +69,14 @@ class Session:
     """
 
     def __init__(
-        self, app: Any, run: str, launch: str, rank: int, world_size: int, lease: Lease, config: RewardConfig
+        self,
+        app: Any,
+        run: str,
+        launch: str,
+        rank: int,
+        world_size: int,
+        lease: Lease,
+        config: RewardConfig,
     ) -> None:
         settings: Settings = app.settings
         with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
@@ -78,14 +85,31 @@ class Session:
         self.outcomes: Outcomes = outcomes_of(app)
         self.store: PayloadStore = open_store(settings)
         self.board = Board(client_id=uuid.uuid4().hex[:12])
-        slots = GroupSlots(self.outcomes.redis, run, launch, settings.result_ttl_s) if world_size > 1 else None
+        slots = (
+            GroupSlots(self.outcomes.redis, run, launch, settings.result_ttl_s)
+            if world_size > 1
+            else None
+        )
         self.groups = Groups(self.board, run, rank, slots)
         outgoing = Outgoing(app, settings, self.store, self.outcomes, self.board, run)
         self.sender = Sender(
-            settings, self.store, self.outcomes, self.board, run, rank, groups=self.groups, outgoing=outgoing
+            settings,
+            self.store,
+            self.outcomes,
+            self.board,
+            run,
+            rank,
+            groups=self.groups,
+            outgoing=outgoing,
         )
         self.reconciler = Reconciler(
-            app, settings, self.store, self.outcomes, self.board, self.sender, groups=self.groups
+            app,
+            settings,
+            self.store,
+            self.outcomes,
+            self.board,
+            self.sender,
+            groups=self.groups,
         )
         self.lease = lease
         answerers = Answerers(run)
@@ -111,7 +135,9 @@ class Session:
     def raise_if_broken(self) -> None:
         """Raise what ended a background thread."""
         broken = self.board.broken
-        if isinstance(broken, RewardError):  # none of ours: another process took this rank
+        if isinstance(
+            broken, RewardError
+        ):  # none of ours: another process took this rank
             raise broken
         if isinstance(broken, redis.ResponseError):
             raise RedisRefusalError(
@@ -119,7 +145,9 @@ class Session:
                 "(`ACL GETUSER`) and at its configuration, then make a new client"
             ) from broken
         if broken is not None:
-            raise RewardError(f"a background thread ended by a bug: {broken!r}") from broken
+            raise RewardError(
+                f"a background thread ended by a bug: {broken!r}"
+            ) from broken
 
     def wait_for_backlog(self, max_backlog: int, timeout_s: float) -> None:
         """Wait while more than `max_backlog` samples are accepted and not yet sent. Raises `CollectTimeoutError`."""
@@ -128,7 +156,9 @@ class Session:
             return
         ends_at, say_at = time.monotonic() + timeout_s, time.monotonic() + SAY_EVERY_S
         with self.sender.hurry():
-            while not self._is_below(max_backlog, min(say_at, ends_at) - time.monotonic()):
+            while not self._is_below(
+                max_backlog, min(say_at, ends_at) - time.monotonic()
+            ):
                 why = self.why_unsent()
                 if time.monotonic() >= ends_at:
                     raise CollectTimeoutError(
@@ -136,7 +166,9 @@ class Session:
                         f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{_because(why)}",
                         None,
                     )
-                log.warning("submit waits num_unsent=%d%s", board.num_unsent, _because(why))
+                log.warning(
+                    "submit waits num_unsent=%d%s", board.num_unsent, _because(why)
+                )
                 say_at += SAY_EVERY_S
 
     def flush(self, timeout_s: float) -> None:
@@ -150,22 +182,35 @@ class Session:
             )
 
     def wait(
-        self, slots: Sequence[Slot], deadline: float, progress: bool | None, waiting: Waiting | None = None
+        self,
+        slots: Sequence[Slot],
+        deadline: float,
+        progress: bool | None,
+        waiting: Waiting | None = None,
     ) -> bool:
         """Wait until all slots are done or the deadline (monotonic); whether they are.
 
         `waiting` tells the log meanwhile what is waited for.
         """
         board = self.board
-        names = tuple(dict.fromkeys(spec.name for slot in slots for spec in slot.rewards))
+        names = tuple(
+            dict.fromkeys(spec.name for slot in slots for spec in slot.rewards)
+        )
         left = list(slots)
         look_for_workers_at = time.monotonic() + NO_WORKER_AFTER_S
         releases = {slot.place for slot in slots}
-        with self.sender.hurry(releases), self._watching(), bars(names, len(slots), progress) as report:
+        with (
+            self.sender.hurry(releases),
+            self._watching(),
+            bars(names, len(slots), progress) as report,
+        ):
             while True:
                 with board.changed:
                     left_s = deadline - time.monotonic()
-                    board.changed.wait_for(lambda: _are_done(left) or board.broken, max(0.0, min(left_s, LOOK_EVERY_S)))
+                    board.changed.wait_for(
+                        lambda: _are_done(left) or board.broken,
+                        max(0.0, min(left_s, LOOK_EVERY_S)),
+                    )
                     is_complete = not left
                 if report is not None:
                     report({name: _count(slots, name) for name in names})
@@ -184,24 +229,40 @@ class Session:
         late = sum(not slot.is_done for slot in slots)
         why = self._why_missing(slots)
         return Failure(
-            kind="timeout", message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}"
+            kind="timeout",
+            message=f"{late} of {len(slots)} samples had no answer after {timeout_s:g} s{_because(why)}",
         )
 
     def what_is_missing(self, slots: Sequence[Slot]) -> str:
         """Which rewards have no answer yet, of how many samples, and why as far as is known."""
         names = dict.fromkeys(spec.name for slot in slots for spec in slot.rewards)
-        num_left = {name: sum(not slot.is_done_for(name) for slot in slots) for name in names}
-        left = ", ".join(f"{name} ({num} of {len(slots)} samples)" for name, num in num_left.items() if num)
+        num_left = {
+            name: sum(not slot.is_done_for(name) for slot in slots) for name in names
+        }
+        left = ", ".join(
+            f"{name} ({num} of {len(slots)} samples)"
+            for name, num in num_left.items()
+            if num
+        )
         return f"{left}{_because(self._why_missing(slots))}"
 
     def _why_missing(self, slots: Sequence[Slot]) -> str | None:
-        queues = {spec.queue for slot in slots for spec in slot.rewards if not slot.is_done_for(spec.name)}
+        queues = {
+            spec.queue
+            for slot in slots
+            for spec in slot.rewards
+            if not slot.is_done_for(spec.name)
+        }
         awaited = [e for slot in slots for e in slot.known_entries if e.outcome is None]
 
         def ask() -> str | None:
             self.groups.look_at_slots()
             reconciler = self.reconciler
-            return reconciler.idle_queues(queues) or reconciler.loads(awaited) or reconciler.suspects(awaited)
+            return (
+                reconciler.idle_queues(queues)
+                or reconciler.loads(awaited)
+                or reconciler.suspects(awaited)
+            )
 
         return _ask(ask) or self.board.trouble
 
@@ -221,7 +282,8 @@ class Session:
         board = self.board
         with board.changed:
             is_below = board.changed.wait_for(
-                lambda: board.broken or board.num_unsent <= num_unsent, max(0.0, timeout_s)
+                lambda: board.broken or board.num_unsent <= num_unsent,
+                max(0.0, timeout_s),
             )
         self.raise_if_broken()
         return bool(is_below)
@@ -248,7 +310,9 @@ def _ask(question: Callable[[], str | None]) -> str | None:
     thread = threading.Thread(target=ask, name="rewardq-ask", daemon=True)
     thread.start()
     thread.join(ASK_S)
-    return answers[0] if answers else f"Redis is away: it has not answered for {ASK_S:g} s"
+    return (
+        answers[0] if answers else f"Redis is away: it has not answered for {ASK_S:g} s"
+    )
 
 
 def _are_done(left: list[Slot]) -> bool:
@@ -263,7 +327,9 @@ def _are_done(left: list[Slot]) -> bool:
 
 def _count(slots: Sequence[Slot], name: str) -> tuple[int, int]:
     """How many slots have their outcome for a reward, and how many of these have failed."""
-    return sum(slot.is_done_for(name) for slot in slots), sum(slot.has_failed_for(name) for slot in slots)
+    return sum(slot.is_done_for(name) for slot in slots), sum(
+        slot.has_failed_for(name) for slot in slots
+    )
 
 
 def _because(why: str | None) -> str:

@@ -94,10 +94,20 @@ class Summary:
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
         rewards = {
-            name: [r.num_valid, r.total, r.num_failed, list(r.workers), list(map(list, r.reasons)), r.num_reasons]
+            name: [
+                r.num_valid,
+                r.total,
+                r.num_failed,
+                list(r.workers),
+                list(map(list, r.reasons)),
+                r.num_reasons,
+            ]
             for name, r in self.rewards.items()
         }
-        groups = {key: [g.num_samples, g.size, list(g.prompts)] for key, g in self.groups.items()}
+        groups = {
+            key: [g.num_samples, g.size, list(g.prompts)]
+            for key, g in self.groups.items()
+        }
         return [self.num_samples, self.wait_s, self.hidden_s, rewards, groups]
 
     @classmethod
@@ -105,10 +115,22 @@ class Summary:
         """As it comes from other ranks."""
         num_samples, wait_s, hidden_s, rewards, groups = plain
         found = {}
-        for name, (num_valid, total, num_failed, workers, reasons, num_reasons) in rewards.items():
+        for name, (
+            num_valid,
+            total,
+            num_failed,
+            workers,
+            reasons,
+            num_reasons,
+        ) in rewards.items():
             listed = tuple((words, num) for words, num in reasons)
-            found[name] = RewardSummary(num_valid, total, num_failed, tuple(workers), listed, num_reasons)
-        members = {key: GroupSummary(num, size, tuple(prompts)) for key, (num, size, prompts) in groups.items()}
+            found[name] = RewardSummary(
+                num_valid, total, num_failed, tuple(workers), listed, num_reasons
+            )
+        members = {
+            key: GroupSummary(num, size, tuple(prompts))
+            for key, (num, size, prompts) in groups.items()
+        }
         return cls(num_samples, wait_s, hidden_s, found, members)
 
 
@@ -126,8 +148,12 @@ def summary_of(
     num_members = Counter(batch.groups)
     sizes, found = group_sizes or {}, {}
     for group in {**sizes, **(prompts or {})}:
-        digests = tuple(_text_digest(prompt) for prompt in (prompts or {}).get(group, ()))
-        found[group_digest(group)] = GroupSummary(num_members[group], sizes.get(group), digests)
+        digests = tuple(
+            _text_digest(prompt) for prompt in (prompts or {}).get(group, ())
+        )
+        found[group_digest(group)] = GroupSummary(
+            num_members[group], sizes.get(group), digests
+        )
     return Summary(
         num_samples=len(batch),
         wait_s=batch.timings.get("wait_s", 0.0),
@@ -144,7 +170,12 @@ def joined(summaries: Sequence[Summary]) -> Summary:
         num_samples=sum(one.num_samples for one in summaries),
         wait_s=max(one.wait_s for one in summaries),
         hidden_s=min(one.hidden_s for one in summaries),
-        rewards={name: _joined([one.rewards[name] for one in summaries if name in one.rewards]) for name in names},
+        rewards={
+            name: _joined(
+                [one.rewards[name] for one in summaries if name in one.rewards]
+            )
+            for name in names
+        },
         groups=_joined_groups(summaries),
     )
 
@@ -187,7 +218,9 @@ def tell_step(name: str, summary: Summary, ranks_s: float = 0.0) -> None:
     """One line of how a step went, unless nothing was in it; `ranks_s` this rank has waited for the others."""
     if not summary.num_samples:
         return
-    rewards = "".join(f", {reward} {_mean(found)}" for reward, found in summary.rewards.items())
+    rewards = "".join(
+        f", {reward} {_mean(found)}" for reward, found in summary.rewards.items()
+    )
     times = f"waited {summary.wait_s:.1f} s, {summary.hidden_s:.1f} s hidden"
     if ranks_s >= RANKS_TOLD_S:
         times += f"; {ranks_s:.1f} s for other ranks"
@@ -232,7 +265,9 @@ class TicketWarnings:
     def _say(self) -> None:
         if self._names:
             first, last = self._names[0], self._names[-1]
-            warn_of_failures(first if first == last else f"{first} to {last}", joined(self._held))
+            warn_of_failures(
+                first if first == last else f"{first} to {last}", joined(self._held)
+            )
             self._due_at = time.monotonic() + SAY_EVERY_S
         self._names, self._held = [], []
 
@@ -250,7 +285,9 @@ class Waiting:
         now = time.monotonic()
         if now >= self._due_at:
             self._due_at = now + SAY_EVERY_S
-            tell(f"{self._name}: collect() has waited {now - self._started:.0f} s for {why()}")
+            tell(
+                f"{self._name}: collect() has waited {now - self._started:.0f} s for {why()}"
+            )
 
 
 def _reward_summary(batch: RewardBatch, name: str) -> RewardSummary:
@@ -259,9 +296,13 @@ def _reward_summary(batch: RewardBatch, name: str) -> RewardSummary:
     workers = dict.fromkeys(worker for reason in reasons for worker in reason.workers)
     kept: Counter[str] = Counter()
     for reason in reasons[:REASONS_KEPT]:
-        kept[_short(reason.words if reason.kind == "failed" else f"{reason.kind}: {reason.words}")] += len(
-            reason.samples
-        )
+        kept[
+            _short(
+                reason.words
+                if reason.kind == "failed"
+                else f"{reason.kind}: {reason.words}"
+            )
+        ] += len(reason.samples)
     return RewardSummary(
         num_valid=len(there),
         total=float(there.sum()),
@@ -314,7 +355,11 @@ def _joined(found: Sequence[RewardSummary]) -> RewardSummary:
 
 def _why(found: RewardSummary) -> str:
     num_others = found.num_reasons - 1
-    more = f" (and {num_others} other reason{'s' if num_others > 1 else ''})" if num_others > 0 else ""
+    more = (
+        f" (and {num_others} other reason{'s' if num_others > 1 else ''})"
+        if num_others > 0
+        else ""
+    )
     reason = found.reasons[0][0] if found.reasons else "no reason is known"
     return f"{on_workers(found.workers)}: {reason}{more}"
 

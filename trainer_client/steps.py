@@ -33,7 +33,11 @@ class Step:
     """All of it was collected by tickets: it ends unless more is submitted under its number."""
 
     def count_members(
-        self, samples: Sequence[Sample | Slot], group_size: int | None, *, is_strict: bool = True
+        self,
+        samples: Sequence[Sample | Slot],
+        group_size: int | None,
+        *,
+        is_strict: bool = True,
     ) -> None:
         """Count samples into their groups, as far as the size of these is known.
 
@@ -50,7 +54,9 @@ class Step:
         for group in dict.fromkeys(groups):
             size = sizes.get(group, group_size)
             if size != group_size and (is_strict or None not in (size, group_size)):
-                raise InvalidSampleError(f"group {group!r} has group_size={size}, found group_size={group_size}")
+                raise InvalidSampleError(
+                    f"group {group!r} has group_size={size}, found group_size={group_size}"
+                )
             if is_strict or size is not None or group_size is not None:
                 sizes[group] = group_size if size is None else size
         members = self.members + Counter(group for group in groups if group in sizes)
@@ -86,7 +92,9 @@ class Step:
         """These are collected."""
         collected = set(slots)
         self.slots = [s for s in self.slots if s not in collected]
-        for slot in collected:  # a step whose tickets overlap is never empty, and must not grow with them
+        for slot in (
+            collected
+        ):  # a step whose tickets overlap is never empty, and must not grow with them
             self.prompts.pop(slot.group, None)
             if not self._is_strict:
                 self._forget_member(slot.group)
@@ -113,7 +121,11 @@ class Steps:
     def slots_of(self, ticket: Ticket) -> list[Slot]:
         """The samples of a ticket as far as they are in the open step of its split."""
         step = self._open.get(ticket.split)
-        return [slot for slot in step.slots if slot.ticket == ticket.number] if step is not None else []
+        return (
+            [slot for slot in step.slots if slot.ticket == ticket.number]
+            if step is not None
+            else []
+        )
 
     def number(self, split: Split) -> int:
         """The number of the open step, or of the next."""
@@ -134,8 +146,12 @@ class Steps:
             step = None
         if step is None:
             if number is None and self._world_size > 1:
-                raise InvalidSampleError("with world_size > 1 submit() needs step=, the same on all ranks")
-            step = self._open[split] = Step(self.number(split) if number is None else number)
+                raise InvalidSampleError(
+                    "with world_size > 1 submit() needs step=, the same on all ranks"
+                )
+            step = self._open[split] = Step(
+                self.number(split) if number is None else number
+            )
             self._numbers[split] = step.number
         elif number is not None and number != step.number:
             raise InvalidSampleError(
@@ -170,7 +186,9 @@ class Steps:
 def whole_number(value: Any, name: str) -> int:
     """`value` as an int. Raises `InvalidSampleError` unless it is a whole number, of Python or numpy."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise InvalidSampleError(f"{name} must be a whole number, found {value!r} ({type(value).__name__})")
+        raise InvalidSampleError(
+            f"{name} must be a whole number, found {value!r} ({type(value).__name__})"
+        )
     return int(value)
 
 
@@ -181,7 +199,11 @@ def check_group_size(group_size: int | None) -> None:
 
 
 def check_groups(
-    groups: Sequence[Hashable], group_size: int | None, reward: RewardSpec, world_size: int, first: int
+    groups: Sequence[Hashable],
+    group_size: int | None,
+    reward: RewardSpec,
+    world_size: int,
+    first: int,
 ) -> None:
     """Check what a groupwise reward needs of `submit()`; the samples of these groups are numbered from `first`.
 
@@ -190,7 +212,9 @@ def check_groups(
     """
     needed_by = f"reward {reward.name!r} ({reward.reward_model}) compares the samples of a group"
     if group_size is None and world_size > 1:
-        raise InvalidSampleError(f"{needed_by}: with world_size > 1 submit() needs group_size=")
+        raise InvalidSampleError(
+            f"{needed_by}: with world_size > 1 submit() needs group_size="
+        )
     for i, group in enumerate(groups):
         if world_size > 1 and not isinstance(group, str | numbers.Integral):
             raise InvalidSampleError(

@@ -53,7 +53,12 @@ class Columns:
 
     def to_plain(self) -> list[Any]:
         """As it goes to other ranks."""
-        return [list(self.names), list(self.weights), plain_of_ids(self.groups), self.rewards.tobytes()]
+        return [
+            list(self.names),
+            list(self.weights),
+            plain_of_ids(self.groups),
+            self.rewards.tobytes(),
+        ]
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> Columns:
@@ -81,7 +86,10 @@ class Table:
 
     def sum_in_groups(self, values: Any) -> Floats:
         """`(num_groups,)` sums of `(N,)` values."""
-        return np.asarray(np.bincount(self.groups, weights=values, minlength=self.num_groups), dtype=np.float64)
+        return np.asarray(
+            np.bincount(self.groups, weights=values, minlength=self.num_groups),
+            dtype=np.float64,
+        )
 
 
 def tabulate(
@@ -92,7 +100,9 @@ def tabulate(
     gather: Gather | None,
 ) -> Table:
     """The samples of all ranks; arguments are those of `advantages.weighted_sum`."""
-    everyone, mine = exchange(Columns, lambda: _columns(rewards, groups, weights, valid), gather)
+    everyone, mine = exchange(
+        Columns, lambda: _columns(rewards, groups, weights, valid), gather
+    )
     first = everyone[0]
     for columns in everyone:
         if (columns.names, columns.weights) != (first.names, first.weights):
@@ -101,7 +111,9 @@ def tabulate(
                 f"{dict(zip(first.names, first.weights, strict=True))} and "
                 f"{dict(zip(columns.names, columns.weights, strict=True))}"
             )
-    group_numbers, num_groups = number(group for columns in everyone for group in columns.groups)
+    group_numbers, num_groups = number(
+        group for columns in everyone for group in columns.groups
+    )
     start = sum(len(columns.groups) for columns in everyone[:mine])
     return Table(
         weights=first.weights,
@@ -112,7 +124,9 @@ def tabulate(
     )
 
 
-def exchange(kind: type[Kind], make: Callable[[], Kind], gather: Gather | None) -> tuple[list[Kind], int]:
+def exchange(
+    kind: type[Kind], make: Callable[[], Kind], gather: Gather | None
+) -> tuple[list[Kind], int]:
     """What `make` gives on each rank, and which is ours; `gather` and errors are those of `exchange_plain`."""
     if gather is None:
         return [make()], 0
@@ -120,7 +134,9 @@ def exchange(kind: type[Kind], make: Callable[[], Kind], gather: Gather | None) 
     return [kind.of_plain(one) for one in plain], mine
 
 
-def exchange_plain(make: Callable[[], list[Any]], gather: Gather) -> tuple[list[list[Any]], int]:
+def exchange_plain(
+    make: Callable[[], list[Any]], gather: Gather
+) -> tuple[list[list[Any]], int]:
     """What `make` gives on each rank, and which is ours.
 
     `gather` is called exactly once, also where `make` raises: then all ranks raise, and none waits for one that has
@@ -135,13 +151,23 @@ def exchange_plain(make: Callable[[], list[Any]], gather: Gather) -> tuple[list[
     try:
         made = make()
     except Exception as error:  # whatever it is, the other ranks must hear of it
-        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        problem = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"{type(error).__name__}: {error}"
+        )
         cause = error
     answers = list(gather([token, problem, made]))
     tokens = [answer[0] for answer in answers]
     if token not in tokens:
-        raise ValueError("gather must return the objects of all ranks, this one's among them")
-    problems = [f"rank {i} of those gathered: {answer[1]}" for i, answer in enumerate(answers) if answer[1] is not None]
+        raise ValueError(
+            "gather must return the objects of all ranks, this one's among them"
+        )
+    problems = [
+        f"rank {i} of those gathered: {answer[1]}"
+        for i, answer in enumerate(answers)
+        if answer[1] is not None
+    ]
     if problems:
         raise ValueError("; ".join(problems)) from cause
     return [answer[2] for answer in answers], tokens.index(token)
@@ -150,7 +176,9 @@ def exchange_plain(make: Callable[[], list[Any]], gather: Gather) -> tuple[list[
 def number(groups: Any) -> tuple[Ints, int]:
     """Group ids as numbers from 0 in order of first sight, and how many there are."""
     numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
+    return np.array(
+        [numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp
+    ), len(numbers)
 
 
 def ids(groups: Any) -> tuple[Hashable, ...]:
@@ -160,12 +188,17 @@ def ids(groups: Any) -> tuple[Hashable, ...]:
         ValueError: One is not hashable; says where.
     """
     listed = groups.tolist() if hasattr(groups, "tolist") else groups
-    found = tuple(one.item() if isinstance(one, np.generic) or hasattr(one, "detach") else one for one in listed)
+    found = tuple(
+        one.item() if isinstance(one, np.generic) or hasattr(one, "detach") else one
+        for one in listed
+    )
     for i, group in enumerate(found):
         try:
             hash(group)
         except TypeError:
-            raise ValueError(f"group ids must be hashable, found a {type(group).__name__} at {i}") from None
+            raise ValueError(
+                f"group ids must be hashable, found a {type(group).__name__} at {i}"
+            ) from None
     return found
 
 
@@ -214,14 +247,20 @@ def _columns(
     counting = _check_weights(rewards, weights)
     unknown = sorted(set(valid or ()) - set(rewards))
     if unknown:
-        raise ValueError(f"valid has {', '.join(unknown)}, rewards are {', '.join(sorted(rewards))}")
+        raise ValueError(
+            f"valid has {', '.join(unknown)}, rewards are {', '.join(sorted(rewards))}"
+        )
     columns = np.full((len(group_ids), len(counting)), np.nan)
     for k, name in enumerate(counting):
-        columns[:, k] = _votes(name, rewards[name], (valid or {}).get(name), len(group_ids))
+        columns[:, k] = _votes(
+            name, rewards[name], (valid or {}).get(name), len(group_ids)
+        )
     return Columns(tuple(counting), tuple(counting.values()), group_ids, columns)
 
 
-def _check_weights(rewards: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, float]:
+def _check_weights(
+    rewards: Mapping[str, Any], weights: Mapping[str, float]
+) -> dict[str, float]:
     """The weights that count (other than 0), sorted by name."""
     if set(rewards) != set(weights):
         raise ValueError(
@@ -230,20 +269,28 @@ def _check_weights(rewards: Mapping[str, Any], weights: Mapping[str, float]) -> 
         )
     for name, weight in weights.items():
         if not abs(weight) <= LARGEST:
-            raise ValueError(f"the weight of {name!r} must be a finite number, found {weight}")
-    return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 0}
+            raise ValueError(
+                f"the weight of {name!r} must be a finite number, found {weight}"
+            )
+    return {
+        name: float(weights[name]) for name in sorted(weights) if weights[name] != 0
+    }
 
 
 def _votes(name: str, values: Any, valid: Any, num_samples: int) -> Floats:
     """One reward as `(N,)`, NaN where it does not vote."""
     column = to_float64(values)
     if column.shape != (num_samples,):
-        raise ValueError(f"the reward {name!r} must have the shape ({num_samples},), found {column.shape}")
+        raise ValueError(
+            f"the reward {name!r} must have the shape ({num_samples},), found {column.shape}"
+        )
     votes = np.abs(column) <= LARGEST  # False for NaN
     if valid is not None:
         mask = np.asarray(valid.detach().cpu() if hasattr(valid, "detach") else valid)
         if mask.shape != column.shape or (mask.size and mask.dtype != np.bool_):
-            raise ValueError(f"valid[{name!r}] must be bool ({num_samples},), found {mask.dtype} {mask.shape}")
+            raise ValueError(
+                f"valid[{name!r}] must be bool ({num_samples},), found {mask.dtype} {mask.shape}"
+            )
         votes &= mask.astype(bool)
     return np.where(votes, column, np.nan)
 

@@ -91,9 +91,21 @@ class Ticket:
         return sum(slot.is_sent or slot.problem is not None for slot in self.slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        records = [slot if isinstance(slot, SlotRecord) else slot.record() for slot in self.slots]
-        chunks = {c.request: c for slot in self.slots if not isinstance(slot, SlotRecord) for c in slot.chunk_records()}
-        return {**self.__dict__, "slots": tuple(records), "chunks": self.chunks or tuple(chunks.values())}
+        records = [
+            slot if isinstance(slot, SlotRecord) else slot.record()
+            for slot in self.slots
+        ]
+        chunks = {
+            c.request: c
+            for slot in self.slots
+            if not isinstance(slot, SlotRecord)
+            for c in slot.chunk_records()
+        }
+        return {
+            **self.__dict__,
+            "slots": tuple(records),
+            "chunks": self.chunks or tuple(chunks.values()),
+        }
 
     def __repr__(self) -> str:
         return (

@@ -57,7 +57,12 @@ class Uploads:
         patience: Patience,
         times: Times,
     ) -> None:
-        self._settings, self._store, self._board, self._outgoing = settings, store, board, outgoing
+        self._settings, self._store, self._board, self._outgoing = (
+            settings,
+            store,
+            board,
+            outgoing,
+        )
         self._patience, self._times = patience, times
         self._looking = threading.Lock()
         self._in_use, self._look_at = 0, 0.0
@@ -65,15 +70,23 @@ class Uploads:
         self._last_seen, self._left_at = 0, 0.0
         """Bytes that it said last to be in it, and when it last said less than before."""
 
-    def store(self, slot: Slot, encoded: Mapping[str, Encoded], entries: Sequence[Entry]) -> None:
+    def store(
+        self, slot: Slot, encoded: Mapping[str, Encoded], entries: Sequence[Entry]
+    ) -> None:
         """Store what these entries need and is not in the store yet, and tell each where its media are."""
         started = time.perf_counter()
         for name, one in encoded.items():
             for transport in (RAW, JPEG):
-                users = [e for e in entries if name in e.spec.fields and transport_of(e.spec) == transport]
+                users = [
+                    e
+                    for e in entries
+                    if name in e.spec.fields and transport_of(e.spec) == transport
+                ]
                 if users:
                     payloads = one.as_payloads(name, transport)
-                    refs = [self._store_one(slot, payload, users) for payload in payloads]
+                    refs = [
+                        self._store_one(slot, payload, users) for payload in payloads
+                    ]
                     for entry in users:
                         entry.media[name] = tuple(refs) if one.is_list else refs[0]
         self._times.add("store_s", started)
@@ -85,7 +98,9 @@ class Uploads:
         holders = [s for s in entry.slots if s.sample is not None]
         try:
             if not holders:
-                raise LookupError("its media left the payload store, and this process does not hold them")
+                raise LookupError(
+                    "its media left the payload store, and this process does not hold them"
+                )
             again = {
                 content.digest: content.data
                 for holder in holders
@@ -94,7 +109,9 @@ class Uploads:
                 if content.digest in gone
             }
             if not gone.keys() <= again.keys():
-                raise InvalidSampleError("its media were changed after submit(), and had to be sent a second time")
+                raise InvalidSampleError(
+                    "its media were changed after submit(), and had to be sent a second time"
+                )
         except (LookupError, InvalidSampleError) as error:
             kind: Any = "failed" if isinstance(error, LookupError) else "invalid"
             failure = Failure(kind=kind, message=str(error))
@@ -105,20 +122,33 @@ class Uploads:
 
     # --- private ---------------------------------------------------------------------------------
 
-    def _store_one(self, slot: Slot, content: Content, users: Sequence[Entry]) -> MediaRef:
+    def _store_one(
+        self, slot: Slot, content: Content, users: Sequence[Entry]
+    ) -> MediaRef:
         payload, is_new = self._board.use(content.digest, users)
         if is_new:
-            if self._await_room(slot, memoryview(content.data).nbytes, lambda: payload.num_users > 0):
+            if self._await_room(
+                slot, memoryview(content.data).nbytes, lambda: payload.num_users > 0
+            ):
                 self._put({payload.name: content.data})
             self._board.has_stored(payload)
         while payload.num_users and not payload.stored.wait(0.1):
             self._patience.pause(0.0)
-        return MediaRef(name=payload.name, digest=content.digest, shape=content.shape, format=content.format)
+        return MediaRef(
+            name=payload.name,
+            digest=content.digest,
+            shape=content.shape,
+            format=content.format,
+        )
 
     def _put(self, payloads: Mapping[str, Any]) -> None:
-        self._patience.insist(lambda: self._store.put(payloads, self._settings.payload_ttl_s))
+        self._patience.insist(
+            lambda: self._store.put(payloads, self._settings.payload_ttl_s)
+        )
 
-    def _await_room(self, slot: Slot, num_bytes: int, is_needed: Callable[[], bool]) -> bool:
+    def _await_room(
+        self, slot: Slot, num_bytes: int, is_needed: Callable[[], bool]
+    ) -> bool:
         """Wait until there is room for so many bytes of a slot, or they are not needed any more; whether they are."""
         while not self._has_room(num_bytes) and not self._may_exceed(slot, num_bytes):
             self._board.trouble = (
@@ -145,7 +175,10 @@ class Uploads:
                 if self._in_use < self._last_seen or not self._left_at:
                     self._left_at = time.monotonic()
                 self._last_seen = self._in_use
-            if self._in_use and self._in_use + num_bytes > self._settings.max_store_bytes:
+            if (
+                self._in_use
+                and self._in_use + num_bytes > self._settings.max_store_bytes
+            ):
                 return False
             self._in_use += num_bytes
             return True
@@ -156,7 +189,10 @@ class Uploads:
         queues = {spec.queue for spec in slot.rewards if spec.is_groupwise}
         if not queues or time.monotonic() < self._left_at + STUCK_S:
             return False
-        if any(self._patience.insist(functools.partial(self._outgoing.num_waiting, queue)) for queue in queues):
+        if any(
+            self._patience.insist(functools.partial(self._outgoing.num_waiting, queue))
+            for queue in queues
+        ):
             return False
         with self._looking:
             self._in_use += num_bytes

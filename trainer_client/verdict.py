@@ -6,7 +6,12 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from tasks.errors import CollectTimeoutError, ConfigError, RanksMissingError, ScoringError
+from tasks.errors import (
+    CollectTimeoutError,
+    ConfigError,
+    RanksMissingError,
+    ScoringError,
+)
 from tasks.messages import Failure
 from tasks.rewards import ConstantOnFailure
 from trainer_client.ranks import Ranks, Waits
@@ -18,8 +23,14 @@ OnFailure = Literal["raise", "nan"]
 
 def check_max_failure_rate(share: float) -> None:
     """Raises `ConfigError` unless it is a share."""
-    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share <= 1:
-        raise ConfigError(f"max_failure_rate must be a share, from 0.0 to 1.0, found {share!r}")
+    if (
+        isinstance(share, bool)
+        or not isinstance(share, numbers.Real)
+        or not 0 <= share <= 1
+    ):
+        raise ConfigError(
+            f"max_failure_rate must be a share, from 0.0 to 1.0, found {share!r}"
+        )
 
 
 def check_call(timeout_s: float, on_failure: OnFailure) -> None:
@@ -46,13 +57,17 @@ def error_for(
         policies: By reward name, its own `on_failure`, which comes before the call's.
     """
     if late is not None and on_failure == "raise":
-        return CollectTimeoutError(f"{late.message}\n{batch.describe_failures(late.message)}", batch)
+        return CollectTimeoutError(
+            f"{late.message}\n{batch.describe_failures(late.message)}", batch
+        )
     if any((policies.get(f.reward) or on_failure) == "raise" for f in batch.failures):
         return ScoringError(batch.describe_failures(), batch)
     return None
 
 
-def error_for_rate(summary: Summary, max_failure_rate: float, batch: RewardBatch) -> ScoringError | None:
+def error_for_rate(
+    summary: Summary, max_failure_rate: float, batch: RewardBatch
+) -> ScoringError | None:
     """What `collect()` raises where too many have no reward, whatever `on_failure` says; on all ranks alike.
 
     Args:
@@ -61,12 +76,18 @@ def error_for_rate(summary: Summary, max_failure_rate: float, batch: RewardBatch
     """
     if not summary.failure_rate > max_failure_rate:
         return None
-    where = f" of all ranks' {summary.num_samples} samples" if summary.num_samples != len(batch) else ""
+    where = (
+        f" of all ranks' {summary.num_samples} samples"
+        if summary.num_samples != len(batch)
+        else ""
+    )
     rate = (
         f"{summary.failure_rate:.1%} failed{where}, more than max_failure_rate={max_failure_rate:g} allows "
         "(RewardClient(max_failure_rate=1.0) never stops for it)"
     )
-    return ScoringError(f"{rate}\n{batch.describe_failures() or failure_words(summary)}", batch)
+    return ScoringError(
+        f"{rate}\n{batch.describe_failures() or failure_words(summary)}", batch
+    )
 
 
 def of_all_ranks(
@@ -82,20 +103,32 @@ def of_all_ranks(
 
     Deadlines weigh more than failures: after them the step stays open, on every rank.
     """
-    kind = "ok" if error is None else "late" if isinstance(error, CollectTimeoutError) else "failed"
+    kind = (
+        "ok"
+        if error is None
+        else "late"
+        if isinstance(error, CollectTimeoutError)
+        else "failed"
+    )
     mine = [kind, str(error or ""), summary.to_plain()]
     try:
         verdicts = ranks.gather(topic, mine, deadline, _is_late, waits)
     except RanksMissingError as missing:
         return CollectTimeoutError(f"{missing}\n{error or ''}".rstrip(), batch), summary
     over_ranks = joined([Summary.of_plain(plain) for _, _, plain in verdicts])
-    others = [f"rank {r}: {said}" for r, (kind, said, _) in enumerate(verdicts) if kind != "ok" and r != ranks.rank]
+    others = [
+        f"rank {r}: {said}"
+        for r, (kind, said, _) in enumerate(verdicts)
+        if kind != "ok" and r != ranks.rank
+    ]
     if _is_late(verdicts):
         return CollectTimeoutError(
             "\n".join([str(error or "this rank has all its rewards"), *others]), batch
         ), over_ranks
     if others:
-        return ScoringError("\n".join([str(error or "this rank has all its rewards"), *others]), batch), over_ranks
+        return ScoringError(
+            "\n".join([str(error or "this rank has all its rewards"), *others]), batch
+        ), over_ranks
     return error, over_ranks
 
 

@@ -46,7 +46,9 @@ LONGEST_PAUSE_S = 1.0
 class _Every:
     """Something due every so many seconds."""
 
-    def __init__(self, period_s: float, call: Callable[[], object], *, is_due: bool = False) -> None:
+    def __init__(
+        self, period_s: float, call: Callable[[], object], *, is_due: bool = False
+    ) -> None:
         self._period_s, self._call = period_s, call
         self._at = time.monotonic() + (0.0 if is_due else period_s)
 
@@ -76,7 +78,12 @@ class Watcher:
         tell_run: Callable[[], None],
         compare_codes: Callable[[], None],
     ) -> None:
-        self._settings, self._store, self._board, self._reconciler = settings, store, board, reconciler
+        self._settings, self._store, self._board, self._reconciler = (
+            settings,
+            store,
+            board,
+            reconciler,
+        )
         self._num_waiting = 0
         self._is_away = False
         self._wake = threading.Event()
@@ -85,14 +92,21 @@ class Watcher:
         self._due = (
             _Every(lease_every_s, keep_lease),
             _Every(NOTES_EVERY_S, reconciler.read_notes),
-            _Every(0.0, compare_codes),  # it writes: a server that is full must not keep the rest from its turn
+            _Every(
+                0.0, compare_codes
+            ),  # it writes: a server that is full must not keep the rest from its turn
             _Every(settings.reconcile_s, self._reconcile),
-            _Every(EVERYTHING_EVERY * settings.reconcile_s, lambda: reconciler.poll(everything=True)),
+            _Every(
+                EVERYTHING_EVERY * settings.reconcile_s,
+                lambda: reconciler.poll(everything=True),
+            ),
             _Every(min(60.0, settings.payload_ttl_s / 4), self._renew),
             _Every(min(TELL_EVERY_S, settings.result_ttl_s / 4), tell_run, is_due=True),
         )
         self._is_asked_about_workers = False
-        self._thread = threading.Thread(target=self._run, name="rewardq-watch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name="rewardq-watch", daemon=True
+        )
         self._thread.start()
 
     def hurry(self, *, is_waiting: bool) -> None:
@@ -121,7 +135,9 @@ class Watcher:
             self._round()
         except RankTakenError as error:
             self._board.break_with(error)
-        except BaseException as error:  # a bug of ours must end every wait, not only this thread
+        except (
+            BaseException
+        ) as error:  # a bug of ours must end every wait, not only this thread
             log.exception("the watcher ended")
             self._board.break_with(error)
         finally:
@@ -133,7 +149,9 @@ class Watcher:
         try:
             self._reconciler.poll_groups(register=False)
             num_new = self._reconciler.poll(everything=False)
-            lost = [error for due in self._due if (error := due.run_if_due()) is not None]
+            lost = [
+                error for due in self._due if (error := due.run_if_due()) is not None
+            ]
             self._free()
         except AWAY as error:
             return self._pause_away(error)
@@ -144,7 +162,10 @@ class Watcher:
         if not self._num_waiting:
             return IDLE_PACE_S
         self._pace_s = FASTEST_S if num_new else min(1.5 * self._pace_s, SLOWEST_S)
-        return max(self._pace_s, min(LONGEST_PAUSE_S, POLL_SHARE * (time.monotonic() - started)))
+        return max(
+            self._pace_s,
+            min(LONGEST_PAUSE_S, POLL_SHARE * (time.monotonic() - started)),
+        )
 
     def _pause_away(self, error: BaseException) -> float:
         self._reconciler.disconnect()

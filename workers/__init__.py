@@ -7,7 +7,10 @@ from pathlib import Path
 
 import tasks
 
-if Path(getattr(tasks, "__file__", None) or "").resolve().parent != Path(__file__).resolve().parents[1] / "tasks":
+if (
+    Path(getattr(tasks, "__file__", None) or "").resolve().parent
+    != Path(__file__).resolve().parents[1] / "tasks"
+):
     raise ImportError(
         f"the module `tasks` imported here is {getattr(tasks, '__file__', tasks)}, not rewardq's package at "
         f"{Path(__file__).parents[1] / 'tasks'}; rename that file, or start from another directory"

@@ -35,7 +35,9 @@ class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not alw
         info: Kept beside the reason, a judge's text for example.
     """
 
-    def __init__(self, kind: FailureKind, message: str, info: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, kind: FailureKind, message: str, info: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(kind, message, info)
         self.kind, self.message, self.info = kind, message, dict(info or {})
 
@@ -114,13 +116,17 @@ class RewardArguments:
         return _device(self.device_name)
 
     def __getattr__(self, name: str) -> Any:
-        given = self.__dict__.get("extra_kwargs", {})  # none yet while it is being copied
+        given = self.__dict__.get(
+            "extra_kwargs", {}
+        )  # none yet while it is being copied
         if name not in given:
             if name in _TRAINERS:
                 raise AttributeError(
                     f"{name} is the trainer's and reaches no worker: rewards that differ in it are one computation"
                 )
-            raise AttributeError(f"this reward has no option {name!r}; given: {sorted(given)}")
+            raise AttributeError(
+                f"this reward has no option {name!r}; given: {sorted(given)}"
+            )
         return given[name]
 
 
@@ -214,10 +220,14 @@ class GroupwiseRewardModel(PointwiseRewardModel):
     """Scores the samples of one prompt against each other; called once with the whole group."""
 
 
-def frames_of(num_samples: int, image: Sequence[Any] | None, video: Sequence[Any] | None) -> list[list[Any]]:
+def frames_of(
+    num_samples: int, image: Sequence[Any] | None, video: Sequence[Any] | None
+) -> list[list[Any]]:
     """The frames of each sample: those of its video, else its one image."""
     images, videos = image or [None] * num_samples, video or [None] * num_samples
-    return [list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)]
+    return [
+        list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)
+    ]
 
 
 def _device(name: str) -> Any:

@@ -19,7 +19,14 @@ from types import CodeType, ModuleType
 
 from tasks import catalog, clips, judges, remotes
 from tasks.errors import ModelLoadError, StaleCodeError
-from tasks.source.code import Code, code_from, digest_of, file_name, hash_of, hash_on_disk
+from tasks.source.code import (
+    Code,
+    code_from,
+    digest_of,
+    file_name,
+    hash_of,
+    hash_on_disk,
+)
 from tasks.source.files import OURS, SourceFile, find_source, is_library
 from tasks.version import __version__
 
@@ -38,7 +45,9 @@ class LoadedCode:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._executed: dict[str, Executed] = {}
-        self._tops: frozenset[str] = frozenset()  # replaced, never changed: imports look at them in any thread
+        self._tops: frozenset[str] = (
+            frozenset()
+        )  # replaced, never changed: imports look at them in any thread
         self._roots: frozenset[Path] = frozenset()
         self._read: dict[str, Code] = {}
         """By dotted path, the code of a class that no trainer has read, as it was when it was first asked for."""
@@ -46,7 +55,10 @@ class LoadedCode:
     def follow(self, module: str) -> None:
         """From now on record a module of the user's, those of its package, and those that lie beside it."""
         with self._lock:
-            if not any(isinstance(finder, _Recorder) and finder.code is self for finder in sys.meta_path):
+            if not any(
+                isinstance(finder, _Recorder) and finder.code is self
+                for finder in sys.meta_path
+            ):
                 sys.meta_path.insert(0, _Recorder(self))
             top = module.partition(".")[0]
             if top in self._tops:
@@ -84,10 +96,18 @@ class LoadedCode:
         way = set(_way_to(model))
         loaded = {m: found for m, _ in code if (found := self._loaded(m)) is not None}
         stale = [m for m, asked in code if m in loaded and loaded[m].hash != asked]
-        unlike = [m for m, asked in code if m in stale and _hash_now(m, loaded[m]) != asked]
-        unlike += [m for m, asked in code if m in way and m not in loaded and _is_unlike(m, asked)]
+        unlike = [
+            m for m, asked in code if m in stale and _hash_now(m, loaded[m]) != asked
+        ]
+        unlike += [
+            m
+            for m, asked in code
+            if m in way and m not in loaded and _is_unlike(m, asked)
+        ]
         if unlike:
-            raise ModelLoadError(_unlike_words(model, [self._path_of(m) for m in sorted(unlike)]))
+            raise ModelLoadError(
+                _unlike_words(model, [self._path_of(m) for m in sorted(unlike)])
+            )
         if stale:
             raise StaleCodeError([self._name_of(m) for m in stale])
 
@@ -103,9 +123,19 @@ class LoadedCode:
         modules = self._imported_of_package(model)
         if not asked:
             file = self._file_of(model.rpartition(".")[0])
-            modules += [*_way_to(model), *(module for module, _ in (code_from(file) if file is not None else ()))]
+            modules += [
+                *_way_to(model),
+                *(
+                    module
+                    for module, _ in (code_from(file) if file is not None else ())
+                ),
+            ]
         read = dict(asked)
-        loaded = {m: found for m in modules if m not in read and (found := self._loaded(m)) is not None}
+        loaded = {
+            m: found
+            for m in modules
+            if m not in read and (found := self._loaded(m)) is not None
+        }
         stale = [m for m, found in loaded.items() if _hash_now(m, found) != found.hash]
         if stale:
             raise StaleCodeError([self._name_of(m) for m in stale])
@@ -117,8 +147,12 @@ class LoadedCode:
             asked: What the trainer has read; empty if it could not.
         """
         own = asked or self._read_here(model)
-        loaded = {m: found.hash for m, _ in own if (found := self._loaded(m)) is not None}
-        return digest_of(tuple((module, loaded.get(module, found)) for module, found in own))
+        loaded = {
+            m: found.hash for m, _ in own if (found := self._loaded(m)) is not None
+        }
+        return digest_of(
+            tuple((module, loaded.get(module, found)) for module, found in own)
+        )
 
     # --- private ---------------------------------------------------------------------------------
 
@@ -178,14 +212,24 @@ class _Recorder(MetaPathFinder):
         self.code = code
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """What the other finders find; None, which asks them again, for a module that is not the user's."""
         if not self.code.follows(fullname):
             return None
-        spec = _found_by((f for f in sys.meta_path if not isinstance(f, _Recorder)), fullname, path, target)
+        spec = _found_by(
+            (f for f in sys.meta_path if not isinstance(f, _Recorder)),
+            fullname,
+            path,
+            target,
+        )
         if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _RecordingLoader(self.code, spec.loader.name, spec.loader.path)
+            spec.loader = _RecordingLoader(
+                self.code, spec.loader.name, spec.loader.path
+            )
         return spec
 
 
@@ -209,11 +253,16 @@ class _RecordingLoader(SourceFileLoader):
 
 
 def _found_by(
-    finders: Iterable[object], fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    finders: Iterable[object],
+    fullname: str,
+    path: Sequence[str] | None,
+    target: ModuleType | None,
 ) -> ModuleSpec | None:
     for finder in finders:
         find_spec = getattr(finder, "find_spec", None)
-        spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec is not None else None
+        spec: ModuleSpec | None = (
+            find_spec(fullname, path, target) if find_spec is not None else None
+        )
         if spec is not None:
             return spec
     return None
@@ -268,7 +317,11 @@ LOADED = LoadedCode()
 """That of this process."""
 
 
-_CATALOG_FILES = tuple(Path(module.__file__) for module in (catalog, clips, judges, remotes) if module.__file__)
+_CATALOG_FILES = tuple(
+    Path(module.__file__)
+    for module in (catalog, clips, judges, remotes)
+    if module.__file__
+)
 _CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
 
 

@@ -18,7 +18,9 @@ def main() -> int:
         sys.stderr.write(f"Redis is away: {error}\n")
         return 1
     for worker in found:
-        sys.stdout.write(f"{worker.node} {worker.state}, queues {', '.join(worker.queues)}\n")
+        sys.stdout.write(
+            f"{worker.node} {worker.state}, queues {', '.join(worker.queues)}\n"
+        )
         for why in worker.unanswered:
             sys.stdout.write(f"  not yet: {why}\n")
     if not found:

@@ -65,7 +65,9 @@ class HeartbeatThread(threading.Thread):
         self.unanswered: tuple[str, ...] = ()
         """Which rewards wait for a server that has not answered yet."""
         self._ended = threading.Event()
-        self._speaker = threading.Thread(target=self._speak, name="rewardq-speaker", daemon=True)
+        self._speaker = threading.Thread(
+            target=self._speak, name="rewardq-speaker", daemon=True
+        )
 
     def start(self) -> None:
         """Start both threads."""
@@ -124,11 +126,15 @@ class HeartbeatThread(threading.Thread):
         """Take this worker off the list and stop."""
         self._ended.set()
         if self._speaker.is_alive():
-            self._speaker.join(timeout=LAST_BEAT_S)  # a beat under way would put it on the list again
+            self._speaker.join(
+                timeout=LAST_BEAT_S
+            )  # a beat under way would put it on the list again
         try:
             self._outcomes.end_beat(self._node)
         except TROUBLE as error:
-            if not self._redis_log.is_gone and not self._refusal(error):  # else it is said already
+            if not self._redis_log.is_gone and not self._refusal(
+                error
+            ):  # else it is said already
                 log.warning("heartbeat not ended error=%s", error)
 
     def _extend(self) -> None:

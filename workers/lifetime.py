@@ -129,7 +129,9 @@ class Refusals:
             if self._words:
                 return
             self._words = words
-        log.critical("worker %s: %s", "ends" if has_served else "refuses to start", words)
+        log.critical(
+            "worker %s: %s", "ends" if has_served else "refuses to start", words
+        )
         if worker_state.should_stop in (None, False):
             worker_state.should_stop = os.EX_CONFIG
         at_last = threading.Timer(self._settings.stop_grace_s, os._exit, [os.EX_CONFIG])
@@ -170,8 +172,14 @@ class KeepSecret(bootsteps.StartStopStep):  # type: ignore[misc]
         """Said in the place of what Celery's own step says."""
         if not parent.connection:
             return {}
-        said = next(step for step in parent.steps if isinstance(step, Connection)).info(parent)["broker"]
-        options = {name: value for name, value in said["transport_options"].items() if name != "sentinel_kwargs"}
+        said = next(step for step in parent.steps if isinstance(step, Connection)).info(
+            parent
+        )["broker"]
+        options = {
+            name: value
+            for name, value in said["transport_options"].items()
+            if name != "sentinel_kwargs"
+        }
         return {"broker": {**said, "transport_options": options}}
 
 
@@ -194,18 +202,26 @@ class TakeForGood(bootsteps.StartStopStep):  # type: ignore[misc]
 
 def hush_known_warnings() -> None:
     """Running tasks go on when the connection to the broker is lost, whatever Celery 6 will do; claims guard them."""
-    warnings.filterwarnings("ignore", r"\s*In Celery 5.1 we introduced an optional", CPendingDeprecationWarning)
+    warnings.filterwarnings(
+        "ignore",
+        r"\s*In Celery 5.1 we introduced an optional",
+        CPendingDeprecationWarning,
+    )
 
 
 def end_without_device(loss: RuntimeError) -> None:
     """End at once, as by `kill -9`: what is in hand counts as started, so that a sample that does it is found."""
-    log.critical("worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, loss)
+    log.critical(
+        "worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, loss
+    )
     os._exit(EXIT_HUNG)
 
 
 def end_to_start_anew(error: StaleCodeError) -> None:
     """Take no further task, finish those in hand, and end, for a supervisor to start a process with the new code."""
-    if worker_state.should_stop is None or worker_state.should_stop is False:  # 0 is a stop that was asked for
+    if (
+        worker_state.should_stop is None or worker_state.should_stop is False
+    ):  # 0 is a stop that was asked for
         log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, error)
         worker_state.should_stop = EXIT_HUNG
 
@@ -219,7 +235,9 @@ def end_in_time(hand_back: Callable[[], None], grace_s: float) -> None:
 
     def end() -> None:
         try:
-            giving_back = threading.Thread(target=hand_back, name="rewardq-hand-back", daemon=True)
+            giving_back = threading.Thread(
+                target=hand_back, name="rewardq-hand-back", daemon=True
+            )
             giving_back.start()
             giving_back.join(HAND_BACK_S)
         finally:

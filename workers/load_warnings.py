@@ -18,7 +18,15 @@ MAX_SAID_CHARS = 240
 """A longer warning is cut: it stands in every outcome of the model."""
 
 LIBRARIES = (
-    *("transformers", "huggingface_hub", "open_clip", "timm", "tokenizers", "torch", "py.warnings"),
+    *(
+        "transformers",
+        "huggingface_hub",
+        "open_clip",
+        "timm",
+        "tokenizers",
+        "torch",
+        "py.warnings",
+    ),
     *("diffusers", "accelerate", "peft", "safetensors", "RapidOCR"),
 )
 """Loggers that may keep what they say to themselves (`propagate = False`), as transformers' does, or be told to be
@@ -68,7 +76,11 @@ def in_short(heard: Iterable[Said]) -> tuple[str, ...]:
     """What was heard, each once, in short, for an outcome's origin."""
     texts = list(dict.fromkeys(one_line(said.text) for said in heard))
     more = len(texts) - MAX_SAID
-    return (*texts[:MAX_SAID], f"and {more} more, in the worker's log") if more > 0 else tuple(texts)
+    return (
+        (*texts[:MAX_SAID], f"and {more} more, in the worker's log")
+        if more > 0
+        else tuple(texts)
+    )
 
 
 def one_line(text: str) -> str:
@@ -95,7 +107,11 @@ class _Hearing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stack = _stack()
-        if not stack or record.name == PRINTED or getattr(record, "rewardq_heard", False):
+        if (
+            not stack
+            or record.name == PRINTED
+            or getattr(record, "rewardq_heard", False)
+        ):
             return
         record.rewardq_heard = True
         stack[-1].append(Said(record.name, record.getMessage()))
@@ -112,7 +128,9 @@ class _AsBefore(logging.Filter):
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None and logger.level == logging.NOTSET:
             logger = logger.parent
-        return logger is None or record.levelno >= self._told.get(logger.name, logging.NOTSET)
+        return logger is None or record.levelno >= self._told.get(
+            logger.name, logging.NOTSET
+        )
 
 
 class _Repeat(Warning):
@@ -184,7 +202,12 @@ _ears = _Ears()
 
 
 def _show(
-    message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+    message: Any,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
 ) -> None:
     """In the place of `warnings.showwarning` while some thread listens."""
     _ears.show(message, category, filename, lineno, file, line)
@@ -193,7 +216,11 @@ def _show(
 def _loggers() -> list[logging.Logger]:
     """Where what is logged may be heard: the root, known libraries, and every logger that keeps it from the root."""
     known = [logging.getLogger(name) for name in LIBRARIES]
-    others = [at for at in list(logging.root.manager.loggerDict.values()) if isinstance(at, logging.Logger)]
+    others = [
+        at
+        for at in list(logging.root.manager.loggerDict.values())
+        if isinstance(at, logging.Logger)
+    ]
     return [logging.getLogger(), *known, *(at for at in others if not at.propagate)]
 
 

@@ -45,7 +45,11 @@ Instance = tuple[str, str]
 """What an instance of a model is kept under: its fingerprint, which does not say how a server is asked, and that."""
 
 
-_OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(slots=True)
@@ -106,7 +110,12 @@ class Models:
     def loading(self) -> tuple[str, ...]:
         """Fingerprints of models that are being loaded now."""
         with self._lock:
-            return tuple(f for kept in self._kept.values() if not kept.load.done() for f in kept.fingerprints)
+            return tuple(
+                f
+                for kept in self._kept.values()
+                if not kept.load.done()
+                for f in kept.fingerprints
+            )
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -134,10 +143,14 @@ class Models:
         try:
             if is_first:
                 self._load_into(kept)
-            self.check_code(call)  # it has imported more; and an error of other code would mislead
+            self.check_code(
+                call
+            )  # it has imported more; and an error of other code would mislead
             error = kept.load.exception()
             if error is not None:
-                raise ModelLoadError(str(error))  # a new one: each raise adds to its traceback, which holds all frames
+                raise ModelLoadError(
+                    str(error)
+                )  # a new one: each raise adds to its traceback, which holds all frames
             yield kept.load.result()
         finally:
             with self._lock:
@@ -165,7 +178,9 @@ class Models:
 
     def _in_memory(self) -> list[_Kept]:
         with self._lock:
-            return [k for k in self._kept.values() if k.load.done() and not k.has_failed]
+            return [
+                k for k in self._kept.values() if k.load.done() and not k.has_failed
+            ]
 
     def _reserve(self, call: RewardCall) -> tuple[_Kept, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""
@@ -186,7 +201,9 @@ class Models:
     def _is_kept(self, key: Instance) -> bool:
         """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
         kept = self._kept.get(key)
-        return kept is not None and not (kept.has_failed and time.monotonic() - kept.failed_at > RETRY_LOAD_S)
+        return kept is not None and not (
+            kept.has_failed and time.monotonic() - kept.failed_at > RETRY_LOAD_S
+        )
 
     def _forget_failure_of_other_code(self, call: RewardCall) -> None:
         """A load that failed says nothing of the code that the class has since: it is begun anew at once."""
@@ -206,7 +223,8 @@ class Models:
             and (
                 now - kept.failed_at > RETRY_LOAD_S
                 if kept.has_failed
-                else now - kept.used_at > OUTDATED_S and _differ_in_launch(kept.call, call)
+                else now - kept.used_at > OUTDATED_S
+                and _differ_in_launch(kept.call, call)
             )
         ]
         if outdated:
@@ -214,8 +232,14 @@ class Models:
 
     def _make_room(self, key: Instance) -> bool:
         """Whether one more model may be loaded, after evicting one that nobody uses."""
-        local = [k for k, kept in self._kept.items() if _is_local(k) and not kept.has_failed]
-        if not self._settings.max_models or not _is_local(key) or len(local) < self._settings.max_models:
+        local = [
+            k for k, kept in self._kept.items() if _is_local(k) and not kept.has_failed
+        ]
+        if (
+            not self._settings.max_models
+            or not _is_local(key)
+            or len(local) < self._settings.max_models
+        ):
             return True
         unused = next((k for k in local if not self._kept[k].num_lent), None)
         if unused is None:
@@ -233,21 +257,37 @@ class Models:
         call = kept.call
         heard: list[Said] = []
         try:
-            reward_class(call.model, self._settings)  # what an import warns of is not the model's
+            reward_class(
+                call.model, self._settings
+            )  # what an import warns of is not the model's
             with listening() as heard:
                 model = LoadedModel(build(call, self._settings))
                 taking_of(model.model)
             model.load_warnings = in_short(heard)
-        except BaseException as error:  # a reward model's constructor may raise anything, SystemExit too
+        except (
+            BaseException
+        ) as error:  # a reward model's constructor may raise anything, SystemExit too
             kept.failed_at = time.monotonic()
             reason = _as_load_error(call, error)
-            log.warning("load failed reward=%s error=%s reason=%s", call.model, type(error).__name__, reason)
-            if not isinstance(error, ModelLoadError):  # which is ours, and says all that there is to say
+            log.warning(
+                "load failed reward=%s error=%s reason=%s",
+                call.model,
+                type(error).__name__,
+                reason,
+            )
+            if not isinstance(
+                error, ModelLoadError
+            ):  # which is ours, and says all that there is to say
                 tracebacks.write("load failed", call.model, error)
             kept.load.set_exception(reason)
         else:
             device = f" device={model.device}" if model.device else ""
-            log.info("loaded reward=%s load_s=%.2f%s", call.model, time.perf_counter() - started, device)
+            log.info(
+                "loaded reward=%s load_s=%.2f%s",
+                call.model,
+                time.perf_counter() - started,
+                device,
+            )
             kept.load.set_result(model)
             return
         finally:
@@ -265,7 +305,9 @@ def free_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory was too small."""
-    return type(error).__name__ == "OutOfMemoryError" or any(words in words_of(error) for words in _OUT_OF_MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        words in words_of(error) for words in _OUT_OF_MEMORY
+    )
 
 
 def loss_of_device(name: str) -> RuntimeError | None:
@@ -303,15 +345,23 @@ def build(call: RewardCall, settings: Settings) -> RewardModel:
     return _made(cls, config, Accelerator(settings.device))
 
 
-def _made(cls: type[RewardModel], config: RewardArguments, accelerator: Accelerator) -> RewardModel:
+def _made(
+    cls: type[RewardModel], config: RewardArguments, accelerator: Accelerator
+) -> RewardModel:
     """An instance, its arguments by name where its constructor has these, as Flow-Factory does; else in this order."""
     try:
         signature = inspect.signature(cls)
         signature.bind(config=config, accelerator=accelerator)
-        in_order = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+        in_order = any(
+            p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()
+        )
     except (TypeError, ValueError):
         in_order = True
-    return cls(config, accelerator) if in_order else cls(config=config, accelerator=accelerator)
+    return (
+        cls(config, accelerator)
+        if in_order
+        else cls(config=config, accelerator=accelerator)
+    )
 
 
 def reward_class(model: str, settings: Settings) -> type[RewardModel]:
@@ -356,8 +406,13 @@ def _is_local(key: Instance) -> bool:
 
 def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
     """Whether two computations are the same but for the launch, which counts where the user's code has no version."""
-    same = all(getattr(one, name) == getattr(other, name) for name in ("model", "version", "dtype", "image_format"))
-    return same and one.options == other.options and one.fingerprint != other.fingerprint
+    same = all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("model", "version", "dtype", "image_format")
+    )
+    return (
+        same and one.options == other.options and one.fingerprint != other.fingerprint
+    )
 
 
 def _class_in(path: str, name: str) -> type[RewardModel]:
@@ -376,19 +431,38 @@ def _class_in(path: str, name: str) -> type[RewardModel]:
 def _say_what_was_heard(call: RewardCall, heard: Sequence[Said]) -> None:
     """In the log, each once: what is heard here is shown nowhere else."""
     for said in dict.fromkeys(heard):
-        log.warning("load warning reward=%s from=%s said=%s", call.model, said.source, one_line(said.text))
+        log.warning(
+            "load warning reward=%s from=%s said=%s",
+            call.model,
+            said.source,
+            one_line(said.text),
+        )
 
 
 def _as_load_error(call: RewardCall, error: BaseException) -> ModelLoadError:
     if isinstance(error, ModelLoadError):
-        return ModelLoadError(str(error))  # without the traceback, whose frames hold what was loaded
+        return ModelLoadError(
+            str(error)
+        )  # without the traceback, whose frames hold what was loaded
     builtin = catalog.CATALOG.get(call.model)
-    if isinstance(error, ModuleNotFoundError) and builtin is not None and builtin.extra and error.name:
-        missing = MissingExtraError(f"reward model {call.model}", error.name, builtin.extra, socket.gethostname())
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and builtin is not None
+        and builtin.extra
+        and error.name
+    ):
+        missing = MissingExtraError(
+            f"reward model {call.model}",
+            error.name,
+            builtin.extra,
+            socket.gethostname(),
+        )
         return ModelLoadError(str(missing))
     place = "" if builtin is not None else place_in(error, call.model)
     words = cut(words_of(error), MAX_ERROR_CHARS)
-    return ModelLoadError(f"reward model {call.model} cannot be loaded: {words}{place}{_advice(call, error)}")
+    return ModelLoadError(
+        f"reward model {call.model} cannot be loaded: {words}{place}{_advice(call, error)}"
+    )
 
 
 def _advice(call: RewardCall, error: BaseException) -> str:
@@ -402,4 +476,6 @@ def _advice(call: RewardCall, error: BaseException) -> str:
     host = socket.gethostname()
     if f"{call.model}.".startswith(f"{error.name}."):  # the class's own module
         return f"; start the worker on {host} where its file is, or with that folder on PYTHONPATH"
-    return f"; install it in the worker's environment on {host}, then restart the worker"
+    return (
+        f"; install it in the worker's environment on {host}, then restart the worker"
+    )

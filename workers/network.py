@@ -25,7 +25,10 @@ from workers.proxies import Proxy
 
 log = logging.getLogger(__name__)
 
-for _name in ("httpx", "httpx2"):  # one line a request at INFO, of which there are thousands
+for _name in (
+    "httpx",
+    "httpx2",
+):  # one line a request at INFO, of which there are thousands
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 FIRST_REST_S, LONGEST_REST_S = 5.0, 120.0
@@ -98,7 +101,9 @@ class Server:
     @property
     def is_well(self) -> bool:
         """Whether to ask it: it did not fail lately, or has rested and is not being tried by a question now."""
-        return not self.rest_s or (time.monotonic() >= self.rests_until and not self.num_in_flight)
+        return not self.rest_s or (
+            time.monotonic() >= self.rests_until and not self.num_in_flight
+        )
 
     @contextmanager
     def asked(self) -> Iterator[None]:
@@ -116,7 +121,9 @@ class Server:
 
     def failed(self) -> None:
         """It could not be reached or broke: leave it alone for a while."""
-        if not self.rest_s or time.monotonic() >= self.rests_until:  # not again for those that failed together
+        if (
+            not self.rest_s or time.monotonic() >= self.rests_until
+        ):  # not again for those that failed together
             self.rest_s = min(max(FIRST_REST_S, 2 * self.rest_s), LONGEST_REST_S)
             self.rests_until = time.monotonic() + self.rest_s
             log.warning("server left alone url=%s rest_s=%g", self.name, self.rest_s)
@@ -183,10 +190,14 @@ class NetworkLoop:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name=name, daemon=True
+        )
         self._thread.start()
 
-    def run_all(self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float) -> list[T | Unscored | BusyError]:
+    def run_all(
+        self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float
+    ) -> list[T | Unscored | BusyError]:
         """Await `calls`, each of which ends within `timeout_s` by itself, side by side on the loop; wait for them here.
 
         A reason that one raises stands in its place; anything else that one raises is raised here.
@@ -201,7 +212,9 @@ class NetworkLoop:
             return [Unscored("timeout", reason)] * len(calls)
         results: list[T | Unscored | BusyError] = []
         for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, Unscored | BusyError):
+            if isinstance(one, BaseException) and not isinstance(
+                one, Unscored | BusyError
+            ):
                 raise one
             results.append(one)
         return results
@@ -231,9 +244,13 @@ def cause_of(error: BaseException) -> str:
     below, seen = error.__cause__ or error.__context__, {id(error)}
     while below is not None and id(below) not in seen:
         if (
-            isinstance(below, OSError) and below.errno and not isinstance(below, ssl.SSLError)
+            isinstance(below, OSError)
+            and below.errno
+            and not isinstance(below, ssl.SSLError)
         ):  # whose numbers are its own
-            says = os.strerror(below.errno) if below.errno > 0 else str(below.strerror)  # resolvers count below 0
+            says = (
+                os.strerror(below.errno) if below.errno > 0 else str(below.strerror)
+            )  # resolvers count below 0
             return words if says in words else f"{words} ({says})"
         seen.add(id(below))
         below = below.__cause__ or below.__context__

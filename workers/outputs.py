@@ -37,24 +37,37 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
     values = _listed(rewards)
     if values is None or len(values) != num_samples:
         found = f"{len(values)}" if values is not None else _shape_of(rewards)
-        reason = Failure(kind="failed", message=f"the model returned {found} rewards for {num_samples} samples")
+        reason = Failure(
+            kind="failed",
+            message=f"the model returned {found} rewards for {num_samples} samples",
+        )
         return [Outcome(failure=reason)] * num_samples
     return [
-        v if isinstance(v, BusyError) else _outcome(v, _info_of(extra, i, num_samples)) for i, v in enumerate(values)
+        v if isinstance(v, BusyError) else _outcome(v, _info_of(extra, i, num_samples))
+        for i, v in enumerate(values)
     ]
 
 
 def outcome_of(error: BaseException, place: str = "") -> Outcome:
     """The reason in what a model raised, and where in the user's code it did."""
     if isinstance(error, Unscored):
-        return Outcome(failure=Failure(kind=error.kind, message=cut(error.message)), info=_plain(error.info))
+        return Outcome(
+            failure=Failure(kind=error.kind, message=cut(error.message)),
+            info=_plain(error.info),
+        )
     kind = "timeout" if isinstance(error, TimeoutError) else "failed"
-    return failed(cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind)
+    return failed(
+        cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind
+    )
 
 
-def failed(message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None) -> Outcome:
+def failed(
+    message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None
+) -> Outcome:
     """A failure with this reason."""
-    return Outcome(failure=Failure(kind=kind, message=cut(message)), info=dict(info or {}))
+    return Outcome(
+        failure=Failure(kind=kind, message=cut(message)), info=dict(info or {})
+    )
 
 
 def cut(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
@@ -81,21 +94,39 @@ def _listed(rewards: Any) -> list[Any] | None:
 
 def _shape_of(rewards: Any) -> str:
     shape = getattr(rewards, "shape", None)
-    return f"shape {tuple(shape)}" if shape is not None else f"a {type(rewards).__name__} of"
+    return (
+        f"shape {tuple(shape)}"
+        if shape is not None
+        else f"a {type(rewards).__name__} of"
+    )
 
 
 def _outcome(value: Any, info: dict[str, Any]) -> Outcome:
     if isinstance(value, Unscored):
         return outcome_of(value)
     if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):
-        found = np.asarray(value.detach().cpu().tolist()) if media.is_tensor(value) else np.asarray(value)
+        found = (
+            np.asarray(value.detach().cpu().tolist())
+            if media.is_tensor(value)
+            else np.asarray(value)
+        )
         if found.size != 1:
-            return failed(f"the model returned shape {found.shape} where a number is needed", info=info)
+            return failed(
+                f"the model returned shape {found.shape} where a number is needed",
+                info=info,
+            )
         value = found.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return failed(f"the model returned {type(value).__name__} where a number is needed", info=info)
+        return failed(
+            f"the model returned {type(value).__name__} where a number is needed",
+            info=info,
+        )
     if not -LARGEST_REWARD <= value <= LARGEST_REWARD:
-        words = "" if isinstance(value, float) and not math.isfinite(value) else ", more than float32 holds"
+        words = (
+            ""
+            if isinstance(value, float) and not math.isfinite(value)
+            else ", more than float32 holds"
+        )
         return failed(f"the model returned {_short(value)}{words}", info=info)
     return Outcome(reward=float(value), info=info)
 
@@ -104,12 +135,19 @@ def _info_of(extra: Any, i: int, num_samples: int) -> dict[str, Any]:
     """What `extra_info` says of sample `i`."""
     if not isinstance(extra, Mapping):
         return {} if extra is None else {"extra_info": _plain(extra)}
-    return {_text(name): _plain(_of_sample(values, i, num_samples)) for name, values in extra.items()}
+    return {
+        _text(name): _plain(_of_sample(values, i, num_samples))
+        for name, values in extra.items()
+    }
 
 
 def _of_sample(values: Any, i: int, num_samples: int) -> Any:
     """The value of sample `i` where there is one for each."""
-    num_values = len(values) if isinstance(values, list | tuple) else (getattr(values, "shape", None) or (-1,))[0]
+    num_values = (
+        len(values)
+        if isinstance(values, list | tuple)
+        else (getattr(values, "shape", None) or (-1,))[0]
+    )
     return values[i] if num_values == num_samples else values
 
 

@@ -36,7 +36,11 @@ class ServedReward:
         try:
             self.model.warm_up()
         except Exception as error:  # whatever a client meets on the network
-            words = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
+            words = (
+                str(error)
+                if isinstance(error, ModelLoadError)
+                else f"{type(error).__name__}: {error}"
+            )
             return f"{_name(self.spec)}: {words}"[:MAX_CHARS]
         return None
 
@@ -48,7 +52,9 @@ class AskServers(threading.Thread):
         say: Called with what is to be said of those that have not answered yet.
     """
 
-    def __init__(self, rewards: Sequence[ServedReward], say: Callable[[tuple[str, ...]], None]) -> None:
+    def __init__(
+        self, rewards: Sequence[ServedReward], say: Callable[[tuple[str, ...]], None]
+    ) -> None:
         super().__init__(name="rewardq-ask-servers", daemon=True)
         self._left, self._say = list(rewards), say
         self._said: set[str] = set()
@@ -83,7 +89,10 @@ def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
     def ask(i: int) -> None:
         found[i] = rewards[i].why_unanswered()
 
-    threads = [threading.Thread(target=ask, args=(i,), name="rewardq-ask", daemon=True) for i in range(len(rewards))]
+    threads = [
+        threading.Thread(target=ask, args=(i,), name="rewardq-ask", daemon=True)
+        for i in range(len(rewards))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -91,7 +100,9 @@ def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
     return found
 
 
-def preload(settings: Settings, queues: Sequence[str], models: Models) -> list[ServedReward]:
+def preload(
+    settings: Settings, queues: Sequence[str], models: Models
+) -> list[ServedReward]:
     """Load and warm up what a worker for `queues` is told to.
 
     A class without `version` is another computation in each launch: it is loaded to see that it can be, and let go.
@@ -107,7 +118,9 @@ def preload(settings: Settings, queues: Sequence[str], models: Models) -> list[S
     kept, tried = _split(_computations(settings.preload, queues))
     num_local = sum(s.is_local for s in kept)
     if settings.max_models and num_local > settings.max_models:
-        raise SettingsError(f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}")
+        raise SettingsError(
+            f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
+        )
     errors: list[str] = []
     served: list[ServedReward] = []
     for spec in tried:
@@ -120,7 +133,9 @@ def preload(settings: Settings, queues: Sequence[str], models: Models) -> list[S
     return served
 
 
-def _load(spec: RewardSpec, models: Models, served: list[ServedReward], errors: list[str]) -> None:
+def _load(
+    spec: RewardSpec, models: Models, served: list[ServedReward], errors: list[str]
+) -> None:
     """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
     try:
         with models.lend(spec.call) as loaded:
@@ -145,7 +160,11 @@ def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
 
 def _name(spec: RewardSpec) -> str:
     """A reward for people."""
-    return f"reward {spec.name!r}" if spec.name == spec.reward_model else f"reward {spec.name!r} ({spec.reward_model})"
+    return (
+        f"reward {spec.name!r}"
+        if spec.name == spec.reward_model
+        else f"reward {spec.name!r} ({spec.reward_model})"
+    )
 
 
 def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
@@ -178,12 +197,22 @@ def _computations(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
     if preload.endswith((".yaml", ".yml")) or os.path.isfile(preload):
         config = RewardConfig.from_yaml(preload)
     else:
-        names = dict.fromkeys(name.strip() for name in preload.split(",") if name.strip())
-        config = RewardConfig.from_dict({"rewards": [{"name": name, "reward_model": name} for name in names]})
+        names = dict.fromkeys(
+            name.strip() for name in preload.split(",") if name.strip()
+        )
+        config = RewardConfig.from_dict(
+            {"rewards": [{"name": name, "reward_model": name} for name in names]}
+        )
     found: dict[str, RewardSpec] = {}
     for reward in (*config.rewards, *config.eval_rewards):
         if reward.queue in queues and not reward.is_built:
-            log.warning("not preloaded reward=%s reason=it is not built here", reward.reward_model)
+            log.warning(
+                "not preloaded reward=%s reason=it is not built here",
+                reward.reward_model,
+            )
         elif reward.queue in queues:
-            found.setdefault(reward.part.fingerprint, reward.part.model_copy(update={"name": reward.name}))
+            found.setdefault(
+                reward.part.fingerprint,
+                reward.part.model_copy(update={"name": reward.name}),
+            )
     return list(found.values())

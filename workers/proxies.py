@@ -59,8 +59,12 @@ def is_without_proxy(url: str, proxies: dict[str, str]) -> bool:
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    names = proxies.get("no", "").replace(",", " ").lower().split()  # spaces part them too, as curl has it
-    return any(_covers(name.rpartition("://")[2].rstrip("/"), host, port) for name in names)
+    names = (
+        proxies.get("no", "").replace(",", " ").lower().split()
+    )  # spaces part them too, as curl has it
+    return any(
+        _covers(name.rpartition("://")[2].rstrip("/"), host, port) for name in names
+    )
 
 
 def trusted_certificates() -> ssl.SSLContext | bool:
@@ -78,7 +82,11 @@ def _as_url(found: str) -> str:
     """The proxy as clients take it: without a scheme it speaks HTTP, and desktops write socks:// for SOCKS 5."""
     if "://" not in found:
         return f"http://{found}"
-    return f"socks5://{found.removeprefix('socks://')}" if found.startswith("socks://") else found
+    return (
+        f"socks5://{found.removeprefix('socks://')}"
+        if found.startswith("socks://")
+        else found
+    )
 
 
 def _variable(scheme: str, found: str) -> str:
@@ -91,17 +99,25 @@ def _check(proxy: Proxy, url: str) -> None:
     where = f"{without_password(url)} would be asked through the proxy {without_password(proxy.url)} ({proxy.variable})"
     instead = "or put the host into NO_PROXY"
     if scheme in _SOCKS and importlib.util.find_spec("socksio") is None:
-        raise ModelLoadError(f"{where}, which needs the package socksio on this worker: pip install socksio, {instead}")
+        raise ModelLoadError(
+            f"{where}, which needs the package socksio on this worker: pip install socksio, {instead}"
+        )
     if scheme not in (*_SOCKS, "http", "https"):
-        raise ModelLoadError(f"{where}; a proxy has to be http://, https://, socks5:// or socks5h://, {instead}")
+        raise ModelLoadError(
+            f"{where}; a proxy has to be http://, https://, socks5:// or socks5h://, {instead}"
+        )
     if not _has_host_and_port(proxy.url):
-        raise ModelLoadError(f"{where}, which is no URL; write it as http://host:3128, {instead}")
+        raise ModelLoadError(
+            f"{where}, which is no URL; write it as http://host:3128, {instead}"
+        )
 
 
 def _has_host_and_port(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0  # reading the port checks that it is a number
+        return (
+            bool(parts.hostname) and parts.port != 0
+        )  # reading the port checks that it is a number
     except ValueError:
         return False
 
@@ -111,7 +127,9 @@ def _covers(name: str, host: str, port: int | None) -> bool:
     if name == "*":
         return True
     bare, colon, number = name.rpartition(":")
-    if colon and number.isdigit() and (":" not in bare or bare.startswith("[")):  # and no IPv6 address
+    if (
+        colon and number.isdigit() and (":" not in bare or bare.startswith("["))
+    ):  # and no IPv6 address
         if int(number) != port:
             return False
         name = bare

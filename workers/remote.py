@@ -30,12 +30,26 @@ from workers.base import (
 )
 from workers.judges.images import DATA_URLS
 from workers.judges.inner_errors import cut, inner_error
-from workers.network import Gate, NetworkLoop, Once, Server, cause_of, its_own_deadline, least_busy
+from workers.network import (
+    Gate,
+    NetworkLoop,
+    Once,
+    Server,
+    cause_of,
+    its_own_deadline,
+    least_busy,
+)
 from workers.proxies import proxy_for, trusted_certificates
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 
-FLOW_FACTORY_FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos")
+FLOW_FACTORY_FIELDS = (
+    "prompt",
+    "image",
+    "video",
+    "condition_images",
+    "condition_videos",
+)
 """What its clients send, null where they have none."""
 
 KEEPALIVE_S = 2.0
@@ -87,7 +101,9 @@ class RemoteLoop(NetworkLoop):
         Raises:
             ModelLoadError: Nothing could be asked at this URL, or not through the proxy that the environment names.
         """
-        wrong = whats_wrong_with_server(url)  # a class of the user's has options that the trainer does not check
+        wrong = whats_wrong_with_server(
+            url
+        )  # a class of the user's has options that the trainer does not check
         if wrong:
             raise ModelLoadError(f"server_url {wrong}")
         url = str(httpx2.URL(url)).rstrip("/")
@@ -103,7 +119,11 @@ class RemoteLoop(NetworkLoop):
             limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
             # a client that trusts the environment builds the transports of proxies that these servers do not need
             self._clients[proxy] = httpx2.AsyncClient(
-                timeout=None, limits=limits, proxy=proxy, trust_env=False, verify=trusted_certificates()
+                timeout=None,
+                limits=limits,
+                proxy=proxy,
+                trust_env=False,
+                verify=trusted_certificates(),
             )
         return self._clients[proxy]
 
@@ -127,7 +147,9 @@ class NoAnswerError(Exception):
         pause_s: How long it wants to be left alone, since it has too much in hand.
     """
 
-    def __init__(self, reason: Unscored, is_well: bool = False, pause_s: float | None = None) -> None:
+    def __init__(
+        self, reason: Unscored, is_well: bool = False, pause_s: float | None = None
+    ) -> None:
         super().__init__(reason, is_well, pause_s)
         self.reason, self.is_well, self.pause_s = reason, is_well, pause_s
 
@@ -161,7 +183,9 @@ class Question:
 
     def part(self, places: Sequence[int]) -> Question:
         """The samples at `places` alone."""
-        return Question({name: v and [v[i] for i in places] for name, v in self.columns.items()})
+        return Question(
+            {name: v and [v[i] for i in places] for name, v in self.columns.items()}
+        )
 
 
 @dataclass(slots=True)
@@ -184,10 +208,15 @@ class Remote:
         may_split: Whether samples that are rejected together may be sent apart.
     """
 
-    def __init__(self, options: Mapping[str, Any], timeout_s: float, may_split: bool) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], timeout_s: float, may_split: bool
+    ) -> None:
         given = options["server_url"]
         self._loop = remote_loop()
-        self._servers = [self._loop.server(url) for url in ([given] if isinstance(given, str) else given)]
+        self._servers = [
+            self._loop.server(url)
+            for url in ([given] if isinstance(given, str) else given)
+        ]
         self._timeout, self._timeout_s = options["timeout"], timeout_s
         self._most_failures: int = options["retry_attempts"] + len(self._servers) - 1
         self._may_split = may_split
@@ -204,13 +233,17 @@ class Remote:
         Raises:
             ModelLoadError: One does not answer, or is no reward server; says which and why.
         """
-        for found in self._loop.run_all([self._check(server) for server in self._servers], HEALTH_TIMEOUT_S):
+        for found in self._loop.run_all(
+            [self._check(server) for server in self._servers], HEALTH_TIMEOUT_S
+        ):
             if isinstance(found, Unscored):
                 raise ModelLoadError(found.message)
 
     async def _check(self, server: RemoteServer) -> None:
         try:
-            server.terms = terms_of(server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S))
+            server.terms = terms_of(
+                server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S)
+            )
         except NoAnswerError as error:
             raise error.reason from None
 
@@ -221,10 +254,15 @@ class Remote:
                 await self._fill(call, range(question.num_samples), question)
         names = " and ".join(server.name for server in self._servers)
         before = f"; before that {call.last}" if call.last else ""
-        late = Unscored("timeout", f"no answer from {names} within timeout_s={self._timeout_s:g} seconds{before}")
+        late = Unscored(
+            "timeout",
+            f"no answer from {names} within timeout_s={self._timeout_s:g} seconds{before}",
+        )
         return [call.rewards.get(place, late) for place in range(question.num_samples)]
 
-    async def _fill(self, call: Call, places: Sequence[int], question: Question) -> None:
+    async def _fill(
+        self, call: Call, places: Sequence[int], question: Question
+    ) -> None:
         """Find the rewards of a question's samples, which have these places; those rejected together are sent apart."""
         try:
             found = await self._ask(call, question)
@@ -238,7 +276,11 @@ class Remote:
         call.rewards.update(zip(places, found, strict=True))
 
     async def _fill_apart(
-        self, call: Call, places: Sequence[int], question: Question, reasons: Mapping[int, Unscored]
+        self,
+        call: Call,
+        places: Sequence[int],
+        question: Question,
+        reasons: Mapping[int, Unscored],
     ) -> None:
         """The same without the samples that a server blames, or by halves if it blames none."""
         call.rewards.update({places[i]: reason for i, reason in reasons.items()})
@@ -276,23 +318,39 @@ class Remote:
             num_failures += last.pause_s is None
             call.last = f"{last.reason.message} after {num_requests} request{'s' if num_requests > 1 else ''}"
             asked.add(server)
-            if num_failures < self._most_failures and any(s.is_well for s in self._servers if s not in asked):
+            if num_failures < self._most_failures and any(
+                s.is_well for s in self._servers if s not in asked
+            ):
                 continue
             asked.clear()
             pause_s = backoff_s(num_failures)
             if last.pause_s is not None:
                 pause_s = max(last.pause_s, FIRST_PAUSE_S) * random.uniform(1.0, 1.5)
-            if num_failures == self._most_failures or asyncio.get_running_loop().time() + pause_s >= call.ends_at:
+            if (
+                num_failures == self._most_failures
+                or asyncio.get_running_loop().time() + pause_s >= call.ends_at
+            ):
                 raise Unscored(last.reason.kind, call.last)
             await asyncio.sleep(pause_s)
 
-    async def _ask_at(self, server: RemoteServer, question: Question, ends_at: float) -> list[Reward]:
+    async def _ask_at(
+        self, server: RemoteServer, question: Question, ends_at: float
+    ) -> list[Reward]:
         await self._body(server, question)  # so that it is there when its turn comes
         async with server.gate.entered(ends_at):
             kind, body = await self._body(server, question)
-            response = await self._send(server, "POST", "/compute", self._timeout, content=body, content_type=kind)
+            response = await self._send(
+                server,
+                "POST",
+                "/compute",
+                self._timeout,
+                content=body,
+                content_type=kind,
+            )
             try:
-                found = rewards_of(server, response, question.num_samples, self._may_split)
+                found = rewards_of(
+                    server, response, question.num_samples, self._may_split
+                )
             except NoAnswerError as error:
                 if error.pause_s is not None:
                     server.gate.refused()
@@ -300,10 +358,14 @@ class Remote:
             server.gate.answered()
             return found
 
-    async def _body(self, server: RemoteServer, question: Question) -> tuple[str, bytes]:
+    async def _body(
+        self, server: RemoteServer, question: Question
+    ) -> tuple[str, bytes]:
         """The kind and the bytes of what a server is sent."""
         if server.terms is None:
-            server.terms = terms_of(server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S))
+            server.terms = terms_of(
+                server, await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S)
+            )
         terms = server.terms
         body = await question.body(terms)
         if len(body) > terms.max_body_bytes:
@@ -324,7 +386,9 @@ class Remote:
         try:
             async with asyncio.timeout(timeout_s):
                 client = self._loop.client(server)
-                return await client.request(method, server.url + path, content=content, headers=headers)
+                return await client.request(
+                    method, server.url + path, content=content, headers=headers
+                )
         except TimeoutError:
             reason = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.way}"
             raise NoAnswerError(Unscored("timeout", reason)) from None
@@ -350,12 +414,20 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
             raise ValueError("needs server_url, the URL of a reward server")
         entry = catalog.CATALOG["RemotePointwiseRewardModel"]
         try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
-            options = options_of_subclass(entry, config.extra_kwargs, type(self).__name__)
+            options = options_of_subclass(
+                entry, config.extra_kwargs, type(self).__name__
+            )
         except ConfigError as error:
             raise ModelLoadError(str(error)) from None
         if options["required_fields"]:
-            vars(self).update(required_fields=tuple(options["required_fields"]), optional_fields=())
-        self._remote = Remote(options, config.timeout_s, may_split=not isinstance(self, GroupwiseRewardModel))
+            vars(self).update(
+                required_fields=tuple(options["required_fields"]), optional_fields=()
+            )
+        self._remote = Remote(
+            options,
+            config.timeout_s,
+            may_split=not isinstance(self, GroupwiseRewardModel),
+        )
 
     def warm_up(self) -> None:
         """Raise `ModelLoadError` if a server does not answer; no sample is sent."""
@@ -378,7 +450,9 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
             "condition_images": condition_images,
             "condition_videos": condition_videos,
         }
-        columns.update({name: kwargs[name] for name in ("metadata", "fps") if name in kwargs})
+        columns.update(
+            {name: kwargs[name] for name in ("metadata", "fps") if name in kwargs}
+        )
         with its_own_deadline():
             return RewardModelOutput(self._remote.rewards(columns))
 
@@ -389,9 +463,15 @@ class RemoteGroupwiseRewardModel(RemotePointwiseRewardModel, GroupwiseRewardMode
 
 def encode(columns: Columns, terms: Terms) -> bytes:
     """The body of a request: what fields the samples have, as a server takes them."""
-    given = {n: v for n, v in columns.items() if v is not None and any(one is not None for one in v)}
+    given = {
+        n: v
+        for n, v in columns.items()
+        if v is not None and any(one is not None for one in v)
+    }
     of = _rgb if terms.takes_msgpack else _png
-    fields = {n: _each_image(v, of) if n in MEDIA_FIELDS else v for n, v in given.items()}
+    fields = {
+        n: _each_image(v, of) if n in MEDIA_FIELDS else v for n, v in given.items()
+    }
     if terms.takes_msgpack:
         return bytes(msgpack.packb(fields))
     return json.dumps({**dict.fromkeys(FLOW_FACTORY_FIELDS), **fields}).encode()
@@ -405,10 +485,16 @@ def terms_of(server: RemoteServer, response: httpx2.Response) -> Terms:
         Unscored: It is none of ours.
     """
     if response.status_code >= 500 or response.status_code == 429:
-        raise NoAnswerError(Unscored("failed", f"{server.name}/health answered {_words(response)}{server.way}"))
+        raise NoAnswerError(
+            Unscored(
+                "failed",
+                f"{server.name}/health answered {_words(response)}{server.way}",
+            )
+        )
     if not response.is_success:
         raise Unscored(
-            "failed", f"{server.name}/health answered {_words(response)}; is a reward server there?{server.way}"
+            "failed",
+            f"{server.name}/health answered {_words(response)}; is a reward server there?{server.way}",
         )
     said = _mapping(response)
     most, takes = said.get("max_body_bytes"), said.get("takes")
@@ -418,7 +504,9 @@ def terms_of(server: RemoteServer, response: httpx2.Response) -> Terms:
     )
 
 
-def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int, may_split: bool) -> list[Reward]:
+def rewards_of(
+    server: RemoteServer, response: httpx2.Response, num_samples: int, may_split: bool
+) -> list[Reward]:
     """What an answer at /compute says of each sample.
 
     Raises:
@@ -433,18 +521,32 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
     if is_success and not _says_what_is_wrong(said):
         if is_list:
             return list(rewards)
-        found = f"{len(rewards)} rewards" if isinstance(rewards, list) else f"no rewards but {cut(response.text)!r}"
-        raise Unscored("failed", f"{server.name} gave {found} for {num_samples} samples{server.way}")
+        found = (
+            f"{len(rewards)} rewards"
+            if isinstance(rewards, list)
+            else f"no rewards but {cut(response.text)!r}"
+        )
+        raise Unscored(
+            "failed",
+            f"{server.name} gave {found} for {num_samples} samples{server.way}",
+        )
     kind: FailureKind = "invalid" if status in (400, 413, 422) else "failed"
     reasons = _reasons(server, said, kind, num_samples)
     if reasons and is_list:
         return [reasons.get(i, reward) for i, reward in enumerate(rewards)]
     reason = Unscored(kind, f"{server.name} answered {_words(response)}{server.way}")
-    if reasons or is_success or kind == "invalid" or (status == 500 and may_split and num_samples > 1):
+    if (
+        reasons
+        or is_success
+        or kind == "invalid"
+        or (status == 500 and may_split and num_samples > 1)
+    ):
         raise RejectedError(reason, reasons)
     pause_s = _retry_after_s(response) if status in (429, 503) else None
     if pause_s is not None:
-        raise NoAnswerError(Unscored("timeout", reason.message), is_well=True, pause_s=pause_s)
+        raise NoAnswerError(
+            Unscored("timeout", reason.message), is_well=True, pause_s=pause_s
+        )
     if status >= 500 or status in (408, 425, 429):
         raise NoAnswerError(reason, is_well=status == 500)
     raise reason
@@ -453,12 +555,19 @@ def rewards_of(server: RemoteServer, response: httpx2.Response, num_samples: int
 def status_of(response: httpx2.Response) -> int:
     """The status of an answer; of one of 200 with an error in it the code of that, if it is a status."""
     error = inner_error(response.content) if response.is_success else None
-    return error.status if error is not None and error.code == str(error.status) else response.status_code
+    return (
+        error.status
+        if error is not None and error.code == str(error.status)
+        else response.status_code
+    )
 
 
 def backoff_s(num_failures: int) -> float:
     """How long to wait after `num_failures` of them."""
-    return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_failures - 1)) * random.uniform(0.5, 1.5))
+    return float(
+        min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_failures - 1))
+        * random.uniform(0.5, 1.5)
+    )
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -491,13 +600,26 @@ def _mapping(response: httpx2.Response) -> dict[str, Any]:
 def _says_what_is_wrong(said: Mapping[str, Any]) -> bool:
     """Whether an answer says that something went wrong, whatever its status is and whatever else it has."""
     errors = said.get("errors")
-    each = errors.values() if isinstance(errors, dict) else errors if isinstance(errors, list) else [errors]
+    each = (
+        errors.values()
+        if isinstance(errors, dict)
+        else errors
+        if isinstance(errors, list)
+        else [errors]
+    )
     status = said.get("status")
     is_failed = isinstance(status, str) and status.strip().casefold() in _FAILED
-    return bool(said.get("error")) or any(each) or is_failed or said.get("success") is False
+    return (
+        bool(said.get("error"))
+        or any(each)
+        or is_failed
+        or said.get("success") is False
+    )
 
 
-def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int) -> dict[int, Unscored]:
+def _reasons(
+    server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, num_samples: int
+) -> dict[int, Unscored]:
     """The reasons of the samples that a server blames: a text by index, or a list that has one for each sample."""
     errors = said.get("errors")
     if isinstance(errors, list) and len(errors) == num_samples:
@@ -505,7 +627,10 @@ def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, n
     texts = errors if isinstance(errors, dict) else {}
     places = {str(i): i for i in range(num_samples)}
     return {
-        places[i]: Unscored(kind, f"{server.name}: {cut(text if isinstance(text, str) else json.dumps(text))}")
+        places[i]: Unscored(
+            kind,
+            f"{server.name}: {cut(text if isinstance(text, str) else json.dumps(text))}",
+        )
         for i, text in texts.items()
         if i in places and text
     }
@@ -514,7 +639,9 @@ def _reasons(server: RemoteServer, said: Mapping[str, Any], kind: FailureKind, n
 def _words(response: httpx2.Response) -> str:
     """The status of an answer and what it says."""
     said = _mapping(response)
-    found = said.get("error") or said.get("detail") or said.get("message") or response.text
+    found = (
+        said.get("error") or said.get("detail") or said.get("message") or response.text
+    )
     if response.is_redirect:
         found = f"look at {without_password(response.headers.get('Location', ''))}, which is not followed"
     return f"{response.status_code}: {cut(found if isinstance(found, str) else json.dumps(found))}"

@@ -20,12 +20,20 @@ from tasks.samples import MEDIA_FIELDS, NUMBER_FIELDS
 from tasks.settings import Settings
 from workers.base import GroupwiseRewardModel, RewardModel, Unscored, whole
 from workers.code import LOADED
-from workers.loading import LoadedModel, Models, free_memory, is_out_of_memory, loss_of_device
+from workers.loading import (
+    LoadedModel,
+    Models,
+    free_memory,
+    is_out_of_memory,
+    loss_of_device,
+)
 from workers.outputs import Scored, failed, outcome_of, outcomes_of
 from workers.taking import Taking, is_ours, lacks_all_media, taking_of, unsent
 from workers.tracebacks import place_in, tracebacks
 
-Watch = Callable[[Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]]
+Watch = Callable[
+    [Sequence[SampleRequest], float], contextlib.AbstractContextManager[None]
+]
 
 Inputs = dict[str, Any]
 """The fields of one sample, decoded."""
@@ -64,7 +72,11 @@ class ModelRunner:
         model.model.admit()
 
     def run(
-        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+        self,
+        model: LoadedModel,
+        call: RewardCall,
+        samples: Sequence[SampleRequest],
+        payloads: Mapping[str, bytes],
     ) -> Iterator[dict[str, Outcome]]:
         """Outcomes by address, a batch at a time; one for each sample in all.
 
@@ -74,46 +86,83 @@ class ModelRunner:
         is_groupwise = isinstance(model.model, GroupwiseRewardModel)
         unfit = [s for s in samples if bool(s.members) != is_groupwise]
         if unfit:
-            yield {s.address: Outcome(failure=_unfit(call, is_groupwise)) for s in unfit}
+            yield {
+                s.address: Outcome(failure=_unfit(call, is_groupwise)) for s in unfit
+            }
         for group in (s for s in samples if s.members and is_groupwise):
             members = [m for m in group.members if m.failure is None]
             with whole(group):
-                outcomes = self._batch(model, call, members, payloads) if members else []
+                outcomes = (
+                    self._batch(model, call, members, payloads) if members else []
+                )
             scored = {id(m): o for m, o in zip(members, outcomes, strict=True)}
-            yield {group.address: Outcome(members=tuple(_member(m, scored) for m in group.members))}
+            yield {
+                group.address: Outcome(
+                    members=tuple(_member(m, scored) for m in group.members)
+                )
+            }
         singles = [s for s in samples if not s.members and not is_groupwise]
         while singles:
             size = min(call.batch_size, model.max_batch)
             batch, singles = singles[:size], singles[size:]
             outcomes = self._batch(model, call, batch, payloads)
-            yield {s.address: o for s, o in zip(batch, outcomes, strict=True) if isinstance(o, Outcome)}
+            yield {
+                s.address: o
+                for s, o in zip(batch, outcomes, strict=True)
+                if isinstance(o, Outcome)
+            }
             for busy in (o for o in outcomes if isinstance(o, BusyError)):
                 raise busy
 
     def _batch(
-        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+        self,
+        model: LoadedModel,
+        call: RewardCall,
+        samples: Sequence[SampleRequest],
+        payloads: Mapping[str, bytes],
     ) -> list[Scored]:
         """Decode and score these samples in one call; outcomes say where they were computed."""
         started = time.perf_counter()
         inputs = _inputs_of_all(model.model, call, samples, payloads)
         decode_s = time.perf_counter() - started
-        ready = [(s, i) for s, i in zip(samples, inputs, strict=True) if not isinstance(i, Outcome)]
-        scored = iter(self._score(model, call, [s for s, _ in ready], [i for _, i in ready]) if ready else ())
+        ready = [
+            (s, i)
+            for s, i in zip(samples, inputs, strict=True)
+            if not isinstance(i, Outcome)
+        ]
+        scored = iter(
+            self._score(model, call, [s for s, _ in ready], [i for _, i in ready])
+            if ready
+            else ()
+        )
         outcomes = [i if isinstance(i, Outcome) else next(scored) for i in inputs]
-        self.models.check_code(call)  # a call may import what it needs: by then it may have been edited
+        self.models.check_code(
+            call
+        )  # a call may import what it needs: by then it may have been edited
         origin = {
             **where_computed(),
             **_code_of(call),
             **({"device": model.device} if model.device else {}),
-            **({"load_warnings": list(model.load_warnings)} if model.load_warnings else {}),
+            **(
+                {"load_warnings": list(model.load_warnings)}
+                if model.load_warnings
+                else {}
+            ),
             "model_version": call.version,
             "decode_s": round(decode_s, 4),
             "score_s": round(time.perf_counter() - started - decode_s, 4),
         }
-        return [o.model_copy(update={"origin": origin}) if isinstance(o, Outcome) else o for o in outcomes]
+        return [
+            o.model_copy(update={"origin": origin}) if isinstance(o, Outcome) else o
+            for o in outcomes
+        ]
 
     def _score(
-        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
+        self,
+        model: LoadedModel,
+        call: RewardCall,
+        samples: Sequence[SampleRequest],
+        inputs: Sequence[Inputs],
     ) -> list[Scored]:
         """What became of each input. A batch that raises is halved, down to the sample that alone fails.
 
@@ -126,15 +175,30 @@ class ModelRunner:
             return [outcome_of(error)] * len(inputs)
         except BusyError as error:
             return [error] * len(inputs)
-        except BaseException as error:  # a reward model is the user's code and may raise anything
-            with self.watch(samples, call.timeout_s):  # it waits for what the call has begun there
+        except (
+            BaseException
+        ) as error:  # a reward model is the user's code and may raise anything
+            with self.watch(
+                samples, call.timeout_s
+            ):  # it waits for what the call has begun there
                 loss = loss_of_device(self._device)
-            if loss is not None:  # else every later sample would fail, with an error that is not its own
+            if (
+                loss is not None
+            ):  # else every later sample would fail, with an error that is not its own
                 self.lose_device(loss)
-            outcome, did_not_fit = outcome_of(error, _place_in(error, call)), is_out_of_memory(error)
-            if not isinstance(error, Unscored) and not (did_not_fit and len(inputs) > 1):
+            outcome, did_not_fit = (
+                outcome_of(error, _place_in(error, call)),
+                is_out_of_memory(error),
+            )
+            if not isinstance(error, Unscored) and not (
+                did_not_fit and len(inputs) > 1
+            ):
                 tracebacks.write("raised", call.model, error)
-        half, before, num_too_large = max(1, len(inputs) // 2), model.max_batch, model.num_too_large
+        half, before, num_too_large = (
+            max(1, len(inputs) // 2),
+            model.max_batch,
+            model.num_too_large,
+        )
         if did_not_fit:
             if len(inputs) == 1:
                 model.num_too_large += 1
@@ -147,12 +211,18 @@ class ModelRunner:
         while len(scored) < len(inputs):
             part = slice(len(scored), len(scored) + min(half, model.max_batch))
             scored += self._score(model, call, samples[part], inputs[part])
-        if model.num_too_large > num_too_large:  # of what others of this size need, that says nothing
+        if (
+            model.num_too_large > num_too_large
+        ):  # of what others of this size need, that says nothing
             model.max_batch = before
         return scored
 
     def _call(
-        self, model: LoadedModel, call: RewardCall, samples: Sequence[SampleRequest], inputs: Sequence[Inputs]
+        self,
+        model: LoadedModel,
+        call: RewardCall,
+        samples: Sequence[SampleRequest],
+        inputs: Sequence[Inputs],
     ) -> list[Scored]:
         columns = {name: [one[name] for one in inputs] for name in inputs[0]}
         given = taking_of(model.model).call_with(columns)
@@ -162,7 +232,13 @@ class ModelRunner:
             return outcomes_of(model.model(**given), len(inputs))  # type: ignore[operator]
 
 
-def decode(taking: Taking, sample: SampleRequest, payloads: Mapping[str, bytes], *, as_tensor: bool = False) -> Inputs:
+def decode(
+    taking: Taking,
+    sample: SampleRequest,
+    payloads: Mapping[str, bytes],
+    *,
+    as_tensor: bool = False,
+) -> Inputs:
     """The fields that a model takes, media as PIL images or tensors; None where the sample has none."""
     inputs: Inputs = {"prompt": sample.prompt}
     for name in taking.fields:
@@ -177,7 +253,16 @@ def decode(taking: Taking, sample: SampleRequest, payloads: Mapping[str, bytes],
 def where_computed() -> dict[str, Any]:
     """What a reward may depend on besides its inputs: versions of the libraries in this environment."""
     versions = {"python": platform.python_version()}
-    for name in ("rewardq", "torch", "transformers", "open_clip_torch", "onnxruntime", "rapidocr", "pillow", "openai"):
+    for name in (
+        "rewardq",
+        "torch",
+        "transformers",
+        "open_clip_torch",
+        "onnxruntime",
+        "rapidocr",
+        "pillow",
+        "openai",
+    ):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -189,7 +274,10 @@ def where_computed() -> dict[str, Any]:
 
 
 def _inputs_of_all(
-    model: RewardModel, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
+    model: RewardModel,
+    call: RewardCall,
+    samples: Sequence[SampleRequest],
+    payloads: Mapping[str, bytes],
 ) -> list[Inputs | Outcome]:
     """What the model is called with for each sample, or why it cannot be.
 
@@ -208,7 +296,11 @@ def _inputs_of_all(
 
 
 def _inputs_of(
-    model: RewardModel, taking: Taking, call: RewardCall, sample: SampleRequest, payloads: Mapping[str, bytes]
+    model: RewardModel,
+    taking: Taking,
+    call: RewardCall,
+    sample: SampleRequest,
+    payloads: Mapping[str, bytes],
 ) -> Inputs | Outcome:
     failure = unsent(call.model, taking, [sample])
     if failure is not None:
@@ -216,10 +308,14 @@ def _inputs_of(
     lacking = lacks_all_media(taking, sample)
     if is_ours(model):
         lacking = " and ".join(
-            n for n in model.required_fields if n in MEDIA_FIELDS and sample.media.get(n) in (None, ())
+            n
+            for n in model.required_fields
+            if n in MEDIA_FIELDS and sample.media.get(n) in (None, ())
         )
     if lacking:
-        return failed(f"{call.model} needs {lacking}, which the sample has not", "invalid")
+        return failed(
+            f"{call.model} needs {lacking}, which the sample has not", "invalid"
+        )
     try:
         return decode(taking, sample, payloads, as_tensor=model.use_tensor_inputs)
     except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
@@ -257,7 +353,11 @@ def _member(member: SampleRequest, scored: Mapping[int, Scored]) -> Outcome:
     return outcome
 
 
-def _decode_field(refs: MediaRef | tuple[MediaRef, ...] | None, payloads: Mapping[str, bytes], as_tensor: bool) -> Any:
+def _decode_field(
+    refs: MediaRef | tuple[MediaRef, ...] | None,
+    payloads: Mapping[str, bytes],
+    as_tensor: bool,
+) -> Any:
     if refs is None:
         return None
     if isinstance(refs, MediaRef):
@@ -285,4 +385,8 @@ def _present(array: Any, ref: MediaRef, as_tensor: bool) -> Any:
         return media.to_waveform(array) if as_tensor else array
     if as_tensor:
         return media.to_tensor(array)
-    return media.to_pil(array) if array.ndim == 3 else [media.to_pil(frame) for frame in array]
+    return (
+        media.to_pil(array)
+        if array.ndim == 3
+        else [media.to_pil(frame) for frame in array]
+    )

@@ -43,7 +43,9 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:  # it reads that while it is imported
+if (
+    "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
+):  # it reads that while it is imported
     log.warning(
         "onnxruntime was imported before the reward server and may send telemetry to Microsoft; import the server "
         "first, or set ORT_DISABLE_TELEMETRY=1 where the process is started"
@@ -132,7 +134,9 @@ class RewardServer:
             port: The port to listen on, unless the constructor's.
         """
         if not logging.getLogger().handlers:
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+            logging.basicConfig(
+                level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+            )
         config = uvicorn.Config(
             self.make_app(),
             host=self.host if host is None else host,
@@ -144,7 +148,9 @@ class RewardServer:
         signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         before = {number: signal.signal(number, _stop) for number in signals}
         try:
-            uvicorn.Server(config).run()  # when it is done it sends on the signal that stopped it
+            uvicorn.Server(
+                config
+            ).run()  # when it is done it sends on the signal that stopped it
         except _Stopped:
             log.info("stopped")
         finally:
@@ -181,7 +187,9 @@ class _Desk:
     def __init__(self, server: RewardServer) -> None:
         self._server = server
         self._arguments, self._needed = _declared_by(server)
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Mapping[str, Any]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Mapping[str, Any]]] = (
+            queue.SimpleQueue()
+        )
         self._num_in_hand = 0
         self._num_calls = 0
         """Those of them that have arrived: they are computed, or are to be."""
@@ -189,7 +197,9 @@ class _Desk:
         """What calls took lately."""
         self._num_threads = server.num_threads if server.thread_safe else 1
         for _ in range(self._num_threads):
-            threading.Thread(target=self._compute, name="compute_reward", daemon=True).start()
+            threading.Thread(
+                target=self._compute, name="compute_reward", daemon=True
+            ).start()
 
     def app(self) -> FastAPI:
         app = FastAPI(title=type(self._server).__name__)
@@ -209,7 +219,9 @@ class _Desk:
                 return JSONResponse({"rewards": await self._rewards(request)})
             except _RequestError as error:
                 log.warning("no rewards status=%d", error.status)
-                return JSONResponse(error.body, error.status, self._headers(error.status))
+                return JSONResponse(
+                    error.body, error.status, self._headers(error.status)
+                )
             except Exception as error:  # what compute_reward returned may be anything
                 log.exception("no rewards status=500")
                 return JSONResponse(_RequestError(500, _words(error)).body, 500)
@@ -220,18 +232,25 @@ class _Desk:
         if status == 503:
             pause_s = math.ceil((self._compute_s or 0.0) / self._num_threads)
             return {"Retry-After": str(min(LONGEST_PAUSE_S, max(1, pause_s)))}
-        return {"Connection": "close"} if status == 408 else None  # what else comes there is no request
+        return (
+            {"Connection": "close"} if status == 408 else None
+        )  # what else comes there is no request
 
     async def _rewards(self, request: Request) -> list[float]:
         num_in_hand, most = self._num_in_hand, self._server.max_waiting
         if num_in_hand >= most:
             await self._received(request, 0)
-            raise _RequestError(503, f"{num_in_hand} requests are in hand, the most is {most}")
+            raise _RequestError(
+                503, f"{num_in_hand} requests are in hand, the most is {most}"
+            )
         self._num_in_hand += 1
         try:
             body = await self._received(request, self._server.max_body_bytes)
             if body is None:
-                raise _RequestError(413, f"more than {self._server.max_body_bytes} bytes; send fewer samples at once")
+                raise _RequestError(
+                    413,
+                    f"more than {self._server.max_body_bytes} bytes; send fewer samples at once",
+                )
             self._check_wait()
             self._num_calls += 1
             try:
@@ -243,9 +262,13 @@ class _Desk:
 
     async def _received(self, request: Request, max_bytes: int) -> bytes | None:
         try:
-            return await asyncio.wait_for(_body_of(request, max_bytes), self._server.max_receive_s)
+            return await asyncio.wait_for(
+                _body_of(request, max_bytes), self._server.max_receive_s
+            )
         except asyncio.TimeoutError:  # on Python 3.9 another class than TimeoutError
-            raise _RequestError(408, f"not all of it came within {self._server.max_receive_s} seconds") from None
+            raise _RequestError(
+                408, f"not all of it came within {self._server.max_receive_s} seconds"
+            ) from None
 
     def _check_wait(self) -> None:
         """Refuse a request that would wait for too long; one for which a thread is free never does."""
@@ -253,7 +276,9 @@ class _Desk:
         if wait_s > self._server.max_wait_s:
             took = f"each took {self._compute_s:.3g} seconds lately"
             wait = f"that makes {wait_s:.3g} seconds, the most is {self._server.max_wait_s}"
-            raise _RequestError(503, f"{self._num_calls} requests are in hand and {took}: {wait}")
+            raise _RequestError(
+                503, f"{self._num_calls} requests are in hand and {took}: {wait}"
+            )
 
     async def _computed(self, body: bytes, request: Request) -> list[float]:
         kind = request.headers.get("content-type", "")
@@ -263,14 +288,18 @@ class _Desk:
             return []
         call: Future[Any] = Future()
         self._calls.put((call, given))
-        late = asyncio.get_running_loop().call_later(LATE * self._server.max_wait_s, call.cancel)
+        late = asyncio.get_running_loop().call_later(
+            LATE * self._server.max_wait_s, call.cancel
+        )
         try:
             found, error = await _unless_gone(call, request)
         except asyncio.CancelledError:
             if not call.cancelled():
                 raise
             text = f"its turn did not come within {LATE * self._server.max_wait_s:g} seconds"
-            raise _RequestError(503, f"{self._num_calls} requests are in hand: {text}") from None
+            raise _RequestError(
+                503, f"{self._num_calls} requests are in hand: {text}"
+            ) from None
         finally:
             late.cancel()
             if call.cancelled():
@@ -282,19 +311,31 @@ class _Desk:
     def _decode(self, body: bytes, kind: str) -> dict[str, Any]:
         """The fields that compute_reward takes, and the prompts."""
         fields: Any = _parsed(body, kind)
-        lacking = [name for name in FIELDS if name in self._needed and fields.get(name) is None]
+        lacking = [
+            name for name in FIELDS if name in self._needed and fields.get(name) is None
+        ]
         if lacking:
-            raise _RequestError(400, f"compute_reward needs {' and '.join(lacking)}, which the request has not")
-        given: dict[str, Any] = {name: fields.get(name) for name in ("prompt", *self._arguments.values())}
+            raise _RequestError(
+                400,
+                f"compute_reward needs {' and '.join(lacking)}, which the request has not",
+            )
+        given: dict[str, Any] = {
+            name: fields.get(name) for name in ("prompt", *self._arguments.values())
+        }
         problems: dict[str, str] = {}
         for name, depth in MEDIA_DEPTHS.items():
             if given.get(name) is not None:
-                given[name] = [self._media(name, depth, i, one, problems) for i, one in enumerate(given[name])]
+                given[name] = [
+                    self._media(name, depth, i, one, problems)
+                    for i, one in enumerate(given[name])
+                ]
         if problems:
             raise _RequestError(422, _first(problems), errors=problems)
         return given
 
-    def _media(self, name: str, depth: int, sample: int, value: Any, problems: dict[str, str]) -> Any:
+    def _media(
+        self, name: str, depth: int, sample: int, value: Any, problems: dict[str, str]
+    ) -> Any:
         """One sample's media of a field; what is wrong with it is noted."""
         try:
             return _images(value, depth, self._server.max_pixels)
@@ -312,18 +353,24 @@ class _Desk:
 
     def _call(self, given: Mapping[str, Any]) -> tuple[Any, BaseException | None]:
         """What compute_reward returns and what it raises."""
-        arguments = {argument: given.get(field) for argument, field in self._arguments.items()}
+        arguments = {
+            argument: given.get(field) for argument, field in self._arguments.items()
+        }
         started = time.monotonic()
         try:
             return self._server.compute_reward(**arguments), None
-        except BaseException as error:  # the user's code may raise anything, SystemExit too
+        except (
+            BaseException
+        ) as error:  # the user's code may raise anything, SystemExit too
             log.exception("compute_reward raised")
             return None, error
         finally:
             took_s = time.monotonic() - started
             before_s = took_s if self._compute_s is None else self._compute_s
             self._compute_s = before_s + SMOOTHING * (took_s - before_s)
-            log.info("computed num_samples=%d compute_s=%.3f", len(given["prompt"]), took_s)
+            log.info(
+                "computed num_samples=%d compute_s=%.3f", len(given["prompt"]), took_s
+            )
 
 
 def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
@@ -335,13 +382,25 @@ def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
         field = OTHER_NAMES.get(name, name)
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_rest = True
-        elif field in FIELDS and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        elif field in FIELDS and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
             arguments[name] = field
             if parameter.default is parameter.empty:
                 needed.add(field)
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
-            raise TypeError(f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}")
-    rest = [f for f in FIELDS if f not in arguments.values() and f not in BY_NAME] if takes_rest else []
+        elif (
+            parameter.default is parameter.empty
+            and parameter.kind is not parameter.VAR_POSITIONAL
+        ):
+            raise TypeError(
+                f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}"
+            )
+    rest = (
+        [f for f in FIELDS if f not in arguments.values() and f not in BY_NAME]
+        if takes_rest
+        else []
+    )
     return {**arguments, **{field: field for field in rest}}, needed
 
 
@@ -386,16 +445,27 @@ def _parsed(body: bytes, kind: str) -> Any:
     try:
         fields = msgpack.unpackb(body) if kind.startswith(MSGPACK) else json.loads(body)
     except Exception as error:  # msgpack raises many kinds
-        raise _RequestError(400, f"the body cannot be read as {kind or 'JSON'}: {_words(error)}") from None
+        raise _RequestError(
+            400, f"the body cannot be read as {kind or 'JSON'}: {_words(error)}"
+        ) from None
     prompts = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+    if not isinstance(prompts, list) or not all(
+        isinstance(prompt, str) for prompt in prompts
+    ):
         raise _RequestError(400, "the body needs 'prompt', a list of texts")
     for name in FIELDS:
         value = fields.get(name)
-        if value is not None and not (isinstance(value, list) and len(value) == len(prompts)):
-            found = f"{len(value)} values" if isinstance(value, list) else f"a {type(value).__name__}"
+        if value is not None and not (
+            isinstance(value, list) and len(value) == len(prompts)
+        ):
+            found = (
+                f"{len(value)} values"
+                if isinstance(value, list)
+                else f"a {type(value).__name__}"
+            )
             raise _RequestError(
-                400, f"{name!r} has {found} for {len(prompts)} prompts; it needs a list of one for each"
+                400,
+                f"{name!r} has {found} for {len(prompts)} prompts; it needs a list of one for each",
             )
     return fields
 
@@ -411,13 +481,19 @@ def _images(value: Any, depth: int, max_pixels: int) -> Any:
     if isinstance(value, str):
         image = Image.open(io.BytesIO(_bytes_of(value)))
         _check_size(image.size, max_pixels)
-        if image.mode.startswith(("I", "F")):  # more than 8 bits, which Pillow would cut off at white
-            raise ValueError(f"its mode {image.mode} has no exact RGB; send 8 bits a channel")
+        if image.mode.startswith(
+            ("I", "F")
+        ):  # more than 8 bits, which Pillow would cut off at white
+            raise ValueError(
+                f"its mode {image.mode} has no exact RGB; send 8 bits a channel"
+            )
         return image.convert("RGB")
     if isinstance(value, dict) and {"size", "rgb"} <= value.keys():
         _check_size(value["size"], max_pixels)
         return Image.frombytes("RGB", tuple(value["size"]), value["rgb"])
-    raise ValueError(f"needs an image as a text in base64, found a {type(value).__name__}")
+    raise ValueError(
+        f"needs an image as a text in base64, found a {type(value).__name__}"
+    )
 
 
 def _bytes_of(text: str) -> bytes:
@@ -426,7 +502,9 @@ def _bytes_of(text: str) -> bytes:
     if not is_url:
         return base64.b64decode(text)
     if head != "data":
-        raise ValueError(f"needs an image in base64, found a URL ({head}:...), which nothing is fetched from")
+        raise ValueError(
+            f"needs an image in base64, found a URL ({head}:...), which nothing is fetched from"
+        )
     kind, comma, _ = rest.partition(",")
     if not comma or not kind.endswith(";base64"):
         raise ValueError("needs a data: URL in base64 (data:image/png;base64,...)")
@@ -443,13 +521,19 @@ def _checked(found: Any, num_samples: int) -> list[Any]:
     """The rewards that compute_reward returned. Raises the answer that names each sample without one."""
     values = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(values, (list, tuple)) or len(values) != num_samples:
-        number = len(values) if isinstance(values, (list, tuple)) else f"a {type(found).__name__} instead of"
+        number = (
+            len(values)
+            if isinstance(values, (list, tuple))
+            else f"a {type(found).__name__} instead of"
+        )
         text = f"compute_reward returned {number} rewards for {num_samples} samples"
         errors = {str(i): text for i in range(num_samples)}
         raise _RequestError(500, f"{_named(num_samples)}: {text}", errors=errors)
     rewards = [_number(value) for value in values]
     problems = {
-        str(i): _words(value) if isinstance(value, BaseException) else f"compute_reward returned {value!r:.200}"
+        str(i): _words(value)
+        if isinstance(value, BaseException)
+        else f"compute_reward returned {value!r:.200}"
         for i, value in enumerate(values)
         if rewards[i] is None
     }
@@ -464,7 +548,11 @@ def _number(value: Any) -> float | None:
         found = value.item() if hasattr(value, "item") else value
         is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
         return float(found) if is_number and math.isfinite(found) else None
-    except (ValueError, RuntimeError, OverflowError):  # of several numbers, or larger than a float
+    except (
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ):  # of several numbers, or larger than a float
         return None
 
 
@@ -480,7 +568,9 @@ def _named(num_samples: int) -> str:
 def _first(problems: Mapping[str, str]) -> str:
     """The first of the problems, and how many there are."""
     sample, reason = next(iter(problems.items()))
-    return f"sample {sample}: {reason}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    return f"sample {sample}: {reason}" + (
+        f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    )
 
 
 def _words(error: BaseException) -> str:

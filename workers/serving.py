@@ -8,7 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from celery.signals import after_setup_logger, celeryd_after_setup, worker_init, worker_ready
+from celery.signals import (
+    after_setup_logger,
+    celeryd_after_setup,
+    worker_init,
+    worker_ready,
+)
 from PIL import Image
 
 from tasks.celery_app import outcomes_of
@@ -32,7 +37,13 @@ from workers.lifetime import (
 )
 from workers.preloading import AskServers, preload
 from workers.running import ModelRunner
-from workers.terminal import RedisLog, ScoreLog, quiet_celery, say_ready, show_urls_as_written
+from workers.terminal import (
+    RedisLog,
+    ScoreLog,
+    quiet_celery,
+    say_ready,
+    show_urls_as_written,
+)
 from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -70,7 +81,9 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
         raise SystemExit(f"worker cannot start: {error}") from None
     except Exception as error:
         log.exception("worker cannot start")
-        raise SystemExit(f"worker cannot start: {type(error).__name__}: {error}") from None
+        raise SystemExit(
+            f"worker cannot start: {type(error).__name__}: {error}"
+        ) from None
 
 
 def _open_desk(node: str, app: Any) -> None:
@@ -84,7 +97,14 @@ def _open_desk(node: str, app: Any) -> None:
     runner = ModelRunner(settings)
     app.refusals = refusals = Refusals(settings, queues)
     beats = HeartbeatThread(
-        node, queues, outcomes, store, runner.models, settings.claim_ttl_s, redis_log, refusals.refusal
+        node,
+        queues,
+        outcomes,
+        store,
+        runner.models,
+        settings.claim_ttl_s,
+        redis_log,
+        refusals.refusal,
     )
     watchdog = Watchdog(
         time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),
@@ -108,7 +128,9 @@ def _open_desk(node: str, app: Any) -> None:
     try:
         rewards = preload(settings, queues, runner.models)
     except RewardError as error:
-        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {' '.join(str(error).split())}") from None
+        raise SystemExit(
+            f"REWARDQ_PRELOAD={settings.preload}: {' '.join(str(error).split())}"
+        ) from None
     servers = AskServers(rewards, say=lambda words: setattr(beats, "unanswered", words))
     servers.ask_all()
     servers.start()
@@ -120,7 +142,12 @@ def _open_desk(node: str, app: Any) -> None:
     worker_ready.connect(ready, weak=False)
 
 
-def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[SampleRequest], message: str) -> None:
+def _time_out(
+    outcomes: Outcomes,
+    beats: HeartbeatThread,
+    samples: Sequence[SampleRequest],
+    message: str,
+) -> None:
     """Write the reason for samples whose model hangs, in the place of their task."""
     tokens = beats.held
     beats.drop(sample.address for sample in samples)
@@ -129,7 +156,9 @@ def _time_out(outcomes: Outcomes, beats: HeartbeatThread, samples: Sequence[Samp
             failure = Failure(kind="timeout", message=message)
             outcome = Outcome(failure=failure, attempt=sample.attempt)
             # A process that was stopped (SIGSTOP) for as long looks the same; by now another may score its samples.
-            outcomes.write({sample.address: outcome}, tokens[sample.address], only_claimed=True)
+            outcomes.write(
+                {sample.address: outcome}, tokens[sample.address], only_claimed=True
+            )
 
 
 def _hand_back(outcomes: Outcomes, beats: HeartbeatThread) -> None:

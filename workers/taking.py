@@ -42,15 +42,25 @@ class Taking:
         """
         given: dict[str, Any] = {}
         for field, column in columns.items():
-            value = None if field != "prompt" and all(one is None for one in column) else column
-            names = [name for name in (field, *_their_names(field)) if name in self.arguments]
+            value = (
+                None
+                if field != "prompt" and all(one is None for one in column)
+                else column
+            )
+            names = [
+                name for name in (field, *_their_names(field)) if name in self.arguments
+            ]
             for name in names:
                 has_default = self.arguments[name]
                 if value is not None or not has_default:
                     given[name] = value
             if not names and self.takes_rest:
-                looked_up = [name for name in _their_names(field) if name in self.looked_up]
-                given |= dict.fromkeys((self.words.get(field, field), *looked_up), value)
+                looked_up = [
+                    name for name in _their_names(field) if name in self.looked_up
+                ]
+                given |= dict.fromkeys(
+                    (self.words.get(field, field), *looked_up), value
+                )
         return given
 
 
@@ -65,14 +75,29 @@ def taking_of(model: RewardModel) -> Taking:
     declared = tuple(words)
     unknown = [name for name in declared if name not in SAMPLE_FIELDS]
     if unknown:
-        raise ModelLoadError(f"{type(model).__name__} declares what is none: {no_such_field(unknown[0])}")
+        raise ModelLoadError(
+            f"{type(model).__name__} declares what is none: {no_such_field(unknown[0])}"
+        )
     arguments, takes_rest = _arguments(model)
     looked_up = _looked_up(model) if takes_rest else frozenset()
-    by_name = [THEIR_NAMES.get(name, name) for name in BY_NAME if name in arguments or name in looked_up]
-    return Taking(declared, words, tuple(dict.fromkeys((*declared, *by_name))), arguments, takes_rest, looked_up)
+    by_name = [
+        THEIR_NAMES.get(name, name)
+        for name in BY_NAME
+        if name in arguments or name in looked_up
+    ]
+    return Taking(
+        declared,
+        words,
+        tuple(dict.fromkeys((*declared, *by_name))),
+        arguments,
+        takes_rest,
+        looked_up,
+    )
 
 
-def unsent(name: str, taking: Taking, samples: Iterable[SampleRequest]) -> Failure | None:
+def unsent(
+    name: str, taking: Taking, samples: Iterable[SampleRequest]
+) -> Failure | None:
     """Why these samples cannot be scored if the model takes a field that they have and that was not sent.
 
     To the model it would look like a sample without: a number that is plausible and wrong.
@@ -97,7 +122,11 @@ def lacks_all_media(taking: Taking, sample: SampleRequest) -> str:
     """The media fields that a model declares, if it scores media and the sample has none of them; else empty."""
     media = [field for field in taking.declared if field in MEDIA_FIELDS]
     is_there = any(sample.media.get(field) not in (None, ()) for field in media)
-    return "" if is_there or not any(field in GENERATED for field in media) else " or ".join(media)
+    return (
+        ""
+        if is_there or not any(field in GENERATED for field in media)
+        else " or ".join(media)
+    )
 
 
 def is_ours(model: RewardModel) -> bool:
@@ -112,9 +141,19 @@ def _declared(model: RewardModel, attribute: str) -> tuple[str, ...]:
         value = value()
     if value is None:
         return ()
-    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    names = (
+        (value,)
+        if isinstance(value, str)
+        else tuple(value)
+        if isinstance(value, Iterable)
+        else (value,)
+    )
     if not all(isinstance(name, str) for name in names):
-        raise ModelLoadError(f"{type(model).__name__}.{attribute} must name fields of a sample, found {value!r}"[:500])
+        raise ModelLoadError(
+            f"{type(model).__name__}.{attribute} must name fields of a sample, found {value!r}"[
+                :500
+            ]
+        )
     return names
 
 
@@ -124,7 +163,9 @@ def _arguments(model: RewardModel) -> tuple[dict[str, bool], bool]:
         parameters = inspect.signature(model.__call__).parameters.values()  # type: ignore[operator]
     except (TypeError, ValueError):  # not a function of Python
         return {}, True
-    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    by_name = [
+        p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {p.name: p.default is not p.empty for p in by_name}, takes_rest
 
@@ -132,7 +173,9 @@ def _arguments(model: RewardModel) -> tuple[dict[str, bool], bool]:
 def _looked_up(model: RewardModel) -> frozenset[str]:
     """The names of fields that the code of a call has as texts, in functions within it too."""
     found: set[str] = set()
-    waiting: list[Any] = [getattr(inspect.unwrap(type(model).__call__), "__code__", None)]  # type: ignore[operator]
+    waiting: list[Any] = [
+        getattr(inspect.unwrap(type(model).__call__), "__code__", None)
+    ]  # type: ignore[operator]
     while waiting:
         constants = getattr(waiting.pop(), "co_consts", ())
         found |= {one for one in constants if isinstance(one, str)}
@@ -147,7 +190,9 @@ def _their_names(field: str) -> list[str]:
 def _warn_of_named(name: str, taking: Taking, withheld: set[str]) -> None:
     """Say which media a class has an argument for, or looks up, without declaring them: they do not travel."""
     for field in MEDIA_FIELDS:
-        if field in withheld and (field in taking.arguments or field in taking.looked_up):
+        if field in withheld and (
+            field in taking.arguments or field in taking.looked_up
+        ):
             _warn_once(name, field)
 
 

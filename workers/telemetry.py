@@ -21,7 +21,9 @@ def turn_off() -> None:
 
     onnxruntime reads its own while it is imported; where that has happened the log says so, since nothing else helps.
     """
-    is_too_late = "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
+    is_too_late = (
+        "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
+    )
     for name, value in TURNED_OFF.items():
         os.environ.setdefault(name, value)
     if is_too_late:

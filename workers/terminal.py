@@ -54,7 +54,10 @@ class RedisLog:
                 return
             self._without.remove(who)
             if not self._without:
-                log.warning("Redis is back after %.0f s, the worker serves on", time.monotonic() - self._since)
+                log.warning(
+                    "Redis is back after %.0f s, the worker serves on",
+                    time.monotonic() - self._since,
+                )
 
     @property
     def is_gone(self) -> bool:
@@ -89,9 +92,13 @@ class ScoreLog(threading.Thread):
         self._said_at = now
 
 
-def say_ready(settings: Settings, queues: Sequence[str], models: Sequence[str], threads: int) -> None:
+def say_ready(
+    settings: Settings, queues: Sequence[str], models: Sequence[str], threads: int
+) -> None:
     """One line when a worker begins to take tasks."""
-    results = f", results {without_password(settings.results)}" if settings.result_url else ""
+    results = (
+        f", results {without_password(settings.results)}" if settings.result_url else ""
+    )
     log.info(
         "ready: queues %s (%d at once); models %s; Redis %s%s; payloads %s",
         ", ".join(queues),
@@ -107,9 +114,14 @@ def quiet_celery(redis_log: RedisLog, settings: Settings) -> None:
     """Let our own lines stand for Celery's on lost connections, and show URLs as they are written."""
     has_password = without_password(settings.broker_url) != settings.broker_url
     for name in ("celery.worker.consumer.consumer", "celery.bootsteps"):
-        logging.getLogger(name).addFilter(_LostConnections(redis_log, servers_of(settings)[0]))
+        logging.getLogger(name).addFilter(
+            _LostConnections(redis_log, servers_of(settings)[0])
+        )
     if not has_password:
-        for name in ("celery.worker.consumer.connection", "celery.worker.consumer.consumer"):
+        for name in (
+            "celery.worker.consumer.connection",
+            "celery.worker.consumer.consumer",
+        ):
             logging.getLogger(name).addFilter(_without_marks)
 
 
@@ -119,9 +131,18 @@ def show_urls_as_written(worker: Any, settings: Settings) -> None:
 
     def shown(artlines: bool = True) -> str:
         text: str = startup_info(artlines=artlines)
-        transport, results = worker.app.connection().as_uri(), worker.app.backend.as_uri()
-        text = text.replace(f"transport:   {transport}", f"transport:   {without_password(settings.broker_url)}")
-        return text.replace(f"results:     {results}", f"results:     {without_password(settings.results)}")
+        transport, results = (
+            worker.app.connection().as_uri(),
+            worker.app.backend.as_uri(),
+        )
+        text = text.replace(
+            f"transport:   {transport}",
+            f"transport:   {without_password(settings.broker_url)}",
+        )
+        return text.replace(
+            f"results:     {results}",
+            f"results:     {without_password(settings.results)}",
+        )
 
     worker.startup_info = shown
 
@@ -139,7 +160,9 @@ class _LostConnections(logging.Filter):
         if "Connection to broker lost" in text or "Cannot connect to" in text:
             return self._is_another(record)
         is_without = self._redis_log.is_gone or self._redis_log.refusal is not None
-        if text.startswith("Error on ") and is_without:  # a step that cannot say goodbye to a server
+        if (
+            text.startswith("Error on ") and is_without
+        ):  # a step that cannot say goodbye to a server
             return False
         if "Frequent restarts detected" in text:
             record.exc_info = None
@@ -150,8 +173,14 @@ class _LostConnections(logging.Filter):
         errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
         for error in errors:
             for one in (error, error.__cause__):
-                is_answer = isinstance(one, redis.ResponseError | redis.AuthenticationError)
-                if one is not None and is_answer and words_for(one, self._broker) is not None:
+                is_answer = isinstance(
+                    one, redis.ResponseError | redis.AuthenticationError
+                )
+                if (
+                    one is not None
+                    and is_answer
+                    and words_for(one, self._broker) is not None
+                ):
                     self._redis_log.refusal = one
                     return False
             if isinstance(error, LOST) or isinstance(error.__cause__, LOST):
@@ -162,5 +191,8 @@ class _LostConnections(logging.Filter):
 
 def _without_marks(record: logging.LogRecord) -> bool:
     if isinstance(record.args, tuple):
-        record.args = tuple(a.replace(NO_PASSWORD, "://") if isinstance(a, str) else a for a in record.args)
+        record.args = tuple(
+            a.replace(NO_PASSWORD, "://") if isinstance(a, str) else a
+            for a in record.args
+        )
     return True

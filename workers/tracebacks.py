@@ -28,7 +28,9 @@ MAX_KEPT = 1000
 
 _ROOTS = {Path(__file__).parents[1], Path(__file__).resolve().parents[1]}
 """Where this package lies, and the folder of links by which an editable install imports it: frames have either."""
-_OURS = tuple(f"{root / package}/" for root in _ROOTS for package in ("tasks", "workers"))
+_OURS = tuple(
+    f"{root / package}/" for root in _ROOTS for package in ("tasks", "workers")
+)
 _ON_THE_WAY = (
     *(
         str(root / "workers" / name)
@@ -42,7 +44,10 @@ _ON_THE_WAY = (
 _LIBRARIES = tuple(
     f"{Path(folder).resolve()}/"
     for folder in {
-        *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        *(
+            sysconfig.get_paths()[name]
+            for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        ),
         *site.getsitepackages(),
         site.getusersitepackages(),
     }
@@ -70,13 +75,22 @@ class TracebackLog:
             reward: The reward model.
         """
         trace = _of_the_model(error.__traceback__)
-        places = tuple((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace))
+        places = tuple(
+            (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)
+        )
         num_before = self._count((event, reward, type(error), places))
         if num_before is None:
             return
         again = f" num_since_last_logged={num_before}" if num_before else ""
         text = _text_of(error, trace)
-        log.error("%s reward=%s error=%s%s\n%s", event, reward, type(error).__name__, again, text)
+        log.error(
+            "%s reward=%s error=%s%s\n%s",
+            event,
+            reward,
+            type(error).__name__,
+            again,
+            text,
+        )
 
     def _count(self, key: tuple[object, ...]) -> int | None:
         """How often the error came since it was logged last; None if it is not to be logged now."""
@@ -114,7 +128,9 @@ def place_in(error: BaseException, reward: str) -> str:
         is_library = not is_home and _is_library(file)
         if not is_library:
             is_home = is_home or bool(folder and file.startswith(folder))
-            places["home" if is_home else "elsewhere"] = f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
+            places["home" if is_home else "elsewhere"] = (
+                f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
+            )
     return places["home"] or places["elsewhere"]
 
 
@@ -135,7 +151,11 @@ def _text_of(error: BaseException, trace: TracebackType | None) -> str:
         text = "".join([*traceback.format_tb(trace), words_of(error)])
     text = text.encode("utf-8", "replace").decode()
     half = MAX_CHARS // 2
-    return text if len(text) <= MAX_CHARS else f"{text[:half]}\n... ({len(text)} characters) ...\n{text[-half:]}"
+    return (
+        text
+        if len(text) <= MAX_CHARS
+        else f"{text[:half]}\n... ({len(text)} characters) ...\n{text[-half:]}"
+    )
 
 
 def _of_the_model(trace: TracebackType | None) -> TracebackType | None:
@@ -154,7 +174,9 @@ def _parts(trace: TracebackType | None) -> Iterator[TracebackType]:
 
 def _is_library(file: str) -> bool:
     path = Path(file).resolve()
-    return bool({"site-packages", "dist-packages"} & set(path.parts)) or str(path).startswith(_LIBRARIES)
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or str(
+        path
+    ).startswith(_LIBRARIES)
 
 
 def _home_of(reward: str) -> tuple[str, str]:

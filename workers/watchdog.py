@@ -67,10 +67,14 @@ class Watchdog(threading.Thread):
         self._calls: set[Call] = set()
 
     @contextlib.contextmanager
-    def calling(self, samples: Sequence[SampleRequest], timeout_s: float) -> Iterator[None]:
+    def calling(
+        self, samples: Sequence[SampleRequest], timeout_s: float
+    ) -> Iterator[None]:
         """This thread calls a model with these samples; it may take `timeout_s` for each."""
         group = getattr(this_call, "group", None)
-        call = this_call.clock = Call(samples if group is None else [group], timeout_s * len(samples))
+        call = this_call.clock = Call(
+            samples if group is None else [group], timeout_s * len(samples)
+        )
         with self._lock:
             self._calls.add(call)
         try:
@@ -97,20 +101,30 @@ class Watchdog(threading.Thread):
         """Calls that are in time and wait for no other."""
         now = time.monotonic()
         with self._lock:
-            return [call for call in self._calls if call.deadline >= now and not call.waits]
+            return [
+                call for call in self._calls if call.deadline >= now and not call.waits
+            ]
 
     def _end_process(self, late: Sequence[Call]) -> None:
         try:
             worker_state.should_stop = os.EX_OK  # no further task is taken
             for call in late:
-                log.error("model hangs num_samples=%d timeout_s=%g", len(call.samples), call.timeout_s)
+                log.error(
+                    "model hangs num_samples=%d timeout_s=%g",
+                    len(call.samples),
+                    call.timeout_s,
+                )
                 self._time_out(
                     call.samples,
                     f"the model's call did not return within {call.timeout_s:g} s (timeout_s for each of its samples); "
                     "its worker was ended",
                 )
             ends_at, num_idle_looks = time.monotonic() + GRACE_S, 0
-            while self._num_busy() and num_idle_looks < IDLE_LOOKS and time.monotonic() < ends_at:
+            while (
+                self._num_busy()
+                and num_idle_looks < IDLE_LOOKS
+                and time.monotonic() < ends_at
+            ):
                 time.sleep(LOOK_EVERY_S)
                 num_idle_looks = 0 if self._healthy() else num_idle_looks + 1
             self._hand_back()

@@ -16,7 +16,9 @@ class Place(PointwiseRewardModel):
     required_fields = ("prompt", "image")
 
     def __call__(self, prompt, image=None, **kwargs):
-        rewards = [self._score(text, one) for text, one in zip(prompt, image, strict=True)]
+        rewards = [
+            self._score(text, one) for text, one in zip(prompt, image, strict=True)
+        ]
         return RewardModelOutput(rewards, {"webcolors": version("webcolors")})
 
     def _score(self, text, image):
@@ -24,5 +26,10 @@ class Place(PointwiseRewardModel):
         if not named:
             return Unscored("invalid", f"no colour is named in {text!r}")
         mean = ImageStat.Stat(image).mean
-        distances = {n: sum((a - b) ** 2 for a, b in zip(mean, name_to_rgb(n), strict=True)) for n in names()}
-        return 1 / (1 + sum(distance < distances[named[0]] for distance in distances.values()))
+        distances = {
+            n: sum((a - b) ** 2 for a, b in zip(mean, name_to_rgb(n), strict=True))
+            for n in names()
+        }
+        return 1 / (
+            1 + sum(distance < distances[named[0]] for distance in distances.values())
+        )

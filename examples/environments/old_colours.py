@@ -16,7 +16,9 @@ class Closeness(PointwiseRewardModel):
     required_fields = ("prompt", "image")
 
     def __call__(self, prompt, image=None, **kwargs):
-        rewards = [self._score(text, one) for text, one in zip(prompt, image, strict=True)]
+        rewards = [
+            self._score(text, one) for text, one in zip(prompt, image, strict=True)
+        ]
         return RewardModelOutput(rewards, {"webcolors": version("webcolors")})
 
     def _score(self, text, image):
@@ -24,4 +26,12 @@ class Closeness(PointwiseRewardModel):
         if not named:
             return Unscored("invalid", f"no colour is named in {text!r}")
         wanted = hex_to_rgb(CSS3_NAMES_TO_HEX[named[0]])
-        return 1 - sum(abs(a - b) for a, b in zip(ImageStat.Stat(image).mean, wanted, strict=True)) / 3 / 255
+        return (
+            1
+            - sum(
+                abs(a - b)
+                for a, b in zip(ImageStat.Stat(image).mean, wanted, strict=True)
+            )
+            / 3
+            / 255
+        )

@@ -32,28 +32,43 @@ class QueuedGRPOTrainer(GRPOTrainer):
             run=str(self.log_args.run_name),
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            launch=os.environ.get("REWARDS_LAUNCH"),  # the same on all ranks of one start
+            launch=os.environ.get(
+                "REWARDS_LAUNCH"
+            ),  # the same on all ranks of one start
         )
         self.reward_models, self.eval_reward_models = {}, {}
-        self.reward_buffer = RewardBuffer(self.client, self.training_args.group_size, on_failure="nan")
-        self.eval_reward_buffer = RewardBuffer(self.client, 1, split="eval", on_failure="nan")
+        self.reward_buffer = RewardBuffer(
+            self.client, self.training_args.group_size, on_failure="nan"
+        )
+        self.eval_reward_buffer = RewardBuffer(
+            self.client, 1, split="eval", on_failure="nan"
+        )
         self.advantage_processor = AdvantageProcessor(
             accelerator=self.accelerator,
-            reward_weights={spec.name: spec.weight for spec in self.client.config.rewards},
+            reward_weights={
+                spec.name: spec.weight for spec in self.client.config.rewards
+            },
             group_size=self.training_args.group_size,
             global_std=self.client.config.global_std,
             sampler_type=self.config.data_args.sampler_type,
         )
-        self.training_args.advantage_aggregation = aggregation(self.client.config.advantage_aggregation)
+        self.training_args.advantage_aggregation = aggregation(
+            self.client.config.advantage_aggregation
+        )
         return self.reward_models, self.eval_reward_models
 
     def prepare_feedback(self, samples: list[BaseSample]) -> None:
         super().prepare_feedback(samples)
-        self.log_data({**self.reward_buffer.metrics(), "train_samples": samples[:30]}, step=self.step)
+        self.log_data(
+            {**self.reward_buffer.metrics(), "train_samples": samples[:30]},
+            step=self.step,
+        )
 
     def evaluate(self) -> None:
         super().evaluate()
-        self.log_data(self.eval_reward_buffer.metrics(), step=self.step)  # their means are NaN by a single NaN
+        self.log_data(
+            self.eval_reward_buffer.metrics(), step=self.step
+        )  # their means are NaN by a single NaN
 
 
 def main() -> None:

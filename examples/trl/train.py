@@ -24,7 +24,11 @@ WORDS = ["OPEN", "CLOSED", "SALE", "FRESH", "BREAD", "COFFEE"]
 NUM_GENERATIONS = 4
 
 
-def signs(prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[Sample]:
+def signs(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[Sample]:
     """Draw what the model wrote; the reward models see the picture and what was asked for."""
     return [
         Sample(prompt=f'a sign that says "{wanted}"', image=drawn(text))
@@ -34,7 +38,9 @@ def signs(prompts: Sequence[str], completions: Sequence[str], columns: Mapping[s
 
 def drawn(text: str) -> Image.Image:
     sign = Image.new("RGB", (384, 96), "white")
-    ImageDraw.Draw(sign).text((12, 28), text[:24], fill="black", font=ImageFont.load_default(32))
+    ImageDraw.Draw(sign).text(
+        (12, 28), text[:24], fill="black", font=ImageFont.load_default(32)
+    )
     return sign
 
 
@@ -42,9 +48,17 @@ def tiny_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "write", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
     config = GPT2Config(
-        vocab_size=len(vocabulary), n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+        vocab_size=len(vocabulary),
+        n_positions=32,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return GPT2LMHeadModel(config), tokenizer
 
@@ -54,11 +68,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     model, tokenizer = tiny_model()
-    data = Dataset.from_dict({"prompt": [f"write {word}" for word in WORDS], "wanted": WORDS})
-    with RewardClient.from_yaml(Path(__file__).with_name("rewards.yaml"), run="trl-signs") as client:
+    data = Dataset.from_dict(
+        {"prompt": [f"write {word}" for word in WORDS], "wanted": WORDS}
+    )
+    with RewardClient.from_yaml(
+        Path(__file__).with_name("rewards.yaml"), run="trl-signs"
+    ) as client:
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=reward_functions(client, to_samples=signs, num_generations=NUM_GENERATIONS),
+            reward_funcs=reward_functions(
+                client, to_samples=signs, num_generations=NUM_GENERATIONS
+            ),
             args=GRPOConfig(
                 output_dir="trl-signs",
                 reward_weights=reward_weights(client),

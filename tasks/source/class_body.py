@@ -32,12 +32,24 @@ def values_in(body: list[ast.stmt], named: Named) -> dict[str, Any]:
 def assignments_from_outside(module: Module, name: str) -> Iterator[ast.AST]:
     """Where a module assigns an attribute of one of its classes."""
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.Attribute) and node.attr == name and not isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == name
+            and not isinstance(node.ctx, ast.Load)
+        ):
             if _is_class(module, node.value):
                 yield node
-        elif isinstance(node, ast.Call) and _is_call_of(node, {"setattr"}) and len(node.args) == 3:
+        elif (
+            isinstance(node, ast.Call)
+            and _is_call_of(node, {"setattr"})
+            and len(node.args) == 3
+        ):
             about = node.args[1]
-            if isinstance(about, ast.Constant) and about.value == name and _is_class(module, node.args[0]):
+            if (
+                isinstance(about, ast.Constant)
+                and about.value == name
+                and _is_class(module, node.args[0])
+            ):
                 yield node
 
 
@@ -48,7 +60,11 @@ def is_mentioned(module: Module, name: str) -> bool:
             return True
         if isinstance(node, ast.keyword) and node.arg == name:
             return True
-        if isinstance(node, ast.Attribute) and node.attr == name and not isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == name
+            and not isinstance(node.ctx, ast.Load)
+        ):
             return True  # of `self` too: an instance may say otherwise than its class
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             changed = node.func.value  # `Mine.required_fields.append(...)`
@@ -67,21 +83,33 @@ def assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
         target = statement.target
         if isinstance(target, ast.Name):
             now = ast.copy_location(ast.Name(target.id, ast.Load()), target)
-            return target.id, ast.copy_location(ast.BinOp(now, ast.Add(), statement.value), statement)
+            return target.id, ast.copy_location(
+                ast.BinOp(now, ast.Add(), statement.value), statement
+            )
     else:
         return None, None
-    return (target.id, statement.value) if isinstance(target, ast.Name) else (None, None)
+    return (
+        (target.id, statement.value) if isinstance(target, ast.Name) else (None, None)
+    )
 
 
 def last_name(base: ast.expr) -> str:
     """`PointwiseRewardModel` of `workers.PointwiseRewardModel`."""
-    return base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
+    return (
+        base.attr
+        if isinstance(base, ast.Attribute)
+        else base.id
+        if isinstance(base, ast.Name)
+        else ""
+    )
 
 
 def _is_class(module: Module, node: ast.expr) -> bool:
     name = last_name(node)
     binder = module.binder(name)
-    is_alias = isinstance(binder, ast.Assign) and isinstance(binder.value, ast.Name | ast.Attribute)
+    is_alias = isinstance(binder, ast.Assign) and isinstance(
+        binder.value, ast.Name | ast.Attribute
+    )
     return name == "cls" or isinstance(binder, ast.ClassDef) or is_alias
 
 
@@ -122,10 +150,16 @@ def _changed_by(statement: ast.stmt, values: dict[str, Any]) -> set[str]:
         if _is_call_of(node, _RUNS_CODE):
             changed.add(STAR)
         is_list = isinstance(node, ast.Name) and isinstance(values.get(node.id), list)
-        if is_list and isinstance(statement, ast.Expr):  # a method of a list may change it
+        if is_list and isinstance(
+            statement, ast.Expr
+        ):  # a method of a list may change it
             changed.add(node.id)  # type: ignore[attr-defined]
     return changed
 
 
 def _is_call_of(node: ast.AST, names: set[str]) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in names
+    )

@@ -17,7 +17,13 @@ from tasks.source.files import find_source, parse
 CONFIG, OPTIONS = "config", "extra_kwargs"
 """What a class calls its configuration, and the mapping in it that has its options."""
 
-_SAY_NOTHING = ("RewardModel", "PointwiseRewardModel", "GroupwiseRewardModel", "object", "ABC")
+_SAY_NOTHING = (
+    "RewardModel",
+    "PointwiseRewardModel",
+    "GroupwiseRewardModel",
+    "object",
+    "ABC",
+)
 """Bases that read no options."""
 
 _READERS = ("get", "pop", "setdefault", "__getitem__", "__contains__")
@@ -56,7 +62,11 @@ def options_read_by(path: str) -> OptionsRead | None:
     if any(reading.is_handed_on for reading in readings):
         return None
     names = {name for reading in readings for name in reading.names}
-    words = {word for _, source in sources for word in re.findall(r"\w+", source.decode("utf-8", "replace"))}
+    words = {
+        word
+        for _, source in sources
+        for word in re.findall(r"\w+", source.decode("utf-8", "replace"))
+    }
     return OptionsRead(first.name, frozenset(names), frozenset(words))
 
 
@@ -95,7 +105,9 @@ class _Reading(ast.NodeVisitor):
         """`options = self.config.extra_kwargs`, also with `or {}` behind it."""
         if not isinstance(node, ast.Assign):
             return
-        value = node.value.values[0] if isinstance(node.value, ast.BoolOp) else node.value
+        value = (
+            node.value.values[0] if isinstance(node.value, ast.BoolOp) else node.value
+        )
         names = [target.id for target in node.targets if isinstance(target, ast.Name)]
         if self._is_options(value) and len(names) == len(node.targets):
             self._told.add(value)
@@ -117,9 +129,17 @@ class _Reading(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """`extra_kwargs.get("name")`, `getattr(config, "name", ...)`."""
         called = node.func
-        if isinstance(called, ast.Attribute) and called.attr in _READERS and self._is_options(called.value):
+        if (
+            isinstance(called, ast.Attribute)
+            and called.attr in _READERS
+            and self._is_options(called.value)
+        ):
             self._read(called.value, node.args[0] if node.args else None)
-        if isinstance(called, ast.Name) and called.id in ("getattr", "hasattr") and len(node.args) > 1:
+        if (
+            isinstance(called, ast.Name)
+            and called.id in ("getattr", "hasattr")
+            and len(node.args) > 1
+        ):
             self._read_attribute(node.args[0], node.args[1])
         self.generic_visit(node)
 

@@ -33,7 +33,9 @@ def code_of(path: str) -> Code:
 
 def code_from(first: SourceFile) -> Code:
     """As `code_of`, from a module's file on."""
-    return tuple(sorted((file.module, hash_of(source)) for file, source in sources_from(first)))
+    return tuple(
+        sorted((file.module, hash_of(source)) for file, source in sources_from(first))
+    )
 
 
 def sources_from(first: SourceFile) -> list[tuple[SourceFile, bytes]]:
@@ -86,7 +88,9 @@ def digest_of(code: Code) -> str:
 def changed_files(one: Code, other: Code) -> list[str]:
     """Modules that two codes have not alike, as file names for people, in order."""
     first, second = dict(one), dict(other)
-    changed = sorted(m for m in first.keys() | second.keys() if first.get(m) != second.get(m))
+    changed = sorted(
+        m for m in first.keys() | second.keys() if first.get(m) != second.get(m)
+    )
     return [file_name(module) for module in changed]
 
 

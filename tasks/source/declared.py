@@ -45,7 +45,9 @@ def declared_by(path: str) -> Declared | None:
     found = class_named(module, name)
     if found is None:
         is_told = "it is not one plain class statement"
-        return Declared(None, None, None, None, None, is_told if module.binds(name) else "")
+        return Declared(
+            None, None, None, None, None, is_told if module.binds(name) else ""
+        )
     return _declared(found)
 
 
@@ -73,7 +75,11 @@ def _fields(cls: Class, name: str) -> tuple[str, ...] | None:
         return None
     if isinstance(value, str):
         return (value,)
-    return tuple(value) if isinstance(value, tuple | list) and all(isinstance(v, str) for v in value) else None
+    return (
+        tuple(value)
+        if isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
+        else None
+    )
 
 
 def _arguments(cls: Class) -> frozenset[str] | None:
@@ -83,9 +89,13 @@ def _arguments(cls: Class) -> frozenset[str] | None:
         return None
     if not isinstance(call, ast.FunctionDef):
         return frozenset() if call is ABSENT else None
-    named = {a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs)}
+    named = {
+        a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs)
+    }
     if call.args.kwarg is not None:
-        constants = (node.value for node in ast.walk(call) if isinstance(node, ast.Constant))
+        constants = (
+            node.value for node in ast.walk(call) if isinstance(node, ast.Constant)
+        )
         named.update(value for value in constants if isinstance(value, str))
     return frozenset(named)
 

@@ -19,9 +19,14 @@ OURS = ("tasks", "workers", "trainer_client", "rewardq")
 """Top-level names of this package: never a user's module."""
 
 _LIBRARIES = ("site-packages", "dist-packages")
-_STANDARD = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
+_STANDARD = tuple(
+    Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")
+)
 
-_IMPORT_LINE = re.compile(rb"^[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]+([\w, \t]+)|import[ \t]+([\w., \t]+))", re.M)
+_IMPORT_LINE = re.compile(
+    rb"^[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]+([\w, \t]+)|import[ \t]+([\w., \t]+))",
+    re.M,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,11 @@ class SourceFile:
     @property
     def name(self) -> str:
         """Its path below the root, for people: `my_rewards.py`, `my_package/rewards.py`."""
-        return str(self.path.relative_to(self.root)) if self.path.is_relative_to(self.root) else str(self.path)
+        return (
+            str(self.path.relative_to(self.root))
+            if self.path.is_relative_to(self.root)
+            else str(self.path)
+        )
 
 
 def find_source(module: str, folders: Sequence[str] | None = None) -> SourceFile | None:
@@ -75,9 +84,15 @@ def neighbour(file: SourceFile, module: str) -> SourceFile | None:
     own_top = file.module.partition(".")[0]
     if top == own_top:
         package = _package_folder(file)
-        found = _below(package, rest) if package is not None and rest else _below(file.root, [top])
+        found = (
+            _below(package, rest)
+            if package is not None and rest
+            else _below(file.root, [top])
+        )
         if package is not None and not rest:
-            found = package / "__init__.py" if (package / "__init__.py").is_file() else None
+            found = (
+                package / "__init__.py" if (package / "__init__.py").is_file() else None
+            )
     elif is_library(file.root):
         return None
     else:
@@ -87,7 +102,10 @@ def neighbour(file: SourceFile, module: str) -> SourceFile | None:
 
 def is_library(folder: Path) -> bool:
     """Whether packages are installed into a folder, rather than written there."""
-    return any(part in _LIBRARIES for part in folder.parts) or folder.resolve() in _STANDARD
+    return (
+        any(part in _LIBRARIES for part in folder.parts)
+        or folder.resolve() in _STANDARD
+    )
 
 
 def imports_of(file: SourceFile, source: bytes) -> frozenset[str]:
@@ -148,10 +166,14 @@ def _by_finders(module: str) -> SourceFile | None:
     if spec is None:
         return None
     if not rest:
-        path = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+        path = (
+            Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+        )
         if path is None or not path.is_file():
             return None
-        return SourceFile(module, path, path.parents[1] if path.name == "__init__.py" else path.parent)
+        return SourceFile(
+            module, path, path.parents[1] if path.name == "__init__.py" else path.parent
+        )
     for location in spec.submodule_search_locations or ():
         found = _below(Path(location), rest)
         if found is not None:
@@ -178,7 +200,9 @@ def _imports_of_node(node: ast.AST, package: str, *, is_package: bool) -> Iterat
         base = _absolute("." * node.level + (node.module or ""), package)
         if base is not None:
             yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names if alias.name != "*")
+            yield from (
+                f"{base}.{alias.name}" for alias in node.names if alias.name != "*"
+            )
     elif isinstance(node, ast.Call):
         yield from _import_called(node, package)
     elif isinstance(node, ast.Assign | ast.AugAssign) and is_package:
@@ -187,7 +211,11 @@ def _imports_of_node(node: ast.AST, package: str, *, is_package: bool) -> Iterat
 
 def _import_called(node: ast.Call, package: str) -> Iterator[str]:
     """`importlib.import_module("my_package.module")`, where the name is written out."""
-    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    called = (
+        node.func.attr
+        if isinstance(node.func, ast.Attribute)
+        else getattr(node.func, "id", "")
+    )
     if called not in ("import_module", "__import__") or not node.args:
         return
     name = node.args[0]
@@ -200,14 +228,22 @@ def _import_called(node: ast.Call, package: str) -> Iterator[str]:
 def _listed_in_all(node: ast.Assign | ast.AugAssign) -> Iterator[str]:
     """Names in a package's `__all__`: `from package import *` imports those of its modules."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-        constants = (one for one in ast.walk(node.value) if isinstance(one, ast.Constant))
+    if any(
+        isinstance(target, ast.Name) and target.id == "__all__" for target in targets
+    ):
+        constants = (
+            one for one in ast.walk(node.value) if isinstance(one, ast.Constant)
+        )
         yield from (one.value for one in constants if isinstance(one.value, str))
 
 
 def _imports_by_line(source: bytes, package: str) -> Iterator[str]:
     for base, names, modules in _IMPORT_LINE.findall(source):
-        listed = [word.split()[0].decode() for word in (names or modules).split(b",") if word.split()]
+        listed = [
+            word.split()[0].decode()
+            for word in (names or modules).split(b",")
+            if word.split()
+        ]
         if not base:
             yield from listed
             continue

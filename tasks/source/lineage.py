@@ -24,7 +24,11 @@ MAX_STEPS = 50
 OURS: dict[str, tuple[str, ...]] = {
     "RewardModel": ("RewardModel",),
     "PointwiseRewardModel": ("PointwiseRewardModel", "RewardModel"),
-    "GroupwiseRewardModel": ("GroupwiseRewardModel", "PointwiseRewardModel", "RewardModel"),
+    "GroupwiseRewardModel": (
+        "GroupwiseRewardModel",
+        "PointwiseRewardModel",
+        "RewardModel",
+    ),
 }
 """The classes of `workers.base` that are subclassed, with their own bases."""
 
@@ -99,7 +103,9 @@ class Class:
         if isinstance(value, UnreadableError):
             raise AssignedError(str(value))
         if ABSENT is value and STAR in self._body and name != "queue":
-            raise UnreadableError("the body of its class runs code that may bind any name")
+            raise UnreadableError(
+                "the body of its class runs code that may bind any name"
+            )
         return value
 
     @cached_property
@@ -109,14 +115,19 @@ class Class:
     def _refuse_doubts(self, name: str) -> None:
         """Raise `UnreadableError` where something else than its body may say what the attribute is."""
         if self.node.decorator_list:
-            raise UnreadableError(f"the class has a decorator, {written(self.node.decorator_list[0])}")
+            raise UnreadableError(
+                f"the class has a decorator, {written(self.node.decorator_list[0])}"
+            )
         for keyword in self.node.keywords:
             if keyword.arg != "metaclass" or last_name(keyword.value) != "ABCMeta":
                 raise UnreadableError(f"the class is made with {written(keyword)}")
         for special in ("__init_subclass__", "__getattribute__", "__getattr__"):
             if special in self._body:
                 raise UnreadableError(f"the class has a {special} of its own")
-        if name != "__call__" and (any(assignments_from_outside(self.module, name)) or is_mentioned(self.module, name)):
+        if name != "__call__" and (
+            any(assignments_from_outside(self.module, name))
+            or is_mentioned(self.module, name)
+        ):
             raise UnreadableError("it is assigned outside the body of its class")
 
 
@@ -131,14 +142,24 @@ def class_named(module: Module, name: str) -> Class | None:
         return None
     if not isinstance(found, Class):
         return None
-    is_changed_here = any(is_mentioned(module, attribute) for attribute in (*OUR_VALUES, "queue"))
-    return found if isinstance(module.binder(name), ast.ClassDef) or not is_changed_here else None
+    is_changed_here = any(
+        is_mentioned(module, attribute) for attribute in (*OUR_VALUES, "queue")
+    )
+    return (
+        found
+        if isinstance(module.binder(name), ast.ClassDef) or not is_changed_here
+        else None
+    )
 
 
 def _value_of_base(base: Class | str | None, name: str, num_steps: int) -> Any:
     if base is None:
         return ABSENT
-    return _our_value(base, name) if isinstance(base, str) else base.look_up(name, num_steps + 1)
+    return (
+        _our_value(base, name)
+        if isinstance(base, str)
+        else base.look_up(name, num_steps + 1)
+    )
 
 
 def _our_value(ours: str, name: str) -> Any:
@@ -155,7 +176,9 @@ def _merged_bases(cls: Class, bases: list[Class | str | None]) -> list[Class | s
     return _linear(cls, bases, 0)[1:]
 
 
-def _linear(cls: Class | str, bases: list[Class | str | None], num_steps: int) -> list[Class | str]:
+def _linear(
+    cls: Class | str, bases: list[Class | str | None], num_steps: int
+) -> list[Class | str]:
     if num_steps > MAX_STEPS:
         raise UnreadableError("more bases than are followed")
     known = [base for base in bases if base is not None]
@@ -193,7 +216,11 @@ def _named_in(module: Module, node: ast.expr, num_steps: int = 0) -> Any:
     if isinstance(statement, ast.ImportFrom):
         source, original = _origin(module, statement, node.id)
         return _named_in(source, ast.Name(original, ast.Load()), num_steps + 1)
-    target, value = assigned(statement) if isinstance(statement, ast.Assign | ast.AnnAssign) else (None, None)
+    target, value = (
+        assigned(statement)
+        if isinstance(statement, ast.Assign | ast.AnnAssign)
+        else (None, None)
+    )
     if target is None or value is None:
         raise unknown
     found = value_of(value, lambda inner: _named_in(module, inner, num_steps + 1))
@@ -233,8 +260,15 @@ def _find(module: Module, node: ast.expr, num_steps: int = 0) -> Class | str | N
     if isinstance(statement, ast.ClassDef):
         return Class(module, statement)
     if isinstance(statement, ast.ImportFrom):
-        return _in_module(module.imported_from(statement), _original(statement, node.id), unknown, num_steps)
-    if isinstance(statement, ast.Assign | ast.AnnAssign):  # `Base = GroupwiseRewardModel`
+        return _in_module(
+            module.imported_from(statement),
+            _original(statement, node.id),
+            unknown,
+            num_steps,
+        )
+    if isinstance(
+        statement, ast.Assign | ast.AnnAssign
+    ):  # `Base = GroupwiseRewardModel`
         target, value = assigned(statement)
         if target is not None and isinstance(value, ast.Name | ast.Attribute):
             return _find(module, value, num_steps + 1)
@@ -243,7 +277,9 @@ def _find(module: Module, node: ast.expr, num_steps: int = 0) -> Class | str | N
     raise unknown
 
 
-def _in_module(path: str, name: str, unknown: UnreadableError, num_steps: int) -> Class | str | None:
+def _in_module(
+    path: str, name: str, unknown: UnreadableError, num_steps: int
+) -> Class | str | None:
     """The class of a name in the module of a path."""
     if path in _OUR_MODULES and name in OURS:
         return name
@@ -263,7 +299,9 @@ def _path_of(module: Module, node: ast.expr) -> str:
         node = node.value
     statement = module.binder(node.id) if isinstance(node, ast.Name) else None
     if isinstance(node, ast.Name) and isinstance(statement, ast.ImportFrom):
-        return ".".join([module.imported_from(statement), _original(statement, node.id), *parts])
+        return ".".join(
+            [module.imported_from(statement), _original(statement, node.id), *parts]
+        )
     if isinstance(node, ast.Name) and isinstance(statement, ast.Import):
         for alias in statement.names:
             if alias.asname == node.id:
@@ -286,4 +324,11 @@ def _origin(module: Module, statement: ast.ImportFrom, name: str) -> tuple[Modul
 
 def _original(statement: ast.ImportFrom, name: str) -> str:
     """What the other module calls it."""
-    return next((alias.name for alias in statement.names if (alias.asname or alias.name) == name), name)
+    return next(
+        (
+            alias.name
+            for alias in statement.names
+            if (alias.asname or alias.name) == name
+        ),
+        name,
+    )

@@ -39,7 +39,11 @@ class Module:
         if len(binders) != 1:
             return None
         stars = self._binders.get(STAR, [])
-        return None if any(star.lineno > binders[0].lineno for star in stars) else binders[0]
+        return (
+            None
+            if any(star.lineno > binders[0].lineno for star in stars)
+            else binders[0]
+        )
 
     def binds(self, name: str) -> bool:
         """Whether any statement binds `name`, or may."""
@@ -51,7 +55,11 @@ class Module:
             return statement.module or ""
         parts = self.name.split(".")
         package = parts[: len(parts) - statement.level + self.is_package]
-        return ".".join([*package, *([statement.module] if statement.module else [])]) if package else ""
+        return (
+            ".".join([*package, *([statement.module] if statement.module else [])])
+            if package
+            else ""
+        )
 
 
 def module_of(name: str) -> Module | None:
@@ -104,7 +112,9 @@ def _names_bound(node: ast.AST) -> Iterator[str]:
         yield node.id
     elif isinstance(node, ast.alias):
         yield node.asname or node.name.partition(".")[0]
-    elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+    elif (
+        isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name
+    ):
         yield node.name
     elif isinstance(node, ast.MatchMapping) and node.rest:
         yield node.rest

@@ -87,7 +87,9 @@ class RewardBuffer:
         self.all_samples.extend(samples)
         self._num_added += len(samples)
 
-    def finalize(self, store_to_samples: bool = True, split: Kind = "all") -> dict[str, Any]:
+    def finalize(
+        self, store_to_samples: bool = True, split: Kind = "all"
+    ) -> dict[str, Any]:
         """The rewards of all samples since `clear()`: by name, float32 CPU tensors `(N,)`.
 
         Args:
@@ -106,14 +108,21 @@ class RewardBuffer:
             self._collect()
         rewards = {
             spec.name: torch.from_numpy(
-                np.concatenate([np.zeros(0, np.float32), *(batch.rewards[spec.name] for batch in self.batches)])
+                np.concatenate(
+                    [
+                        np.zeros(0, np.float32),
+                        *(batch.rewards[spec.name] for batch in self.batches),
+                    ]
+                )
             )
             for spec in self.client.config.of(self.split)
             if split == "all" or spec.is_groupwise == (split == "groupwise")
         }
         if store_to_samples:
             for i, sample in enumerate(self.all_samples):
-                sample.extra_kwargs["rewards"] = {name: values[i] for name, values in rewards.items()}
+                sample.extra_kwargs["rewards"] = {
+                    name: values[i] for name, values in rewards.items()
+                }
         return rewards
 
     def clear(self) -> None:
@@ -132,9 +141,14 @@ class RewardBuffer:
         if not self.batches:
             return {}
         batch = self.batches[-1]
-        theirs = [sample.extra_kwargs for sample in self.all_samples[len(self.all_samples) - len(batch) :]]
+        theirs = [
+            sample.extra_kwargs
+            for sample in self.all_samples[len(self.all_samples) - len(batch) :]
+        ]
         has_advantages = all("advantage" in extra for extra in theirs)
-        advantages = [float(extra["advantage"]) for extra in theirs] if has_advantages else None
+        advantages = (
+            [float(extra["advantage"]) for extra in theirs] if has_advantages else None
+        )
         return self.client.metrics(batch, advantages, detail=detail)
 
     def shutdown(self, wait: bool = False, cancel_futures: bool = True) -> None:
@@ -190,7 +204,9 @@ def sample_of(theirs: Any) -> Sample:
     )
 
 
-def aggregation(method: Literal["gdpo", "sum"] = "gdpo", *, noise_floor: bool = True) -> Callable[..., Any]:
+def aggregation(
+    method: Literal["gdpo", "sum"] = "gdpo", *, noise_floor: bool = True
+) -> Callable[..., Any]:
     """Advantages that mask samples without a reward, as a function that their `compute_advantages` takes.
 
         trainer.training_args.advantage_aggregation = aggregation("gdpo")
@@ -199,17 +215,29 @@ def aggregation(method: Literal["gdpo", "sum"] = "gdpo", *, noise_floor: bool = 
     makes no metrics for a function: log `RewardBuffer.metrics()`.
     """
 
-    def aggregate(processor: Any, samples: Sequence[Any], rewards: Mapping[str, Any], store_to_samples: bool) -> Any:
+    def aggregate(
+        processor: Any,
+        samples: Sequence[Any],
+        rewards: Mapping[str, Any],
+        store_to_samples: bool,
+    ) -> Any:
         import torch
 
         gather = _gather if processor.accelerator.num_processes > 1 else None
         weights = {name: processor.reward_weights[name] for name in rewards}
         groups = [sample.unique_id for sample in samples]
         if method == "gdpo":
-            found = gdpo(rewards, groups, weights, gather=gather, noise_floor=noise_floor)
+            found = gdpo(
+                rewards, groups, weights, gather=gather, noise_floor=noise_floor
+            )
         else:
             found = weighted_sum(
-                rewards, groups, weights, global_std=processor.global_std, gather=gather, noise_floor=noise_floor
+                rewards,
+                groups,
+                weights,
+                global_std=processor.global_std,
+                gather=gather,
+                noise_floor=noise_floor,
             )
         advantages = torch.from_numpy(found).to(processor.accelerator.device)
         if store_to_samples:
@@ -255,16 +283,27 @@ class QueuedRewardModel:
         options = dict(config.extra_kwargs)
         model, run = options.pop("model", None), options.pop("run", None)
         if not model or not run:
-            raise ConfigError(f"reward {config.name!r}: QueuedRewardModel needs model: and run:")
-        reward = {"name": config.name, "reward_model": model, "dtype": str(config.dtype), **options}
-        parsed = RewardConfig.from_dict({"rewards": {**reward, "batch_size": config.batch_size}})
+            raise ConfigError(
+                f"reward {config.name!r}: QueuedRewardModel needs model: and run:"
+            )
+        reward = {
+            "name": config.name,
+            "reward_model": model,
+            "dtype": str(config.dtype),
+            **options,
+        }
+        parsed = RewardConfig.from_dict(
+            {"rewards": {**reward, "batch_size": config.batch_size}}
+        )
         if parsed.rewards[0].on_failure == "nan":
             raise ConfigError(
                 f"reward {config.name!r}: one NaN makes their advantages NaN; use on_failure: {{value: x}}, or "
                 "RewardBuffer with aggregation"
             )
         if parsed.rewards[0].is_groupwise:
-            raise ConfigError(f"reward {config.name!r}: {model} compares a whole group; use RewardBuffer")
+            raise ConfigError(
+                f"reward {config.name!r}: {model} compares a whole group; use RewardBuffer"
+            )
         _count_as_theirs(type(self))
         self.config, self.accelerator = config, accelerator
         self.device = torch.device("cpu")  # media come here on their way to the workers
@@ -273,7 +312,13 @@ class QueuedRewardModel:
         self._name = config.name
         # A launch of the environment is one for all ranks and rewards; this client is alone, and its rank always 0.
         # Its batches are a few samples, of which a single failure may be more than half.
-        self.client = RewardClient(parsed, run, launch=uuid.uuid4().hex, settings=load_settings(), max_failure_rate=1.0)
+        self.client = RewardClient(
+            parsed,
+            run,
+            launch=uuid.uuid4().hex,
+            settings=load_settings(),
+            max_failure_rate=1.0,
+        )
         weakref.finalize(self, self.client.close)
 
     def to(self, device: Any) -> QueuedRewardModel:
@@ -303,7 +348,8 @@ class QueuedRewardModel:
             "audio": audio,
             "condition_images": condition_images and list(map(list, condition_images)),
             "condition_videos": condition_videos and list(map(list, condition_videos)),
-            "metadata": metadata and [_metadata_of({"metadata": row}) for row in metadata],
+            "metadata": metadata
+            and [_metadata_of({"metadata": row}) for row in metadata],
             "fps": frame_rate,
             "sample_rate": audio_sample_rate,
         }
@@ -311,7 +357,11 @@ class QueuedRewardModel:
             Sample(
                 prompt=text,
                 group=uuid.uuid4().hex,
-                **{name: values[i] for name, values in fields.items() if values is not None},
+                **{
+                    name: values[i]
+                    for name, values in fields.items()
+                    if values is not None
+                },
             )
             for i, text in enumerate(prompt)
         ]
@@ -339,7 +389,9 @@ def _listed(values: Iterable[Any] | None) -> list[Any] | None:
 def _metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
     """What is plain data in their `extra_kwargs`, with the row of the data set laid out."""
     row = _row_of(extra.get("metadata"))
-    found = _plain_of({key: value for key, value in extra.items() if key not in _THEIRS})
+    found = _plain_of(
+        {key: value for key, value in extra.items() if key not in _THEIRS}
+    )
     if row is not None:
         found.pop("metadata", None)
         laid_out = _plain_of({key: _without_numpy(value) for key, value in row.items()})
@@ -351,7 +403,10 @@ def _metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """What is plain data among values by name; a number of numpy as one of Python."""
-    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    plain = {
+        key: value.item() if isinstance(value, np.generic) else value
+        for key, value in values.items()
+    }
     return {key: value for key, value in plain.items() if _is_plain({key: value})}
 
 
@@ -381,7 +436,9 @@ def _row_of(metadata: Any) -> Mapping[str, Any] | None:
             metadata = json.loads(metadata)
         except (ValueError, RecursionError):
             return None
-        return {} if metadata is None else metadata if isinstance(metadata, dict) else None
+        return (
+            {} if metadata is None else metadata if isinstance(metadata, dict) else None
+        )
     return metadata if isinstance(metadata, Mapping) else None
 
 
@@ -397,7 +454,9 @@ def _number(theirs: Any, name: str) -> float | None:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+        return all(
+            isinstance(key, str) and _is_plain(one) for key, one in value.items()
+        )
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

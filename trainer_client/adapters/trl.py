@@ -24,10 +24,18 @@ from trainer_client.results import RewardBatch
 RewardFunction = Callable[..., Any]
 """`(prompts, completions, **columns) -> list[float | None]`, or the same as a coroutine function."""
 
-ToSamples = Callable[[Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Sample]]
+ToSamples = Callable[
+    [Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Sample]
+]
 """Prompts, completions and the data set's columns, `N` of each, to `N` samples. A group may be left to us."""
 
-_NO_COLUMNS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+_NO_COLUMNS = (
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
 """What the trainer passes besides the columns of the data set."""
 
 
@@ -74,7 +82,9 @@ def reward_weights(client: RewardClient, split: Split = "train") -> list[float]:
 
 
 def samples_of(
-    prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
 ) -> list[Sample]:
     """A sample for each row.
 
@@ -83,10 +93,16 @@ def samples_of(
     are the sample's.
     """
     nothing = [None] * len(prompts)
-    images, fps, rates = (columns.get(name, nothing) for name in ("image", "fps", "sample_rate"))
+    images, fps, rates = (
+        columns.get(name, nothing) for name in ("image", "fps", "sample_rate")
+    )
     samples = []
-    for prompt, completion, image, each_fps, rate in zip(prompts, completions, images, fps, rates, strict=True):
-        is_image = isinstance(completion, Image.Image | np.ndarray) or is_tensor(completion)
+    for prompt, completion, image, each_fps, rate in zip(
+        prompts, completions, images, fps, rates, strict=True
+    ):
+        is_image = isinstance(completion, Image.Image | np.ndarray) or is_tensor(
+            completion
+        )
         samples.append(
             Sample(
                 prompt=text_of(prompt),
@@ -106,7 +122,11 @@ def text_of(messages: Any) -> str:
     lines = []
     for message in messages:
         content = message.get("content") or ""
-        parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+        parts = (
+            [content]
+            if isinstance(content, str)
+            else [part.get("text") or "" for part in content]
+        )
         lines += [part for part in parts if part and message.get("role") != "system"]
     return "\n".join(lines)
 
@@ -145,13 +165,21 @@ class _Rounds:
         """The round of these completions, and whether the caller is the first and has to score it."""
         with self._lock:
             current = self._round
-            is_new = current is None or current.completions is not completions or name in current.asked
+            is_new = (
+                current is None
+                or current.completions is not completions
+                or name in current.asked
+            )
             if current is None or is_new:
-                current = self._round = _Round(completions, current.number + 1 if current else 0)
+                current = self._round = _Round(
+                    completions, current.number + 1 if current else 0
+                )
             current.asked.add(name)
             return current, is_new
 
-    def score(self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]) -> None:
+    def score(
+        self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]
+    ) -> None:
         """Submit, collect, and tell all who wait."""
         try:
             with self._scoring:
@@ -159,14 +187,22 @@ class _Rounds:
         except BaseException as error:  # whatever it is, the functions that wait for this round must hear of it
             current.batch.set_exception(error)
 
-    def _scored(self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]) -> RewardBatch:
-        columns = {name: values for name, values in given.items() if name not in _NO_COLUMNS}
+    def _scored(
+        self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]
+    ) -> RewardBatch:
+        columns = {
+            name: values for name, values in given.items() if name not in _NO_COLUMNS
+        }
         samples = self._to_samples(prompts, current.completions, columns)
         if len(samples) != len(prompts):
-            raise ValueError(f"to_samples must give a sample for each of {len(prompts)} rows, found {len(samples)}")
+            raise ValueError(
+                f"to_samples must give a sample for each of {len(prompts)} rows, found {len(samples)}"
+            )
         group_size = self._group(samples, prompts, given)
         try:
-            self._client.submit(samples, group_size=group_size, split=self._split, step=current.number)
+            self._client.submit(
+                samples, group_size=group_size, split=self._split, step=current.number
+            )
             # No bars, which the trainer has; the log is told where there are none to be had.
             progress = False if is_terminal() else None
             return self._client.collect(
@@ -177,16 +213,29 @@ class _Rounds:
                 max_failure_rate=self._client.max_failure_rate,
             )
         except BaseException:
-            self._client.cancel(self._split)  # Ctrl-C in a notebook must not leave the step open
+            self._client.cancel(
+                self._split
+            )  # Ctrl-C in a notebook must not leave the step open
             raise
 
-    def _group(self, samples: Sequence[Sample], prompts: Sequence[Any], given: Mapping[str, Any]) -> int | None:
+    def _group(
+        self,
+        samples: Sequence[Sample],
+        prompts: Sequence[Any],
+        given: Mapping[str, Any],
+    ) -> int | None:
         """Give the samples the groups they lack; returns the size of a group where ranks must know it, else None."""
         texts = [text_of(prompt) for prompt in prompts]
         size, numbers = self._layout(texts, _is_evaluating(given))
         # submit() refuses what is no Sample.
-        lacking = [(one, i) for i, one in enumerate(samples) if isinstance(one, Sample) and one.group is None]
-        is_shared = self._client.world_size > 1 and any(r.is_groupwise for r in self._client.config.of(self._split))
+        lacking = [
+            (one, i)
+            for i, one in enumerate(samples)
+            if isinstance(one, Sample) and one.group is None
+        ]
+        is_shared = self._client.world_size > 1 and any(
+            r.is_groupwise for r in self._client.config.of(self._split)
+        )
         if is_shared and lacking and not numbers:
             train, evaluation = self._sizes
             raise ValueError(
@@ -201,24 +250,35 @@ class _Rounds:
             self._group_by_prompt(lacking, texts)
         return size if is_shared else None
 
-    def _group_by_prompt(self, lacking: Sequence[tuple[Sample, int]], texts: Sequence[str]) -> None:
+    def _group_by_prompt(
+        self, lacking: Sequence[tuple[Sample, int]], texts: Sequence[str]
+    ) -> None:
         """Equal prompts of the trainer, with equal condition media, are a group, whatever prompt `to_samples` gave."""
         rows = [replace(sample, prompt=texts[i]) for sample, i in lacking]
         for row, (_, i) in zip(rows, lacking, strict=True):
             check(row, (), f"sample {i}", self._client.settings.max_pixels)
-        for (sample, _), group in zip(lacking, groups_of(rows, uuid.uuid4().hex), strict=True):
+        for (sample, _), group in zip(
+            lacking, groups_of(rows, uuid.uuid4().hex), strict=True
+        ):
             sample.group = group
 
-    def _layout(self, texts: Sequence[str], is_evaluating: bool | None) -> tuple[int | None, list[int]]:
+    def _layout(
+        self, texts: Sequence[str], is_evaluating: bool | None
+    ) -> tuple[int | None, list[int]]:
         """The size of a group, and for each row the number of its group, over all ranks; no numbers if it does not fit.
 
         The trainer lays rows out so: rank after rank, as many on each, the completions of a prompt one after another.
         """
         sizes = self._sizes if is_evaluating is None else (self._sizes[is_evaluating],)
-        first, num_rows = self._client.rank * len(texts), self._client.world_size * len(texts)
+        first, num_rows = (
+            self._client.rank * len(texts),
+            self._client.world_size * len(texts),
+        )
         for size in filter(None, sizes):
             groups = [(first + i) // size for i in range(len(texts))]
-            if num_rows % size == 0 and len(set(zip(groups, texts, strict=True))) == len(set(groups)):
+            if num_rows % size == 0 and len(
+                set(zip(groups, texts, strict=True))
+            ) == len(set(groups)):
                 return size, groups
         return sizes[0], []
 
@@ -231,7 +291,9 @@ def _is_evaluating(given: Mapping[str, Any]) -> bool | None:
 
 
 def _function(rounds: _Rounds, name: str) -> RewardFunction:
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float | None]:
+    def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], **given: Any
+    ) -> list[float | None]:
         current, is_first = rounds.join(name, completions)
         if is_first:
             rounds.score(current, prompts, given)
@@ -242,10 +304,14 @@ def _function(rounds: _Rounds, name: str) -> RewardFunction:
 
 
 def _async_function(rounds: _Rounds, name: str) -> RewardFunction:
-    async def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float | None]:
+    async def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], **given: Any
+    ) -> list[float | None]:
         current, is_first = rounds.join(name, completions)
         if is_first:
-            asyncio.get_running_loop().run_in_executor(None, rounds.score, current, prompts, given)
+            asyncio.get_running_loop().run_in_executor(
+                None, rounds.score, current, prompts, given
+            )
         batch = await asyncio.shield(asyncio.wrap_future(current.batch))
         return _answer(batch, name, given)
 
@@ -253,8 +319,12 @@ def _async_function(rounds: _Rounds, name: str) -> RewardFunction:
     return reward
 
 
-def _answer(batch: RewardBatch, name: str, given: Mapping[str, Any]) -> list[float | None]:
+def _answer(
+    batch: RewardBatch, name: str, given: Mapping[str, Any]
+) -> list[float | None]:
     rewards = batch.rewards[name]
     if "log_metric" in given and len(batch):
-        given["log_metric"](f"rewards/{name}/failure_rate", float(np.mean(~batch.valid[name])))
+        given["log_metric"](
+            f"rewards/{name}/failure_rate", float(np.mean(~batch.valid[name]))
+        )
     return [None if np.isnan(reward) else float(reward) for reward in rewards]

@@ -40,15 +40,39 @@ class Found:
 
     def names_of(self, fingerprint: str) -> str:
         """What the run calls the rewards of a fingerprint."""
-        known = [f"{r.name} ({r.model})" if r.name != r.model else r.name for r in self.rewards]
-        names = [name for name, r in zip(known, self.rewards, strict=True) if fingerprint in r.fingerprints]
-        return ", ".join(dict.fromkeys(names)) or f"a reward of fingerprint {fingerprint}"
+        known = [
+            f"{r.name} ({r.model})" if r.name != r.model else r.name
+            for r in self.rewards
+        ]
+        names = [
+            name
+            for name, r in zip(known, self.rewards, strict=True)
+            if fingerprint in r.fingerprints
+        ]
+        return (
+            ", ".join(dict.fromkeys(names)) or f"a reward of fingerprint {fingerprint}"
+        )
 
 
 @click.command()
-@click.option("--run", "run", required=True, metavar="NAME", help="The run, as RewardClient(run=...) names it.")
-@click.option("--reward", metavar="NAME", help="Only what this reward has, by its name in the rewards file.")
-@click.option("--redis", "redis_url", metavar="URL", help="Redis of the results; else as REWARDQ_* variables say.")
+@click.option(
+    "--run",
+    "run",
+    required=True,
+    metavar="NAME",
+    help="The run, as RewardClient(run=...) names it.",
+)
+@click.option(
+    "--reward",
+    metavar="NAME",
+    help="Only what this reward has, by its name in the rewards file.",
+)
+@click.option(
+    "--redis",
+    "redis_url",
+    metavar="URL",
+    help="Redis of the results; else as REWARDQ_* variables say.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clean(run: str, reward: str | None, redis_url: str | None, yes: bool) -> None:
     """Drop the outcomes of a run, of every version and start of it: what is asked for again is scored anew.
@@ -58,7 +82,9 @@ def clean(run: str, reward: str | None, redis_url: str | None, yes: bool) -> Non
     """
     settings = load_settings(**({"result_url": redis_url} if redis_url else {}))
     if not RUN_NAME.fullmatch(run):
-        raise ConfigError(f"a run is letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}")
+        raise ConfigError(
+            f"a run is letters, digits, '.', '_' or '-', at most 100 of them; found {run!r}"
+        )
     check_servers(settings, "clean")
     app = make_app(settings)
     redis = outcomes_of(app).redis
@@ -69,7 +95,9 @@ def clean(run: str, reward: str | None, redis_url: str | None, yes: bool) -> Non
         app.close()
 
 
-def _clean(redis: Any, settings: Settings, run: str, reward: str | None, yes: bool) -> None:
+def _clean(
+    redis: Any, settings: Settings, run: str, reward: str | None, yes: bool
+) -> None:
     found = _look(redis, settings, run)
     if not found.num_outcomes and not found.rewards:
         raise ConfigError(_unknown_run(redis, settings, run))
@@ -77,7 +105,9 @@ def _clean(redis: Any, settings: Settings, run: str, reward: str | None, yes: bo
     num = sum(found.num_outcomes[one] for one in chosen)
     of = f"run {run!r}" if reward is None else f"reward {reward!r} of run {run!r}"
     if not num:
-        click.echo(f"{of} has no outcomes in {without_password(settings.results)}; nothing to drop")
+        click.echo(
+            f"{of} has no outcomes in {without_password(settings.results)}; nothing to drop"
+        )
         return
     _show(found, chosen, run)
     if not yes:
@@ -88,7 +118,9 @@ def _clean(redis: Any, settings: Settings, run: str, reward: str | None, yes: bo
     left = _count_by_fingerprint(redis, run, keys.outcome)
     num_new = sum(left[one] for one in chosen)
     if num_new:
-        click.echo(f"{_count(num_new)} came meanwhile: workers are at it; clean again once they have the new code")
+        click.echo(
+            f"{_count(num_new)} came meanwhile: workers are at it; clean again once they have the new code"
+        )
 
 
 def _look(redis: Any, settings: Settings, run: str) -> Found:
@@ -108,7 +140,9 @@ def _chosen(found: Found, run: str, reward: str | None) -> list[str]:
     """
     if reward is None:
         return sorted(found.num_outcomes)
-    chosen = {f for known in found.rewards if known.name == reward for f in known.fingerprints}
+    chosen = {
+        f for known in found.rewards if known.name == reward for f in known.fingerprints
+    }
     if chosen:
         return sorted(chosen)
     names = sorted({known.name for known in found.rewards})
@@ -123,13 +157,18 @@ def _show(found: Found, chosen: Iterable[str], run: str) -> None:
     for one in chosen:
         fingerprints.setdefault(found.names_of(one), []).append(one)
     for names, own in fingerprints.items():
-        num, num_claimed = (sum(of[one] for one in own) for of in (found.num_outcomes, found.num_claimed))
+        num, num_claimed = (
+            sum(of[one] for one in own)
+            for of in (found.num_outcomes, found.num_claimed)
+        )
         versions = f" by {len(own)} versions or codes" if len(own) > 1 else ""
         being_scored = f", {num_claimed:,} more are being scored" if num_claimed else ""
         if num or num_claimed:
             click.echo(f"{names}: {_count(num)}{versions}{being_scored}")
     for trainer in found.trainers:
-        click.echo(f"{trainer} of run {run!r} is alive: what it waits for and has not read yet is scored again")
+        click.echo(
+            f"{trainer} of run {run!r} is alive: what it waits for and has not read yet is scored again"
+        )
 
 
 def _ask(num: int, of: str) -> None:
@@ -178,9 +217,12 @@ def _unknown_run(redis: Any, settings: Settings, run: str) -> str:
     where = without_password(settings.results)
     if not num_of:
         return (
-            f"no run {run!r} in {where}, which has no outcomes of any run; --redis names another, or REWARDQ_RESULT_URL"
+            f"no run {run!r} in {where}, which has no outcomes of any run; "
+            "--redis names another, or REWARDQ_RESULT_URL"
         )
-    shown = ", ".join(f"{name} ({_count(num)})" for name, num in num_of.most_common(RUNS_SHOWN))
+    shown = ", ".join(
+        f"{name} ({_count(num)})" for name, num in num_of.most_common(RUNS_SHOWN)
+    )
     more = f" and {len(num_of) - RUNS_SHOWN} more" if len(num_of) > RUNS_SHOWN else ""
     return f"no run {run!r} in {where}{nearest(run, num_of)}; it has: {shown}{more}"
 

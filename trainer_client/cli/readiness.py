@@ -45,7 +45,13 @@ class Lines:
 
 
 def wait_until_ready(
-    fleet: Fleet, config: RewardConfig, settings: Settings, say: Callable[[str], None], wait_s: float, *, servers: bool
+    fleet: Fleet,
+    config: RewardConfig,
+    settings: Settings,
+    say: Callable[[str], None],
+    wait_s: float,
+    *,
+    servers: bool,
 ) -> tuple[str, ...]:
     """Wait until the workers of a fleet can score each reward of `config`.
 
@@ -61,12 +67,16 @@ def wait_until_ready(
     """
     app = make_app(settings)
     try:
-        return _wait(fleet, outcomes_of(app), _names(config), Lines(say), wait_s, servers)
+        return _wait(
+            fleet, outcomes_of(app), _names(config), Lines(say), wait_s, servers
+        )
     finally:
         app.close()
 
 
-def tell_who_is_back(fleet: Fleet, settings: Settings, say: Callable[[str], None]) -> NoReturn:
+def tell_who_is_back(
+    fleet: Fleet, settings: Settings, say: Callable[[str], None]
+) -> NoReturn:
     """Say of each worker that was started again when it serves again; goes on until it is interrupted."""
     app = make_app(settings)
     try:
@@ -74,7 +84,9 @@ def tell_who_is_back(fleet: Fleet, settings: Settings, say: Callable[[str], None
         ready = {child.name: child.pid for child in _workers(fleet)}
         while True:
             time.sleep(POLL_S)
-            others = [child for child in _workers(fleet) if child.pid != ready[child.name]]
+            others = [
+                child for child in _workers(fleet) if child.pid != ready[child.name]
+            ]
             beats = _beats(outcomes) if others else {}
             for child in others:
                 if _serves(beats.get((child.pid, platform.node()))):
@@ -89,26 +101,48 @@ def _workers(fleet: Fleet) -> list[Child]:
 
 
 def _wait(
-    fleet: Fleet, outcomes: Outcomes, names: Mapping[str, str], lines: Lines, wait_s: float, servers: bool
+    fleet: Fleet,
+    outcomes: Outcomes,
+    names: Mapping[str, str],
+    lines: Lines,
+    wait_s: float,
+    servers: bool,
 ) -> tuple[str, ...]:
     deadline = lines.started_at + wait_s
     while True:
         beats = _beats(outcomes)
         workers = _workers(fleet)
-        found = {child.name: beats.get((child.pid, platform.node())) for child in workers}
+        found = {
+            child.name: beats.get((child.pid, platform.node())) for child in workers
+        }
         _check_alive(workers, found, lines.started_at)
         for child in workers:
             beat = found[child.name]
-            child.is_watched = child.is_watched or (beat is not None and beat.state == "ready")
-        loading = [f"{name}: {_what_it_does(beat, names)}" for name, beat in found.items() if not _serves(beat)]
-        unanswered = [f"{name}: {words}" for name, beat in found.items() if beat for words in beat.unanswered]
+            child.is_watched = child.is_watched or (
+                beat is not None and beat.state == "ready"
+            )
+        loading = [
+            f"{name}: {_what_it_does(beat, names)}"
+            for name, beat in found.items()
+            if not _serves(beat)
+        ]
+        unanswered = [
+            f"{name}: {words}"
+            for name, beat in found.items()
+            if beat
+            for words in beat.unanswered
+        ]
         if not loading and not (servers and unanswered):
             return tuple(unanswered)
         if time.monotonic() > deadline:
             raise StartError(
                 f"not ready within {wait_s:g} s: {'; '.join([*loading, *unanswered])}. Longer waits: --wait SECONDS"
             )
-        lines.tell(unanswered if not loading else [*unanswered, *_after_a_while(loading, lines)])
+        lines.tell(
+            unanswered
+            if not loading
+            else [*unanswered, *_after_a_while(loading, lines)]
+        )
         time.sleep(POLL_S)
 
 
@@ -125,17 +159,30 @@ def _after_a_while(loading: Sequence[str], lines: Lines) -> Sequence[str]:
     return loading if time.monotonic() - lines.started_at > SAY_EVERY_S / 3 else []
 
 
-def _check_alive(workers: Sequence[Child], found: Mapping[str, Heartbeat | None], started_at: float) -> None:
+def _check_alive(
+    workers: Sequence[Child], found: Mapping[str, Heartbeat | None], started_at: float
+) -> None:
     """Raise `StartError` for workers that ended while they started, or have no heartbeat for too long."""
-    ended = [child for child in workers if not child.is_watched and child.ended is not None]
+    ended = [
+        child for child in workers if not child.is_watched and child.ended is not None
+    ]
     if ended:
         raise StartError(
-            "; ".join(f"{child.name} did not start ({child.ended}); {last_words(child)}" for child in ended)
+            "; ".join(
+                f"{child.name} did not start ({child.ended}); {last_words(child)}"
+                for child in ended
+            )
         )
     is_late = time.monotonic() - started_at > WORKER_START_S
-    silent = [child for child in workers if is_late and not child.is_watched and found[child.name] is None]
+    silent = [
+        child
+        for child in workers
+        if is_late and not child.is_watched and found[child.name] is None
+    ]
     if silent:
-        raise StartError(f"{silent[0].name} was not ready within {WORKER_START_S:g} s; {last_words(silent[0])}")
+        raise StartError(
+            f"{silent[0].name} was not ready within {WORKER_START_S:g} s; {last_words(silent[0])}"
+        )
 
 
 def _serves(beat: Heartbeat | None) -> bool:
@@ -151,4 +198,7 @@ def _what_it_does(beat: Heartbeat | None, names: Mapping[str, str]) -> str:
 
 def _names(config: RewardConfig) -> dict[str, str]:
     """Names of reward models by fingerprint."""
-    return {spec.part.fingerprint: spec.part.reward_model for spec in (*config.rewards, *config.eval_rewards)}
+    return {
+        spec.part.fingerprint: spec.part.reward_model
+        for spec in (*config.rewards, *config.eval_rewards)
+    }

@@ -27,7 +27,9 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
 except ImportError as error:
-    raise MissingExtraError("the stand-in judge", error.name or "fastapi", "demo") from None
+    raise MissingExtraError(
+        "the stand-in judge", error.name or "fastapi", "demo"
+    ) from None
 
 NAME = "sharpness-standin"
 """The model it calls itself."""
@@ -49,13 +51,19 @@ class NoImageError(ValueError):
 @app.exception_handler(NoImageError)
 def refuse(_request: Request, error: NoImageError) -> JSONResponse:
     """The answer to a chat without an image, as the API words errors."""
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+    return JSONResponse(
+        {"error": {"message": str(error), "type": "invalid_request_error"}},
+        status_code=400,
+    )
 
 
 @app.get("/v1/models")
 def models() -> dict[str, Any]:
     """The one model, as the API lists it."""
-    return {"object": "list", "data": [{"id": NAME, "object": "model", "created": 0, "owned_by": "rewardq"}]}
+    return {
+        "object": "list",
+        "data": [{"id": NAME, "object": "model", "created": 0, "owned_by": "rewardq"}],
+    }
 
 
 @app.post("/v1/chat/completions")
@@ -86,7 +94,13 @@ def sharpness(image: Image.Image) -> float:
     """Variance of the 4-neighbour Laplacian of the luma, in squared grey levels of [0, 255]."""
     luma = np.asarray(image.convert("L"), dtype=np.float32)
     inner = luma[1:-1, 1:-1]
-    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4.0 * inner
+    laplacian = (
+        luma[:-2, 1:-1]
+        + luma[2:, 1:-1]
+        + luma[1:-1, :-2]
+        + luma[1:-1, 2:]
+        - 4.0 * inner
+    )
     return float(laplacian.var())
 
 
@@ -96,20 +110,39 @@ def yes_probability(sharpness: float) -> float:
 
 
 def _candidate(token: str, probability: float) -> dict[str, Any]:
-    return {"token": token, "logprob": math.log(probability), "bytes": list(token.encode())}
+    return {
+        "token": token,
+        "logprob": math.log(probability),
+        "bytes": list(token.encode()),
+    }
 
 
 def _first_image(body: dict[str, Any]) -> Image.Image:
     try:
-        parts = [p for m in body["messages"] if isinstance(m["content"], list) for p in m["content"]]
-        url: str = next(p["image_url"]["url"] for p in parts if p["type"] == "image_url")
+        parts = [
+            p
+            for m in body["messages"]
+            if isinstance(m["content"], list)
+            for p in m["content"]
+        ]
+        url: str = next(
+            p["image_url"]["url"] for p in parts if p["type"] == "image_url"
+        )
         header, _, data = url.partition(",")
         if not header.startswith("data:image/") or not header.endswith(";base64"):
             raise ValueError("not a data URL")
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         image.load()
         return image
-    except (KeyError, TypeError, StopIteration, ValueError, binascii.Error, UnidentifiedImageError, OSError) as error:
+    except (
+        KeyError,
+        TypeError,
+        StopIteration,
+        ValueError,
+        binascii.Error,
+        UnidentifiedImageError,
+        OSError,
+    ) as error:
         raise NoImageError(
             f"needs an image as a base64 data URL in a message: {error or type(error).__name__}"
         ) from None
@@ -119,7 +152,13 @@ def _first_image(body: dict[str, Any]) -> Image.Image:
 @click.option("--port", type=click.IntRange(1, 65535), required=True)
 def serve(port: int) -> None:
     """Serve on 127.0.0.1 until SIGTERM or Ctrl-C."""
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.run(
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+    )
 
 
 if __name__ == "__main__":

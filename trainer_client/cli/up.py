@@ -44,7 +44,12 @@ class Plan:
 
 @click.command()
 @click.argument("rewards_yaml", type=click.Path(path_type=Path))
-@click.option("--redis", "redis_url", metavar="URL", help=f"Use this Redis; else {BROKER_URL}, else one is started.")
+@click.option(
+    "--redis",
+    "redis_url",
+    metavar="URL",
+    help=f"Use this Redis; else {BROKER_URL}, else one is started.",
+)
 @click.option(
     "--gpu-workers",
     type=click.IntRange(min=1),
@@ -61,8 +66,18 @@ class Plan:
     metavar="SECONDS",
     help="How long models may take to load, and judges and reward servers to answer; then all is stopped, status 2.",
 )
-@click.option("--no-wait", is_flag=True, help="Go on though a judge or a reward server does not answer yet.")
-def up(rewards_yaml: Path, redis_url: str | None, gpu_workers: int, wait_s: float, no_wait: bool) -> None:
+@click.option(
+    "--no-wait",
+    is_flag=True,
+    help="Go on though a judge or a reward server does not answer yet.",
+)
+def up(
+    rewards_yaml: Path,
+    redis_url: str | None,
+    gpu_workers: int,
+    wait_s: float,
+    no_wait: bool,
+) -> None:
     """Start what REWARDS_YAML needs on this machine.
 
     That is a Redis if none is given, and a worker for each of its queues, which loads the rewards of the file. Ready is
@@ -105,25 +120,39 @@ def _plan(rewards_yaml: Path, settings: Settings, gpu_workers: int) -> Plan:
     config = RewardConfig.from_yaml(rewards_yaml)
     config.of("train")
     rewards = (*config.rewards, *config.eval_rewards)
-    notes = [f"{r.name}: {r.reward_model} is not built here: it cannot be scored" for r in rewards if not r.is_built]
+    notes = [
+        f"{r.name}: {r.reward_model} is not built here: it cannot be scored"
+        for r in rewards
+        if not r.is_built
+    ]
     built = [reward for reward in rewards if reward.is_built]
     env = dict(os.environ)
     modules = _modules(built, settings)
     if modules:
         env[MODULES] = ",".join((*settings.allowed_modules, *modules))
-        notes.append(f"{MODULES}={env[MODULES]} ({', '.join(modules)} as {rewards_yaml.name} names it)")
+        notes.append(
+            f"{MODULES}={env[MODULES]} ({', '.join(modules)} as {rewards_yaml.name} names it)"
+        )
     too_many = _more_than_fit(built, settings)
     if too_many:
         notes.append(f"not preloaded, and so not tried: {too_many}")
         env.pop(PRELOAD, None)
     else:
         if env.get(PRELOAD):
-            notes.append(f"{PRELOAD}={env[PRELOAD]} is not used: the rewards file is preloaded")
+            notes.append(
+                f"{PRELOAD}={env[PRELOAD]} is not used: the rewards file is preloaded"
+            )
         env[PRELOAD] = str(rewards_yaml.resolve())
     shadow = warning(Path.cwd())
     if shadow:
         notes.append(shadow)
-    return Plan(config, tuple(dict.fromkeys(reward.queue for reward in built)), gpu_workers, env, notes)
+    return Plan(
+        config,
+        tuple(dict.fromkeys(reward.queue for reward in built)),
+        gpu_workers,
+        env,
+        notes,
+    )
 
 
 def _modules(rewards: list[RewardSpec], settings: Settings) -> list[str]:
@@ -132,7 +161,9 @@ def _modules(rewards: list[RewardSpec], settings: Settings) -> list[str]:
     for reward in rewards:
         module = reward.reward_model.rpartition(".")[0]
         known = (*settings.allowed_modules, *found)
-        if not reward.is_builtin and not any(module == m or module.startswith(f"{m}.") for m in known):
+        if not reward.is_builtin and not any(
+            module == m or module.startswith(f"{m}.") for m in known
+        ):
             found.append(module)
     return found
 
@@ -140,14 +171,20 @@ def _modules(rewards: list[RewardSpec], settings: Settings) -> list[str]:
 def _more_than_fit(rewards: list[RewardSpec], settings: Settings) -> str | None:
     """Which queue has more models than a worker may keep."""
     for queue in dict.fromkeys(reward.queue for reward in rewards):
-        models = {r.part.fingerprint for r in rewards if r.queue == queue and r.is_local and not r.counts_launch}
+        models = {
+            r.part.fingerprint
+            for r in rewards
+            if r.queue == queue and r.is_local and not r.counts_launch
+        }
         if settings.max_models and len(models) > settings.max_models:
             return f"queue {queue} has {len(models)} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
     return None
 
 
 def _check_redis(settings: Settings, queues: tuple[str, ...]) -> None:
-    check_servers(settings, "worker", queues)  # as the workers that are started here will
+    check_servers(
+        settings, "worker", queues
+    )  # as the workers that are started here will
 
 
 def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
@@ -159,19 +196,25 @@ def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
             fleet.start_worker(name, queue, {**env, **own}, Path.cwd())
 
 
-def _wait(console: Console, fleet: Fleet, plan: Plan, url: str, wait_s: float, no_wait: bool) -> None:
+def _wait(
+    console: Console, fleet: Fleet, plan: Plan, url: str, wait_s: float, no_wait: bool
+) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
     settings = load_settings(broker_url=url)
     with console.status("waiting until each reward can be scored"):
-        unanswered = wait_until_ready(fleet, plan.config, settings, say, wait_s, servers=not no_wait)
+        unanswered = wait_until_ready(
+            fleet, plan.config, settings, say, wait_s, servers=not no_wait
+        )
     for line in unanswered:
         say(f"not ready: {line}")
     masked = " (with its password)" if without_password(url) != url else ""
     say(f"\nFor the trainer{masked}:")
     say(f"  export {BROKER_URL}={shlex.quote(without_password(url))}")
-    say(f"\n{'Ready but for what is above.' if unanswered else 'Ready.'} Ctrl-C stops everything.")
+    say(
+        f"\n{'Ready but for what is above.' if unanswered else 'Ready.'} Ctrl-C stops everything."
+    )
 
 
 def _gpus() -> list[str]:
@@ -182,7 +225,9 @@ def _gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False
+    ).stdout.split()
 
 
 def _worker_names(queue: str, gpu_workers: int) -> list[str]:
@@ -191,13 +236,20 @@ def _worker_names(queue: str, gpu_workers: int) -> list[str]:
     return [f"worker-{queue}-{i}" for i in range(1, gpu_workers + 1)]
 
 
-def _show(console: Console, fleet: Fleet, plan: Plan, url: str, started_redis: bool) -> None:
+def _show(
+    console: Console, fleet: Fleet, plan: Plan, url: str, started_redis: bool
+) -> None:
     table = Table("queue", "pid", "command", "log", box=None, pad_edge=False)
     by_name = {child.name: child for child in fleet.children}
     for queue in plan.queues:
         for name in _worker_names(queue, plan.gpu_workers):
             child = by_name[name]
-            table.add_row(queue, str(child.pid), " ".join(worker_command(queue)), child.log_path.name)
+            table.add_row(
+                queue,
+                str(child.pid),
+                " ".join(worker_command(queue)),
+                child.log_path.name,
+            )
     kept = " (started here; empty again when stopped)" if started_redis else ""
     console.print(f"Redis: {without_password(url)}{kept}", markup=False, soft_wrap=True)
     console.print(f"logs: {fleet.log_dir}", markup=False, soft_wrap=True)

@@ -14,7 +14,9 @@ CELERY_WORKER = ("celery", "-A", "tasks", "worker")
 """The documented command; what it is told about `tasks` holds here too, since ours is imported already."""
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []}
+)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(celery_options: tuple[str, ...]) -> None:
     """Start a worker: rewardq worker -Q gpu [CELERY_OPTIONS].
@@ -27,6 +29,8 @@ def worker(celery_options: tuple[str, ...]) -> None:
     if said:
         click.echo(f"rewardq worker: {said}", err=True)
     if "--help" in celery_options:
-        click.echo("rewardq worker -Q gpu [OPTIONS]: the same as celery -A tasks worker, whose options these are.\n")
+        click.echo(
+            "rewardq worker -Q gpu [OPTIONS]: the same as celery -A tasks worker, whose options these are.\n"
+        )
     sys.argv = [*CELERY_WORKER, *celery_options]
     celery_command()

@@ -41,19 +41,28 @@ _TITLE = re.compile(
     re.IGNORECASE,
 )
 _SCORE = re.compile(
-    rf"(?:^{_MARKS}|##{_MARKS})(?:final\s+)?score{_MARKS}(?:\([^)]*\){_MARKS})?[:：=]\s*(?P<value>.*)$", re.IGNORECASE
+    rf"(?:^{_MARKS}|##{_MARKS})(?:final\s+)?score{_MARKS}(?:\([^)]*\){_MARKS})?[:：=]\s*(?P<value>.*)$",
+    re.IGNORECASE,
 )
-_JUDGEMENT = re.compile(rf"^{_MARKS}detailed\s+judge?ment{_MARKS}[:：]?{_MARKS}$", re.IGNORECASE | re.MULTILINE)
+_JUDGEMENT = re.compile(
+    rf"^{_MARKS}detailed\s+judge?ment{_MARKS}[:：]?{_MARKS}$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SUMMARY = re.compile(
     r"^\s*(?:#+[\s*_]*(?:summary|user\s+request\s+refinement)\b|[*_]+\s*summary\b|summary\s*[:：])",
     re.IGNORECASE | re.MULTILINE,
 )
-_REFINED = re.compile(rf"^{_MARKS}refined\s+request{_MARKS}[:：]{_MARKS}", re.IGNORECASE | re.MULTILINE)
+_REFINED = re.compile(
+    rf"^{_MARKS}refined\s+request{_MARKS}[:：]{_MARKS}", re.IGNORECASE | re.MULTILINE
+)
 
 _AROUND = r"[\s*_`\[\](){}\"'~]*"
 _NONE = re.compile(rf"^{_AROUND}(?:n\s*[/.]?\s*a\b|not\s+applicable\b)", re.IGNORECASE)
 _NUMBER = re.compile(rf"^{_AROUND}(?P<number>[+-]?\d+(?:[.,]\d+)?)(?P<rest>.*)$")
-_OF_FOUR = re.compile(rf"^{_AROUND}(?:/|out\s+of|of){_AROUND}4(?:[.,]0+)?(?![\d.,]*\d)(?P<rest>.*)$", re.IGNORECASE)
+_OF_FOUR = re.compile(
+    rf"^{_AROUND}(?:/|out\s+of|of){_AROUND}4(?:[.,]0+)?(?![\d.,]*\d)(?P<rest>.*)$",
+    re.IGNORECASE,
+)
 _NO_SCORE = re.compile(
     rf"^(?:\w|[.,]\d|{_AROUND}(?:[/%^]|\d|(?:points?|stars?)?\s*(?:out\s+of|of)\s*\d|"
     r"(?:[-–—~,&→=>:]+|\.\.+|to|or|and)\s*[\[(*_]*\d))",
@@ -90,7 +99,10 @@ def read_judgement(text: str) -> Judgement:
             score = _on_scale(found)
             if scores.setdefault(aspect, score) != score:
                 unclear[aspect] = None
-            if not isinstance(found, str) and not SCALE_FROM_0 <= found <= ANOTHER_SCALE:
+            if (
+                not isinstance(found, str)
+                and not SCALE_FROM_0 <= found <= ANOTHER_SCALE
+            ):
                 beyond.setdefault(aspect, found)
     kept = {aspect: score for aspect, score in scores.items() if aspect not in unclear}
     return Judgement(kept, tuple(unclear), _refined_request(text), beyond)
@@ -102,12 +114,17 @@ def read_score(value: str) -> Score | None:
     return None if found is None else _on_scale(found)
 
 
-def mean_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+def mean_reward(
+    scores: Mapping[str, float], weights: Mapping[str, float]
+) -> float | None:
     """`(weighted mean - 1) / 3`, in [0, 1]; None if nothing has a weight."""
     total = math.fsum(weights.get(aspect, 1.0) for aspect in scores)
     if not total > 0.0:
         return None
-    mean = math.fsum(weights.get(aspect, 1.0) * score for aspect, score in scores.items()) / total
+    mean = (
+        math.fsum(weights.get(aspect, 1.0) * score for aspect, score in scores.items())
+        / total
+    )
     return (mean - LOWEST) / (HIGHEST - LOWEST)
 
 
@@ -150,7 +167,11 @@ def _values(text: str) -> Iterator[tuple[str, Sequence[str]]]:
         if title is not None:
             if aspect is not None:
                 yield aspect, values
-            aspect, values, label_is_empty = next(a for a in TITLES if title[a]), [], False
+            aspect, values, label_is_empty = (
+                next(a for a in TITLES if title[a]),
+                [],
+                False,
+            )
             line = title["rest"].lstrip(":： ")
         label = _SCORE.search(line)
         if label is not None:

@@ -67,13 +67,17 @@ class FleetBudget:
         self._held: dict[str, str] = {}
         self._has_leases = threading.Event()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="rewardq-leases", daemon=True)
+        self._thread = threading.Thread(
+            target=self._keep_alive, name="rewardq-leases", daemon=True
+        )
         self._thread.start()
 
     def acquire(self, endpoint: str, most: int) -> str | None:
         """A lease for one request at `endpoint`, or None if all workers together have `most` of them."""
         lease = uuid.uuid4().hex
-        if not self._acquire(keys=[keys.judge_leases(endpoint)], args=[lease, most, self._ttl_ms]):
+        if not self._acquire(
+            keys=[keys.judge_leases(endpoint)], args=[lease, most, self._ttl_ms]
+        ):
             return None
         with self._lock:
             self._held[lease] = endpoint
@@ -101,7 +105,9 @@ class FleetBudget:
         self._thread.join()
 
     def _keep_alive(self) -> None:
-        while self._has_leases.wait() and not self._ended.wait(self._ttl_s / RENEWALS_A_TTL):
+        while self._has_leases.wait() and not self._ended.wait(
+            self._ttl_s / RENEWALS_A_TTL
+        ):
             with self._lock:
                 held = dict(self._held)
                 if not held and not self._ended.is_set():
@@ -109,7 +115,9 @@ class FleetBudget:
             try:
                 for endpoint in set(held.values()):
                     leases = [lease for lease, at in held.items() if at == endpoint]
-                    self._renew(keys=[keys.judge_leases(endpoint)], args=[self._ttl_ms, *leases])
+                    self._renew(
+                        keys=[keys.judge_leases(endpoint)], args=[self._ttl_ms, *leases]
+                    )
                     self._drop_released(endpoint, leases)
             except LOST as error:
                 log.warning("leases not renewed error=%s", type(error).__name__)

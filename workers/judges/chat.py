@@ -39,13 +39,19 @@ class Chat:
         given = options["api_base_url"]
         urls = [given] if isinstance(given, str) else given
         self._loop = judge_loop()
-        self._endpoints = [self._loop.endpoint(url, api_key(url, options["api_key_env"])) for url in urls]
+        self._endpoints = [
+            self._loop.endpoint(url, api_key(url, options["api_key_env"]))
+            for url in urls
+        ]
         self._model: str = options["vlm_model"]
         self._timeout, self._timeout_s = options["timeout"], timeout_s
         self._max_retries: int = options["max_retries"]
         self._fleet_max: int = options["fleet_max_concurrent"]
         self._at_once: int = max(1, options["max_concurrent"])
-        self._params = {"temperature": options["temperature"], "extra_body": options["extra_body"] or None}
+        self._params = {
+            "temperature": options["temperature"],
+            "extra_body": options["extra_body"] or None,
+        }
         self._clients: dict[tuple[Endpoint, int], Any] = {}
 
     @property
@@ -58,19 +64,27 @@ class Chat:
         if not self._fleet_max:
             return
         try:
-            if any(fleet_budget().has_room(e.url, self._fleet_max) for e in self._endpoints):
+            if any(
+                fleet_budget().has_room(e.url, self._fleet_max) for e in self._endpoints
+            ):
                 return
         except LOST as error:
-            raise BusyError(f"Redis is away, which holds the budget of the judge: {error}") from None
+            raise BusyError(
+                f"Redis is away, which holds the budget of the judge: {error}"
+            ) from None
         raise self._busy()
 
-    def ask(self, chats: Sequence[list[Any]], **params: Any) -> list[Reply | Unscored | BusyError]:
+    def ask(
+        self, chats: Sequence[list[Any]], **params: Any
+    ) -> list[Reply | Unscored | BusyError]:
         """Ask questions side by side; each has `timeout_s`.
 
         Returns:
             For each a reply, the reason that there is none, or that no server could be asked within the budget.
         """
-        return self._loop.run_all([self._ask_one(messages, params) for messages in chats], self._timeout_s)
+        return self._loop.run_all(
+            [self._ask_one(messages, params) for messages in chats], self._timeout_s
+        )
 
     def warm_up(self) -> None:
         """Ask each server for its models, and an unlisted model for an answer of one token.
@@ -78,7 +92,9 @@ class Chat:
         Raises:
             ModelLoadError: A server is away, refuses the key or the model, or its URL is wrong; the text says what.
         """
-        for found in self._loop.run_all([self._check(endpoint) for endpoint in self._endpoints], CHECK_TIMEOUT_S):
+        for found in self._loop.run_all(
+            [self._check(endpoint) for endpoint in self._endpoints], CHECK_TIMEOUT_S
+        ):
             if found is not None:
                 raise ModelLoadError(str(found))
 
@@ -89,7 +105,10 @@ class Chat:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await endpoint.check(self._model)
         except TimeoutError:
-            raise Unscored("timeout", f"no answer from {endpoint.name} within {CHECK_TIMEOUT_S:g} seconds") from None
+            raise Unscored(
+                "timeout",
+                f"no answer from {endpoint.name} within {CHECK_TIMEOUT_S:g} seconds",
+            ) from None
         except openai.APITimeoutError:
             words = f"no answer from {endpoint.name} within {LIST_TIMEOUT_S:g} seconds{endpoint.way}"
             raise Unscored("timeout", words) from None
@@ -116,7 +135,9 @@ class Chat:
         found.message += _way(count)
         return found
 
-    async def _ask_somewhere(self, messages: list[Any], params: Mapping[str, Any], count: Requests) -> Reply:
+    async def _ask_somewhere(
+        self, messages: list[Any], params: Mapping[str, Any], count: Requests
+    ) -> Reply:
         """Ask the least busy server; one that fails is followed by the next, the last gets the retries left."""
         left = list(self._endpoints)
         while True:
@@ -126,7 +147,9 @@ class Chat:
                 others = any(e.is_well for e in left)
                 retries = 0 if others else max(0, self._max_retries - count.num)
                 try:
-                    reply = await self._ask_at(endpoint, retries, messages, params, count)
+                    reply = await self._ask_at(
+                        endpoint, retries, messages, params, count
+                    )
                 except (openai.APIConnectionError, openai.APIStatusError) as error:
                     endpoint.is_doubted |= says_no_such_model(error)
                     if _is_the_servers(error):
@@ -140,15 +163,26 @@ class Chat:
                     return reply
 
     async def _ask_at(
-        self, endpoint: Endpoint, retries: int, messages: list[Any], params: Mapping[str, Any], count: Requests
+        self,
+        endpoint: Endpoint,
+        retries: int,
+        messages: list[Any],
+        params: Mapping[str, Any],
+        count: Requests,
     ) -> Reply:
-        uncounted = requests.set(Requests())  # the list of models is no request of this question's
+        uncounted = requests.set(
+            Requests()
+        )  # the list of models is no request of this question's
         try:
-            name = await endpoint.model_name(self._model, self._client(endpoint, retries))
+            name = await endpoint.model_name(
+                self._model, self._client(endpoint, retries)
+            )
         finally:
             requests.reset(uncounted)
         completions = self._client(endpoint, retries).chat.completions.with_raw_response
-        raw = await completions.create(model=name, messages=messages, **self._params, **params)
+        raw = await completions.create(
+            model=name, messages=messages, **self._params, **params
+        )
         try:
             return read_reply(raw.content, name, count.num)
         except Unscored as reason:
@@ -183,31 +217,47 @@ class Chat:
 
     async def _lease(self, endpoint: Endpoint) -> str | None:
         lease = await self._acquire(endpoint)
-        if lease is None and self._loop.releases:  # the place of the question before may still be on its way back
+        if (
+            lease is None and self._loop.releases
+        ):  # the place of the question before may still be on its way back
             await asyncio.wait(self._loop.releases)
             lease = await self._acquire(endpoint)
         return lease
 
     async def _acquire(self, endpoint: Endpoint) -> str | None:
         budget = fleet_budget()
-        asking = asyncio.get_running_loop().run_in_executor(None, budget.acquire, endpoint.url, self._fleet_max)
+        asking = asyncio.get_running_loop().run_in_executor(
+            None, budget.acquire, endpoint.url, self._fleet_max
+        )
         try:
             return await asyncio.shield(asking)
-        except asyncio.CancelledError:  # the thread goes on: what it still gets is given back
-            asking.add_done_callback(lambda got: None if got.exception() else self._give_back(budget, got.result()))
+        except (
+            asyncio.CancelledError
+        ):  # the thread goes on: what it still gets is given back
+            asking.add_done_callback(
+                lambda got: (
+                    None if got.exception() else self._give_back(budget, got.result())
+                )
+            )
             raise
         except LOST as error:
-            raise BusyError(f"Redis is away, which holds the budget of the judge: {error}") from None
+            raise BusyError(
+                f"Redis is away, which holds the budget of the judge: {error}"
+            ) from None
 
     def _give_back(self, budget: FleetBudget, lease: str | None) -> None:
         if lease is not None:
-            release = asyncio.get_running_loop().run_in_executor(None, budget.release, lease)
+            release = asyncio.get_running_loop().run_in_executor(
+                None, budget.release, lease
+            )
             self._loop.releases.add(release)
             release.add_done_callback(self._loop.releases.discard)
 
     def _busy(self) -> BusyError:
         urls = ", ".join(e.name for e in self._endpoints)
-        return BusyError(f"all {self._fleet_max} requests that fleet_max_concurrent allows are in flight at {urls}")
+        return BusyError(
+            f"all {self._fleet_max} requests that fleet_max_concurrent allows are in flight at {urls}"
+        )
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -220,7 +270,11 @@ def _is_the_servers(error: openai.OpenAIError) -> bool:
 
 def _may_help_elsewhere(error: openai.OpenAIError) -> bool:
     """Whether another server may answer what this one did not: it is not well, or has too much to do."""
-    return _is_the_servers(error) or getattr(error, "status_code", None) in (408, 409, 429)
+    return _is_the_servers(error) or getattr(error, "status_code", None) in (
+        408,
+        409,
+        429,
+    )
 
 
 def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unscored:
@@ -231,7 +285,10 @@ def _reason(error: openai.OpenAIError, timeout: float, count: Requests) -> Unsco
         return Unscored("timeout", words + _asked(count))
     if isinstance(error, openai.APIStatusError):
         response = error.response
-        return Unscored("failed", f"the judge answered {_status(response)}{after}: {_server_words(response)}")
+        return Unscored(
+            "failed",
+            f"the judge answered {_status(response)}{after}: {_server_words(response)}",
+        )
     if isinstance(error, openai.APIConnectionError):
         return Unscored(
             "failed",
@@ -252,7 +309,9 @@ def _status(response: Any) -> str:
     inner: InnerError | None = response.extensions.get(MARK)
     if inner is None:
         return str(response.status_code)
-    return f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
+    return (
+        f"200 with an error of code {inner.code}" if inner.code else "200 with an error"
+    )
 
 
 def _whereto(endpoint: Endpoint | None) -> str:
@@ -280,6 +339,8 @@ def _after(count: Requests) -> str:
 def _server_words(response: Any) -> str:
     """What the server said, without the key: the message in its error, else its answer as it is."""
     inner: InnerError | None = response.extensions.get(MARK)
-    words: str = inner.words if inner is not None else said_in(response.content) or response.text
+    words: str = (
+        inner.words if inner is not None else said_in(response.content) or response.text
+    )
     key = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
     return cut(words.replace(key, "***") if key not in ("", NO_KEY) else words)

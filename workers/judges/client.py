@@ -66,7 +66,9 @@ class JudgeLoop(NetworkLoop):
             ModelLoadError: Nothing could be asked at this URL, or not through the proxy that the environment names.
         """
         url = url.rstrip("/")
-        wrong = whats_wrong_with_api(url)  # a class of the user's has options that the trainer does not check
+        wrong = whats_wrong_with_api(
+            url
+        )  # a class of the user's has options that the trainer does not check
         if wrong:
             raise ModelLoadError(f"api_base_url {wrong}")
         with self._lock:
@@ -89,7 +91,9 @@ def _endpoint(url: str, key: str) -> Endpoint:
     )
     # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
     headers = {"Authorization": f"Bearer {key}"}
-    client = CountingClient(base_url=url, api_key=key, default_headers=headers, http_client=http_client)
+    client = CountingClient(
+        base_url=url, api_key=key, default_headers=headers, http_client=http_client
+    )
     return Endpoint(url, client=client, proxy=proxy)
 
 
@@ -126,8 +130,12 @@ def api_key(base_url: str, key_env: str) -> str:
     """
     if not key_env:
         return NO_KEY
-    if not os.environ.get(key_env):  # compose gives a variable that is not set as an empty one
-        raise ModelLoadError(f"api_key_env names {key_env}, which is not set on this worker")
+    if not os.environ.get(
+        key_env
+    ):  # compose gives a variable that is not set as an empty one
+        raise ModelLoadError(
+            f"api_key_env names {key_env}, which is not set on this worker"
+        )
     settings: Settings = load_settings()
     host = (urlsplit(base_url).hostname or "").lower()
     own = (urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname or "").lower()

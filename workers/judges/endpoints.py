@@ -64,10 +64,14 @@ class Endpoint(Server):
             openai.OpenAIError: Without a name, the server could not be asked for one.
         """
         async with self.listing:
-            is_known = (self._is_listed(wanted) or (wanted and self.names is not None)) and not self.is_doubted
+            is_known = (
+                self._is_listed(wanted) or (wanted and self.names is not None)
+            ) and not self.is_doubted
             if not is_known and time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 try:
-                    await self._learn_names(wanted, client if not wanted else self._quick_client())
+                    await self._learn_names(
+                        wanted, client if not wanted else self._quick_client()
+                    )
                 except (openai.APIConnectionError, openai.APIStatusError):
                     if not wanted:
                         raise  # else the question itself will meet the same, with its retries
@@ -75,10 +79,16 @@ class Endpoint(Server):
         if wanted:
             return wanted
         if not self.names:
-            raise Unscored("failed", f"{self.name} lists no models; name the one to ask as vlm_model")
+            raise Unscored(
+                "failed",
+                f"{self.name} lists no models; name the one to ask as vlm_model",
+            )
         if len(self.names) == 1:
             return self.names[0]
-        raise Unscored("failed", f"{self.name} serves several models; name one of them as vlm_model: {self.listed}")
+        raise Unscored(
+            "failed",
+            f"{self.name} serves several models; name one of them as vlm_model: {self.listed}",
+        )
 
     async def refused(self, wanted: str) -> str:
         """What to say behind the words of a server that has no model of this name; the names are asked for anew."""
@@ -86,7 +96,9 @@ class Endpoint(Server):
         async with self.listing:
             if time.monotonic() - self.listed_at > LIST_AGAIN_S:
                 self.listed_at = time.monotonic()
-                with contextlib.suppress(openai.APIConnectionError, openai.APIStatusError, Unscored):
+                with contextlib.suppress(
+                    openai.APIConnectionError, openai.APIStatusError, Unscored
+                ):
                     await self._learn_names(wanted, self._quick_client())
         if self.names is None:
             return f"; {self.name} lists no models: is this the URL of an OpenAI-compatible API?"
@@ -111,11 +123,22 @@ class Endpoint(Server):
             return
         question = [{"role": "user", "content": "Answer Yes."}]
         try:
-            await client.chat.completions.with_raw_response.create(model=name, messages=question, max_tokens=1)
+            await client.chat.completions.with_raw_response.create(
+                model=name, messages=question, max_tokens=1
+            )
         except (openai.APIStatusError, openai.APITimeoutError) as error:
-            if says_no_such_model(error) or getattr(error, "status_code", None) in (401, 403, 404):
+            if says_no_such_model(error) or getattr(error, "status_code", None) in (
+                401,
+                403,
+                404,
+            ):
                 raise
-            log.warning("model not asked for a trial url=%s model=%r error=%s", self.name, name, error)
+            log.warning(
+                "model not asked for a trial url=%s model=%r error=%s",
+                self.name,
+                name,
+                error,
+            )
 
     @property
     def listed(self) -> str:
@@ -128,10 +151,17 @@ class Endpoint(Server):
         self.names = await self._list(client)
         self.is_doubted = False
         if wanted and self.names and wanted not in self.names:
-            log.warning("model not listed but asked url=%s model=%r listed=%s", self.name, wanted, self.listed)
+            log.warning(
+                "model not listed but asked url=%s model=%r listed=%s",
+                self.name,
+                wanted,
+                self.listed,
+            )
 
     def _is_listed(self, wanted: str) -> bool:
-        return self.names is not None and (wanted in self.names or (not wanted and len(self.names) == 1))
+        return self.names is not None and (
+            wanted in self.names or (not wanted and len(self.names) == 1)
+        )
 
     def _quick_client(self) -> Any:
         return self.client.with_options(timeout=LIST_TIMEOUT_S, max_retries=0)
@@ -142,7 +172,10 @@ class Endpoint(Server):
         if names is None and not urlsplit(self.url).path:
             with_v1 = client.with_options(base_url=f"{self.url}/v1")
             if await _names_at(with_v1) is not None:
-                raise Unscored("failed", f"api_base_url {self.name} has no /v1; the API is at {self.name}/v1")
+                raise Unscored(
+                    "failed",
+                    f"api_base_url {self.name} has no /v1; the API is at {self.name}/v1",
+                )
         return names
 
 
@@ -153,7 +186,11 @@ def says_no_such_model(error: Any) -> bool:
     if getattr(error, "status_code", None) not in (400, 403, 422):
         return False
     body = error.body if isinstance(error.body, Mapping) else {}
-    return bool(_NO_SUCH_MODEL.search(f"{body.get('code')} {words_of(body) or error.response.text}"))
+    return bool(
+        _NO_SUCH_MODEL.search(
+            f"{body.get('code')} {words_of(body) or error.response.text}"
+        )
+    )
 
 
 async def _names_at(client: Any) -> tuple[str, ...] | None:

@@ -30,7 +30,10 @@ class DataUrls:
 
     def of(self, image: Image.Image, image_format: str) -> str:
         """The URL; a thread that asks for one that another encodes waits for that."""
-        key = digest(f"{image.mode} {image.size} ".encode() + image.tobytes()), image_format
+        key = (
+            digest(f"{image.mode} {image.size} ".encode() + image.tobytes()),
+            image_format,
+        )
         with self._lock:
             url = self._urls.get(key)
             if url is not None:
@@ -72,7 +75,9 @@ def data_url(image: Image.Image, image_format: str) -> str:
     why = too_long_for(image_format, image.height, image.width)
     if why is not None:
         raise Unscored("invalid", f"{why}; cut or shrink it, or set image_format: png")
-    options: dict[str, Any] = {"compress_level": 1} if image_format == "png" else {"quality": JPEG_QUALITY}
+    options: dict[str, Any] = (
+        {"compress_level": 1} if image_format == "png" else {"quality": JPEG_QUALITY}
+    )
     buffer = io.BytesIO()
     image.save(buffer, image_format.upper(), **options)
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -83,5 +88,7 @@ def evenly_spaced(frames: Sequence[Any], num_frames: int) -> list[Any]:
     if num_frames == 1:
         return [frames[0]]
     last = len(frames) - 1
-    places = dict.fromkeys(round(i * last / (num_frames - 1)) for i in range(num_frames))
+    places = dict.fromkeys(
+        round(i * last / (num_frames - 1)) for i in range(num_frames)
+    )
     return [frames[place] for place in places]

@@ -22,7 +22,10 @@ BROKEN = 502
 
 _STATUS_OF_WORDS = (
     (429, r"rate.?limit|too.?many|exhausted|throttl|quota|\bqps\b|concurrency.?limit"),
-    (503, r"overload|unavailable|capacity|\bbusy\b|try again|temporar|\bloading\b|warming up|not ready|starting up"),
+    (
+        503,
+        r"overload|unavailable|capacity|\bbusy\b|try again|temporar|\bloading\b|warming up|not ready|starting up",
+    ),
     (504, r"time.?out|timed out|deadline"),
     (404, r"not.?found|does not exist|no such model|unknown model"),
     (401, r"authenticat|api.?key|unauthorized"),
@@ -33,8 +36,26 @@ _STATUS_OF_WORDS = (
 )
 """What codes in words stand for; the first that fits counts."""
 
-_CODES = ("code", "status_code", "http_status", "status", "error_code", "type", "errcode")
-_MESSAGES = ("message", "msg", "detail", "error_msg", "status_msg", "error_message", "title", "errmsg", "error")
+_CODES = (
+    "code",
+    "status_code",
+    "http_status",
+    "status",
+    "error_code",
+    "type",
+    "errcode",
+)
+_MESSAGES = (
+    "message",
+    "msg",
+    "detail",
+    "error_msg",
+    "status_msg",
+    "error_message",
+    "title",
+    "errmsg",
+    "error",
+)
 
 _FINE = ("0", "200", "ok", "success", "none", "no error")
 """Codes of an error that is none."""
@@ -77,12 +98,16 @@ def said_in(content: bytes) -> str:
 def words_of(error: Any) -> str:
     """What an error says: its message, with what a gateway adds of the server behind it; empty if it says nothing."""
     if isinstance(error, list):
-        if any(isinstance(one, Mapping) and "loc" in one for one in error):  # FastAPI's say which field is wrong
+        if any(
+            isinstance(one, Mapping) and "loc" in one for one in error
+        ):  # FastAPI's say which field is wrong
             return json.dumps(error)
         return "; ".join(words for words in map(words_of, error) if words)
     if not isinstance(error, Mapping):
         return error if isinstance(error, str) else ""
-    message = next((words for name in _MESSAGES if (words := words_of(error.get(name)))), "")
+    message = next(
+        (words for name in _MESSAGES if (words := words_of(error.get(name)))), ""
+    )
     metadata = error.get("metadata")
     raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
     return f"{message}: {raw}" if raw and message else message or str(raw or "")
@@ -137,7 +162,11 @@ def _choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def _first_error(body: Mapping[str, Any], choice: Mapping[str, Any]) -> Any:
     """What stands under `error` or its kin, unless it says that there is none."""
     message = choice.get("message")
-    places = (body.get("error"), choice.get("error"), message.get("error") if isinstance(message, Mapping) else None)
+    places = (
+        body.get("error"),
+        choice.get("error"),
+        message.get("error") if isinstance(message, Mapping) else None,
+    )
     for error in (*places, body.get("errors")):
         if error and not _says_nothing_is_wrong(error):
             is_bare = error is True or (isinstance(error, str) and not choice)
@@ -151,12 +180,17 @@ def _says_nothing_is_wrong(error: Any) -> bool:
     if not isinstance(error, Mapping):
         return str(error).strip().casefold() in _FINE
     codes = [error[name] for name in _CODES if error.get(name) is not None]
-    return not any(error.values()) or any(str(code).casefold() in _FINE for code in codes)
+    return not any(error.values()) or any(
+        str(code).casefold() in _FINE for code in codes
+    )
 
 
 def _says_that_it_failed(body: Mapping[str, Any]) -> bool:
     """Whether a body without a choice is an error by its own words, and not something else."""
-    return any(name in body for name in (*_CODES[:5], "errcode", "detail", "success")) or body.get("object") == "error"
+    return (
+        any(name in body for name in (*_CODES[:5], "errcode", "detail", "success"))
+        or body.get("object") == "error"
+    )
 
 
 def _read(error: Any, otherwise: int) -> InnerError:
@@ -165,12 +199,20 @@ def _read(error: Any, otherwise: int) -> InnerError:
         words, error = words_of(error), error[0]
     else:
         words = words_of(error) or json.dumps(error)
-    codes = [error[name] for name in _CODES if error.get(name) not in (None, "")] if isinstance(error, Mapping) else []
+    codes = (
+        [error[name] for name in _CODES if error.get(name) not in (None, "")]
+        if isinstance(error, Mapping)
+        else []
+    )
     code = str(codes[0]) if codes else ""
     numbers = [int(str(c)) for c in codes if re.fullmatch(r"[45]\d\d", str(c).strip())]
     if numbers:
         return InnerError(numbers[0], code, words)
-    return InnerError(_status_of(" ".join(map(str, codes))) or _status_of(words) or otherwise, code, words)
+    return InnerError(
+        _status_of(" ".join(map(str, codes))) or _status_of(words) or otherwise,
+        code,
+        words,
+    )
 
 
 def _status_of(words: str) -> int | None:

@@ -45,7 +45,9 @@ class Judge(PointwiseRewardModel):
         super().__init__(config, accelerator)
         entry = catalog.CATALOG[self.catalog_name]
         try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
-            self.options = options_of_subclass(entry, config.extra_kwargs, type(self).__name__, self.own_options)
+            self.options = options_of_subclass(
+                entry, config.extra_kwargs, type(self).__name__, self.own_options
+            )
         except ConfigError as error:
             raise ModelLoadError(str(error)) from None
         is_named = config.image_format in ("png", "jpeg", "webp")
@@ -60,7 +62,9 @@ class Judge(PointwiseRewardModel):
         """Raise `ModelLoadError` if a server is away, or refuses the key or the model; no picture is asked about."""
         self.chat.warm_up()
 
-    def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
+    def messages(
+        self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]
+    ) -> list[dict[str, Any]]:
         """The question about one sample. `frames` are its image, or the frames of its video to show."""
         raise NotImplementedError
 
@@ -84,14 +88,22 @@ class Judge(PointwiseRewardModel):
     ) -> RewardModelOutput:
         """Rewards `(N,)` in [0, 1], one request after another unless `max_concurrent` is given."""
         all_frames = frames_of(len(prompt), image, video)
-        samples = zip(prompt, all_frames, condition_images or [()] * len(prompt), strict=True)
+        samples = zip(
+            prompt, all_frames, condition_images or [()] * len(prompt), strict=True
+        )
         answers: list[Answer] = []
         with its_own_deadline():
             while some := list(itertools.islice(samples, self.chat.at_once)):
-                chats = [self.messages(p, evenly_spaced(f, self.options["frames"]), c or ()) for p, f, c in some]
-                answers += [self._answer(reply) for reply in self.chat.ask(chats, **self.params)]
+                chats = [
+                    self.messages(p, evenly_spaced(f, self.options["frames"]), c or ())
+                    for p, f, c in some
+                ]
+                answers += [
+                    self._answer(reply) for reply in self.chat.ask(chats, **self.params)
+                ]
         return RewardModelOutput(
-            rewards=[reward for reward, _ in answers], extra_info={"judge": [info for _, info in answers]}
+            rewards=[reward for reward, _ in answers],
+            extra_info={"judge": [info for _, info in answers]},
         )
 
     def urls(self, images: Sequence[Any]) -> list[str]:
@@ -105,4 +117,8 @@ class Judge(PointwiseRewardModel):
             reward, info = self.read(reply)
         except Unscored as reason:
             return reason, {}
-        return reward, {**info, "model": reply.model, "num_requests": reply.num_requests}
+        return reward, {
+            **info,
+            "model": reply.model,
+            "num_requests": reply.num_requests,
+        }

@@ -27,7 +27,9 @@ _VERDICT = re.compile(
     r"^[\s#*_>\-`]*(?:final\s+)?verdict[\s*_`]*[:：][\s*_`\[\](\"']*(?:the\s+)?(?P<verdict>first|second|tie)\b(?P<rest>.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
-_SEVERAL = re.compile(r"^\W*(?:or|/|\||,)\W*(?:the\s+)?(?:first|second|tie)", re.IGNORECASE)
+_SEVERAL = re.compile(
+    r"^\W*(?:or|/|\||,)\W*(?:the\s+)?(?:first|second|tie)", re.IGNORECASE
+)
 """What behind a verdict says that it is only the form of one: `first / second / tie`."""
 
 
@@ -36,7 +38,9 @@ _SENTENCE_ENDS = re.compile(
 )
 """Where what belongs to a verdict ends, and reasons begin."""
 _OTHERS = re.compile(r"\b(?:first|second|tie)\b", re.IGNORECASE)
-_BETTER = re.compile(r"\b(?:better|beats|wins|superior|preferred|preferable|stronger)\b|>", re.IGNORECASE)
+_BETTER = re.compile(
+    r"\b(?:better|beats|wins|superior|preferred|preferable|stronger)\b|>", re.IGNORECASE
+)
 _AGAINST = re.compile(
     r"\b(?:no|not|never|neither|nor|nobody|worse|inferior|weaker|loses|lost|loser|less|equal|equally|same|both|draw|"
     r"breaks?|breaker)\b|n['’]t\b|[?=<≈]",
@@ -72,14 +76,18 @@ class PairwiseJudge(Judge):
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self._template = Template.parse(rubric_of(self.options, rubrics.PAIR), 2, needs_prompt=True)
+        self._template = Template.parse(
+            rubric_of(self.options, rubrics.PAIR), 2, needs_prompt=True
+        )
 
     @property
     def params(self) -> dict[str, Any]:
         """How long the reply may be."""
         return {"max_tokens": self.options["max_tokens"]}
 
-    def compare(self, prompt: str, first: Sequence[Any], second: Sequence[Any]) -> Comparison:
+    def compare(
+        self, prompt: str, first: Sequence[Any], second: Sequence[Any]
+    ) -> Comparison:
         """Compare two members in both orders, side by side if `max_concurrent` says so.
 
         Args:
@@ -89,8 +97,14 @@ class PairwiseJudge(Judge):
         Raises:
             BusyError: The fleet's budget is in use; ask again later.
         """
-        one, other = (self.urls(evenly_spaced(frames, self.options["frames"])) for frames in (first, second))
-        chats = [self._template.messages(prompt, images) for images in ([one, other], [other, one])]
+        one, other = (
+            self.urls(evenly_spaced(frames, self.options["frames"]))
+            for frames in (first, second)
+        )
+        chats = [
+            self._template.messages(prompt, images)
+            for images in ([one, other], [other, one])
+        ]
         replies: list[Answered] = []
         with its_own_deadline():
             for some in [chats] if self.chat.at_once > 1 else [chats[:1], chats[1:]]:
@@ -112,14 +126,18 @@ class PairwiseJudge(Judge):
         for i, text in enumerate(prompt):
             videos = video[i] if video is not None else None
             images = image[i] if image is not None else None
-            first, second = videos if videos is not None else ([one] for one in images or ())
+            first, second = (
+                videos if videos is not None else ([one] for one in images or ())
+            )
             try:
                 found = self.compare(text, first, second)
             except BusyError as error:
                 rewards.append(error)
                 info.append({})
                 continue
-            rewards.append(found.points if found.points is not None else _abstained(found))
+            rewards.append(
+                found.points if found.points is not None else _abstained(found)
+            )
             info.append(found.info)
         return RewardModelOutput(rewards=rewards, extra_info={"judge": info})
 
@@ -128,7 +146,10 @@ def comparison_of(as_given: Answered, swapped: Answered) -> Comparison:
     """What two members' replies in both orders come to. Raises the `BusyError` if one is."""
     points: list[float] = []
     words: dict[str, Any] = {}
-    for order, reply, values in (("as_given", as_given, (WIN, LOSS)), ("swapped", swapped, (LOSS, WIN))):
+    for order, reply, values in (
+        ("as_given", as_given, (WIN, LOSS)),
+        ("swapped", swapped, (LOSS, WIN)),
+    ):
         if isinstance(reply, BusyError):
             raise reply
         if isinstance(reply, Unscored):
@@ -150,7 +171,9 @@ def read_verdict(text: str) -> Verdict:
         Unscored: `unparsable`; there is none, two that differ, or one whose line says something else as well.
     """
     lines = [m for m in _VERDICT.finditer(text) if not _SEVERAL.match(m["rest"])]
-    unclear = next((m for m in lines if _takes_back(m["verdict"].lower(), m["rest"])), None)
+    unclear = next(
+        (m for m in lines if _takes_back(m["verdict"].lower(), m["rest"])), None
+    )
     if unclear is not None:
         raise Unscored(
             "unparsable",
@@ -162,14 +185,21 @@ def read_verdict(text: str) -> Verdict:
         if found == {verdict}:
             return verdict  # type: ignore[return-value]
     what = "two verdicts that differ" if found else "no verdict"
-    raise Unscored("unparsable", f"the judge's reply has {what}; it needs one line 'Verdict: first', second or tie")
+    raise Unscored(
+        "unparsable",
+        f"the judge's reply has {what}; it needs one line 'Verdict: first', second or tie",
+    )
 
 
 def _takes_back(verdict: str, rest: str) -> bool:
     """Whether what follows a verdict in its line says that it is another, or none."""
     head = _SENTENCE_ENDS.split(rest)[0]
     if verdict == "tie":  # `tie between first and second` is one
-        return bool(re.search(r"\b(?:no|not|breaks?|breaker)\b|n['’]t\b|\?", head, re.IGNORECASE))
+        return bool(
+            re.search(
+                r"\b(?:no|not|breaks?|breaker)\b|n['’]t\b|\?", head, re.IGNORECASE
+            )
+        )
     if _AGAINST.search(head):
         return True
     return bool(_OTHERS.search(head)) and not _BETTER.search(head)

@@ -32,11 +32,21 @@ class RationalJudge(Judge):
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         given = self.options["aspects"]
-        self.aspects: tuple[str, ...] = (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
-        unknown = [a for a in (*self.aspects, *self.options["aspect_weights"]) if a not in self.all_aspects]
+        self.aspects: tuple[str, ...] = (
+            (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+        )
+        unknown = [
+            a
+            for a in (*self.aspects, *self.options["aspect_weights"])
+            if a not in self.all_aspects
+        ]
         if unknown:
-            raise ModelLoadError(f"the rubric has no aspect {unknown[0]!r}; it has {', '.join(self.all_aspects)}")
-        self._template = Template.parse(rubric_of(self.options, self.rubric), self.num_images, needs_prompt=True)
+            raise ModelLoadError(
+                f"the rubric has no aspect {unknown[0]!r}; it has {', '.join(self.all_aspects)}"
+            )
+        self._template = Template.parse(
+            rubric_of(self.options, self.rubric), self.num_images, needs_prompt=True
+        )
 
     def aggregate_aspect_scores(self, scores: Mapping[str, float]) -> float:
         """The reward of a sample; the one function to override.
@@ -49,7 +59,10 @@ class RationalJudge(Judge):
         """
         reward = mean_reward(scores, self.options["aspect_weights"])
         if reward is None:
-            raise Unscored("unparsable", f"aspect_weights are 0 for all that the judge scored: {', '.join(scores)}")
+            raise Unscored(
+                "unparsable",
+                f"aspect_weights are 0 for all that the judge scored: {', '.join(scores)}",
+            )
         return reward
 
     @property
@@ -57,13 +70,17 @@ class RationalJudge(Judge):
         """How long the reply may be."""
         return {"max_tokens": self.options["max_tokens"]}
 
-    def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
+    def messages(
+        self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]
+    ) -> list[dict[str, Any]]:
         """The rubric about the image or frames."""
         return self._template.messages(prompt, [self.urls(frames)])
 
     def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
         """The reward, with the aspects' scores, the text and the refined request."""
-        judgement = read_judgement(reply.complete_text(f"readable score for {', '.join(self.aspects)}"))
+        judgement = read_judgement(
+            reply.complete_text(f"readable score for {', '.join(self.aspects)}")
+        )
         info = {
             "aspects": dict(judgement.scores),
             "text": reply.text,
@@ -72,23 +89,43 @@ class RationalJudge(Judge):
         try:
             return self.aggregate_aspect_scores(self._usable(judgement)), info
         except Unscored as reason:
-            raise Unscored(reason.kind, reason.message, {"judge": info, **reason.info}) from None
+            raise Unscored(
+                reason.kind, reason.message, {"judge": info, **reason.info}
+            ) from None
 
     def _usable(self, judgement: Judgement) -> dict[str, float]:
         """The scores that count. Raises `Unscored` if an aspect is missing, or none can be used."""
         unclear = [a for a in self.aspects if a in judgement.unclear]
         if unclear:
-            raise Unscored("unparsable", f"the judge gave two different scores for {', '.join(unclear)}")
-        beyond = [f"{judgement.beyond[a]:g} for {a}" for a in self.aspects if a in judgement.beyond]
+            raise Unscored(
+                "unparsable",
+                f"the judge gave two different scores for {', '.join(unclear)}",
+            )
+        beyond = [
+            f"{judgement.beyond[a]:g} for {a}"
+            for a in self.aspects
+            if a in judgement.beyond
+        ]
         if beyond:
-            raise Unscored("unparsable", f"the judge gave {', '.join(beyond)}; the rubric's scale is 1 to 4")
+            raise Unscored(
+                "unparsable",
+                f"the judge gave {', '.join(beyond)}; the rubric's scale is 1 to 4",
+            )
         missing = [a for a in self.aspects if a not in judgement.scores]
-        if missing and (self.options["missing_aspects"] != "skip" or len(missing) == len(self.aspects)):
-            raise Unscored("unparsable", f"the judge's reply has no readable score for {', '.join(missing)}")
+        if missing and (
+            self.options["missing_aspects"] != "skip"
+            or len(missing) == len(self.aspects)
+        ):
+            raise Unscored(
+                "unparsable",
+                f"the judge's reply has no readable score for {', '.join(missing)}",
+            )
         found = {a: s for a, s in judgement.scores.items() if a in self.aspects}
         usable = {a: s for a, s in found.items() if not isinstance(s, str)}
         if not usable:
-            raise Unscored("unparsable", f"the judge gave N/A for all of {', '.join(self.aspects)}")
+            raise Unscored(
+                "unparsable", f"the judge gave N/A for all of {', '.join(self.aspects)}"
+            )
         return usable
 
 
@@ -109,13 +146,19 @@ class RationalEdit(RationalJudge):
     rubric = rubrics.EDIT
     num_images = 2
 
-    def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
+    def messages(
+        self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]
+    ) -> list[dict[str, Any]]:
         """The rubric about the source and the image after the edit."""
-        return self._template.messages(prompt, [self.urls(condition_images[:1]), self.urls(frames)])
+        return self._template.messages(
+            prompt, [self.urls(condition_images[:1]), self.urls(frames)]
+        )
 
 
 def rubric_of(options: Mapping[str, Any], ours: str) -> str:
     """The rubric that was given as text or as a file of this worker's, else ours."""
-    if options["rubric_file"]:  # the trainer reads it for a built-in; for a subclass of yours it is read here
+    if options[
+        "rubric_file"
+    ]:  # the trainer reads it for a built-in; for a subclass of yours it is read here
         return Path(options["rubric_file"]).expanduser().read_text(encoding="utf-8")
     return options["rubric"] or ours

@@ -19,7 +19,13 @@ COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
 UNKNOWN = -9999.0
 """What OpenAI gives as the log probability of a chosen token that is not among the likeliest: it says nothing."""
 
-_THOUGHT_FIELDS = ("reasoning", "reasoning_content", "reasoning_text", "thinking", "thought")
+_THOUGHT_FIELDS = (
+    "reasoning",
+    "reasoning_content",
+    "reasoning_text",
+    "thinking",
+    "thought",
+)
 """Fields of a message in which servers hand a thought over: vLLM and OpenRouter, SGLang and DeepSeek, Ollama."""
 
 _THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")
@@ -72,16 +78,34 @@ class Reply:
         Raises:
             Unscored: `unparsable`; it was cut, is empty or all thought. What arrived is kept in its info.
         """
-        info = {"judge": {"text": self.text, "finish_reason": self.finish_reason, **self.thought_info()}}
+        info = {
+            "judge": {
+                "text": self.text,
+                "finish_reason": self.finish_reason,
+                **self.thought_info(),
+            }
+        }
         if self.finish_reason == "length" and self.is_all_thought:
             words = f"the judge's reply was cut at max_tokens within its thought; raise max_tokens; {HINT}"
             raise Unscored("unparsable", words, info)
         if self.finish_reason == "length":
-            raise Unscored("unparsable", "the judge's reply was cut at max_tokens; it is not scored on a part", info)
+            raise Unscored(
+                "unparsable",
+                "the judge's reply was cut at max_tokens; it is not scored on a part",
+                info,
+            )
         if self.finish_reason not in COMPLETE:
-            raise Unscored("unparsable", f"the judge's reply ended by {self.finish_reason!r}, not by itself", info)
+            raise Unscored(
+                "unparsable",
+                f"the judge's reply ended by {self.finish_reason!r}, not by itself",
+                info,
+            )
         if self.is_all_thought:
-            raise Unscored("unparsable", f"the judge's reply is all thought, with no {needed}; {HINT}", info)
+            raise Unscored(
+                "unparsable",
+                f"the judge's reply is all thought, with no {needed}; {HINT}",
+                info,
+            )
         if not self.answer:
             raise Unscored("unparsable", "the judge's reply is empty", info)
         return self.answer
@@ -101,13 +125,21 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
         choice = json.loads(content)["choices"][0]
         message = choice["message"]
         text, thought = _text_and_thought(message)
-        tokens = [_token(t) for t in (choice.get("logprobs") or {}).get("content") or ()]
+        tokens = [
+            _token(t) for t in (choice.get("logprobs") or {}).get("content") or ()
+        ]
         finish_reason, refusal = choice.get("finish_reason"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError):
         words = cut(content.decode("utf-8", "replace"))
-        raise Unscored("failed", f"the judge's server sent no chat completion but {words!r}") from None
+        raise Unscored(
+            "failed", f"the judge's server sent no chat completion but {words!r}"
+        ) from None
     if refusal and not text.strip():
-        raise Unscored("unparsable", f"the judge refuses: {cut(str(refusal))!r}", {"judge": {"text": text}})
+        raise Unscored(
+            "unparsable",
+            f"the judge refuses: {cut(str(refusal))!r}",
+            {"judge": {"text": text}},
+        )
     return Reply(
         text=text,
         finish_reason=finish_reason,
@@ -128,8 +160,13 @@ Token = tuple[str, Candidates]
 def _token(found: Mapping[str, Any]) -> Token:
     """The chosen token stands first where it is less likely than all that are listed; one listed twice is one."""
     chosen = str(found["token"]), _logprob(found.get("logprob"))
-    listed = [(str(one["token"]), _logprob(one["logprob"])) for one in found.get("top_logprobs") or ()]
-    is_apart = UNKNOWN < chosen[1] < min((logprob for _, logprob in listed), default=math.inf)
+    listed = [
+        (str(one["token"]), _logprob(one["logprob"]))
+        for one in found.get("top_logprobs") or ()
+    ]
+    is_apart = (
+        UNKNOWN < chosen[1] < min((logprob for _, logprob in listed), default=math.inf)
+    )
     if not listed or (is_apart and chosen[0] not in (token for token, _ in listed)):
         listed.insert(0, chosen)
     return chosen[0], tuple(dict.fromkeys(listed))
@@ -147,20 +184,28 @@ def _candidates(tokens: list[Token], text: str, thought: str) -> Candidates:
     if answer:
         chosen = [token for token, _ in tokens]
         is_thinking = bool(thought) or has_thought(text)
-        is_of_thought = bool(thought) and end_with(chosen, thought)  # whose last word may be that of the answer
+        is_of_thought = bool(thought) and end_with(
+            chosen, thought
+        )  # whose last word may be that of the answer
         place = None if is_of_thought else answer_begins(chosen, answer, is_thinking)
     return tokens[place][1] if tokens and place is not None else ()
 
 
 def _text_and_thought(message: Mapping[str, Any]) -> tuple[str, str]:
     """The text of a message, and the thought that is handed over apart from the text."""
-    thoughts = [_words(message.get(name)) for name in (*_THOUGHT_FIELDS, *_THOUGHT_LISTS)]
+    thoughts = [
+        _words(message.get(name)) for name in (*_THOUGHT_FIELDS, *_THOUGHT_LISTS)
+    ]
     content = message.get("content")
     texts: list[str] = []
     for part in content if isinstance(content, list) else [content]:
-        is_thought = isinstance(part, Mapping) and (part.get("type") in _THOUGHT_PARTS or part.get("thought") is True)
+        is_thought = isinstance(part, Mapping) and (
+            part.get("type") in _THOUGHT_PARTS or part.get("thought") is True
+        )
         (thoughts if is_thought else texts).append(_words(part))
-    return "".join(texts), next((thought for thought in thoughts if thought.strip()), "")
+    return "".join(texts), next(
+        (thought for thought in thoughts if thought.strip()), ""
+    )
 
 
 def _words(value: Any) -> str:
@@ -169,5 +214,12 @@ def _words(value: Any) -> str:
         return "".join(_words(one) for one in value)
     if isinstance(value, Mapping):
         names = ("text", "thinking", "reasoning", "content", "summary")
-        return next((_words(value[name]) for name in names if isinstance(value.get(name), str | list)), "")
+        return next(
+            (
+                _words(value[name])
+                for name in names
+                if isinstance(value.get(name), str | list)
+            ),
+            "",
+        )
     return value if isinstance(value, str) else ""

@@ -61,7 +61,11 @@ _ENDING = """\
 
 def _sections(*titles: str) -> str:
     return "\n".join(
-        _SECTION.format(number=i, title=title, or_none=", or N/A" if title == "Text Rendering" else "")
+        _SECTION.format(
+            number=i,
+            title=title,
+            or_none=", or N/A" if title == "Text Rendering" else "",
+        )
         for i, title in enumerate(titles, 1)
     )
 

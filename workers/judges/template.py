@@ -37,7 +37,9 @@ class Template:
         user = "".join(lines[ends[0] + 1 :]) if ends else text
         parts = tuple(user.split(IMAGE))
         if needs_prompt and PROMPT not in user:
-            raise ModelLoadError(f"the rubric has no {PROMPT}, the place of the request that is judged")
+            raise ModelLoadError(
+                f"the rubric has no {PROMPT}, the place of the request that is judged"
+            )
         if len(parts) == 1:
             parts = ("",) * num_images + parts
         if len(parts) != num_images + 1:
@@ -46,7 +48,9 @@ class Template:
             )
         return cls(system, parts)
 
-    def messages(self, prompt: str, images: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    def messages(
+        self, prompt: str, images: Sequence[Sequence[str]]
+    ) -> list[dict[str, Any]]:
         """The chat.
 
         Args:
@@ -55,7 +59,15 @@ class Template:
         content: list[dict[str, Any]] = []
         for part, urls in zip(self.parts, (*images, ()), strict=True):
             if part.strip():
-                content.append({"type": "text", "text": part.strip("\n").replace(PROMPT, prompt)})
-            content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        chat = [{"role": "system", "content": self.system.replace(PROMPT, prompt)}] if self.system else []
+                content.append(
+                    {"type": "text", "text": part.strip("\n").replace(PROMPT, prompt)}
+                )
+            content += [
+                {"type": "image_url", "image_url": {"url": url}} for url in urls
+            ]
+        chat = (
+            [{"role": "system", "content": self.system.replace(PROMPT, prompt)}]
+            if self.system
+            else []
+        )
         return [*chat, {"role": "user", "content": content}]

@@ -39,8 +39,14 @@ _CLOSES = re.compile(
 )
 
 _IN_WORDS = (
-    (re.compile(r"^\s*analysis(?=[A-Z])"), re.compile(r"assistant\s*final")),  # gpt-oss without its special tokens
-    (re.compile(r"^\s*here is my thought process:", re.I), re.compile(r"^\s*here is my response:", re.I | re.M)),
+    (
+        re.compile(r"^\s*analysis(?=[A-Z])"),
+        re.compile(r"assistant\s*final"),
+    ),  # gpt-oss without its special tokens
+    (
+        re.compile(r"^\s*here is my thought process:", re.I),
+        re.compile(r"^\s*here is my response:", re.I | re.M),
+    ),
 )
 """Thoughts that begin and end with words of the text. The words mean nothing in a text that begins otherwise."""
 
@@ -59,7 +65,21 @@ _MARKS = (
 """How the marks of a thought begin, for a first token that has only a part of one."""
 
 _BEGINNINGS = frozenset(
-    ("so", "okay", "ok", "got", "let", "first", "alright", "hmm", "we", "wait", "thinking", "thought", "analysis")
+    (
+        "so",
+        "okay",
+        "ok",
+        "got",
+        "let",
+        "first",
+        "alright",
+        "hmm",
+        "we",
+        "wait",
+        "thinking",
+        "thought",
+        "analysis",
+    )
 )
 """Words with which a thought begins whose opening mark is already in the prompt."""
 
@@ -82,19 +102,27 @@ def without_thought(text: str) -> str:
 def end_of_thought(text: str) -> int:
     """How many characters of a text the thought takes, its last mark included; 0 if no thought ends in the text."""
     ends = [_end_of_last(_CLOSES, text)]
-    ends += [_end_of_last(closes, text) for opens, closes in _IN_WORDS if opens.match(text)]
+    ends += [
+        _end_of_last(closes, text) for opens, closes in _IN_WORDS if opens.match(text)
+    ]
     return max(ends)
 
 
 def has_thought(text: str) -> bool:
     """Whether a thought begins or ends in a text."""
-    return bool(_OPENS.search(text) or _CLOSES.search(text) or any(opens.match(text) for opens, _ in _IN_WORDS))
+    return bool(
+        _OPENS.search(text)
+        or _CLOSES.search(text)
+        or any(opens.match(text) for opens, _ in _IN_WORDS)
+    )
 
 
 def looks_like_thought(token: str) -> bool:
     """Whether a reply that begins with this token looks like one that begins with a thought."""
     bare = token.strip(" \t\r\n\u0120\u010a▁*,.:'\"“")
-    is_part_of_mark = bare != "" and any(mark.startswith(bare.casefold()) for mark in _MARKS)
+    is_part_of_mark = bare != "" and any(
+        mark.startswith(bare.casefold()) for mark in _MARKS
+    )
     return has_thought(bare) or is_part_of_mark or bare.casefold() in _BEGINNINGS
 
 

@@ -15,7 +15,8 @@ _NUMERO = "№º"
 """Signs that NFKC turns into letters: `№` would be a No, and so would `nº`."""
 
 _SPECIAL = re.compile(
-    r"\s*(?:<[|｜][^<>]*[|｜]>|</?(?:s|eos|bos|answer|response|end_of_turn)>|<0x0[9AD]>)\s*", re.IGNORECASE
+    r"\s*(?:<[|｜][^<>]*[|｜]>|</?(?:s|eos|bos|answer|response|end_of_turn)>|<0x0[9AD]>)\s*",
+    re.IGNORECASE,
 )
 """A token that is no text: a special one of the model, or a tag around its answer."""
 
@@ -28,7 +29,9 @@ def word_of(token: str) -> str:
     """
     if any(sign in token for sign in _NUMERO):
         return token
-    text = unicodedata.normalize("NFKC", token.removesuffix("</w>").lstrip(_SPACES).rstrip("\u0120\u010a"))
+    text = unicodedata.normalize(
+        "NFKC", token.removesuffix("</w>").lstrip(_SPACES).rstrip("\u0120\u010a")
+    )
     start, end = 0, len(text)
     while start < end and _is_mark(text[start]):
         start += 1
@@ -69,14 +72,18 @@ def end_with(tokens: Sequence[str], text: str) -> bool:
 
 def _is_mark(character: str) -> bool:
     """Whether a character is white space, punctuation, a symbol or invisible; a not sign is part of its word."""
-    return character != "¬" and (unicodedata.category(character)[0] in "PSZC" or character == "\ufe0f")
+    return character != "¬" and (
+        unicodedata.category(character)[0] in "PSZC" or character == "\ufe0f"
+    )
 
 
 def _place_of_ending(tokens: Sequence[str], answer: str) -> int | None:
     """Where the tokens begin whose text is the whole answer and that end the reply; None if there are none."""
     wanted = _letters(answer)
     end = len(tokens)
-    while end and (_SPECIAL.fullmatch(tokens[end - 1]) or not _letters(tokens[end - 1])):
+    while end and (
+        _SPECIAL.fullmatch(tokens[end - 1]) or not _letters(tokens[end - 1])
+    ):
         end -= 1
     found = ""
     for place in range(end - 1, -1, -1):

@@ -55,21 +55,31 @@ class YesNoJudge(Judge):
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self._template = Template.parse(self.options["question"] or QUESTION, 1, needs_prompt=False)
+        self._template = Template.parse(
+            self.options["question"] or QUESTION, 1, needs_prompt=False
+        )
 
     @property
     def params(self) -> dict[str, Any]:
         """One token, with its candidates."""
-        return {"max_tokens": 1, "logprobs": True, "top_logprobs": self.options["top_logprobs"]}
+        return {
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": self.options["top_logprobs"],
+        }
 
-    def messages(self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]) -> list[dict[str, Any]]:
+    def messages(
+        self, prompt: str, frames: Sequence[Any], condition_images: Sequence[Any]
+    ) -> list[dict[str, Any]]:
         """The question, with the image or frames where the template has them."""
         return self._template.messages(prompt, [self.urls(frames)])
 
     def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
         """The reward, with both probabilities, their sum and the answer's text."""
         return yes_probability(
-            reply, canonicalize=self.options["canonicalize"], min_answer_mass=self.options["min_answer_mass"]
+            reply,
+            canonicalize=self.options["canonicalize"],
+            min_answer_mass=self.options["min_answer_mass"],
         )
 
 
@@ -82,10 +92,20 @@ def yes_probability(
         Unscored: `unparsable`; there is no answer, or it says too little of Yes and No.
     """
     if not reply.candidates:
-        raise Unscored("unparsable", _why_no_candidates(reply), {"judge": {"text": reply.text, **reply.thought_info()}})
+        raise Unscored(
+            "unparsable",
+            _why_no_candidates(reply),
+            {"judge": {"text": reply.text, **reply.thought_info()}},
+        )
     yes, no = (_mass(word, reply.candidates, canonicalize) for word in ("Yes", "No"))
     mass = (yes or 0.0) + (no or 0.0)
-    info = {"text": reply.text, "p_yes": yes or 0.0, "p_no": no or 0.0, "mass": mass, **reply.thought_info()}
+    info = {
+        "text": reply.text,
+        "p_yes": yes or 0.0,
+        "p_no": no or 0.0,
+        "mass": mass,
+        **reply.thought_info(),
+    }
     why_not = (
         _what_is_no_probability(reply.candidates)
         or _why_no_answer(reply, mass, min_answer_mass)
@@ -102,7 +122,11 @@ def yes_probability(
 def _mass(word: str, candidates: Candidates, canonicalize: bool) -> float | None:
     """The probability of a word; None if it is not among the candidates."""
     if canonicalize:
-        same = [logprob for token, logprob in candidates if word_of(token) == word.casefold()]
+        same = [
+            logprob
+            for token, logprob in candidates
+            if word_of(token) == word.casefold()
+        ]
     else:
         same = [logprob for token, logprob in candidates if token == word]
     return math.fsum(_probability(logprob) for logprob in same) if same else None
@@ -114,7 +138,9 @@ def _probability(logprob: float) -> float:
 
 def _what_is_no_probability(candidates: Candidates) -> str:
     """Why the candidates' numbers say nothing; empty if they may be log probabilities."""
-    wrong = [(token, logprob) for token, logprob in candidates if not logprob <= ROUNDING]
+    wrong = [
+        (token, logprob) for token, logprob in candidates if not logprob <= ROUNDING
+    ]
     if wrong:
         token, logprob = wrong[0]
         return f"neither P(Yes) nor P(No) is known: {logprob:g} is no log probability, which the judge gave {token!r}"
@@ -126,14 +152,18 @@ def _what_is_no_probability(candidates: Candidates) -> str:
 
 def _why_no_candidates(reply: Reply) -> str:
     if reply.is_all_thought:
-        return f"the judge's reply is all thought, and the server gave no logprobs; {HINT}"
+        return (
+            f"the judge's reply is all thought, and the server gave no logprobs; {HINT}"
+        )
     if reply.num_tokens:
         return (
             "the judge thought before it answered, and the server gives logprobs of the thought but not of the answer; "
             f"{HINT}"
         )
     if reply.finish_reason not in (*COMPLETE, "length"):
-        return f"the judge's answer ended by {reply.finish_reason!r} and has no logprobs"
+        return (
+            f"the judge's answer ended by {reply.finish_reason!r} and has no logprobs"
+        )
     return "the judge's answer has no logprobs; does the server give them?"
 
 
@@ -179,7 +209,11 @@ def _most_unseen(candidates: Candidates) -> float:
     all_of_them = [_probability(logprob) for _, logprob in candidates]
     left = max(0.0, 1.0 - math.fsum(all_of_them))
     chosen, *others = all_of_them
-    is_apart = len(others) > 1 and chosen < others[-1] and others == sorted(others, reverse=True)
+    is_apart = (
+        len(others) > 1
+        and chosen < others[-1]
+        and others == sorted(others, reverse=True)
+    )
     likeliest = others if is_apart else all_of_them
     return min([left, *(p for p in likeliest if p > 0.0)])
 

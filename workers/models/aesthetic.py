@@ -11,7 +11,12 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import transformers_checks
 from workers.models.checkpoints import find_file, loading
-from workers.models.clip_towers import FrameReward, load_preprocessing, load_transformers, pooled
+from workers.models.clip_towers import (
+    FrameReward,
+    load_preprocessing,
+    load_transformers,
+    pooled,
+)
 
 HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
 HEAD_LAYERS = (0, 2, 4, 6, 7)
@@ -32,22 +37,32 @@ class Aesthetic(FrameReward):
         super().__init__(config, accelerator)
         options = config.extra_kwargs
         self.tower = _ImageTower(options, self.device, self.dtype)
-        path = find_file("checkpoint_path", options["checkpoint_path"], options["checkpoint_file"])
+        path = find_file(
+            "checkpoint_path", options["checkpoint_path"], options["checkpoint_file"]
+        )
         with loading("checkpoint_path", path):
             self._head = load_head(path).to(self.device)
 
-    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+    def scores(
+        self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]
+    ) -> torch.Tensor:
         """`(F,)`."""
         ratings: torch.Tensor = self._head(embedded)
         return ratings.squeeze(-1)
 
 
 class _ImageTower:
-    def __init__(self, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, options: dict[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> None:
         name, revision = options["model_name_or_path"], options["revision"]
-        self.preprocessing = load_preprocessing("model_name_or_path", name, revision, options["preprocessing"])
+        self.preprocessing = load_preprocessing(
+            "model_name_or_path", name, revision, options["preprocessing"]
+        )
         model = load_transformers(name, revision)
-        transformers_checks.check_sizes("model_name_or_path", name, self.preprocessing, model.config.vision_config)
+        transformers_checks.check_sizes(
+            "model_name_or_path", name, self.preprocessing, model.config.vision_config
+        )
         _check_width(name, model.config.projection_dim)
         del model.text_model, model.text_projection
         self._model = model.to(device, dtype)
@@ -79,8 +94,12 @@ def load_head(path: str) -> torch.nn.Module:
             f"{others[0]} first"
         )
     layers = []
-    for at, wide, narrow in zip(HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False):
-        weight, bias = (weights.get(f"layers.{at}.{part}") for part in ("weight", "bias"))
+    for at, wide, narrow in zip(
+        HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False
+    ):
+        weight, bias = (
+            weights.get(f"layers.{at}.{part}") for part in ("weight", "bias")
+        )
         if weight is None or bias is None or tuple(weight.shape) != (narrow, wide):
             raise ModelLoadError(
                 f"{path} is no LAION aesthetic head: layers.{at} needs a weight ({narrow}, {wide}) and a bias, "

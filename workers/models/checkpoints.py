@@ -75,7 +75,9 @@ def find_file(option: str, name: str, file: str, revision: str = "") -> str:
         return str(found)
     if found.is_dir():
         if not (found / file).is_file():
-            raise ModelLoadError(f"{option}: the directory {str(found)!r} on this worker holds no {file!r}")
+            raise ModelLoadError(
+                f"{option}: the directory {str(found)!r} on this worker holds no {file!r}"
+            )
         return str(found / file)
     with loading(option, name, revision):
         return huggingface_hub.hf_hub_download(name, file, revision=revision or None)
@@ -91,20 +93,35 @@ def without_initialising() -> TorchFunctionMode:
 
 # --- private -------------------------------------------------------------------------------------
 
-_DRAWING = ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "kaiming_uniform_", "kaiming_normal_")
+_DRAWING = (
+    "normal_",
+    "uniform_",
+    "trunc_normal_",
+    "xavier_uniform_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+)
 
 
 class _NothingDrawn(TorchFunctionMode):  # type: ignore[misc]
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _DRAWING:
-            return args[0] if args and isinstance(args[0], torch.Tensor) else kwargs["tensor"]
+            return (
+                args[0]
+                if args and isinstance(args[0], torch.Tensor)
+                else kwargs["tensor"]
+            )
         return func(*args, **kwargs)
 
 
 def _what_to_do(option: str, name: str, revision: str, error: Exception) -> str:
     at = f" at revision {revision!r}" if revision else ""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+    said = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), ""
+    ).rstrip(".")
     failed = f"{option}: {name!r}{at} cannot be loaded ({type(error).__name__}: {said})"
     if Path(name).exists():
         return f"{failed}; it is a path on this worker: are its files complete, and of this kind of model?"
@@ -121,4 +138,8 @@ def _what_to_do(option: str, name: str, revision: str, error: Exception) -> str:
 
 def _by_command(name: str, revision: str) -> str:
     is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    return f" (`hf download {name}{f' --revision {revision}' if revision else ''}`)" if is_repository else ""
+    return (
+        f" (`hf download {name}{f' --revision {revision}' if revision else ''}`)"
+        if is_repository
+        else ""
+    )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
-from workers.models.clip_towers import OpenClipTowers, TextImageReward, TransformersTowers
+from workers.models.clip_towers import (
+    OpenClipTowers,
+    TextImageReward,
+    TransformersTowers,
+)
 
 
 class CLIP(TextImageReward):
@@ -19,12 +23,18 @@ class CLIP(TextImageReward):
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         self.first_frame_only = config.extra_kwargs["frames"] == "first"
-        self.tower = self._open_clip() if config.extra_kwargs["backend"] == "open_clip" else self._transformers()
+        self.tower = (
+            self._open_clip()
+            if config.extra_kwargs["backend"] == "open_clip"
+            else self._transformers()
+        )
 
     def _transformers(self) -> TransformersTowers:
         options = self.config.extra_kwargs
         if options["pretrained"]:
-            raise ModelLoadError(f"pretrained={options['pretrained']!r} is an option of backend: open_clip")
+            raise ModelLoadError(
+                f"pretrained={options['pretrained']!r} is an option of backend: open_clip"
+            )
         return TransformersTowers(
             options["model_name_or_path"],
             options["processor_name_or_path"],
@@ -43,5 +53,9 @@ class CLIP(TextImageReward):
                     "model_name_or_path: local-dir:<directory>"
                 )
         return OpenClipTowers(
-            options["model_name_or_path"], options["pretrained"], self.device, self.dtype, options["preprocessing"]
+            options["model_name_or_path"],
+            options["pretrained"],
+            self.device,
+            self.dtype,
+            options["preprocessing"],
         )

@@ -20,7 +20,10 @@ MOST_PROPORTION = 256
 MOST_RESIZED_PIXELS = 2**24
 """Nor has one that would be larger than this between its resize and its cut (64 MiB as PIL has it)."""
 
-_PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_PIL_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,20 @@ class Preprocessing:
     def pixels(self, images: Sequence[Image.Image], device: Any) -> torch.Tensor:
         """Levels 0 to 255 of `N` images, `(N, 3, H, W)`: uint8 on the CPU (`pil`) or float32 on `device` (`tensor`)."""
         if self.backend == "tensor":
-            return torch.stack([self._resized_tensor(image, device) for image in images])
-        levels_NHWC = np.stack([np.asarray(self._resized_image(image)) for image in images])
+            return torch.stack(
+                [self._resized_tensor(image, device) for image in images]
+            )
+        levels_NHWC = np.stack(
+            [np.asarray(self._resized_image(image)) for image in images]
+        )
         return torch.from_numpy(levels_NHWC).permute(0, 3, 1, 2)
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """What a tower takes: `(pixels / 255 - mean) / std`, float32."""
-        mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1)
+            for v in (self.mean, self.std)
+        )
         return (pixels.float() / 255.0 - mean) / std
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -96,11 +106,17 @@ class Preprocessing:
         return image.crop((left, top, right, bottom))
 
     def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
-        levels = torch.from_numpy(np.array(_rgb(image))).to(device).permute(2, 0, 1).float()
+        levels = (
+            torch.from_numpy(np.array(_rgb(image))).to(device).permute(2, 0, 1).float()
+        )
         height, width = self.resized_size(image.height, image.width)
         if (height, width) != (image.height, image.width):
             resized = torch.nn.functional.interpolate(
-                levels[None], (height, width), mode=self.interpolation, antialias=True, align_corners=False
+                levels[None],
+                (height, width),
+                mode=self.interpolation,
+                antialias=True,
+                align_corners=False,
             )[0]
             cut = self._cut(resized)
             return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
@@ -110,7 +126,9 @@ class Preprocessing:
         """The middle of a resized image `(3, H, W)`, padded with black where that is outside of it."""
         height, width = levels.shape[-2:]
         top, left, bottom, right = self.box(height, width)
-        return torch.nn.functional.pad(levels, (-left, right - width, -top, bottom - height))
+        return torch.nn.functional.pad(
+            levels, (-left, right - width, -top, bottom - height)
+        )
 
 
 def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
@@ -120,14 +138,22 @@ def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
     edge = (0, 0)
     if processor.do_resize:
         fit = "shortest" if "shortest_edge" in size else "squash"
-        edge = (size["shortest_edge"],) * 2 if fit == "shortest" else (size["height"], size["width"])
+        edge = (
+            (size["shortest_edge"],) * 2
+            if fit == "shortest"
+            else (size["height"], size["width"])
+        )
     if not processor.do_center_crop and fit != "squash":
-        raise ValueError(f"the image processor neither crops nor resizes to one size: {size}")
+        raise ValueError(
+            f"the image processor neither crops nor resizes to one size: {size}"
+        )
     if not (processor.do_rescale and processor.do_normalize):
         raise ValueError("the image processor does not rescale and normalise")
     filters = {int(pil): name for name, pil in _PIL_FILTERS.items()}
     if int(processor.resample) not in filters:
-        raise ValueError(f"the image processor resizes by filter {processor.resample}; known are {filters}")
+        raise ValueError(
+            f"the image processor resizes by filter {processor.resample}; known are {filters}"
+        )
     return Preprocessing(
         fit=fit,
         edge=edge,
@@ -144,9 +170,13 @@ def of_open_clip(config: Mapping[str, Any], backend: Backend) -> Preprocessing:
     size = config["size"]
     edge = (size, size) if isinstance(size, int) else (size[0], size[1])
     if config["interpolation"] not in _PIL_FILTERS or config.get("fill_color"):
-        raise ValueError(f"its images are preprocessed in a way unknown here: {dict(config)}")
+        raise ValueError(
+            f"its images are preprocessed in a way unknown here: {dict(config)}"
+        )
     if edge[0] != edge[1] and config["resize_mode"] != "squash":
-        raise ValueError(f"its images are not square and not squashed, which is unknown here: {dict(config)}")
+        raise ValueError(
+            f"its images are not square and not squashed, which is unknown here: {dict(config)}"
+        )
     return Preprocessing(
         fit=config["resize_mode"],
         edge=edge,

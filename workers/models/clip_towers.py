@@ -19,7 +19,11 @@ from workers.models import clip_pixels, open_clip_checks, transformers_checks
 from workers.models.checkpoints import loading, local_or_hub, without_initialising
 from workers.models.clip_pixels import Backend, Preprocessing
 
-OPEN_CLIP_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "pure_bf16", torch.float16: "pure_fp16"}
+OPEN_CLIP_PRECISIONS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "pure_bf16",
+    torch.float16: "pure_fp16",
+}
 
 
 class ImageTower(Protocol):
@@ -51,22 +55,36 @@ class TransformersTowers:
     """
 
     def __init__(
-        self, name: str, processor: str, revision: str, device: torch.device, dtype: torch.dtype, backend: Backend
+        self,
+        name: str,
+        processor: str,
+        revision: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend,
     ) -> None:
         option = "processor_name_or_path" if processor else "model_name_or_path"
         processor = processor or name
         of_processor = revision if processor == name else ""
-        self.preprocessing = load_preprocessing(option, processor, of_processor, backend)
+        self.preprocessing = load_preprocessing(
+            option, processor, of_processor, backend
+        )
         self._tokenizer = load_tokenizer(option, processor, of_processor)
-        self._one_tokenises = threading.Lock()  # a fast tokenizer borrowed by two threads raises
+        self._one_tokenises = (
+            threading.Lock()
+        )  # a fast tokenizer borrowed by two threads raises
         model = load_transformers(name, revision)
         self.logit_scale = float(model.logit_scale.detach().exp())
         self._context_length: int = model.config.text_config.max_position_embeddings
         self._model = model.to(device, dtype)
         tokens = self.tokenise(transformers_checks.probe())
         config = model.config
-        transformers_checks.check_tokenizer(option, processor, self._tokenizer, tokens, config.text_config)
-        transformers_checks.check_sizes(option, processor, self.preprocessing, config.vision_config)
+        transformers_checks.check_tokenizer(
+            option, processor, self._tokenizer, tokens, config.text_config
+        )
+        transformers_checks.check_sizes(
+            option, processor, self.preprocessing, config.vision_config
+        )
 
     def tokenise(self, texts: Sequence[str]) -> Any:
         """Tokens, padded to the context length so that a reward does not depend on its neighbours' prompts."""
@@ -82,7 +100,10 @@ class TransformersTowers:
 
     def embed_texts(self, tokens: Any) -> torch.Tensor:
         """Embeddings `(P, D)`, pooled at the first end-of-text token (also under the legacy `eos_token_id: 2`)."""
-        inputs = {name: tokens[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+        inputs = {
+            name: tokens[name].to(self._model.device)
+            for name in ("input_ids", "attention_mask")
+        }
         return pooled(self._model.get_text_features(**inputs))
 
     def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -110,7 +131,11 @@ class OpenClipTowers:
     ) -> None:
         name = open_clip_checks.plain_name(name)
         whence = _whence(name, pretrained, file_option)
-        with loading(*whence) as heard, without_initialising(), open_clip_checks.NothingResized(*whence):
+        with (
+            loading(*whence) as heard,
+            without_initialising(),
+            open_clip_checks.NothingResized(*whence),
+        ):
             open_clip_checks.check_name(name, pretrained, file_option)
             self._model = open_clip.create_model(
                 name,
@@ -122,13 +147,17 @@ class OpenClipTowers:
             config = open_clip.get_model_preprocess_cfg(self._model)
             self.preprocessing = clip_pixels.of_open_clip(config, backend)
             self._tokenizer = open_clip.get_tokenizer(name)
-            heard[:] = [one for one in heard if "QuickGELU mismatch" not in one.text]  # check_name has looked at it
+            heard[:] = [
+                one for one in heard if "QuickGELU mismatch" not in one.text
+            ]  # check_name has looked at it
         take_special_tokens_as_text(self._tokenizer)
         self._one_tokenises = threading.Lock()
         self._device = device
         self._model.eval()
         tokens = self.tokenise(transformers_checks.probe())
-        open_clip_checks.check_tokenizer(*whence, self._model, tokens, end_of_text(self._tokenizer))
+        open_clip_checks.check_tokenizer(
+            *whence, self._model, tokens, end_of_text(self._tokenizer)
+        )
 
     def tokenise(self, texts: Sequence[str]) -> Any:
         """Tokens `(P, L)`, after open_clip's own cleaning."""
@@ -169,26 +198,37 @@ class FrameReward(PointwiseRewardModel):
         **kwargs: Any,
     ) -> RewardModelOutput:
         """Rewards `(N,)`, float32, or a list of them and of reasons where an image has no shape to be scored."""
-        frames = [f[:1] if self.first_frame_only else f for f in frames_of(len(prompt), image, video)]
+        frames = [
+            f[:1] if self.first_frame_only else f
+            for f in frames_of(len(prompt), image, video)
+        ]
         reasons = [self._too_long(sample_frames) for sample_frames in frames]
         fit = [at for at, reason in enumerate(reasons) if reason is None]
         if len(fit) == len(frames):
             return RewardModelOutput(self._rewards(prompt, frames))
         rewards: list[Any] = list(reasons)
         if fit:
-            scored = self._rewards([prompt[at] for at in fit], [frames[at] for at in fit])
+            scored = self._rewards(
+                [prompt[at] for at in fit], [frames[at] for at in fit]
+            )
             for at, reward in zip(fit, scored.tolist(), strict=True):
                 rewards[at] = reward
         return RewardModelOutput(rewards)
 
-    def _rewards(self, prompt: Sequence[str], frames: Sequence[Sequence[Image.Image]]) -> torch.Tensor:
+    def _rewards(
+        self, prompt: Sequence[str], frames: Sequence[Sequence[Image.Image]]
+    ) -> torch.Tensor:
         """`(N,)`, float32."""
         counts = [len(f) for f in frames]
         texts = self.tokens_of(prompt)
         with torch.inference_mode():
-            pixels = self.tower.preprocessing.pixels(list(itertools.chain(*frames)), self.device)
+            pixels = self.tower.preprocessing.pixels(
+                list(itertools.chain(*frames)), self.device
+            )
             with self.forward():
-                embedded = torch.cat([self._embed(part) for part in pixels.split(len(prompt))])
+                embedded = torch.cat(
+                    [self._embed(part) for part in pixels.split(len(prompt))]
+                )
                 scores = self.scores(embedded, texts, counts).cpu()
         return torch.stack([part.mean() for part in scores.split(counts)])
 
@@ -211,12 +251,16 @@ class FrameReward(PointwiseRewardModel):
     def tokens_of(self, prompts: Sequence[str]) -> Any:
         """What `scores` needs of the prompts; computed beside another thread's forward."""
 
-    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+    def scores(
+        self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]
+    ) -> torch.Tensor:
         """Scores `(F,)`, float32, of frames whose embeddings `(F, D)` are normalised; `counts` of them a sample."""
         raise NotImplementedError
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = self.tower.preprocessing.normalised(pixels.to(self.device, non_blocking=True))
+        inputs = self.tower.preprocessing.normalised(
+            pixels.to(self.device, non_blocking=True)
+        )
         return normalised(self.tower.embed_images(inputs.to(self.dtype)))
 
 
@@ -232,10 +276,16 @@ class TextImageReward(FrameReward):
         distinct = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
         return self.tower.tokenise(list(distinct)), [distinct[p] for p in prompts]
 
-    def scores(self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]) -> torch.Tensor:
+    def scores(
+        self, embedded: torch.Tensor, tokens: Any, counts: Sequence[int]
+    ) -> torch.Tensor:
         """`(F,)`."""
         distinct, index = tokens
-        which = torch.tensor(index).repeat_interleave(torch.tensor(counts)).to(embedded.device)
+        which = (
+            torch.tensor(index)
+            .repeat_interleave(torch.tensor(counts))
+            .to(embedded.device)
+        )
         texts = normalised(self.tower.embed_texts(distinct))
         return self.scale * (texts[which] * embedded).sum(dim=-1)
 
@@ -260,15 +310,21 @@ def load_transformers(name: str, revision: str) -> Any:
         )
         transformers_checks.check_weights(option, name, found)
         transformers_checks.note_what_is_said_twice(said, model.config)
-        heard[:] = [one for one in heard if "LOAD REPORT" not in one.text]  # of the weights, which were looked at
+        heard[:] = [
+            one for one in heard if "LOAD REPORT" not in one.text
+        ]  # of the weights, which were looked at
     return model.eval()
 
 
-def load_preprocessing(option: str, name: str, revision: str, backend: Backend) -> Preprocessing:
+def load_preprocessing(
+    option: str, name: str, revision: str, backend: Backend
+) -> Preprocessing:
     """The preprocessing in a directory or hub repository that `option` names. Raises `ModelLoadError`."""
     path = local_or_hub(option, name)
     with loading(option, name, revision):
-        processor = CLIPImageProcessor.from_pretrained(path, revision=revision or "main")
+        processor = CLIPImageProcessor.from_pretrained(
+            path, revision=revision or "main"
+        )
         transformers_checks.check_image_processor(option, path, revision, processor)
         return clip_pixels.of_transformers(processor, backend)
 

@@ -29,10 +29,16 @@ class HPSv2(TextImageReward):
         super().__init__(config, accelerator)
         options = config.extra_kwargs
         file = HPS_FILES[options["hps_version"]]
-        checkpoint = find_file("checkpoint_path", options["checkpoint_path"], file, options["revision"])
+        checkpoint = find_file(
+            "checkpoint_path", options["checkpoint_path"], file, options["revision"]
+        )
         _check_version(checkpoint, options["hps_version"])
         self.tower = OpenClipTowers(
-            self.architecture, checkpoint, self.device, self.dtype, file_option="checkpoint_path"
+            self.architecture,
+            checkpoint,
+            self.device,
+            self.dtype,
+            file_option="checkpoint_path",
         )
         self.tower.preprocessing = clip_pixels.as_hps(self.tower.preprocessing)
 

@@ -37,7 +37,9 @@ class JpegIncompressibility(PointwiseRewardModel):
         **kwargs: Any,
     ) -> RewardModelOutput:
         """Rewards `(N,)`, float64; unit kilobytes."""
-        return RewardModelOutput([self._reward(frames) for frames in frames_of(len(prompt), image, video)])
+        return RewardModelOutput(
+            [self._reward(frames) for frames in frames_of(len(prompt), image, video)]
+        )
 
     def _reward(self, frames: Sequence[Image.Image]) -> float | Unscored:
         """The mean over a sample's frames, which are of one size."""

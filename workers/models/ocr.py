@@ -61,7 +61,12 @@ class OCR(PointwiseRewardModel):
         super().__init__(config, accelerator)
         options = config.extra_kwargs
         self._takes_several = options.get("several_texts") == "mean"
-        self._reader = Reader(**{name: options.get(name, "") for name in ("lang", "rec_model_path", "rec_keys_path")})
+        self._reader = Reader(
+            **{
+                name: options.get(name, "")
+                for name in ("lang", "rec_model_path", "rec_keys_path")
+            }
+        )
 
     def __call__(
         self,
@@ -77,7 +82,10 @@ class OCR(PointwiseRewardModel):
         rewards: list[float | Unscored] = []
         info: dict[str, list[Any]] = {"target": [], "read": []}
         for text, about, frames in zip(
-            prompt, metadata or [{}] * len(prompt), frames_of(len(prompt), image, video), strict=True
+            prompt,
+            metadata or [{}] * len(prompt),
+            frames_of(len(prompt), image, video),
+            strict=True,
         ):
             try:
                 targets = self._targets(text, about)
@@ -87,7 +95,13 @@ class OCR(PointwiseRewardModel):
                 info["read"].append([])
                 continue
             read = [self._reader.read(frame) for frame in frames]
-            rewards.append(float(np.mean([similarity(target, one) for one in read for target in targets])))
+            rewards.append(
+                float(
+                    np.mean(
+                        [similarity(target, one) for one in read for target in targets]
+                    )
+                )
+            )
             info["target"].append(targets[0] if len(targets) == 1 else targets)
             info["read"].append(read)
         return RewardModelOutput(rewards, info)
@@ -100,7 +114,10 @@ class OCR(PointwiseRewardModel):
             target = target_text(prompt, metadata)
             targets = [] if target is None else [target]
         if not targets:
-            raise Unscored("invalid", 'no text to look for: quote it in the prompt, or set metadata["text"]')
+            raise Unscored(
+                "invalid",
+                'no text to look for: quote it in the prompt, or set metadata["text"]',
+            )
         for target in targets:
             self._check_readable(target)
         return targets
@@ -108,7 +125,10 @@ class OCR(PointwiseRewardModel):
     def _check_readable(self, target: str) -> None:
         """Raise `Unscored` for a text that can never be read, however well it is drawn."""
         if is_right_to_left(target):
-            raise Unscored("invalid", f"{target!r} is written from right to left, which OCR here cannot compare")
+            raise Unscored(
+                "invalid",
+                f"{target!r} is written from right to left, which OCR here cannot compare",
+            )
         missing = unreadable(target, self._reader.alphabet)
         if missing:
             raise Unscored("invalid", _what_is_missing(target, missing))
@@ -116,10 +136,18 @@ class OCR(PointwiseRewardModel):
 
 def _what_is_missing(target: str, missing: Sequence[str]) -> str:
     """Why a text with these characters cannot be read, and which options name a model that reads them."""
-    shown = " ".join(missing[:MOST_SHOWN]) + (" ..." if len(missing) > MOST_SHOWN else "")
+    shown = " ".join(missing[:MOST_SHOWN]) + (
+        " ..." if len(missing) > MOST_SHOWN else ""
+    )
     scripts = scripts_of(missing)
-    of_scripts = f" ({', '.join(script.title() for script in scripts)})" if scripts else ""
-    options = [f"lang: {LANGUAGE_OF_SCRIPT[script]}" for script in scripts if script in LANGUAGE_OF_SCRIPT]
+    of_scripts = (
+        f" ({', '.join(script.title() for script in scripts)})" if scripts else ""
+    )
+    options = [
+        f"lang: {LANGUAGE_OF_SCRIPT[script]}"
+        for script in scripts
+        if script in LANGUAGE_OF_SCRIPT
+    ]
     options.append("rec_model_path: (a file on the worker)")
     return (
         f"{target!r} cannot be read, however well it is drawn: the recognition model has no {shown}{of_scripts}; "

@@ -49,12 +49,19 @@ class Reader:
         ModelLoadError: A file is not there, is no recognition model, or its characters are another model's.
     """
 
-    def __init__(self, lang: str = "", rec_model_path: str = "", rec_keys_path: str = "") -> None:
-        params = {"Global.log_level": "error", **_recognition(lang, rec_model_path, rec_keys_path)}
+    def __init__(
+        self, lang: str = "", rec_model_path: str = "", rec_keys_path: str = ""
+    ) -> None:
+        params = {
+            "Global.log_level": "error",
+            **_recognition(lang, rec_model_path, rec_keys_path),
+        }
         self._engine = RapidOCR(params=params)
         try:
             self.read(_sign())  # it loads its models when it first sees text
-        except Exception as error:  # RapidOCR, onnxruntime and requests each raise their own
+        except (
+            Exception
+        ) as error:  # RapidOCR, onnxruntime and requests each raise their own
             raise ModelLoadError(_what_to_do(lang, rec_model_path, error)) from error
         self.alphabet = _alphabet(self._engine.text_rec, rec_model_path)
         self._engine.text_rec = _OneLongLineAtATime(self._engine.text_rec)
@@ -62,7 +69,9 @@ class Reader:
     def read(self, image: Image.Image) -> str:
         """The lines read, in reading order, with a space between them."""
         image = bounded(image)
-        pixels_BGR = np.frombuffer(image.tobytes("raw", "BGR"), np.uint8).reshape(image.height, image.width, 3)
+        pixels_BGR = np.frombuffer(image.tobytes("raw", "BGR"), np.uint8).reshape(
+            image.height, image.width, 3
+        )
         lines: Sequence[str] | None = self._engine(pixels_BGR).txts
         return " ".join(lines or ())
 
@@ -92,31 +101,51 @@ class _OneLongLineAtATime:
         return getattr(self._recognise, name)
 
     def __call__(self, asked: Any) -> Any:
-        lines: list[Any] = [asked.img] if isinstance(asked.img, np.ndarray) else list(asked.img)
+        lines: list[Any] = (
+            [asked.img] if isinstance(asked.img, np.ndarray) else list(asked.img)
+        )
         is_long = [line.shape[1] > LONG_LINE * line.shape[0] for line in lines]
         if not any(is_long):
             return self._recognise(asked)
         usual = [at for at, long in enumerate(is_long) if not long]
-        batches = [[at] for at, long in enumerate(is_long) if long] + ([usual] if usual else [])
+        batches = [[at] for at, long in enumerate(is_long) if long] + (
+            [usual] if usual else []
+        )
         texts, scores, words = ([None] * len(lines) for _ in range(3))
         for batch in batches:
-            output = self._recognise(dataclasses.replace(asked, img=[lines[at] for at in batch]))
+            output = self._recognise(
+                dataclasses.replace(asked, img=[lines[at] for at in batch])
+            )
             for place, at in enumerate(batch):
-                texts[at], scores[at], words[at] = output.txts[place], output.scores[place], output.word_results[place]
+                texts[at], scores[at], words[at] = (
+                    output.txts[place],
+                    output.scores[place],
+                    output.word_results[place],
+                )
         return dataclasses.replace(
-            output, imgs=lines, txts=tuple(texts), scores=tuple(scores), word_results=tuple(words)
+            output,
+            imgs=lines,
+            txts=tuple(texts),
+            scores=tuple(scores),
+            word_results=tuple(words),
         )
 
 
 # --- private -------------------------------------------------------------------------------------
 
 
-def _recognition(lang: str, rec_model_path: str, rec_keys_path: str) -> Mapping[str, Any]:
+def _recognition(
+    lang: str, rec_model_path: str, rec_keys_path: str
+) -> Mapping[str, Any]:
     """RapidOCR's parameters for a recognition model other than the one in its wheel."""
     if lang and rec_model_path:
-        raise ModelLoadError("both lang and rec_model_path name the recognition model; give one of them")
+        raise ModelLoadError(
+            "both lang and rec_model_path name the recognition model; give one of them"
+        )
     if rec_keys_path and not rec_model_path:
-        raise ModelLoadError("rec_keys_path has the characters of a rec_model_path; give that too")
+        raise ModelLoadError(
+            "rec_keys_path has the characters of a rec_model_path; give that too"
+        )
     if lang:
         return {
             "Rec.lang_type": LangRec(lang),
@@ -124,9 +153,15 @@ def _recognition(lang: str, rec_model_path: str, rec_keys_path: str) -> Mapping[
             "Rec.model_type": ModelType.MOBILE,
         }
     files = {"rec_model_path": rec_model_path, "rec_keys_path": rec_keys_path}
-    missing = [f"{option}: {path!r}" for option, path in files.items() if path and not _on_disk(path).is_file()]
+    missing = [
+        f"{option}: {path!r}"
+        for option, path in files.items()
+        if path and not _on_disk(path).is_file()
+    ]
     if missing:
-        raise ModelLoadError(f"{' and '.join(missing)}: there is no such file on this worker")
+        raise ModelLoadError(
+            f"{' and '.join(missing)}: there is no such file on this worker"
+        )
     keys = {"rec_model_path": "Rec.model_path", "rec_keys_path": "Rec.rec_keys_path"}
     return {keys[option]: str(_on_disk(path)) for option, path in files.items() if path}
 
@@ -152,7 +187,9 @@ def _alphabet(recognise: Any, rec_model_path: str) -> frozenset[str]:
 
 
 def _what_to_do(lang: str, rec_model_path: str, error: Exception) -> str:
-    said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    said = next(
+        (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), ""
+    )
     failed = f"OCR's models cannot be loaded ({type(error).__name__}: {said})"
     if rec_model_path:
         return f"{failed}; is rec_model_path {rec_model_path!r} an ONNX recognition model of RapidOCR's?"
@@ -166,5 +203,7 @@ def _what_to_do(lang: str, rec_model_path: str, error: Exception) -> str:
 
 def _sign() -> Image.Image:
     image = Image.new("RGB", (200, 80), "white")
-    ImageDraw.Draw(image).text((20, 20), "READY", fill="black", font=ImageFont.load_default(36))
+    ImageDraw.Draw(image).text(
+        (20, 20), "READY", fill="black", font=ImageFont.load_default(36)
+    )
     return image

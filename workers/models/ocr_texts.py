@@ -15,7 +15,9 @@ from workers.models.quotations import quoted_text
 _NEEDS = 'metadata["text"] needs text, a number, or a list of one of these'
 
 _SAME_SIGN = {
-    ord(sign): plain for plain, signs in {"'": "’‘ʼ´`′", '"': "“”″", "-": "‐‒–—―−", "/": "⁄"}.items() for sign in signs
+    ord(sign): plain
+    for plain, signs in {"'": "’‘ʼ´`′", '"': "“”″", "-": "‐‒–—―−", "/": "⁄"}.items()
+    for sign in signs
 }
 """Signs that are drawn as another is: readers write the plain one for it, or now one and now the other. U+2011 and ⅓
 come to them under NFKC."""
@@ -60,8 +62,12 @@ def target_texts(prompt: str, metadata: Mapping[str, Any]) -> list[str]:
 def comparable(text: str) -> str:
     """The characters that are compared: NFKC, case folded, typographic signs as the plain ones, without white space
     and what is never drawn."""
-    plain = text.translate(_SAME_SIGN)  # before NFKC, which makes two of U+00B4 and U+2033
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", plain).casefold()).translate(_SAME_SIGN)
+    plain = text.translate(
+        _SAME_SIGN
+    )  # before NFKC, which makes two of U+00B4 and U+2033
+    folded = unicodedata.normalize(
+        "NFKC", unicodedata.normalize("NFKC", plain).casefold()
+    ).translate(_SAME_SIGN)
     return "".join(c for c in folded if not c.isspace() and not _is_invisible(c))
 
 
@@ -113,7 +119,10 @@ def _written(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if not abs(value) < _EXACT or "e" in repr(value):
-        raise Unscored("invalid", f"{_NEEDS}; found {value!r}, which is written in several ways: give it as text")
+        raise Unscored(
+            "invalid",
+            f"{_NEEDS}; found {value!r}, which is written in several ways: give it as text",
+        )
     return str(int(value)) if value.is_integer() else repr(value)
 
 

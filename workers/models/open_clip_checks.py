@@ -68,7 +68,10 @@ def check_name(name: str, pretrained: str, file_option: str) -> None:
         _check_files(config.parent)
     else:
         config = Path(download_pretrained_from_hf(place, filename=CONFIG_FILE))
-    check_preprocessing(place, json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {})
+    check_preprocessing(
+        place,
+        json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {},
+    )
 
 
 def check_preprocessing(place: str, said: Mapping[str, Any]) -> None:
@@ -87,7 +90,9 @@ def check_preprocessing(place: str, said: Mapping[str, Any]) -> None:
             )
     unsaid = [key for key in ("mean", "std") if said.get(key) is None]
     if unsaid:
-        note(f"{CONFIG_FILE} does not say the {' and '.join(unsaid)} of its images; OpenAI's are taken")
+        note(
+            f"{CONFIG_FILE} does not say the {' and '.join(unsaid)} of its images; OpenAI's are taken"
+        )
 
 
 class NothingResized(TorchFunctionMode):  # type: ignore[misc]
@@ -102,7 +107,9 @@ class NothingResized(TorchFunctionMode):  # type: ignore[misc]
         super().__init__()
         self._option, self._name = option, name
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Raises `ModelLoadError` where weights are interpolated."""
         if func is torch.nn.functional.interpolate:
             raise ModelLoadError(
@@ -114,7 +121,9 @@ class NothingResized(TorchFunctionMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
-def check_tokenizer(option: str, name: str, model: Any, tokens: torch.Tensor, end_of_text: int | None) -> None:
+def check_tokenizer(
+    option: str, name: str, model: Any, tokens: torch.Tensor, end_of_text: int | None
+) -> None:
     """Whether a tokenizer's texts fit the model.
 
     Args:
@@ -134,7 +143,10 @@ def check_tokenizer(option: str, name: str, model: Any, tokens: torch.Tensor, en
             f"{option}: the tokenizer of {name!r} makes a token {largest}, and the model knows {vocab_size}; is the "
             "hf_tokenizer_name in its text_cfg right?"
         )
-    if getattr(model, "text_pool_type", "") == "argmax" and end_of_text not in (None, largest):
+    if getattr(model, "text_pool_type", "") == "argmax" and end_of_text not in (
+        None,
+        largest,
+    ):
         raise ModelLoadError(
             f"{option}: the tokenizer of {name!r} ends a text with token {end_of_text}, and the model reads it at its "
             f"largest, {largest}; is the hf_tokenizer_name in its text_cfg right?"
@@ -149,22 +161,33 @@ def _check_architecture(name: str, pretrained: str, file_option: str) -> None:
     if config is None or not pretrained:
         return  # open_clip refuses both
     is_quick = bool(config.get("quick_gelu", False))
-    tags = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    tags = {
+        tag: open_clip.get_pretrained_cfg(name, tag)
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    }
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if tag:
-        _check_activation("model_name_or_path", name, is_quick, f"the weights {pretrained!r}", tag)
+        _check_activation(
+            "model_name_or_path", name, is_quick, f"the weights {pretrained!r}", tag
+        )
     elif file_option == "pretrained" and Path(pretrained).is_file():
         _check_file(name, pretrained, is_quick, tags)
 
 
-def _check_activation(option: str, name: str, is_quick: bool, weights: str, tag: Mapping[str, Any]) -> None:
+def _check_activation(
+    option: str, name: str, is_quick: bool, weights: str, tag: Mapping[str, Any]
+) -> None:
     needs_quick = bool(tag.get("quick_gelu", False))
     if needs_quick == is_quick:
         return
     other = f"{name}{QUICK}" if needs_quick else name.removesuffix(QUICK)
     words = {True: "QuickGELU", False: "GELU"}
-    if other == name:  # of an architecture that has but this activation, roberta-ViT-B-32, its table leaves it out
-        note(f"{name!r} computes with {words[is_quick]}, which open_clip's table does not say of {weights}")
+    if (
+        other == name
+    ):  # of an architecture that has but this activation, roberta-ViT-B-32, its table leaves it out
+        note(
+            f"{name!r} computes with {words[is_quick]}, which open_clip's table does not say of {weights}"
+        )
         return
     advice = (
         f"write model_name_or_path: {other}"
@@ -177,14 +200,22 @@ def _check_activation(option: str, name: str, is_quick: bool, weights: str, tag:
     )
 
 
-def _check_file(name: str, file: str, is_quick: bool, tags: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_file(
+    name: str, file: str, is_quick: bool, tags: Mapping[str, Mapping[str, Any]]
+) -> None:
     """A file does not say how its weights were trained; the published ones of that architecture tell what may be."""
     published = [cfg for cfg in tags.values() if _is_from(cfg, file)]
     possible = published or list(tags.values())
     if published:
-        _check_activation("pretrained", name, is_quick, f"the weights in {file!r}", published[0])
+        _check_activation(
+            "pretrained", name, is_quick, f"the weights in {file!r}", published[0]
+        )
     usual = asdict(PreprocessCfg())
-    fit = [cfg for cfg in possible if all(_same(cfg[key], usual[key]) for key in _SEEN_BY if key in cfg)]
+    fit = [
+        cfg
+        for cfg in possible
+        if all(_same(cfg[key], usual[key]) for key in _SEEN_BY if key in cfg)
+    ]
     if possible and not fit:
         seen = {key: possible[0].get(key) for key in _SEEN_BY}
         raise ModelLoadError(
@@ -207,16 +238,26 @@ def _is_from(cfg: Mapping[str, Any], file: str) -> bool:
     in_cache = f"models--{repository.replace('/', '--')}"
     published_as = Path(str(cfg.get("url") or "")).name
     path = Path(file).absolute()
-    return (bool(repository) and in_cache in path.parts) or (bool(published_as) and path.name == published_as)
+    return (bool(repository) and in_cache in path.parts) or (
+        bool(published_as) and path.name == published_as
+    )
 
 
 def _same(one: Any, other: Any) -> bool:
-    return tuple(one) == tuple(other) if isinstance(one, list | tuple) else bool(one == other)
+    return (
+        tuple(one) == tuple(other)
+        if isinstance(one, list | tuple)
+        else bool(one == other)
+    )
 
 
 def _check_files(folder: Path) -> None:
     """open_clip takes the first in the alphabet where none has a usual name."""
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    found = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in (".safetensors", ".bin", ".pth")
+    )
     if len(found) > 1 and not any(name in _USUAL_FILES for name in found):
         raise ModelLoadError(
             f"model_name_or_path: {str(folder)!r} holds several files of weights, {', '.join(found)}; leave one, or "

@@ -17,7 +17,17 @@ DOUBLE_MARKS = {
 }  # fmt: skip
 """Opening marks, and what closes each; of every language, also where it uses another's closing mark to open."""
 
-SINGLE_MARKS = {"'": "'", "‘": "’'", "‚": "‘’", "’": "’", "‹": "›", "›": "‹›", "‛": "’'", "❛": "❜", "`": "`'"}
+SINGLE_MARKS = {
+    "'": "'",
+    "‘": "’'",
+    "‚": "‘’",
+    "’": "’",
+    "‹": "›",
+    "›": "‹›",
+    "‛": "’'",
+    "❛": "❜",
+    "`": "`'",
+}
 
 _SLOPPY = {'"': "”", "“": '"“', "‟": '"', "„": '"', "‘": "‘"}
 """What else people close with, where the right mark does not come."""
@@ -31,11 +41,14 @@ _ALSO_CLOSE = frozenset("”»’›")
 _APOSTROPHES = frozenset("'’‘`")
 
 _SHORTENED = re.compile(
-    r"\d\ds?\b|(tis|twas|twere|twill|til|till|em|cause|cos|coz|bout|round|neath|gainst|sup|kay)\b", re.IGNORECASE
+    r"\d\ds?\b|(tis|twas|twere|twill|til|till|em|cause|cos|coz|bout|round|neath|gainst|sup|kay)\b",
+    re.IGNORECASE,
 )
 """Years and words that begin with an apostrophe: '90s, 'tis, 'em."""
 
-_AND = re.compile(r"(?<=[\w'’] )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<=[a-z] )['‘’]N['’](?= [A-Z][a-z])")
+_AND = re.compile(
+    r"(?<=[\w'’] )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<=[a-z] )['‘’]N['’](?= [A-Z][a-z])"
+)
 """The 'n' of rock 'n' roll, in lower case as no quoted letter is, or in the case of its neighbours."""
 
 _DROPS_LETTERS = re.compile(r"\b([a-z]{2,}in|o|ol|lil|an|th|wi)\Z", re.IGNORECASE)
@@ -44,7 +57,8 @@ _DROPS_LETTERS = re.compile(r"\b([a-z]{2,}in|o|ol|lil|an|th|wi)\Z", re.IGNORECAS
 _SAME_MARK = str.maketrans({"＂": '"', "＇": "'", "ʼ": "'", "´": "'"})
 
 _HTML_MARK = re.compile(
-    r"&(quot|apos|[lr][sd]quo|[bs]bquo|bdquo|[lr]aquo|#0*3[49]|#x0*2[27]|#0*82(16|17|20|21));", re.IGNORECASE
+    r"&(quot|apos|[lr][sd]quo|[bs]bquo|bdquo|[lr]aquo|#0*3[49]|#x0*2[27]|#0*82(16|17|20|21));",
+    re.IGNORECASE,
 )
 
 _WRITTEN_AS_SEVERAL = (
@@ -120,13 +134,17 @@ def _opens_double(text: str, at: int) -> bool:
         return False
     if _is_number(before[-1:]):  # inches, unless a script without spaces goes on
         return after.isalpha() and not _joins(after)
-    return not (_is_number(before.rstrip()[-1:]) and before[-1:].isspace() and not after.strip())
+    return not (
+        _is_number(before.rstrip()[-1:]) and before[-1:].isspace() and not after.strip()
+    )
 
 
 def _end(text: str, start: int, closing: str) -> int | None:
     """Where the quotation that begins at `start` ends."""
     mark = text[start]
-    if not any(character in text[start + 1 :] for character in closing + _SLOPPY.get(mark, "")):
+    if not any(
+        character in text[start + 1 :] for character in closing + _SLOPPY.get(mark, "")
+    ):
         return None
     depth = 1
     for at in range(start + 1, len(text)):
@@ -136,8 +154,14 @@ def _end(text: str, start: int, closing: str) -> int | None:
                 return at
         elif text[at] == mark and mark in _NEST:
             depth += 1
-    ends = [at for at in range(start + 1, len(text)) if text[at] in closing + _SLOPPY.get(mark, "")]
-    if not ends or (mark == '"' and "“" in text[start : ends[0]]):  # the end is another quotation's
+    ends = [
+        at
+        for at in range(start + 1, len(text))
+        if text[at] in closing + _SLOPPY.get(mark, "")
+    ]
+    if not ends or (
+        mark == '"' and "“" in text[start : ends[0]]
+    ):  # the end is another quotation's
         return None
     return ends[0]
 
@@ -156,7 +180,11 @@ def _single(text: str) -> Iterator[str]:
     whole, text = text, _AND.sub("\0n\0", text)
     for at, mark in enumerate(text):
         if mark in SINGLE_MARKS and _opens_single(text, at):
-            end = _end(text, at, SINGLE_MARKS[mark]) if mark in "‹›❛" else _end_of_word(text, at, SINGLE_MARKS[mark])
+            end = (
+                _end(text, at, SINGLE_MARKS[mark])
+                if mark in "‹›❛"
+                else _end_of_word(text, at, SINGLE_MARKS[mark])
+            )
             if end is not None:
                 yield _inside(whole, at, end)
                 return
@@ -165,15 +193,25 @@ def _single(text: str) -> Iterator[str]:
 def _opens_single(text: str, at: int) -> bool:
     """Whether a quotation can begin here: before a word, and not within one."""
     before, after = text[:at][-1:], text[at + 1 : at + 2]
-    return not _joins(before) and before not in _APOSTROPHES and (bool(after.strip()) or text[at] == "‹")
+    return (
+        not _joins(before)
+        and before not in _APOSTROPHES
+        and (bool(after.strip()) or text[at] == "‹")
+    )
 
 
 def _end_of_word(text: str, start: int, closing: str) -> int | None:
     """Where a quotation ends whose marks may be apostrophes as well."""
-    next_opening, ends = _ends_before_another(text, start, closing, may_be_shortened=False)
+    next_opening, ends = _ends_before_another(
+        text, start, closing, may_be_shortened=False
+    )
     if not ends and not _SHORTENED.match(text, start + 1):  # 'Class of '99'
-        next_opening, ends = _ends_before_another(text, start, closing, may_be_shortened=True)
-    ends = [at for at in ends if text[at] == text[start] == "`"] or ends  # `print('HI')`
+        next_opening, ends = _ends_before_another(
+            text, start, closing, may_be_shortened=True
+        )
+    ends = [
+        at for at in ends if text[at] == text[start] == "`"
+    ] or ends  # `print('HI')`
     if not ends:
         return None
     first, sure = ends[0], [at for at in ends if not _may_be_apostrophe(text, at)]
@@ -183,27 +221,41 @@ def _end_of_word(text: str, start: int, closing: str) -> int | None:
         return first if is_whole and not _ends_a_plural(text, first) else None
     if text[start] == "’" and first not in sure:
         return None
-    return sure[0] if sure and (_ends_a_plural(text, first) or _drops_letters(text, first)) else first
+    return (
+        sure[0]
+        if sure and (_ends_a_plural(text, first) or _drops_letters(text, first))
+        else first
+    )
 
 
-def _ends_before_another(text: str, start: int, closing: str, *, may_be_shortened: bool) -> tuple[int, list[int]]:
+def _ends_before_another(
+    text: str, start: int, closing: str, *, may_be_shortened: bool
+) -> tuple[int, list[int]]:
     """Where the next quotation begins, and where before it this one can end.
 
     Args:
         may_be_shortened: A mark before a shortened word is its apostrophe, and begins no quotation.
     """
-    others = (at for at in range(start + 1, len(text)) if _opens_another(text, start, at))
+    others = (
+        at for at in range(start + 1, len(text)) if _opens_another(text, start, at)
+    )
     if may_be_shortened:
         others = (at for at in others if not _SHORTENED.match(text, at + 1))
     next_opening = next(others, len(text))
     return next_opening, [
-        at for at in range(start + 2, next_opening) if text[at] in closing and _closes_single(text, at)
+        at
+        for at in range(start + 2, next_opening)
+        if text[at] in closing and _closes_single(text, at)
     ]
 
 
 def _opens_another(text: str, start: int, at: int) -> bool:
     """Whether the mark at `at` begins another quotation than the one at `start`, and does not end this one."""
-    return text[at] == text[start] and text[at - 1] in " \t\n([{" and _opens_single(text, at)
+    return (
+        text[at] == text[start]
+        and text[at - 1] in " \t\n([{"
+        and _opens_single(text, at)
+    )
 
 
 def _closes_single(text: str, at: int) -> bool:
@@ -213,12 +265,18 @@ def _closes_single(text: str, at: int) -> bool:
 
 def _may_be_apostrophe(text: str, at: int) -> bool:
     """Whether the mark behind a word may be of a plural, of dropped letters, or of feet."""
-    return _ends_a_plural(text, at) or _drops_letters(text, at) or _is_number(text[at - 1])
+    return (
+        _ends_a_plural(text, at) or _drops_letters(text, at) or _is_number(text[at - 1])
+    )
 
 
 def _ends_a_plural(text: str, at: int) -> bool:
     """Whether the mark may be the apostrophe of `the dogs' bowls`."""
-    return text[at - 1] in "sS" and text[at + 1 : at + 2] == " " and text[at + 2 : at + 3].isalpha()
+    return (
+        text[at - 1] in "sS"
+        and text[at + 1 : at + 2] == " "
+        and text[at + 2 : at + 3].isalpha()
+    )
 
 
 def _drops_letters(text: str, at: int) -> bool:
@@ -235,7 +293,10 @@ def _drops_letters(text: str, at: int) -> bool:
 
 def _joins(character: str) -> bool:
     """Whether a mark beside it would be within a word; scripts without spaces do not join."""
-    return character.isalnum() and unicodedata.east_asian_width(character) not in ("W", "F")
+    return character.isalnum() and unicodedata.east_asian_width(character) not in (
+        "W",
+        "F",
+    )
 
 
 def _is_number(character: str) -> bool:

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from tasks.errors import ModelLoadError
 from workers.load_warnings import Said, one_line
 
-_OTHER_WEIGHTS = "name a checkpoint that has all the weights of this kind of model, and no others"
+_OTHER_WEIGHTS = (
+    "name a checkpoint that has all the weights of this kind of model, and no others"
+)
 _OTHER_KIND = "name a checkpoint of the kind of model that this reward is made of"
 _OTHER_TOKENIZER = (
-    "name a model whose tokenizer is whole (for transformers' models `processor_name_or_path` may name another)"
+    "name a model whose tokenizer is whole (for transformers' models "
+    "`processor_name_or_path` may name another)"
 )
 
 OTHER_NUMBERS: tuple[tuple[str, str], ...] = (
@@ -23,17 +26,41 @@ OTHER_NUMBERS: tuple[tuple[str, str], ...] = (
         r"LOAD REPORT|newly initialized|were not (used|initialized)|initialized from the model checkpoint",
         _OTHER_WEIGHTS,
     ),
-    (r"size mismatch|mismatched (sizes|shapes|keys)|(missing|unexpected)[ _]keys?", _OTHER_WEIGHTS),
-    (r"initialized (randomly|partially)|no CLIP weights|Could not find/download default weights", _OTHER_WEIGHTS),
+    (
+        r"size mismatch|mismatched (sizes|shapes|keys)|(missing|unexpected)[ _]keys?",
+        _OTHER_WEIGHTS,
+    ),
+    (
+        r"initialized (randomly|partially)|no CLIP weights|Could not find/download default weights",
+        _OTHER_WEIGHTS,
+    ),
     (r"Resiz(ed|ing) .*embedding|interpolat(ed|ing) .*embedding", _OTHER_WEIGHTS),
-    (r"QuickGELU mismatch", "write the architecture with `-quickgelu` at its end, or without it, as its weights need"),
-    (r"Ignoring `pretrained", "leave `pretrained` out: `local-dir:` and `hf-hub:` have weights of their own"),
-    (r"Multiple checkpoints found in .*,", "leave one file of weights in that directory"),
+    (
+        r"QuickGELU mismatch",
+        "write the architecture with `-quickgelu` at its end, or without it, as its weights need",
+    ),
+    (
+        r"Ignoring `pretrained",
+        "leave `pretrained` out: `local-dir:` and `hf-hub:` have weights of their own",
+    ),
+    (
+        r"Multiple checkpoints found in .*,",
+        "leave one file of weights in that directory",
+    ),
     (r"You are using a model of type|but you overrode it with", _OTHER_KIND),
-    (r"not the same type as the class|incorrect (regex|tokenization)", _OTHER_TOKENIZER),
-    (r"model_id for tokenizer|returning default SimpleTokenizer|Could not (extract|reorder) ", _OTHER_TOKENIZER),
+    (
+        r"not the same type as the class|incorrect (regex|tokenization)",
+        _OTHER_TOKENIZER,
+    ),
+    (
+        r"model_id for tokenizer|returning default SimpleTokenizer|Could not (extract|reorder) ",
+        _OTHER_TOKENIZER,
+    ),
     (r"adapter.*(not|ignor)", "merge the adapter into the model and save that"),
-    (r"Falling back to (BICUBIC|bilinear|nearest)", "name an image processor that resizes by bicubic or bilinear"),
+    (
+        r"Falling back to (BICUBIC|bilinear|nearest)",
+        "name an image processor that resizes by bicubic or bilinear",
+    ),
 )
 """Patterns of warnings, and the advice that is given with each; any other warning is recorded and not refused."""
 

@@ -16,7 +16,12 @@ from tasks.errors import ModelLoadError
 from workers.load_warnings import note
 from workers.models.clip_pixels import Preprocessing
 
-KINDS_OF_PROCESSOR = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+KINDS_OF_PROCESSOR = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor",
+)
 """Names of CLIP's image processor in versions of transformers; others have other defaults for what is not said."""
 
 _NUMBERS_DEPEND_ON = (
@@ -69,7 +74,8 @@ def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
             has layers or heads that the model has not).
     """
     advice = (
-        "Are the weights those of the model that its config.json describes, without an adapter or a head of its own?"
+        "Are the weights those of the model that its config.json describes, "
+        "without an adapter or a head of its own?"
     )
     what = f"{option}: {name!r} is no CLIPModel"
     lacking = sorted(found["missing_keys"])
@@ -85,7 +91,9 @@ def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
             f"{what}: {len(of_other_shape)} weights have another shape in its checkpoint than in the model, "
             f"{key} first ({sizes}). {advice}"
         )
-    left = sorted(key for key in found["unexpected_keys"] if not key.endswith("position_ids"))  # a buffer of old CLIPs
+    left = sorted(
+        key for key in found["unexpected_keys"] if not key.endswith("position_ids")
+    )  # a buffer of old CLIPs
     if left:
         raise ModelLoadError(
             f"{what}: its checkpoint has {len(left)} weights that the model has no place for, {left[0]} first. {advice}"
@@ -107,10 +115,14 @@ def note_what_is_said_twice(said: Mapping[str, Any], built: Any) -> None:
         for key in _NUMBERS_DEPEND_ON:
             used = getattr(getattr(built, tower), key, None)
             if given.get(key) is not None and given[key] != used:
-                note(f"config.json says {key} {given[key]!r} in {tower}, {tower}_dict counts: it is {used!r}")
+                note(
+                    f"config.json says {key} {given[key]!r} in {tower}, {tower}_dict counts: it is {used!r}"
+                )
 
 
-def check_tokenizer(option: str, name: str, tokenizer: Any, tokens: Any, text_config: Any) -> None:
+def check_tokenizer(
+    option: str, name: str, tokenizer: Any, tokens: Any, text_config: Any
+) -> None:
     """Whether a tokenizer is the one that a model's text tower was trained with, as far as a probe tells.
 
     Args:
@@ -154,13 +166,17 @@ def probe() -> list[str]:
     return [_PROBE]
 
 
-def check_image_processor(option: str, path: str, revision: str, processor: CLIPImageProcessor) -> None:
+def check_image_processor(
+    option: str, path: str, revision: str, processor: CLIPImageProcessor
+) -> None:
     """Whether an image processor is a CLIP's, and does nothing that `clip_pixels` leaves out.
 
     Raises:
         ModelLoadError: It is of another kind, whose defaults are others, or scales otherwise.
     """
-    said, _ = CLIPImageProcessor.get_image_processor_dict(path, revision=revision or "main")
+    said, _ = CLIPImageProcessor.get_image_processor_dict(
+        path, revision=revision or "main"
+    )
     kind = said.get("image_processor_type") or said.get("feature_extractor_type")
     if kind is None:
         note("the image processor's file does not say its kind; CLIP's is taken")
@@ -172,7 +188,9 @@ def check_image_processor(option: str, path: str, revision: str, processor: CLIP
         )
     unsaid = [key for key in _PREPROCESSED_BY if said.get(key) is None]
     if unsaid:
-        note(f"the image processor's file does not say {', '.join(unsaid)}; CLIP's own are taken")
+        note(
+            f"the image processor's file does not say {', '.join(unsaid)}; CLIP's own are taken"
+        )
     factor = float(getattr(processor, "rescale_factor", 1 / 255))
     if abs(255 * factor - 1) > 1e-6 or getattr(processor, "do_pad", None):
         raise ModelLoadError(
@@ -182,7 +200,9 @@ def check_image_processor(option: str, path: str, revision: str, processor: CLIP
         )
 
 
-def check_sizes(option: str, name: str, preprocessing: Preprocessing, vision_config: Any) -> None:
+def check_sizes(
+    option: str, name: str, preprocessing: Preprocessing, vision_config: Any
+) -> None:
     """Whether images are made as large as the model sees them. Raises `ModelLoadError`."""
     needed = (vision_config.image_size,) * 2
     if preprocessing.size != needed:
