@@ -17,14 +17,14 @@ from celery import Celery
 from celery.signals import celeryd_init, import_modules
 
 from tasks.catalog import GPU
-from tasks.connections import (
+from tasks.errors import SettingsError
+from tasks.outcomes import Outcomes
+from tasks.servers.connections import (
     CONNECT_TIMEOUT_S,
     HEALTH_CHECK_S,
     SOCKET_TIMEOUT_S,
     for_sentinels,
 )
-from tasks.errors import SettingsError
-from tasks.outcomes import Outcomes
 from tasks.settings import Settings, load_settings
 from tasks.shadows import load_ours
 
@@ -40,7 +40,11 @@ COMBINE = "rewardq.combine"
 PRIORITY_FIRST, PRIORITY_USUAL = 0, 6
 """Of messages: what only combines goes before what still has to be scored. (On Redis 0 is the highest.)"""
 
-WORKER_MODULES = ("tasks.score", "tasks.combine", "workers.serving")
+WORKER_MODULES = (
+    "workers.scoring.chunk",
+    "workers.scoring.group",
+    "workers.process.startup",
+)
 """What a worker imports when it starts; a trainer never does."""
 
 

@@ -16,13 +16,13 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from tasks import keys
-from tasks.connections import (
+from tasks.errors import RedisUnreachableError, SettingsError
+from tasks.servers.connections import (
     DEFAULT_SENTINELS,
     check_eviction,
     check_reachable,
     connect_for_media,
 )
-from tasks.errors import RedisUnreachableError, SettingsError
 from tasks.settings import Sentinels, Settings
 
 NAMES_A_CALL = 1000

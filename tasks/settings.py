@@ -12,7 +12,12 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
-from tasks.redis_urls import has_known_scheme, several_urls, tidied, what_is_wrong
+from tasks.servers.redis_urls import (
+    has_known_scheme,
+    several_urls,
+    tidied,
+    what_is_wrong,
+)
 
 PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"

@@ -20,7 +20,6 @@ from typing import Any, Self
 from tasks import app as default_app
 from tasks import media
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import LOST, connect, why_away
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
@@ -32,21 +31,32 @@ from tasks.errors import (
 from tasks.messages import Failure
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
+from tasks.servers.connections import LOST, connect, why_away
 from tasks.settings import Settings, without_password
 from tasks.source.code import changed_files
 from trainer_client.adoption import adopt
-from trainer_client.advantages import Advantages, Method, advantages_of
+from trainer_client.advantages.exchange import Gather
+from trainer_client.advantages.formulas import Advantages, Method, advantages_of
+from trainer_client.advantages.metrics import Detail, failure_rate_by_group, metrics
 from trainer_client.board import Slot
-from trainer_client.grouping import groups_of
-from trainer_client.incomplete import incomplete_groups, why_in_vain
-from trainer_client.lease import Lease
-from trainer_client.metrics import Detail, failure_rate_by_group, metrics
 from trainer_client.progress import is_terminal
-from trainer_client.ranks import Ranks, Waits
+from trainer_client.ranks.gather import Ranks, Waits
+from trainer_client.ranks.rank_lock import Lease
+from trainer_client.ranks.verdict import (
+    OnFailure,
+    check_call,
+    check_max_failure_rate,
+    error_for,
+    error_for_rate,
+    of_all_ranks,
+)
 from trainer_client.results import RewardBatch, batch_of, step_name
-from trainer_client.runs import Run
+from trainer_client.runs.known import Run
 from trainer_client.session import ASK_S, Session, check_stores
-from trainer_client.steplog import (
+from trainer_client.steps.grouping import groups_of
+from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
+from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
+from trainer_client.steps.step_log import (
     Summary,
     TicketWarnings,
     Waiting,
@@ -57,17 +67,7 @@ from trainer_client.steplog import (
     tell_step,
     warn_of_failures,
 )
-from trainer_client.steps import Step, Steps, check_group_size, check_groups
-from trainer_client.table import Gather
 from trainer_client.ticket import Ticket
-from trainer_client.verdict import (
-    OnFailure,
-    check_call,
-    check_max_failure_rate,
-    error_for,
-    error_for_rate,
-    of_all_ranks,
-)
 
 log = logging.getLogger(__name__)
 
@@ -408,7 +408,7 @@ class RewardClient:
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> Advantages:
-        """The advantages of a batch, float32 `(N,)` in its order, never NaN; see `trainer_client.advantages`.
+        """The advantages of a batch, float32 `(N,)` in its order, never NaN; see `trainer_client.advantages.formulas`.
 
         Args:
             method: `gdpo`, `sum`, or a function of one's own; as the config's `train:` block says, else `gdpo`.
@@ -454,7 +454,10 @@ class RewardClient:
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> dict[str, float]:
-        """A batch in numbers for a logger, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
+        """A batch in numbers for a logger, over all ranks; see `trainer_client.advantages.metrics`.
+
+        The rest is as for `advantages`.
+        """
         gather = self._gather("metrics", batch, gather, timeout_s)
         return metrics(batch, advantages, prefix=prefix, detail=detail, gather=gather)
 
@@ -465,7 +468,10 @@ class RewardClient:
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> dict[Hashable, dict[str, float]]:
-        """What fails in which group, over all ranks; see `trainer_client.metrics`. The rest as `advantages`."""
+        """What fails in which group, over all ranks; see `trainer_client.advantages.metrics`.
+
+        The rest is as for `advantages`.
+        """
         return failure_rate_by_group(
             batch, gather=self._gather("failures", batch, gather, timeout_s)
         )

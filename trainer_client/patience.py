@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from tasks.connections import LOST, why_away
+from tasks.servers.connections import LOST, why_away
 from trainer_client.board import Board
 
 log = logging.getLogger(__name__)

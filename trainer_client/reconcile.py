@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tasks.catalog import VLM
-from tasks.connections import FULL, is_nearly_full, why_away
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tasks.outcomes import USUAL_STARTS, Outcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
+from tasks.servers.connections import FULL, is_nearly_full, why_away
 from tasks.settings import Settings
 from trainer_client.board import ELSEWHERE, Board, Chunk, Entry
 from trainer_client.busy import BusyMessages

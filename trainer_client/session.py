@@ -14,26 +14,26 @@ from typing import Any
 import redis
 
 from tasks.celery_app import outcomes_of
-from tasks.connections import LOST, why_away
 from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
 from tasks.outcomes import Outcomes
 from tasks.payloads import PayloadStore, open_store
-from tasks.redis_needs import check_servers
 from tasks.rewards import RewardConfig
+from tasks.servers.connections import LOST, why_away
+from tasks.servers.needs import check_servers
 from tasks.settings import Settings
-from trainer_client.answerers import Answerers
 from trainer_client.board import Board, Slot
 from trainer_client.groups import Groups
-from trainer_client.lease import KEEP_EVERY_S, Lease
 from trainer_client.outgoing import Outgoing
 from trainer_client.patience import AWAY
 from trainer_client.progress import bars
+from trainer_client.ranks.rank_lock import KEEP_EVERY_S, Lease
 from trainer_client.reconcile import Reconciler
-from trainer_client.runs import Run
+from trainer_client.runs.answerers import Answerers
+from trainer_client.runs.known import Run
 from trainer_client.sender import Sender
-from trainer_client.steplog import Waiting
+from trainer_client.steps.step_log import Waiting
 from trainer_client.watcher import Watcher
 
 log = logging.getLogger(__name__)

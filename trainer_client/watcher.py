@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from tasks.connections import why_away
 from tasks.errors import RankTakenError
 from tasks.payloads import PayloadStore
+from tasks.servers.connections import why_away
 from tasks.settings import Settings
 from trainer_client.board import Board
 from trainer_client.patience import AWAY

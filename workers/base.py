@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from tasks.errors import FailureKind
 
 this_call = threading.local()
-"""`clock` is this thread's call of a model under a worker's watch (`workers.watchdog`); `group` the request of the
-group that it scores, if the model takes groups."""
+"""`clock` is this thread's call of a model under a worker's watch (`workers.process.watchdog`); `group` is the request
+of the group that it scores, if the model takes groups."""
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from tests.servers import ROOT, free_port
 from trainer_client import RewardClient, Sample
 from trainer_client.cli.processes import SETTLED_S
 from trainer_client.cli.up import _plan
-from workers.watchdog import EXIT_HUNG
+from workers.process.watchdog import EXIT_HUNG
 
 REWARDS = """
 rewards:

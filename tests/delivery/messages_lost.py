@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from tasks import keys
-from tasks.connections import connect
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.delivery.conftest import Bench
 from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s

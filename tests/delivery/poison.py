@@ -15,7 +15,7 @@ from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
 from tests.pipeline.conftest import samples_of
 from tests.servers import wait_until
 from trainer_client import CollectTimeoutError
-from workers.watchdog import EXIT_HUNG
+from workers.process.watchdog import EXIT_HUNG
 
 
 def usual_step_s(

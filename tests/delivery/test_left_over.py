@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tasks import keys
-from tasks.connections import connect
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.delivery.messages_lost import queued_in
 from tests.delivery.seen import Seen, reward_of, step

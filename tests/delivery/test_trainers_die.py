@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tasks.connections import connect
 from tasks.errors import RankTakenError
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.delivery import trainers_die
 from tests.delivery.seen import reward_of

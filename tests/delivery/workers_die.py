@@ -14,7 +14,7 @@ from tests.delivery.conftest import Bench
 from tests.delivery.seen import Numbers, Seen, reward_of, step, undisturbed_s
 from tests.pipeline.conftest import samples_of
 from tests.servers import wait_until
-from workers.watchdog import EXIT_HUNG
+from workers.process.watchdog import EXIT_HUNG
 
 CHUNK = 16
 

@@ -60,7 +60,7 @@ def python(tmp_path: Path) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("role", "needs"),
-    [("vlm", "import openai, workers.judges.judge, workers.remote, tasks"), ("flower", "import flower, tasks")],
+    [("vlm", "import openai, workers.judges.judge, workers.remote.models, tasks"), ("flower", "import flower, tasks")],
 )
 def test_the_images_of_those_who_compute_nothing_hold_no_torch(role, needs, source, python, tmp_path):
     words = ["-m", *install_line(role), "--quiet", "--disable-pip-version-check"]

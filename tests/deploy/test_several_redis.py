@@ -11,10 +11,11 @@ import time
 import pytest
 import redis
 
-from tasks import connections, keys
+from tasks import keys
 from tasks.celery_app import make_app
-from tasks.connections import connect
 from tasks.errors import RedisUnreachableError
+from tasks.servers import connections
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import (
     assert_rewards,

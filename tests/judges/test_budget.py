@@ -11,8 +11,8 @@ import pytest
 from redis import ResponseError
 
 from tasks import keys
-from tasks.connections import connect
 from tasks.errors import BusyError
+from tasks.servers.connections import connect
 from tests.judges.scripted import MODEL, says, says_yes
 from tests.servers import wait_until
 from trainer_client import RewardClient, Sample

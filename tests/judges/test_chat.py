@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tasks.errors import BusyError, ModelLoadError
-from tasks.urls import DEFAULT_JUDGE_URL
+from tasks.servers.http_urls import DEFAULT_JUDGE_URL
 from tests.judges.scripted import Answer, fails, says, says_yes, together
 from tests.servers import wait_until
 from workers import Unscored

@@ -9,7 +9,8 @@ import pytest
 
 from tests.clock import Clock
 from tests.judges.scripted import fails, says_yes
-from workers import Unscored, network
+from workers import Unscored
+from workers.remote.models import network
 
 
 def reason(output) -> Unscored:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tasks.catalog import VLM
-from tasks.judges import JUDGES
+from tasks.catalog.judges import JUDGES
 from tasks.rewards import RewardConfig
 from tests.judges.scripted import MODEL, fails, says_yes
 from tests.servers import run_python, worker_env

@@ -8,7 +8,7 @@ from tasks.errors import ModelLoadError
 from workers import Accelerator, RewardArguments
 from workers.judges.rational import RationalT2I
 from workers.judges.yes_no import YesNoJudge
-from workers.remote import RemotePointwiseRewardModel
+from workers.remote.models import RemotePointwiseRewardModel
 
 
 class Sure(YesNoJudge):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.judges import steady_ratio
 from tasks import keys
-from tasks.connections import connect
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.judges.scripted import MODEL, says, says_yes
 from tests.servers import wait_until

@@ -11,7 +11,7 @@ import msgpack
 import pytest
 
 from tasks import keys
-from tasks.connections import connect
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
 from tests.reward_models import image_of

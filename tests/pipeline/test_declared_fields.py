@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tasks import keys
-from tasks.connections import connect
 from tasks.errors import WireError
 from tasks.messages import MediaRef, ScoreRequest, unpack
+from tasks.servers.connections import connect
 from tests.reward_models import image_of
 from trainer_client import Sample
 

@@ -20,9 +20,9 @@ import pytest
 
 from tasks import keys
 from tasks.celery_app import make_app
-from tasks.connections import connect
 from tasks.messages import WIRE_VERSION, Heartbeat
 from tasks.rewards import RewardConfig
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import (
     assert_rewards,

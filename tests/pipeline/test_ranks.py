@@ -15,8 +15,8 @@ from tests.pipeline.conftest import assert_rewards, config_of, samples_of, toget
 from tests.servers import wait_until
 from tests.trainer.batches import batch_of
 from trainer_client import CollectTimeoutError, Failed, RewardClient, ScoringError
-from trainer_client.advantages import gdpo, weighted_sum
-from trainer_client.metrics import metrics
+from trainer_client.advantages.formulas import gdpo, weighted_sum
+from trainer_client.advantages.metrics import metrics
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_train_and_eval_steps_are_open_at_the_same_time_and_have_their_own_rewar
 
 
 def test_cancel_drops_the_step_and_frees_what_it_stored(clients, settings, workers):
-    from tasks.connections import connect
+    from tasks.servers.connections import connect
 
     client = clients("PixelCode")
     client.submit(samples_of(range(8)))

@@ -16,7 +16,7 @@ from tasks.source.code import code_of, digest_of
 from tests.delivery.conftest import supervised  # noqa: F401  (a fixture)
 from tests.servers import ROOT, WorkerProcess, wait_until
 from trainer_client import CollectTimeoutError, ConfigError, RewardClient, Sample, TicketError
-from workers.watchdog import EXIT_HUNG
+from workers.process.watchdog import EXIT_HUNG
 
 CONSTANT = """
 import time

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from tasks.connections import connect
+from tasks.servers.connections import connect
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of, together
 from tests.reward_models import image_of
 from tests.servers import messages_in, run_python, wait_until, worker_env
@@ -273,7 +273,8 @@ def test_what_was_sent_again_is_counted_apart_from_what_was_there(clients, worke
 
 TRAINER = """
 import numpy as np
-from trainer_client import RewardClient, Sample, steplog
+from trainer_client import RewardClient, Sample
+from trainer_client.steps import step_log as steplog
 steplog.SAY_EVERY_S = {say_every_s}
 config = {config}
 with RewardClient.from_dict(config, "told", max_failure_rate=1.0) as client:
@@ -367,7 +368,7 @@ def test_a_rank_that_is_done_says_for_which_it_waits(clients, workers, capsys, m
     workers("gpu")
     client = clients("PixelCode", rank=0, world_size=3, launch="one")
     client.submit(samples_of([1]), step=5)
-    monkeypatch.setattr("trainer_client.steplog.SAY_EVERY_S", 0.3)
+    monkeypatch.setattr("trainer_client.steps.step_log.SAY_EVERY_S", 0.3)
     with pytest.raises(CollectTimeoutError):
         client.collect(timeout_s=6)
     assert "step 5: collect() has waited" in (told := capsys.readouterr().err)

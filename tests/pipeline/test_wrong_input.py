@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.connections import connect
 from tasks.messages import WIRE_VERSION
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.pipeline.conftest import assert_rewards, samples_of
 from tests.reward_models import image_of

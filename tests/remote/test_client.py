@@ -20,7 +20,9 @@ from tests.clock import Clock
 from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
-from workers import Unscored, network, remote
+from workers import Unscored
+from workers.remote import models as remote
+from workers.remote.models import network
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 
 from tasks.errors import ConfigError, ModelLoadError
 from tasks.rewards import RewardConfig
-from tasks.schema import rewards_schema
-from workers.loading import Models
+from tasks.rewards.schema import rewards_schema
+from workers.process.loading import Models
 
 POINTWISE, GROUPWISE = "RemotePointwiseRewardModel", "RemoteGroupwiseRewardModel"
 URL = "http://scores:8000"
@@ -113,7 +113,7 @@ def test_the_launch_counts_unless_a_version_is_given(model):
 
 
 def test_a_worker_without_the_http_client_says_what_to_install(settings, monkeypatch):
-    monkeypatch.delitem(sys.modules, "workers.remote", raising=False)
+    monkeypatch.delitem(sys.modules, "workers.remote.models", raising=False)
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with (
         pytest.raises(ModelLoadError, match=r"'httpx2'.*pip install .*\[remote\]'"),

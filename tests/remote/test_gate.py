@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from workers.network import Gate
+from workers.remote.network import Gate
 
 
 class Asking:

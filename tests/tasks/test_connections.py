@@ -8,8 +8,8 @@ import pytest
 import redis
 
 from tasks.celery_app import make_app
-from tasks.connections import LOST, check_eviction, check_reachable, connect, persist, why_away
 from tasks.errors import EvictionError, RedisUnreachableError
+from tasks.servers.connections import LOST, check_eviction, check_reachable, connect, persist, why_away
 from tasks.settings import load_settings
 from tests.servers import wait_until
 
@@ -231,7 +231,7 @@ def test_a_wrong_password_is_said_and_not_shown(private_redis):
 
 
 def test_a_server_that_hangs_is_given_up(private_redis, monkeypatch):
-    monkeypatch.setattr("tasks.connections.SOCKET_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("tasks.servers.connections.SOCKET_TIMEOUT_S", 0.3)
     server = private_redis()
     with connect(server.url) as client:
         check_reachable(client, server.url, "broker")

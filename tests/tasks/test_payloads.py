@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.connections import LOST
 from tasks.errors import EvictionError, RedisUnreachableError, SettingsError
 from tasks.payloads import FileStore, RedisStore, open_store
+from tasks.servers.connections import LOST
 from tasks.settings import load_settings
 from tests.servers import wait_until
 

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import redis
 
-from tasks import redis_needs
 from tasks.errors import EvictionError, RedisRefusalError, RedisUnreachableError
-from tasks.redis_needs import check_servers
-from tasks.redis_refusals import servers_of
+from tasks.servers import needs as redis_needs
+from tasks.servers.needs import check_servers
+from tasks.servers.refusals import servers_of
 from tasks.settings import load_settings
 from tests.servers import RedisServer, WorkerProcess, clean_env, free_port, wait_until
 from trainer_client import RewardClient, Sample
@@ -422,7 +422,7 @@ def test_a_right_that_a_trainer_loses_later_is_said_as_such(as_user: Any, redis_
 
 # --- what is asked is what is used ---------------------------------------------------------------
 
-ROOT = Path(redis_needs.__file__).parent.parent
+ROOT = Path(redis_needs.__file__).parents[2]
 ASKED_OTHERWISE = {"worker": ("psubscribe", "punsubscribe", "publish")}
 BY_CONNECTIONS = ("hello", "auth", "select", "ping", "info")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import connect
 from tasks.errors import SettingsError
+from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.servers import ROOT, clean_env
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import redis
 
-from tasks import combine, keys, score
-from tasks.desk import Desk, serve_at
+from tasks import keys
 from tasks.errors import BusyError, ModelLoadError
 from tasks.media import digest
 from tasks.messages import (
@@ -26,6 +25,9 @@ from tasks.messages import (
 from tasks.outcomes import address
 from tasks.payloads import FileStore, RedisStore
 from tests.servers import wait_until
+from workers.scoring import chunk as score
+from workers.scoring import group as combine
+from workers.scoring.messages import Desk, serve_at
 
 CALL = RewardCall(
     name="size",
@@ -232,7 +234,7 @@ def test_tokens_differ_between_processes_of_one_name(bench):
     tokens = []
     bench.runner.before = lambda samples: tokens.extend(bench.claims.held.values())
     bench.send(bench.sample("a"))
-    code = "import tasks.desk as s; print(s.new_token('gpu.1@h'))"
+    code = "import workers.scoring.messages as s; print(s.new_token('gpu.1@h'))"
     from tests.servers import ROOT, clean_env
 
     env = {**clean_env(), "PYTHONPATH": str(ROOT)}
@@ -584,8 +586,8 @@ def test_a_sample_that_ends_its_process_each_time_is_given_up_after_its_time(ben
 
 
 def test_a_redis_that_is_away_for_a_while_loses_no_reward(private_redis, settings):
-    from tasks.connections import connect
     from tasks.outcomes import Outcomes
+    from tasks.servers.connections import connect
 
     server = private_redis()
     store = RedisStore(f"{settings.broker_url[:-1]}2")

@@ -6,7 +6,7 @@ import pytest
 
 from tasks.errors import ConfigError
 from tasks.rewards import RewardConfig
-from tasks.urls import DEFAULT_JUDGE_URL
+from tasks.servers.http_urls import DEFAULT_JUDGE_URL
 
 
 def config(**reward):

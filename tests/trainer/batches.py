@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from trainer_client.advantages import gdpo, weighted_sum
+from trainer_client.advantages.formulas import gdpo, weighted_sum
 from trainer_client.results import Failed, RewardBatch
 
 NAN = math.nan

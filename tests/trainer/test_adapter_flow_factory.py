@@ -21,7 +21,7 @@ from tests.reward_models import image_of
 from tests.servers import ROOT, run_python
 from trainer_client import RewardClient
 from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation, sample_of
-from trainer_client.advantages import gdpo, weighted_sum
+from trainer_client.advantages.formulas import gdpo, weighted_sum
 
 CONFIG = {
     "rewards": [

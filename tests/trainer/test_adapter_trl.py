@@ -277,7 +277,8 @@ def test_rows_become_samples() -> None:
 
 def test_importing_the_adapters_imports_no_framework() -> None:
     code = (
-        "import sys, trainer_client.adapters.trl, trainer_client.adapters.flow_factory, trainer_client.advantages\n"
+        "import sys, trainer_client.adapters.trl, trainer_client.adapters.flow_factory\n"
+        "import trainer_client.advantages.formulas\n"
         "print([m for m in ('torch', 'trl', 'accelerate', 'flow_factory', 'transformers') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from tests.trainer.batches import (
     batches,
     every_method,
 )
-from trainer_client.advantages import advantages_of, gdpo, weighted_sum
+from trainer_client.advantages.formulas import advantages_of, gdpo, weighted_sum
 
 _SIMPLE_IDS = st.one_of(
     st.none(),

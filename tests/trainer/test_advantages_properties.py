@@ -14,7 +14,7 @@ from tests.trainer.batches import (
     every_method,
     whole_batches,
 )
-from trainer_client.advantages import gdpo
+from trainer_client.advantages.formulas import gdpo
 
 
 @every_method

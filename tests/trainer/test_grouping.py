@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.reward_models import image_of
 from trainer_client import Sample
-from trainer_client.grouping import groups_of
+from trainer_client.steps.grouping import groups_of
 
 
 def test_equal_prompts_are_a_group_named_after_them():

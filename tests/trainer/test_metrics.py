@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.trainer.batches import NAN, Ranks, batch_of
-from trainer_client.advantages import gdpo
-from trainer_client.metrics import failure_rate_by_group, metrics
+from trainer_client.advantages.formulas import gdpo
+from trainer_client.advantages.metrics import failure_rate_by_group, metrics
 from trainer_client.results import Failed, RewardBatch
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tasks.catalog import CATALOG
 from tasks.errors import ConfigError
 from tasks.rewards import RewardConfig
-from tasks.schema import rewards_schema
+from tasks.rewards.schema import rewards_schema
 from tests.trainer.test_flow_factory_configs import EXAMPLES, GUIDANCE
 from trainer_client.cli.schema import schema
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.servers import ROOT, clean_env, run_python
 from tests.trainer.batches import NAN, batch_of
-from trainer_client import steplog
 from trainer_client.results import Failed
-from trainer_client.steplog import (
+from trainer_client.steps import step_log as steplog
+from trainer_client.steps.step_log import (
     Summary,
     Waiting,
     failure_words,
@@ -42,7 +42,7 @@ def test_a_line_is_shown_once_unless_somebody_said_otherwise():
     program = (
         "import json, subprocess, sys\n"
         f"for setup in json.loads({json.dumps(json.dumps(scripts))}):\n"
-        "    code = f'import logging\\n{setup}\\nfrom trainer_client.steplog import tell\\ntell(\"a line\")'\n"
+        "    code = f'import logging\\n{setup}\\nfrom trainer_client.steps.step_log import tell\\ntell(\"a line\")'\n"
         "    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)\n"
         "    print((done.stdout + done.stderr).count('a line'))\n"
     )

@@ -12,8 +12,8 @@ from tasks.messages import MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.rewards import RewardConfig
 from tasks.settings import load_settings
 from workers import Accelerator, RewardArguments, RewardModel
-from workers.loading import LoadedModel
-from workers.running import ModelRunner
+from workers.process.loading import LoadedModel
+from workers.scoring.runner import ModelRunner
 
 
 def call_of(**entry: Any) -> RewardCall:

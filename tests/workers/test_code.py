@@ -14,8 +14,8 @@ from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.settings import load_settings
 from tasks.source.code import code_of, digest_of
 from tests.workers.requests import call_of
-from workers.code import LoadedCode
-from workers.loading import Models
+from workers.process.code import LoadedCode
+from workers.process.loading import Models
 
 CLASS = """
 from workers import PointwiseRewardModel
@@ -252,6 +252,6 @@ def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp
         pass
     upgraded = tmp_path / "catalog.py"
     upgraded.write_text("")
-    monkeypatch.setattr("workers.code._CATALOG_AT_START", {upgraded: "0" * 16})
+    monkeypatch.setattr("workers.process.code._CATALOG_AT_START", {upgraded: "0" * 16})
     with pytest.raises(StaleCodeError, match="rewardq changed since this worker loaded it"), models.lend(newer):
         pass

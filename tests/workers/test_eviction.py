@@ -17,8 +17,9 @@ from tests.clock import Clock
 from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import RewardClient, Sample
-from workers import PointwiseRewardModel, RewardModelOutput, loading
-from workers.loading import Models
+from workers import PointwiseRewardModel, RewardModelOutput
+from workers.process import loading
+from workers.process.loading import Models
 
 made: list[weakref.ref[Any]] = []
 

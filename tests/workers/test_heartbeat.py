@@ -11,9 +11,9 @@ from tasks.outcomes import Outcomes, address
 from tasks.payloads import RedisStore
 from tasks.settings import load_settings
 from tests.servers import wait_until
-from workers.heartbeat import HeartbeatThread
-from workers.loading import Models
-from workers.serving import _hand_back
+from workers.process.heartbeat import HeartbeatThread
+from workers.process.loading import Models
+from workers.process.startup import _hand_back
 
 A, B, C = (address("run", "f", key) for key in ("a", "b", "c"))
 TTL_S = 1.0
@@ -150,7 +150,7 @@ def test_a_bug_of_ours_does_not_end_the_threads(outcomes, beats_of, monkeypatch)
 
 
 def test_a_worker_is_back_on_the_list_after_redis_was_emptied_or_away(private_redis, beats_of):
-    from tasks.connections import connect
+    from tasks.servers.connections import connect
 
     server = private_redis()
     with connect(server.url) as client:
@@ -168,7 +168,7 @@ def test_a_worker_is_back_on_the_list_after_redis_was_emptied_or_away(private_re
 
 
 def test_a_redis_that_refuses_to_write_does_not_end_the_heartbeat(private_redis, beats_of):
-    from tasks.connections import connect
+    from tasks.servers.connections import connect
 
     server = private_redis()
     with connect(server.url) as client:

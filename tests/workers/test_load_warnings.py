@@ -12,9 +12,9 @@ from tasks.settings import load_settings
 from tests.reward_models import image_of
 from tests.workers.requests import call_of
 from trainer_client import RewardClient, Sample
-from workers import load_warnings
-from workers.load_warnings import MAX_SAID, MAX_SAID_CHARS, Said, in_short, listening, note
-from workers.loading import Models
+from workers.process import load_warnings
+from workers.process.load_warnings import MAX_SAID, MAX_SAID_CHARS, Said, in_short, listening, note
+from workers.process.loading import Models
 
 pytestmark = pytest.mark.filterwarnings("default")  # else Python's warnings would be raised where they are given
 

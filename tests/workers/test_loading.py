@@ -18,7 +18,7 @@ from tests import reward_models
 from tests.servers import ROOT, clean_env
 from tests.workers.requests import call_of
 from workers import RewardArguments
-from workers.loading import Models, build, is_out_of_memory
+from workers.process.loading import Models, build, is_out_of_memory
 
 OURS = "tests.reward_models."
 
@@ -180,10 +180,10 @@ def test_a_load_that_failed_is_not_repeated_at_once_but_later(models, monkeypatc
         assert "disk" in error_of(models, reward_model=f"{OURS}Mends")
     assert len(made) == 1
     later = time.monotonic() + 61
-    monkeypatch.setattr("workers.loading.time.monotonic", lambda: later)
+    monkeypatch.setattr("workers.process.loading.time.monotonic", lambda: later)
     assert "disk" in error_of(models, reward_model=f"{OURS}Mends")
     assert len(made) == 2
-    monkeypatch.setattr("workers.loading.time.monotonic", lambda: later + 61)
+    monkeypatch.setattr("workers.process.loading.time.monotonic", lambda: later + 61)
     assert load(models, reward_model=f"{OURS}Mends")
     assert len(made) == 3
 
@@ -258,7 +258,7 @@ sys.meta_path.insert(0, Blocker())
 from tasks.errors import ModelLoadError
 from tasks.rewards import RewardConfig
 from tasks.settings import load_settings
-from workers.loading import Models
+from workers.process.loading import Models
 (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": sys.argv[1]}}).rewards
 try:
     Models(load_settings()).lend(spec.call).__enter__()

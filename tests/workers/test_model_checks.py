@@ -20,9 +20,9 @@ from tests.workers.checkpoints import ARCHITECTURE, pictures, save_open_clip
 from tests.workers.requests import call_of
 from tests.workers.test_checkpoints import cached, empty_cache, offline  # noqa: F401  (fixtures)
 from tests.workers.test_clip_models import cosines, save_hps
-from workers.load_warnings import Said
-from workers.loading import LoadedModel, Models
 from workers.models.refusals import refuse_other_numbers
+from workers.process.load_warnings import Said
+from workers.process.loading import LoadedModel, Models
 
 Edit = Callable[[Any], Any]
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from workers.network import Once, Server, least_busy
+from workers.remote.network import Once, Server, least_busy
 
 
 def test_of_what_a_process_has_one_threads_that_come_together_make_one():

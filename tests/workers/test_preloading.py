@@ -15,8 +15,8 @@ from tests.reward_models import image_of
 from tests.servers import free_port, wait_until, worker_env
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
-from workers.loading import Models
-from workers.preloading import AskServers, preload, specs_to_preload
+from workers.process.loading import Models
+from workers.process.preloading import AskServers, preload, specs_to_preload
 
 warmed: list[str] = []
 
@@ -140,7 +140,7 @@ class AskedOnce(PointwiseRewardModel):
 
 
 def test_a_class_of_ones_own_that_asks_a_server_is_asked_again_until_it_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr("workers.preloading.ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr("workers.process.preloading.ASK_AGAIN_S", 0.01)
     entry = {"reward_model": f"{__name__}.AskedOnce", "name": "asked", "version": "1"}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))

@@ -14,8 +14,8 @@ from tasks import keys
 from tasks.celery_app import make_app
 from tasks.errors import StaleCodeError
 from tests.servers import ROOT, clean_env, wait_until, worker_env
-from workers.lifetime import end_to_start_anew
-from workers.watchdog import EXIT_HUNG
+from workers.process.lifetime import end_to_start_anew
+from workers.process.watchdog import EXIT_HUNG
 
 
 @pytest.fixture

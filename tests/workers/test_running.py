@@ -14,7 +14,7 @@ from tasks.settings import load_settings
 from tests.reward_models import image_of
 from tests.workers.requests import Requests, call_of, iter_run, make, plain, run
 from workers import PointwiseRewardModel, RewardModelOutput, Unscored
-from workers.running import ModelRunner
+from workers.scoring.runner import ModelRunner
 
 RNG = np.random.default_rng(5)
 
@@ -306,7 +306,7 @@ def test_the_devices_memory_is_freed_once_the_failed_call_holds_none_any_more(re
     import gc
     import weakref
 
-    from workers import running
+    from workers.scoring import runner as running
 
     class Activations:
         pass

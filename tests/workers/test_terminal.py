@@ -15,13 +15,13 @@ import redis
 
 from tasks.messages import Failure, Outcome
 from tasks.settings import load_settings
-from tasks.tally import Tally
 from tests.pipeline.conftest import (
     clients,  # noqa: F401  (a fixture)
     samples_of,
 )
 from tests.servers import WorkerProcess, wait_until
-from workers.terminal import RedisLog, ScoreLog
+from workers.process.terminal import RedisLog, ScoreLog
+from workers.scoring.tally import Tally
 
 SCORED = Outcome(reward=1.0)
 PASSWORD = "s3cr3t-pa55"

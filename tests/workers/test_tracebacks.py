@@ -14,9 +14,9 @@ from tasks.errors import ModelLoadError
 from tasks.settings import load_settings
 from tests.servers import ROOT
 from tests.workers.requests import Requests, call_of, iter_run
-from workers import tracebacks as module
-from workers.loading import Models
-from workers.tracebacks import REPEAT_S, TracebackLog
+from workers.process.loading import Models
+from workers.scoring import tracebacks as module
+from workers.scoring.tracebacks import REPEAT_S, TracebackLog
 
 REWARDS = """\
 import json
@@ -80,7 +80,7 @@ def my_rewards(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module, "tracebacks", TracebackLog())
-    for name in ("workers.running", "workers.loading"):
+    for name in ("workers.scoring.runner", "workers.process.loading"):
         monkeypatch.setattr(sys.modules[name], "tracebacks", module.tracebacks)
     yield tmp_path
     for name in [n for n in sys.modules if n.startswith("my_")]:
@@ -161,7 +161,7 @@ def test_each_error_is_logged_with_its_traceback_once_however_many_samples_raise
         "raised reward=my_rewards.Divides error=ZeroDivisionError\nTraceback (most recent call last)"
     )
     assert "return 1 / (len(text) - 1)" in text
-    assert "workers/running.py" not in text
+    assert "workers/scoring/runner.py" not in text
     reasons_of("Parses", "not json")
     assert len(logged(caplog)) == 2
 
@@ -224,7 +224,7 @@ def test_in_an_editable_install_whose_modules_are_found_by_links_no_place_is_in_
     code = """
 from tasks.rewards import RewardConfig
 from tasks.settings import load_settings
-from workers.loading import Models
+from workers.process.loading import Models
 
 entry = {"reward_model": "my_rewards.Mine", "queue": "gpu", "kind": "pointwise", "required_fields": ["prompt"]}
 (spec,) = RewardConfig.from_dict({"rewards": entry}).rewards

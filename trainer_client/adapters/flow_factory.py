@@ -20,11 +20,11 @@ from tasks.errors import CollectTimeoutError, ConfigError, ScoringError
 from tasks.rewards import RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import load_settings
-from trainer_client.advantages import gdpo, weighted_sum
+from trainer_client.advantages.formulas import gdpo, weighted_sum
+from trainer_client.advantages.metrics import Detail
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
-from trainer_client.metrics import Detail
+from trainer_client.ranks.verdict import OnFailure
 from trainer_client.results import RewardBatch
-from trainer_client.verdict import OnFailure
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class RewardBuffer:
         """Of what the last `finalize()` collected, over all ranks, for their `log_data`; empty before it.
 
         Under their names, `<split>/reward_<name>_mean` and so on; `<split>/adv_*` once samples have their advantages.
-        `brief` is a shorter form, see `trainer_client.metrics`. Call it on all ranks.
+        `brief` is a shorter form, see `trainer_client.advantages.metrics`. Call it on all ranks.
         """
         if not self.batches:
             return {}

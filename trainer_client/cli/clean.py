@@ -12,10 +12,10 @@ import click
 from tasks import keys
 from tasks.celery_app import make_app, outcomes_of
 from tasks.errors import ConfigError, nearest
-from tasks.redis_needs import check_servers
+from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
 from trainer_client.client import RUN_NAME
-from trainer_client.runs import KnownReward, Run
+from trainer_client.runs.known import KnownReward, Run
 
 KEYS_A_CALL = 1000
 """Keys that Redis looks at, or drops, in one call; it serves others between them."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from tasks.celery_app import make_app, outcomes_of
-from tasks.connections import LOST
 from tasks.errors import StartError
 from tasks.messages import Heartbeat
 from tasks.outcomes import Outcomes
 from tasks.rewards import RewardConfig
+from tasks.servers.connections import LOST
 from tasks.settings import Settings
 from trainer_client.cli.processes import WORKER_START_S, Child, Fleet, last_words
 

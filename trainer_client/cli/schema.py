@@ -6,7 +6,7 @@ import json
 
 import click
 
-from tasks.schema import rewards_schema
+from tasks.rewards.schema import rewards_schema
 
 
 @click.command()

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.catalog import GPU
-from tasks.redis_needs import check_servers
 from tasks.rewards import RewardConfig, RewardSpec
+from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
 from tasks.shadows import warning
 from trainer_client.cli.processes import PRELOAD, Fleet, stop_signals, worker_command

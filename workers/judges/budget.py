@@ -11,8 +11,8 @@ import uuid
 from typing import Any
 
 from tasks import keys
-from tasks.connections import LOST
-from workers.network import Once
+from tasks.servers.connections import LOST
+from workers.remote.network import Once
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import openai
 
-from tasks.connections import LOST
 from tasks.errors import BusyError, ModelLoadError
-from tasks.urls import DEFAULT_JUDGE_URL
+from tasks.servers.connections import LOST
+from tasks.servers.http_urls import DEFAULT_JUDGE_URL
 from workers.base import Unscored
 from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import NO_KEY, Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import LIST_TIMEOUT_S, Endpoint, says_no_such_model
 from workers.judges.inner_errors import MARK, InnerError, cut, said_in
 from workers.judges.reply import Reply, read_reply
-from workers.network import cause_of, least_busy
+from workers.remote.network import cause_of, least_busy
 
 __all__ = ["Chat", "Reply", "read_reply"]
 

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 import openai
 
 from tasks.errors import ModelLoadError
+from tasks.servers.http_urls import whats_wrong_with_api
 from tasks.settings import Settings, load_settings
-from tasks.urls import whats_wrong_with_api
 from workers.judges.endpoints import Endpoint
 from workers.judges.inner_errors import MARK, inner_error
-from workers.network import NetworkLoop, Once
-from workers.proxies import proxy_for, trusted_certificates
+from workers.remote.network import NetworkLoop, Once
+from workers.remote.proxies import proxy_for, trusted_certificates
 
 OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from tasks import catalog
 from tasks.errors import BusyError, ConfigError, ModelLoadError
-from tasks.options import options_of_subclass
+from tasks.rewards.options import options_of_subclass
 from workers.base import (
     Accelerator,
     PointwiseRewardModel,
@@ -20,7 +20,7 @@ from workers.base import (
 from workers.judges.chat import Chat
 from workers.judges.images import DATA_URLS, evenly_spaced
 from workers.judges.reply import Reply
-from workers.network import its_own_deadline
+from workers.remote.network import its_own_deadline
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
 """The reward of a sample or why there is none, and what to keep beside it."""

@@ -16,7 +16,7 @@ from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
 from workers.judges.reply import Reply
 from workers.judges.template import Template
-from workers.network import its_own_deadline
+from workers.remote.network import its_own_deadline
 
 Verdict = Literal["first", "second", "tie"]
 Answered = Reply | Unscored | BusyError

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tasks.catalog.judges import EDIT_ASPECTS, T2I_ASPECTS
 from tasks.errors import ModelLoadError
-from tasks.judges import EDIT_ASPECTS, T2I_ASPECTS
 from workers.base import Accelerator, RewardArguments, Unscored
 from workers.judges import rubrics
 from workers.judges.aspects import Judgement, mean_reward, read_judgement

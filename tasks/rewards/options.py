@@ -1,0 +1,171 @@
+"""A built-in's options as configured: known names, right types, defaults filled in, files read, no keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from tasks.catalog.entry import ModelEntry, Option
+from tasks.errors import ConfigError, UnknownOptionError, nearest
+from tasks.numerals import as_numbers
+from tasks.settings import without_password
+from tasks.spelling import misspelt
+
+MAX_FILE_BYTES = 256 * 1024
+"""A rubric larger than this is a mistake; its text travels with every request."""
+
+_FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def check_options(
+    model: str,
+    builtin: ModelEntry,
+    given: Mapping[str, Any],
+    keys: tuple[str, ...],
+    where: str,
+    folder: Path,
+) -> dict[str, Any]:
+    """Every option of a built-in with its value or default, so that a default written out is the same computation.
+
+    Args:
+        keys: Keys of any reward, to name the nearest of all.
+        where: The place in the config, for errors.
+        folder: What a relative file name starts from.
+
+    Raises:
+        ConfigError: An option is unknown, missing or of a wrong type, or a file cannot be read.
+    """
+    checked = {
+        name: copy.copy(option.default) for name, option in builtin.options.items()
+    }
+    for name, value in given.items():
+        if name not in builtin.options:
+            if name in keys:
+                raise UnknownOptionError(
+                    f"{where}: {name} is a key of the reward and no option of {model}: write it beside extra_kwargs, "
+                    "not in it"
+                )
+            raise UnknownOptionError(
+                f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
+                f"its options: {', '.join(builtin.options) or 'none'}"
+            )
+        checked[name] = _checked(builtin.options[name], name, value, where)
+    for name, option in builtin.options.items():
+        if option.is_needed and name not in given:
+            raise ConfigError(f"{where}: {model} needs {name}: {option.doc}")
+    _read_files(builtin, checked, where, folder)
+    _check_key(checked, where)
+    return checked
+
+
+def options_of_subclass(
+    builtin: ModelEntry,
+    given: Mapping[str, Any],
+    where: str,
+    unchecked: Collection[str] = (),
+) -> dict[str, Any]:
+    """The options of a class of the user's that is made of a built-in: those of the built-in, and its own as they are.
+
+    Args:
+        unchecked: Options of the built-in that may have other values in such a class.
+
+    Raises:
+        ConfigError: An option of the built-in has a wrong value, or one of the class's own is a slip of the built-in's.
+    """
+    checked = {
+        name: copy.copy(option.default) for name, option in builtin.options.items()
+    }
+    for name, value in given.items():
+        meant = None if name in builtin.options else misspelt(name, builtin.options)
+        if meant is not None:
+            raise UnknownOptionError(
+                f"{where}: {name!r} is no option; did you mean {meant!r}? An option of your class needs another name"
+            )
+        is_ours = name in builtin.options and name not in unchecked
+        checked[name] = (
+            _checked(builtin.options[name], name, value, where) if is_ours else value
+        )
+    _check_key(checked, where)
+    return checked
+
+
+def _checked(option: Option, name: str, value: Any, where: str) -> Any:
+    try:
+        needed = TypeAdapter(_FiniteFloat if option.type is float else option.type)
+        written = as_numbers(value, needed.json_schema())
+        return needed.validate_python(written, strict=True)  # an integer is a float too
+    except ValidationError as error:
+        raise ConfigError(
+            f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})"
+        ) from None
+
+
+def _shown(value: Any) -> Any:
+    """What was given, without the passwords of URLs."""
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    has_scheme = "://" in value or "@" not in value
+    return (
+        without_password(value)
+        if has_scheme
+        else without_password(f"://{value}").removeprefix("://")
+    )
+
+
+def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which a reward may depend."""
+    return {
+        n: v
+        for n, v in options.items()
+        if n not in builtin.options or builtin.options[n].is_answer
+    }
+
+
+def _read_files(
+    builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path
+) -> None:
+    """Put the text of each file in the place of its name: workers may be on other hosts, and content is identity."""
+    for name, option in builtin.options.items():
+        if not (option.reads and checked[name]):
+            continue
+        if checked[option.reads]:
+            raise ConfigError(
+                f"{where}: both {option.reads} and {name} are given; one of them is the text"
+            )
+        path = folder / Path(checked[name]).expanduser()
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ConfigError(
+                    f"{where}: option {name}: {path} is larger than {MAX_FILE_BYTES} bytes"
+                )
+            checked[option.reads] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{where}: option {name}: cannot read {path}: {error}"
+            ) from None
+        if not checked[option.reads].strip():
+            raise ConfigError(f"{where}: option {name}: {path} is empty")
+        checked[name] = ""
+
+
+def _check_key(checked: Mapping[str, Any], where: str) -> None:
+    if checked.get("api_key") not in (None, "", "EMPTY"):
+        raise ConfigError(
+            f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
+            "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
+        )
+    key_env = checked.get("api_key_env")
+    if (
+        key_env
+        and key_env != "OPENAI_API_KEY"
+        and not key_env.startswith("REWARDQ_KEY_")
+    ):
+        raise ConfigError(
+            f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}"
+        )

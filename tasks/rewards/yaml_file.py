@@ -1,0 +1,252 @@
+"""Reads the YAML of a rewards file so that nothing in its blocks of rewards is lost, or becomes something else, unseen.
+
+PyYAML keeps the last of two equal keys, reads `1e-1` as text, `1:30` as 90 and `version: 1.10` as 1.1. Here two equal
+keys are an error, a number in exponent form is a number as in YAML 1.2, what the two versions of YAML read differently
+is an error, and a key whose value is a text keeps the text that was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from tasks import catalog
+from tasks.errors import ConfigError, UnknownRewardError
+from tasks.numerals import EXPONENT_PATTERN
+from tasks.rewards.yaml_keys import BLOCKS, TRAIN_KEYS
+
+log = logging.getLogger(__name__)
+
+TEXT_KEYS = ("name", "device", "queue", "version")
+"""Keys of any reward whose value is a text, whatever it looks like."""
+
+MERGE = "<<"
+
+_TAG = "tag:yaml.org,2002:"
+_RETYPED = tuple(f"{_TAG}{kind}" for kind in ("int", "float", "bool", "timestamp"))
+"""What YAML makes of a text without quotes that looks like one of these."""
+
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_BASE_8 = re.compile(r"[-+]?0[0-7_]+")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that reads numbers in exponent form as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    f"{_TAG}float", re.compile(f"^(?:{EXPONENT_PATTERN})$"), list("-+.0123456789")
+)
+
+
+def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is no YAML or no mapping, or something in a block of rewards would be lost
+            or become something else; says the line.
+    """
+    where = os.fspath(path)
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        try:
+            root = loader.get_single_node()
+            if isinstance(root, yaml.MappingNode):
+                _check(root, where)
+            loaded = None if root is None else loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the rewards file {where}: {error.strerror}"
+        ) from None
+    except ConfigError:  # a ValueError too, which says the file already
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is no YAML: {error}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a date that there is not; an anchor within itself
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    if not isinstance(loaded, Mapping):
+        found = (
+            "nothing" if loaded is None else f"{type(loaded).__name__} {loaded!r}"[:80]
+        )
+        raise ConfigError(
+            f"{where}: needs a mapping with a rewards: block, found {found}"
+        )
+    return loaded
+
+
+def _check(root: yaml.MappingNode, where: str) -> None:
+    _check_twice(root, where, (*BLOCKS, "train"))
+    for key, value in root.value:
+        if key.value in BLOCKS:
+            for node in _nodes_below(value):
+                if isinstance(node, yaml.MappingNode):
+                    _check_twice(node, where)
+                    _say_what_is_replaced(node, where)
+            for entry in (
+                value.value if isinstance(value, yaml.SequenceNode) else [value]
+            ):
+                _keep_texts(entry)
+            _check_numbers(value, where)
+        elif key.value == "train" and isinstance(value, yaml.MappingNode):
+            _check_twice(value, where, TRAIN_KEYS)
+
+
+def _nodes_below(root: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it, each once: what an anchor names stands in several places."""
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            left += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+
+
+def _check_twice(
+    node: yaml.MappingNode, where: str, ours: tuple[str, ...] | None = None
+) -> None:
+    """Raises `ConfigError` for a key that is given twice; only for one of `ours` where the others are the trainer's."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            words = f"{where}: the key {key.value!r} is given twice, in line {lines[key.value]} and in line {line}"
+            if ours is None or key.value in ours:
+                raise ConfigError(f"{words}; one of them would be lost, keep one")
+            log.warning("%s; the last of them counts", words)
+        lines[key.value] = line
+
+
+def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
+    """A mapping beside `<<` takes the place of the one that it brings, as a whole; people expect them to be joined."""
+    own = {key.value: key for key in _keys_of_mappings(node)}
+    for base in _merged(node):
+        for key in _keys_of_mappings(base):
+            if key.value in own:
+                line = own[key.value].start_mark.line + 1
+                log.warning(
+                    "%s: line %d: %s replaces that of <<, of which nothing is kept",
+                    where,
+                    line,
+                    key.value,
+                )
+
+
+def _keys_of_mappings(node: yaml.MappingNode) -> list[yaml.ScalarNode]:
+    """The keys whose values are mappings, but for `<<`."""
+    keys = [
+        key
+        for key, value in node.value
+        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
+    ]
+    return [key for key in keys if key.value != MERGE]
+
+
+def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
+    """The mappings that `<<` brings into this one, and those that it brings into them."""
+    found: list[yaml.MappingNode] = []
+    left: list[yaml.Node] = [node]
+    while left:
+        current = left.pop(0)
+        if not isinstance(current, yaml.MappingNode) or any(
+            current is one for one in found
+        ):
+            continue
+        found.append(current)
+        for key, value in current.value:
+            if key.value == MERGE:
+                left += value.value if isinstance(value, yaml.SequenceNode) else [value]
+    return found[1:]
+
+
+def _keep_texts(entry: yaml.Node) -> None:
+    """Let values of one reward's keys that are texts be the texts that were written, and its keys themselves."""
+    if not isinstance(entry, yaml.MappingNode):
+        return
+    texts = {*TEXT_KEYS, *_text_options(entry)}
+    for mapping in (entry, *_merged(entry)):
+        nested = [value for key, value in mapping.value if key.value == "extra_kwargs"]
+        for part in (mapping, *nested):
+            if isinstance(part, yaml.MappingNode):
+                _keep_texts_of(part, texts if part is mapping else texts - {*TEXT_KEYS})
+
+
+def _keep_texts_of(mapping: yaml.MappingNode, texts: set[str]) -> None:
+    for key, value in mapping.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag == f"{_TAG}bool":
+            key.tag = f"{_TAG}str"
+        both_are_scalars = isinstance(key, yaml.ScalarNode) and isinstance(
+            value, yaml.ScalarNode
+        )
+        if both_are_scalars and key.value in texts and value.tag in _RETYPED:
+            value.tag = f"{_TAG}str"
+
+
+def _text_options(entry: yaml.MappingNode) -> set[str]:
+    """The options of its built-in that are texts."""
+    model = ""
+    for mapping in (*_merged(entry), entry):
+        model = next(
+            (
+                str(value.value)
+                for key, value in mapping.value
+                if key.value == "reward_model"
+            ),
+            model,
+        )
+    try:
+        found = catalog.find(model.strip())
+    except UnknownRewardError:
+        return set()
+    options = found[1].options if found else {}
+    return {
+        name
+        for name, option in options.items()
+        if _is_text(TypeAdapter(option.type).json_schema())
+    }
+
+
+def _is_text(schema: Mapping[str, Any]) -> bool:
+    kinds = {part.get("type") for part in (schema, *schema.get("anyOf", ()))}
+    return "string" in kinds and not kinds & {"number", "integer"}
+
+
+def _check_numbers(block: yaml.Node, where: str) -> None:
+    """Raises `ConfigError` for a number that YAML 1.1 and YAML 1.2 read differently."""
+    for node in _nodes_below(block):
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (
+            f"{_TAG}int",
+            f"{_TAG}float",
+        ):
+            continue
+        if _BASE_60.fullmatch(node.value) or _is_octal(node.value):
+            raise ConfigError(
+                f"{where}: line {node.start_mark.line + 1}: {node.value} is another number, or a text, to another "
+                "reader of YAML; write the plain number, or put it in quotes"
+            )
+
+
+def _is_octal(text: str) -> bool:
+    if not _BASE_8.fullmatch(text):
+        return False
+    digits = text.replace("_", "")
+    return int(digits, 8) != int(digits)

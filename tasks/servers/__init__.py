@@ -1,0 +1,1 @@
+"""What is known of Redis servers and of the URLs of servers."""

@@ -1,0 +1,283 @@
+"""Connections to Redis: timeouts that let no call hang, and retries that end at a deadline."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import redis
+from redis.connection import DefaultParser, PythonRespSerializer, parse_url
+from redis.exceptions import ClusterDownError, TryAgainError
+from redis.sentinel import MasterNotFoundError, Sentinel
+
+from tasks.errors import EvictionError, RedisUnreachableError
+from tasks.servers.redis_urls import several_urls
+from tasks.settings import Sentinels, without_password
+
+SOCKET_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
+HEALTH_CHECK_S = 10
+SENTINEL_PORT = 26379
+
+MEDIA_READ_BYTES = 256 * 1024
+"""Read from a socket at once where media come; with redis-py's 32 KiB it takes half as long again."""
+
+JOINED_BYTES = 6000
+"""Parts of a command up to this size are put together before they are sent, as in redis-py."""
+
+
+class NoReplicasError(redis.ResponseError):
+    """Too few replicas follow a server with `min-replicas-to-write`: usual for seconds after a failover."""
+
+
+class DiskError(redis.ResponseError):
+    """A server cannot save to its disk, and takes no writes until it can."""
+
+
+class BusyScriptError(redis.ResponseError):
+    """A server runs somebody's script, for longer than its `busy-reply-threshold`."""
+
+
+# redis-py raises for these, which pass by themselves, what it raises for a bug of ours: a plain ResponseError. All its
+# parsers, those of Celery's connections too, look a reply's first word up in this one table.
+_CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
+for _code, _class in (
+    ("NOREPLICAS", NoReplicasError),
+    ("MISCONF", DiskError),
+    ("BUSY", BusyScriptError),
+):
+    _CLASSES.setdefault(_code, _class)
+
+FULL = (
+    "Redis is full: it has reached its maxmemory and refuses to write; give it more, or make room "
+    "(payloads belong on a server of their own: REWARDQ_PAYLOAD_URL)"
+)
+
+WHY_REFUSED: dict[type[Exception], str] = {
+    redis.OutOfMemoryError: FULL,
+    _CLASSES["NOREPLICAS"]: (
+        "Redis refuses to write: fewer replicas follow it than its min-replicas-to-write asks for; it will take writes "
+        "once they do"
+    ),
+    _CLASSES["MISCONF"]: (
+        "Redis refuses to write: it cannot save to its disk; make room there (its log says more), or set "
+        "`stop-writes-on-bgsave-error no`"
+    ),
+    _CLASSES[
+        "BUSY"
+    ]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
+}
+"""In words, by the error that a server refuses with for now."""
+
+REFUSED: tuple[type[Exception], ...] = tuple(WHY_REFUSED)
+
+LOST: tuple[type[Exception], ...] = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.BusyLoadingError,
+    redis.ReadOnlyError,
+    ClusterDownError,
+    TryAgainError,
+    *REFUSED,
+    ConnectionError,
+    TimeoutError,
+)
+"""What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
+
+SERVES_NOT_NOW: tuple[type[Exception], ...] = (
+    redis.ReadOnlyError,
+    redis.BusyLoadingError,
+    *REFUSED,
+)
+"""Those of them that a server answers with: it is there."""
+
+READ_ONLY = "it is a replica and takes no writes; right after a failover that passes, else the URL must name its master"
+
+MAX_CLIENTS = (
+    "it has as many clients as its `maxclients` allows; raise that, or end some"
+)
+
+NEARLY = 0.99
+"""Share of its maxmemory from which a server may refuse a write."""
+
+DEFAULT_SENTINELS = Sentinels()
+
+T = TypeVar("T")
+
+
+def connect(
+    url: str, sentinels: Sentinels = DEFAULT_SENTINELS, **options: Any
+) -> redis.Redis:
+    """A client (a pool of connections, made at first use; safe between threads and after a fork).
+
+    Args:
+        url: `redis://`, `rediss://`, or `sentinel://host:26379/0;sentinel://...` with the server's user and password.
+        sentinels: How these are asked.
+        options: Of its connections.
+    """
+    options = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": HEALTH_CHECK_S,
+        **options,
+    }
+    if not url.startswith("sentinel://"):
+        client: redis.Redis = redis.Redis.from_url(url, **options)
+        return client
+    given = []
+    for one in several_urls(url):
+        as_redis = one.replace("sentinel://", "redis://", 1)
+        given.append(parse_url(as_redis))  # type: ignore[no-untyped-call]
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        [
+            (one.get("host", "localhost"), one.get("port", SENTINEL_PORT))
+            for one in given
+        ],
+        sentinel_kwargs=for_sentinels(sentinels),
+    )
+    account = {
+        name: given[0][name]
+        for name in ("db", "username", "password")
+        if name in given[0]
+    }
+    master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+        sentinels.master, **options, **account
+    )
+    return master
+
+
+SENTINEL_TIMEOUT_S = 1.0
+"""A sentinel that is silent for so long is passed over; while the first hangs, each new connection waits for that."""
+
+
+def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
+    """Options of connections to the sentinels themselves; one that is away or hangs is passed over at once.
+
+    (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
+    """
+    account = {"password": sentinels.password} if sentinels.password else {}
+    bounds = {
+        "socket_timeout": SENTINEL_TIMEOUT_S,
+        "socket_connect_timeout": SENTINEL_TIMEOUT_S,
+    }
+    return {**bounds, "retry": None, **account}
+
+
+def connect_for_media(
+    url: str, sentinels: Sentinels = DEFAULT_SENTINELS
+) -> redis.Redis:
+    """As `connect`, for values of megabytes: a buffer is sent from where it lies.
+
+    redis-py with hiredis copies a value twice to send it; its other packer, written in Python, does not.
+    """
+    packer = PythonRespSerializer(JOINED_BYTES, _encode)
+    return connect(
+        url, sentinels, socket_read_size=MEDIA_READ_BYTES, command_packer=packer
+    )
+
+
+def _encode(value: bytes | memoryview | str | int) -> bytes | memoryview:
+    return value if isinstance(value, bytes | memoryview) else str(value).encode()
+
+
+def check_reachable(client: Any, url: str, role: str) -> None:
+    """Ask the server for a sign of life.
+
+    Raises:
+        RedisUnreachableError: Says the URL without its password, the role of this server, and what to start.
+    """
+    try:
+        client.ping()
+    except redis.AuthenticationError as error:
+        raise RedisUnreachableError(
+            f"{role} at {without_password(url)} refuses this user: {error}"
+        ) from None
+    except REFUSED as error:  # MISCONF refuses a PING as well
+        raise RedisUnreachableError(
+            f"{role} at {without_password(url)}: {why_away(error)}"
+        ) from None
+    except (redis.RedisError, OSError) as error:
+        raise RedisUnreachableError(
+            f"no {role} answers at {without_password(url)} ({error}); start one (redis-server, or `rewardq up "
+            "rewards.yaml`) or point REWARDQ_BROKER_URL at the one you have"
+        ) from None
+
+
+def check_eviction(client: Any, url: str) -> None:
+    """Refuse a server that drops keys when its memory is full: all of ours have a TTL, and are the first to go.
+
+    Raises:
+        EvictionError: Says the policy found, and the setting to change.
+    """
+    memory = _memory_of(client)
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if memory.get("maxmemory", 0) and policy != "noeviction":
+        raise EvictionError(
+            f"the Redis at {without_password(url)} has maxmemory-policy {policy} and drops keys when it is full; "
+            "set `maxmemory-policy noeviction` in its configuration (or `redis-cli config set maxmemory-policy "
+            "noeviction`), so that senders wait instead"
+        )
+
+
+def is_nearly_full(client: Any) -> bool:
+    """Whether a server is within a hundredth of its maxmemory, where it takes some writes and refuses others."""
+    memory = _memory_of(client)
+    most = memory.get("maxmemory", 0)
+    return bool(most) and memory["used_memory"] > NEARLY * most
+
+
+def _memory_of(client: Any) -> dict[str, Any]:
+    """What a server says of its memory; nothing if this user may not ask."""
+    try:
+        memory: dict[str, Any] = client.info("memory")
+    except LOST:
+        raise
+    except redis.ResponseError:
+        return {}
+    return memory
+
+
+def why_away(error: BaseException) -> str:
+    """What is wrong with a server that raised `error`, one of `LOST` or an error of Celery's with such a cause."""
+    for cause in (error, error.__cause__, error.__context__):
+        for kind, words in WHY_REFUSED.items():
+            if isinstance(cause, kind):
+                return words
+    if isinstance(
+        error, MasterNotFoundError
+    ):  # with all that it knows of each sentinel, and what each said last
+        return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
+    if isinstance(
+        error, redis.AuthenticationError
+    ):  # it served this user before: else it were no outage
+        return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
+    if isinstance(error, redis.ReadOnlyError):
+        return f"Redis is away: {READ_ONLY}"
+    if "max number of clients reached" in str(error):
+        return f"Redis is away: {MAX_CLIENTS}"
+    return f"Redis is away: {error}"
+
+
+def persist(
+    call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False
+) -> T:
+    """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
+
+    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true, and at once what
+    waiting does not mend: that the server refuses this user.
+    """
+    deadline = time.monotonic() + give_up_s
+    pause_s = 0.05
+    while True:
+        try:
+            return call()
+        except redis.AuthenticationError:
+            raise
+        except LOST:
+            if stop() or time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, 2.0)

@@ -1,0 +1,349 @@
+"""What we need of a Redis, asked of it once when a process starts, instead of at the first failure hours later.
+
+Each command is sent as trainers or workers will send it, to a key of its own that lives for seconds and has the wrong
+type for most of them: a server that lets the command pass answers WRONGTYPE and has changed nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import redis
+from redis.exceptions import NoPermissionError, NoScriptError
+
+from tasks import keys
+from tasks.errors import RedisRefusalError, RedisUnreachableError
+from tasks.servers.connections import (
+    LOST,
+    REFUSED,
+    SERVES_NOT_NOW,
+    check_eviction,
+    connect,
+    why_away,
+)
+from tasks.servers.refusals import (
+    NO_TLS,
+    Server,
+    cluster,
+    knock,
+    no_tls,
+    servers_of,
+    unknown_command,
+    without_files,
+    words_for,
+    words_for_rights,
+)
+from tasks.settings import Sentinels, Settings
+
+Side = Literal["trainer", "worker", "clean"]
+"""Who asks; `rewardq clean` uses results only."""
+
+PROBE_TTL_MS = 10_000
+
+PRIORITY_STEP = "\x06\x163"
+"""Ends the name of one of the lists that kombu makes of a queue, one for each step of priority."""
+
+_SCRIPT = """
+local time = redis.call('TIME')
+redis.call('SET', KEYS[1], time[1], 'PX', ARGV[1])
+return redis.call('EXISTS', KEYS[2])
+"""
+"""Reads the clock and writes, which a server older than 5 refuses, with two keys, which a cluster has in two places."""
+
+_NO_SCRIPT = "0" * 40
+"""No script has this hash."""
+
+Commands = Sequence[tuple[Any, ...]]
+
+
+def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) -> None:
+    """Ask every Redis of a configuration for what one side needs of it, for the queues that it uses.
+
+    Raises:
+        RedisRefusalError: One will not serve us; says the variable or the right that is missing, and what to write.
+        RedisUnreachableError: One is away, or cannot serve for now.
+        EvictionError: One drops keys when it is full.
+    """
+    for server in servers_of(settings):
+        if side == "clean" and server.role != RESULTS:
+            continue
+        try:
+            ask(server, settings.sentinels, side, queues)
+        except RedisRefusalError:  # a ConnectionError too, for whoever catches those
+            raise
+        except LOST as error:
+            raise RedisUnreachableError(_unreachable(server, error)) from None
+
+
+def ask(
+    server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()
+) -> None:
+    """Ask one server.
+
+    Raises:
+        RedisRefusalError: As for `check_servers`.
+        EvictionError: It drops keys when it is full.
+        LOST: It is away, full, or cannot serve for now (any of `tasks.servers.connections.LOST`).
+    """
+    missing = without_files(server)
+    if missing is not None:
+        raise RedisRefusalError(server.says(missing))
+    if (
+        server.url.startswith("rediss://") and knock(server) == NO_TLS
+    ):  # a connection would wait for half a minute
+        raise RedisRefusalError(server.says(no_tls(server)))
+    with connect(server.url, sentinels) as client:
+        try:
+            _ask(client, server, side, queues)
+        except (redis.RedisError, OSError) as error:
+            words = words_for(error, server)
+            if words is None:
+                raise
+            raise RedisRefusalError(server.says(words)) from None
+        if side != "clean":
+            check_eviction(client, server.url)
+
+
+def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None:
+    name = f"{keys.PROBE}{secrets.token_hex(6)}"
+    first, then = _COMMANDS[server.role](side, name)
+    if server.role == QUEUES:  # a user may be allowed some names of keys only
+        then = [
+            *then,
+            *(
+                ("LLEN", queue + step)
+                for queue in queues
+                for step in ("", PRIORITY_STEP)
+            ),
+        ]
+    about, of_cluster, *answers = _answers(
+        client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first]
+    )
+    if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
+        raise RedisRefusalError(server.says(cluster(server)))
+    may_be_full = (
+        server.role == PAYLOADS and side == "worker"
+    )  # who only reads there, as a rule
+    errors = _errors_among(answers, may_be_full)
+    if not errors:  # else the keys that the others need have no type, and what they wrote would stay
+        errors = _errors_among(_answers(client, then), may_be_full)
+    if server.role == QUEUES and side == "worker":
+        errors += _errors_of_channels(client, server)
+    _judge(
+        errors,
+        server,
+        str(about.get("redis_version", "")) if isinstance(about, dict) else "",
+    )
+
+
+def _answers(client: Any, commands: Commands) -> list[Any]:
+    """What a server answers to each, errors among them, in one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        for command in commands:
+            pipe.execute_command(*command)
+        answers: list[Any] = pipe.execute(raise_on_error=False)
+    for command, answer in zip(commands, answers, strict=True):
+        if isinstance(answer, Exception):
+            answer.add_note(str(command[0]))
+    return answers
+
+
+def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
+    """Without those that say that a command was let pass, or would be at another time."""
+    errors = [
+        answer
+        for answer in answers
+        if isinstance(answer, Exception) and not _is_harmless(answer)
+    ]
+    return [
+        error for error in errors if not (may_be_full and isinstance(error, REFUSED))
+    ]
+
+
+def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
+    """Raise the worst of what a server answered: rights that are missing, what it does not know, what may pass."""
+    rights = [error for error in errors if isinstance(error, NoPermissionError)]
+    if rights:
+        raise RedisRefusalError(server.says(words_for_rights(rights, server)))
+    for error in errors:
+        if isinstance(error, LOST):
+            raise error
+    for error in errors:
+        words = (
+            words_for(error, server)
+            or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
+        )
+        if "unknown" in str(error).lower():
+            words = unknown_command(_command_in(str(error)), version)
+        raise RedisRefusalError(server.says(words))
+
+
+def _command_in(said: str) -> str:
+    quoted = said.split("'")
+    return (
+        quoted[1].upper()
+        if len(quoted) > 2 and "from script" not in said
+        else "a command of a script"
+    )
+
+
+def _is_harmless(error: Exception) -> bool:
+    is_of_type = "wrong kind of value" in str(error) or "WRONGTYPE" in str(error)
+    return is_of_type or isinstance(error, NoScriptError)
+
+
+QUEUES, RESULTS, PAYLOADS = (
+    "Redis for queues",
+    "Redis for results",
+    "Redis for payloads",
+)
+
+
+_TOGETHER: Commands = [("MULTI",), ("EXEC",)]
+
+
+def _scripts(name: str) -> Commands:
+    return [
+        ("EVAL", _SCRIPT, 2, name, f"{name}.other", PROBE_TTL_MS),
+        ("EVALSHA", _NO_SCRIPT, 0),
+        ("SCRIPT", "LOAD", "return 1"),
+        ("SCRIPT", "EXISTS", _NO_SCRIPT),
+    ]
+
+
+def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
+    """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
+    binding = f"_kombu.binding.{name}"
+    first = [
+        ("SET", name, "1", "PX", PROBE_TTL_MS),
+        ("SET", binding, "1", "PX", PROBE_TTL_MS),
+    ]
+    both = [("LPUSH", name, "1"), ("LLEN", name), ("SADD", binding, "1"), *_TOGETHER]
+    if side == "trainer":
+        return first, both
+    return first, [
+        *both,
+        ("BRPOP", name, 1),
+        ("SREM", binding, "1"),
+        ("ZADD", name, "GT", 1, "1"),
+        ("DEL", binding),
+        ("LLEN", f"{name.removeprefix(keys.PROBE)}.reply.celery.pidbox{PRIORITY_STEP}"),
+        *_scripts(name),
+    ]
+
+
+def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
+    """What outcomes, claims, groups and what a run is known by are made of, by our scripts too."""
+    other = f"{name}.other"
+    if side == "clean":  # it makes no key, not even for a moment
+        return [], [
+            ("SCAN", 0, "MATCH", name, "COUNT", 1),
+            ("MGET", name, other),
+            ("HGETALL", name),
+            ("HDEL", name, "1"),
+            ("UNLINK", name, other),
+        ]
+    first = [("SET", name, "1", "PX", PROBE_TTL_MS)]
+    both = [
+        ("MGET", name, other),
+        ("GETRANGE", name, 0, 1),
+        ("EXISTS", other),
+        ("DEL", other),
+        ("PEXPIRE", name, PROBE_TTL_MS),
+        ("HGET", name, "1"),
+        ("HSET", name, "1", "1"),
+        ("HSETNX", name, "1", "1"),
+        ("HDEL", name, "1"),
+        ("HINCRBY", name, "1", 1),
+        ("ZADD", name, 1, "1"),
+        ("TIME",),
+        ("GET", f"celery-taskset-meta-{name}"),
+        *_scripts(name),
+    ]
+    if side == "worker":
+        return first, [
+            *both,
+            ("ZREM", name, "1"),
+            ("ZREMRANGEBYSCORE", name, 0, 0),
+            ("ZSCORE", name, "1"),
+            ("ZCARD", name),
+        ]
+    return first, [
+        *both,
+        ("HGETALL", name),
+        ("HKEYS", name),
+        ("HMGET", name, "1"),
+        ("ZRANGEBYSCORE", name, 0, 0),
+        ("INCRBY", name, 0),
+        ("PTTL", name),
+        ("UNLINK", other),
+        *_TOGETHER,
+    ]
+
+
+def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
+    """What media and their ledger are made of; a worker too drops those that arrive damaged."""
+    other = f"{name}.other"
+    return [("SET", name, "1", "PX", PROBE_TTL_MS)], [
+        ("GET", name),
+        ("STRLEN", name),
+        ("EXISTS", other),
+        ("DEL", other),
+        ("PEXPIRE", name, PROBE_TTL_MS),
+        ("PTTL", name),
+        ("ZADD", name, 1, "1"),
+        ("ZREM", name, "1"),
+        ("ZRANGEBYSCORE", name, 0, 0),
+        ("INCRBY", name, 0),
+        ("DECRBY", name, 0),
+        ("EVAL", _SCRIPT, 2, name, other, PROBE_TTL_MS),
+        ("UNLINK", name),
+    ]
+
+
+_COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads}
+"""By role: what is sent first, and what is sent once that has made its keys."""
+
+
+def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
+    """What a worker is refused of channels, asked with the names that Celery uses; nothing is sent to who listens."""
+    prefix = f"/{server.database}."
+    names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
+    errors: list[Exception] = []
+    with contextlib.closing(client.pubsub(ignore_subscribe_messages=False)) as channels:
+        for ask_for, command in (
+            (channels.psubscribe, "PSUBSCRIBE"),
+            (channels.punsubscribe, "PUNSUBSCRIBE"),
+        ):
+            try:
+                ask_for(*names)
+                for _ in names:
+                    channels.get_message(timeout=CHANNEL_TIMEOUT_S)
+            except redis.ResponseError as error:
+                error.add_note(command)
+                errors.append(error)
+    try:
+        client.publish(f"{prefix}{keys.PROBE}", b"")
+    except redis.ResponseError as error:
+        if "channel" not in str(
+            error
+        ):  # this one is ours alone, and need not be allowed
+            error.add_note("PUBLISH")
+            errors.append(error)
+    return errors
+
+
+CHANNEL_TIMEOUT_S = 5.0
+"""How long a server may take to confirm a subscription."""
+
+
+def _unreachable(server: Server, error: BaseException) -> str:
+    if isinstance(error, SERVES_NOT_NOW) or "max number of clients" in str(error):
+        return server.says(why_away(error))
+    return (
+        f"no {server.role} answers at {server.shown} ({error}); start one (redis-server, or `rewardq up rewards.yaml`) "
+        f"or point {server.variable} at the one you have"
+    )

@@ -1,0 +1,1 @@
+"""The engine: one writer that takes samples from `submit()` to their outcomes."""

@@ -1,0 +1,1 @@
+"""What Redis keeps of a run besides its outcomes."""

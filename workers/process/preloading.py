@@ -1,0 +1,218 @@
+"""Loads the rewards that REWARDQ_PRELOAD names before a worker takes tasks, and asks whether their servers answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tasks.errors import ModelLoadError, SettingsError
+from tasks.rewards import RewardConfig, RewardSpec
+from tasks.settings import Settings
+from workers.base import RewardModel
+from workers.process.loading import Models, free_memory
+from workers.scoring.tracebacks import place_in, tracebacks, words_of
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 5.0
+"""Pause before servers that did not answer are asked again. A judge takes minutes to start."""
+
+MAX_CHARS = 1000
+"""Of what is said of one reward in the heartbeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedReward:
+    """A reward that a judge or a reward server gives, and who asks it."""
+
+    spec: RewardSpec
+    model: RewardModel
+
+    def why_unanswered(self) -> str | None:
+        """What is wrong with its server; None if it answers."""
+        try:
+            self.model.warm_up()
+        except Exception as error:  # whatever a client meets on the network
+            words = (
+                str(error)
+                if isinstance(error, ModelLoadError)
+                else f"{type(error).__name__}: {error}"
+            )
+            return f"{_name(self.spec)}: {words}"[:MAX_CHARS]
+        return None
+
+
+class AskServers(threading.Thread):
+    """Asks the servers of rewards until each has answered once. The worker takes tasks meanwhile: for other rewards.
+
+    Args:
+        say: Called with what is to be said of those that have not answered yet.
+    """
+
+    def __init__(
+        self, rewards: Sequence[ServedReward], say: Callable[[tuple[str, ...]], None]
+    ) -> None:
+        super().__init__(name="rewardq-ask-servers", daemon=True)
+        self._left, self._say = list(rewards), say
+        self._said: set[str] = set()
+
+    def ask_all(self) -> None:
+        """Ask once, all at the same time; says in the log what is new."""
+        left, words = [], []
+        for reward, why in zip(self._left, _why_unanswered(self._left), strict=True):
+            if why is None:
+                log.info("answers reward=%s", reward.spec.name)
+                continue
+            left.append(reward)
+            words.append(why)
+            if why not in self._said:
+                log.warning("no answer yet: %s", why)
+                self._said.add(why)
+        self._left = left
+        self._say(tuple(words))
+
+    def run(self) -> None:
+        """Ask again and again until all have answered."""
+        pause = threading.Event()
+        while self._left:
+            pause.wait(ASK_AGAIN_S)
+            self.ask_all()
+
+
+def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
+    """What is wrong with the server of each; those that hang are waited for together."""
+    found: list[str | None] = [None] * len(rewards)
+
+    def ask(i: int) -> None:
+        found[i] = rewards[i].why_unanswered()
+
+    threads = [
+        threading.Thread(target=ask, args=(i,), name="rewardq-ask", daemon=True)
+        for i in range(len(rewards))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def preload(
+    settings: Settings, queues: Sequence[str], models: Models
+) -> list[ServedReward]:
+    """Load and warm up what a worker for `queues` is told to.
+
+    A class without `version` is another computation in each launch: it is loaded to see that it can be, and let go.
+
+    Returns:
+        The rewards that a server gives. Whether it answers is not known yet: it may start later than the worker.
+
+    Raises:
+        ConfigError: A name or the YAML file is wrong.
+        SettingsError: There are more than REWARDQ_MAX_MODELS.
+        ModelLoadError: Some cannot be loaded, or their first call raises; names each of them.
+    """
+    kept, tried = _split(_computations(settings.preload, queues))
+    num_local = sum(s.is_local for s in kept)
+    if settings.max_models and num_local > settings.max_models:
+        raise SettingsError(
+            f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
+        )
+    errors: list[str] = []
+    served: list[ServedReward] = []
+    for spec in tried:
+        _load(spec, Models(settings), served, errors)
+        free_memory()
+    for spec in kept:
+        _load(spec, models, served, errors)
+    if errors:
+        raise ModelLoadError("; ".join(errors))
+    return served
+
+
+def _load(
+    spec: RewardSpec, models: Models, served: list[ServedReward], errors: list[str]
+) -> None:
+    """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
+    try:
+        with models.lend(spec.call) as loaded:
+            if loaded.model.asks_servers:
+                served.append(ServedReward(spec, loaded.model))
+            else:
+                _warm_up(spec, loaded.model)
+    except ModelLoadError as error:
+        errors.append(f"{_name(spec)}: {error}")
+
+
+def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
+    try:
+        model.warm_up()
+    except Exception as error:  # a reward model may be the user's code
+        tracebacks.write("warm-up failed", spec.reward_model, error)
+        place = "" if spec.is_builtin else place_in(error, spec.reward_model)
+        raise ModelLoadError(
+            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{place}"
+        ) from error
+
+
+def _name(spec: RewardSpec) -> str:
+    """A reward for people."""
+    return (
+        f"reward {spec.name!r}"
+        if spec.name == spec.reward_model
+        else f"reward {spec.name!r} ({spec.reward_model})"
+    )
+
+
+def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
+    """The computations named by `preload`, comma-separated names or a YAML file, that workers for `queues` are sent.
+
+    A class of the user's without `version` is another computation in each launch, and left out: it is only tried.
+    """
+    return _split(_computations(preload, queues))[0]
+
+
+def _split(specs: Sequence[RewardSpec]) -> tuple[list[RewardSpec], list[RewardSpec]]:
+    """Those that stay in memory, and those that are only tried."""
+    kept, tried = [], []
+    for spec in specs:
+        if spec.counts_launch:
+            log.warning(
+                "tried and not kept reward=%s: it has no version, and is loaded anew for each start of a trainer",
+                spec.reward_model,
+            )
+            tried.append(spec)
+        else:
+            kept.append(spec)
+    return kept, tried
+
+
+def _computations(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
+    """Each computation once, under the name of the first reward that needs it."""
+    if not preload.strip():
+        return []
+    if preload.endswith((".yaml", ".yml")) or os.path.isfile(preload):
+        config = RewardConfig.from_yaml(preload)
+    else:
+        names = dict.fromkeys(
+            name.strip() for name in preload.split(",") if name.strip()
+        )
+        config = RewardConfig.from_dict(
+            {"rewards": [{"name": name, "reward_model": name} for name in names]}
+        )
+    found: dict[str, RewardSpec] = {}
+    for reward in (*config.rewards, *config.eval_rewards):
+        if reward.queue in queues and not reward.is_built:
+            log.warning(
+                "not preloaded reward=%s reason=it is not built here",
+                reward.reward_model,
+            )
+        elif reward.queue in queues:
+            found.setdefault(
+                reward.part.fingerprint,
+                reward.part.model_copy(update={"name": reward.name}),
+            )
+    return list(found.values())

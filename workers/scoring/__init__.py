@@ -1,0 +1,1 @@
+"""From a message to outcomes: read, claim, fetch, run, write once."""
