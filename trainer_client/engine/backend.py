@@ -1,7 +1,7 @@
 """The I/O of the engine: carries out one action, and returns the event that is its result.
 
-It decides nothing and remembers nothing but connections. Whatever a server raises goes to its caller, who makes the call
-again: each may run twice.
+It decides nothing and remembers nothing but connections. Whatever a server raises goes to the caller, who makes the
+call again: each may run twice.
 """
 
 from __future__ import annotations

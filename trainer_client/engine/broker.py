@@ -21,7 +21,7 @@ class Broker(Protocol):
     """The queues. Safe between threads; a message that is published twice is scored once."""
 
     def publish(self, messages: Sequence[Message], store_id: str) -> None:
-        """Put messages into their queues; `store_id` is the identity of the payload store that their requests are in."""
+        """Put messages into their queues; `store_id` is the identity of the payload store that has their requests."""
 
     def num_waiting(self, queue: str) -> int:
         """How many messages wait in a queue."""

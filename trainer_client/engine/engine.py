@@ -192,7 +192,7 @@ class Engine:
     def num_unsent(self) -> int:
         """Samples that were accepted and are not in a message yet."""
         with self._loop.lock:
-            num_on_their_way_in = self._num_submitted - self._state.num_submitted
+            num_on_their_way_in = self._num_submitted - self._state.intake.num_submitted
             return num_on_their_way_in + self._state.num_unsent
 
     # --- waits -------------------------------------------------------------------------
@@ -419,7 +419,7 @@ class Engine:
                 return is_below
 
     def _wait_until_taken_up(self) -> None:
-        """Wait until what was put before is taken up, for a short time: where Redis is away it is done once it is back."""
+        """Wait until what was put before is taken up, for a short time (where Redis is away it takes longer)."""
         is_done = threading.Event()
         self._loop.do_once(do.Lane.UPKEEP, is_done.set)
         is_done.wait(ASK_S)
