@@ -11,9 +11,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tasks.catalog.entry import ModelEntry, Option
 from tasks.errors import ConfigError, UnknownOptionError, nearest
-from tasks.numerals import as_numbers
+from tasks.rewards.numerals import as_numbers
+from tasks.rewards.spelling import misspelt
 from tasks.settings import without_password
-from tasks.spelling import misspelt
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""

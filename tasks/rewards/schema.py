@@ -8,16 +8,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tasks.catalog import ALIASES, CATALOG, NOT_BUILT, ModelEntry, Option
-from tasks.numerals import EXPONENT_PATTERN
-from tasks.rewards import (
-    DTYPES,
-    JPEG,
-    RAW,
-    SAMPLE_FIELDS,
-    THEIR_NAMES,
-    RewardConfig,
-    RewardSpec,
-)
+from tasks.rewards.config import RewardConfig
+from tasks.rewards.fields import SAMPLE_FIELDS, THEIR_NAMES
+from tasks.rewards.numerals import EXPONENT_PATTERN
+from tasks.rewards.spec import DTYPES, JPEG, RAW, RewardSpec
 from tasks.rewards.yaml_keys import NOT_BUILT as KEYS_NOT_BUILT
 
 DRAFT = "http://json-schema.org/draft-07/schema#"

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 
 from tasks import catalog
 from tasks.errors import ConfigError, UnknownRewardError
-from tasks.numerals import EXPONENT_PATTERN
-from tasks.rewards.yaml_keys import BLOCKS, TRAIN_KEYS
+from tasks.rewards.numerals import EXPONENT_PATTERN
+from tasks.rewards.yaml_keys import BLOCKS, TRAIN_KEYS, as_found
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,8 @@ def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
     ) as error:  # a date that there is not; an anchor within itself
         raise ConfigError(f"{where} cannot be read: {error}") from None
     if not isinstance(loaded, Mapping):
-        found = (
-            "nothing" if loaded is None else f"{type(loaded).__name__} {loaded!r}"[:80]
-        )
         raise ConfigError(
-            f"{where}: needs a mapping with a rewards: block, found {found}"
+            f"{where}: needs a mapping with a rewards: block, found {as_found(loaded)}"
         )
     return loaded
 

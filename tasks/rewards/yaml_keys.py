@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.errors import ConfigError, UnknownOptionError, nearest
-from tasks.numerals import in_exponent_form
+from tasks.rewards.numerals import in_exponent_form
+from tasks.rewards.spelling import misspelt
 from tasks.source.class_options import options_read_by
-from tasks.spelling import misspelt
 
 log = logging.getLogger(__name__)
 
@@ -49,36 +49,51 @@ def split_keys(
     Raises:
         ConfigError: A key is no text, an option is given twice, or `extra_kwargs` is no mapping.
     """
+    nested = _extra_kwargs(entry, where)
+    ours: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "extra_kwargs":
+            continue
+        if key in KEYS:
+            ours[key] = value
+        elif value is not None or key not in NOT_BUILT:
+            # A key of Flow-Factory's that is not built here may stand without a value.
+            beside[key] = value
+
+    for key in beside:
+        if key in nested:
+            raise ConfigError(given_twice(key, where))
+    return ours, beside, nested
+
+
+def _extra_kwargs(entry: Mapping[Any, Any], where: str) -> dict[str, Any]:
     for key in entry:
         if not isinstance(key, str):
             raise ConfigError(
                 f"{where}: the key {key!r} is no text; put it in quotes (YAML reads on and yes as true)"
             )
     nested = entry.get("extra_kwargs")
-    nested = {} if nested is None else nested
+    if nested is None:
+        return {}
     if not isinstance(nested, Mapping):
+        found = f"{type(nested).__name__} {nested!r}"
         raise ConfigError(
-            f"{where}: extra_kwargs must be a mapping, found {type(nested).__name__} {nested!r}"[
-                :200
-            ]
+            f"{where}: extra_kwargs must be a mapping, found {found}"[:200]
         )
-    ours = {
-        key: value
-        for key, value in entry.items()
-        if key in KEYS and key != "extra_kwargs"
-    }
-    beside = {key: value for key, value in entry.items() if key not in KEYS}
-    for key in NOT_BUILT:
-        if (
-            beside.get(key, "given") is None
-        ):  # a key without a value is as if it were not there
-            del beside[key]
-    twice = [key for key in beside if key in nested]
-    if twice:
-        raise ConfigError(
-            f"{where}: {twice[0]!r} is given twice, beside extra_kwargs and in it; say it once"
-        )
-    return ours, beside, dict(nested)
+    return dict(nested)
+
+
+def given_twice(key: str, where: str) -> str:
+    """What to say of an option that is both beside `extra_kwargs` and in it."""
+    return (
+        f"{where}: {key!r} is given twice, beside extra_kwargs and in it; say it once"
+    )
+
+
+def as_found(value: Any) -> str:
+    """A value of a config, as an error says what was found."""
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:80]
 
 
 def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
