@@ -16,7 +16,6 @@ from trainer_client.steps.sample_checks import check
 
 MAX_PIXELS = 100 * 100
 PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-FLOATS = np.linspace(0, 1, 60, dtype=np.float32).reshape(3, 4, 5)
 
 
 def rewards(*models: str):
