@@ -1,4 +1,4 @@
-"""The keys of one entry of a `rewards:` block: which are ours, which the model's, and none lost between the two."""
+"""The keys of one entry of a `rewards:` block: which are ours, which the model's. No key is ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_BUILT: dict[str, str] = {
     "applicable_datasets": "a reward scores every sample that is submitted; leave the key out, and submit the samples "
     "of each dataset to a client that has the rewards for them",
 }
-"""Keys of Flow-Factory's that mean something which is not built here, and what to do instead."""
+"""Keys of Flow-Factory that are not built here, and what to do instead."""
 
 BLOCKS = ("rewards", "eval_rewards")
 
@@ -108,11 +108,11 @@ def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
 def check_own_options(
     path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str
 ) -> None:
-    """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
+    """Compare the options of a class of the user's with our own keys: any name is right unless it is ours misspelt.
 
-    Where the class's source tells all that it reads, they are compared with that too. What is odd and may be meant is
-    said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours under `extra_kwargs`, which
-    reaches the class only, and a name that the class's code has not.
+    Where the class's source tells all options that it reads, they are compared with those too. An option that is odd
+    and may be meant is named in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours under
+    `extra_kwargs`, which reaches the class only, and a name that is nowhere in the class's code.
 
     Raises:
         UnknownOptionError: An option beside our keys is a slip of one of them, or of one that the class reads; says how
@@ -172,27 +172,38 @@ def _check_against_source(path: str, beside: Mapping[str, Any], where: str) -> N
 def check_blocks(config: Mapping[Any, Any]) -> None:
     """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
     if "rewards" not in config:
-        near = next(
-            (str(key) for key in config if misspelt(str(key), ("rewards",))), None
-        )
-        hint = f"; is {near!r} meant to be 'rewards'?" if near else ""
-        raise ConfigError(
-            f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}{hint}"
-        )
+        raise ConfigError(_no_rewards(config))
     for key, block in config.items():
-        meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
+        meant = _meant(key, BLOCKS)
         if meant is not None and _has_rewards(block):
             raise ConfigError(
                 f"the block {key!r} has rewards in it; did you mean {meant!r}?"
             )
         _say_what_is_not_read(key, block)
+
     train = config.get("train")
     for key in train if isinstance(train, Mapping) else ():
-        meant = misspelt(str(key), TRAIN_KEYS) if key not in TRAIN_KEYS else None
+        meant = _meant(key, TRAIN_KEYS)
         if meant is not None:
             raise ConfigError(
                 f"train: {key!r} is read by nobody; did you mean {meant!r}?"
             )
+
+
+def _meant(key: Any, known: tuple[str, ...]) -> str | None:
+    """The known key that another key is a slip of, or None."""
+    return None if key in known else misspelt(str(key), known)
+
+
+def _no_rewards(config: Mapping[Any, Any]) -> str:
+    """What to say of a config without a block of rewards."""
+    keys = [str(key) for key in config]
+    hint = ""
+    for key in keys:
+        if misspelt(key, ("rewards",)):
+            hint = f"; is {key!r} meant to be 'rewards'?"
+            break
+    return f"no rewards: block; found the keys {', '.join(keys) or 'none'}{hint}"
 
 
 def _say_what_is_not_read(key: Any, block: Any) -> None:
@@ -203,12 +214,10 @@ def _say_what_is_not_read(key: Any, block: Any) -> None:
         )
     if key in BLOCKS or not EVALUATES.search(str(key)):
         return
-    within = (
-        {f"{key}.{name}": one for name, one in block.items()}
-        if isinstance(block, Mapping)
-        else {}
-    )
-    for path, one in {str(key): block, **within}.items():
+    blocks = {str(key): block}
+    if isinstance(block, Mapping):
+        blocks |= {f"{key}.{name}": one for name, one in block.items()}
+    for path, one in blocks.items():
         if _has_rewards(one):
             log.warning(
                 "rewards in the block %s are not read here; those of evaluation are eval_rewards:",
@@ -220,6 +229,8 @@ def _has_rewards(block: Any) -> bool:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple):
         return False
-    return any(
-        isinstance(entry, Mapping) and "reward_model" in entry for entry in entries
-    )
+    return any(_is_reward(entry) for entry in entries)
+
+
+def _is_reward(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "reward_model" in entry
