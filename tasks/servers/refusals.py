@@ -120,20 +120,21 @@ def may_be_for_good(error: BaseException) -> bool:
 def words_for_rights(errors: Iterable[BaseException], server: Server) -> str:
     """Rights that the user lacks, all in one: commands, keys, channels, and the ACL rule that gives each."""
     said = [str(error) for error in errors]
+    together = "; ".join(said)
     commands = _commands_refused(said)
     lacks: list[str] = []
     rules: list[str] = []
     if commands:
         lacks.append(f"run {', '.join(commands).upper()}")
         rules += [f"+{name}" for name in commands]
-    if any("channel" in text for text in said):
+    if "channel" in together:
         lacks.append("use channels, by which Celery's workers hear of each other")
         rules.append("allchannels")
-    if any(" key" in text for text in said):
+    if " key" in together:
         lacks.append("use keys of any name")
         rules.append("allkeys")
     if not rules:
-        return f"it refuses the user {server.user!r}: {'; '.join(said)}"
+        return f"it refuses the user {server.user!r}: {together}"
 
     or_else = ""
     if "select" in commands and server.is_next_database:
