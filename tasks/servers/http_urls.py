@@ -31,7 +31,7 @@ _SCHEME_OF_SORTS = re.compile(
 
 
 def whats_wrong(url: str) -> str:
-    """Why a worker could not ask a server at this URL; empty if nothing is wrong with it. Passwords are not repeated."""
+    """Why a worker could not ask a server at this URL; empty if nothing is wrong. Passwords are not repeated."""
     without_space = "".join(url.split())
     if url != without_space:
         return f"has white space in {without_password(url)!r}; write {without_password(without_space)!r}"
