@@ -268,10 +268,10 @@ def why_away(error: BaseException) -> str:
 def persist(
     call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False
 ) -> T:
-    """`call()`, with retries after growing pauses while the server is away, for at most `give_up_s` seconds.
+    """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
 
-    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true. An error that
-    waiting does not mend, that the server refuses this user, is raised at once.
+    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true, and at once what
+    waiting does not mend: that the server refuses this user.
     """
     deadline = time.monotonic() + give_up_s
     pause_s = 0.05
