@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from tasks import app as default_app
 from tasks import media
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
@@ -31,7 +31,7 @@ from tasks.errors import (
 from tasks.messages import Failure
 from tasks.payloads import open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
-from tasks.samples import MEDIA_FIELDS, Sample, check
+from tasks.samples import MEDIA_FIELDS, Sample
 from tasks.servers.connections import LOST, connect, why_away
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, without_password
@@ -58,6 +58,7 @@ from trainer_client.runs.known import Run
 from trainer_client.steps.grouping import groups_of
 from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
 from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
+from trainer_client.steps.sample_checks import check
 from trainer_client.steps.step_log import (
     Summary,
     TicketWarnings,
@@ -175,7 +176,7 @@ class RewardClient:
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         _check_servers(self.settings, self.config.queues)
-        self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
+        self._lease = Lease(client_outcomes(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()
             self._check_ranks()
@@ -240,7 +241,9 @@ class RewardClient:
             self._lease.leave()
         self._ranks.close()
         # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.
-        outcomes_of(self._app).redis.connection_pool.disconnect(inuse_connections=False)
+        client_outcomes(self._app).redis.connection_pool.disconnect(
+            inuse_connections=False
+        )
 
     # --- submit ----------------------------------------------------------------------------------
 
@@ -545,7 +548,9 @@ class RewardClient:
         """
         if self.world_size == 1:
             return
-        run = Run(outcomes_of(self._app).redis, self.run, self.settings.result_ttl_s)
+        run = Run(
+            client_outcomes(self._app).redis, self.run, self.settings.result_ttl_s
+        )
         try:
             run.check_ranks(
                 self.launch, self.rank, self.world_size, self.config, platform.node()

@@ -14,11 +14,11 @@ from typing import Any
 
 import redis
 
-from tasks.celery_app import COMBINE, GROUP, SCORE, outcomes_of
+from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
 from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore, open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.servers.connections import why_away
@@ -85,7 +85,7 @@ class Engine:
         settings: Settings = app.settings
         self.pid = os.getpid()
         self.client_id = uuid.uuid4().hex[:12]
-        self.outcomes: Outcomes = outcomes_of(app)
+        self.outcomes: ClientOutcomes = client_outcomes(app)
         self.store: PayloadStore = open_store(settings)
         self._settings = settings
         self._slots_over_ranks: GroupSlots | None = None

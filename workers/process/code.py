@@ -18,9 +18,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from tasks import catalog
-from tasks.catalog import clip_models as clips
-from tasks.catalog import judges
-from tasks.catalog import remote as remotes
 from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.source.code import (
     Code,
@@ -320,11 +317,7 @@ LOADED = LoadedCode()
 """That of this process."""
 
 
-_CATALOG_FILES = tuple(
-    Path(module.__file__)
-    for module in (catalog, clips, judges, remotes)
-    if module.__file__
-)
+_CATALOG_FILES = tuple(sorted(Path(catalog.__file__).parent.glob("*.py")))
 _CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import redis
 
 from tasks.messages import WIRE_VERSION, Heartbeat
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST
 from workers.process.loading import Models
@@ -45,7 +45,7 @@ class HeartbeatThread(threading.Thread):
         self,
         node: str,
         queues: tuple[str, ...],
-        outcomes: Outcomes,
+        outcomes: WorkerOutcomes,
         store: PayloadStore,
         models: Models,
         claim_ttl_s: float,

@@ -16,10 +16,10 @@ from celery.signals import (
 )
 from PIL import Image
 
-from tasks.celery_app import outcomes_of
+from tasks.celery_app import worker_outcomes
 from tasks.errors import RewardError, SettingsError
 from tasks.messages import Failure, Outcome, SampleRequest
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.process.heartbeat import TROUBLE, HeartbeatThread
@@ -93,7 +93,7 @@ def _open_desk(node: str, app: Any) -> None:
     app.redis_log = redis_log = RedisLog()
     queues = tuple(app.amqp.queues.consume_from)
     refuse_early(settings, queues)
-    outcomes, store = outcomes_of(app), open_store(settings)
+    outcomes, store = worker_outcomes(app), open_store(settings)
     runner = ModelRunner(settings)
     app.refusals = refusals = Refusals(settings, queues)
     beats = HeartbeatThread(
@@ -143,7 +143,7 @@ def _open_desk(node: str, app: Any) -> None:
 
 
 def _time_out(
-    outcomes: Outcomes,
+    outcomes: WorkerOutcomes,
     beats: HeartbeatThread,
     samples: Sequence[SampleRequest],
     message: str,
@@ -161,7 +161,7 @@ def _time_out(
             )
 
 
-def _hand_back(outcomes: Outcomes, beats: HeartbeatThread) -> None:
+def _hand_back(outcomes: WorkerOutcomes, beats: HeartbeatThread) -> None:
     """Give back the claims of a process that ends with tasks unfinished."""
     held = beats.held
     try:

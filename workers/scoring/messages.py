@@ -24,7 +24,7 @@ from tasks.messages import (
     ScoreRequest,
     unpack,
 )
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST, persist, why_away
 from workers.scoring.tally import Tally
@@ -86,7 +86,7 @@ class Desk:
     """What a worker process brings to this task."""
 
     node: str
-    outcomes: Outcomes
+    outcomes: WorkerOutcomes
     store: PayloadStore
     claims: Claims
     runner: Runner
