@@ -441,7 +441,7 @@ class RewardClient:
             global_std=self.config.global_std,
             gather=gather,
             noise_floor=noise_floor,
-            look=look,
+            on_counts=look,
         )
 
     def metrics(

@@ -21,7 +21,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from trainer_client.advantages.exchange import plain_of_ids
+from trainer_client.advantages.group_ids import ids_to_plain
 from trainer_client.results import RewardBatch
 from trainer_client.steps.failure_words import on_workers, reasons_of
 
@@ -329,7 +329,7 @@ def _joined_groups(summaries: Sequence[Summary]) -> dict[str, GroupSummary]:
 def group_digest(group: Hashable) -> str:
     """The same for a group's id on all ranks where that can be; one of another type is known on its rank alone."""
     try:
-        plain = msgpack.packb(plain_of_ids([group]))
+        plain = msgpack.packb(ids_to_plain([group]))
     except (ValueError, TypeError):
         plain = repr(group).encode("utf-8", "replace")
     return hashlib.sha256(plain).hexdigest()[:16]
