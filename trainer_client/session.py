@@ -28,12 +28,12 @@ from trainer_client.groups import Groups
 from trainer_client.outgoing import Outgoing
 from trainer_client.patience import AWAY
 from trainer_client.progress import bars
-from trainer_client.ranks.rank_lock import KEEP_EVERY_S, Lease
+from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.reconcile import Reconciler
-from trainer_client.runs.answerers import Answerers
-from trainer_client.runs.known import Run
+from trainer_client.runs.code_versions import CodeVersions
+from trainer_client.runs.registry import RunRegistry
 from trainer_client.sender import Sender
-from trainer_client.steps.step_log import Waiting
+from trainer_client.steps.step_log import WaitLog
 from trainer_client.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Session:
 
     Args:
         app: Celery's; `app.settings` says where the servers are.
-        lease: The place of this rank, kept while the session lives.
+        rank_lock: This rank's, extended while the session lives.
         config: The rewards, which Redis is told.
     """
 
@@ -75,12 +75,12 @@ class Session:
         launch: str,
         rank: int,
         world_size: int,
-        lease: Lease,
+        rank_lock: RankLock,
         config: RewardConfig,
     ) -> None:
         settings: Settings = app.settings
         with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
-            lease.take()
+            rank_lock.acquire()
         self.pid = os.getpid()
         self.outcomes: Outcomes = outcomes_of(app)
         self.store: PayloadStore = open_store(settings)
@@ -111,19 +111,18 @@ class Session:
             self.sender,
             groups=self.groups,
         )
-        self.lease = lease
-        answerers = Answerers(run)
-        self.board.on_answer = answerers.see
-        known = Run(self.outcomes.redis, run, settings.result_ttl_s)
+        code_versions = CodeVersions(run)
+        self.board.on_answer = code_versions.see
+        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
         self.watcher = Watcher(
             settings,
             self.store,
             self.board,
             self.reconciler,
-            lease.keep,
-            KEEP_EVERY_S,
-            tell_run=lambda: known.tell(config),
-            compare_codes=lambda: answerers.compare(known),
+            rank_lock.extend,
+            EXTEND_EVERY_S,
+            tell_run=lambda: registry.register(config),
+            compare_codes=lambda: code_versions.compare(registry),
         )
 
     def close(self) -> None:
@@ -186,7 +185,7 @@ class Session:
         slots: Sequence[Slot],
         deadline: float,
         progress: bool | None,
-        waiting: Waiting | None = None,
+        waiting: WaitLog | None = None,
     ) -> bool:
         """Wait until all slots are done or the deadline (monotonic); whether they are.
 

@@ -15,7 +15,7 @@ from tasks.errors import ConfigError, nearest
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
 from trainer_client.client import RUN_NAME
-from trainer_client.runs.known import KnownReward, Run
+from trainer_client.runs.registry import RegisteredReward, RunRegistry
 
 KEYS_A_CALL = 1000
 """Keys that Redis looks at, or drops, in one call; it serves others between them."""
@@ -36,7 +36,7 @@ class Found:
     num_outcomes: Counter[str]
     num_claimed: Counter[str]
     trainers: tuple[str, ...]
-    rewards: tuple[KnownReward, ...]
+    rewards: tuple[RegisteredReward, ...]
 
     def names_of(self, fingerprint: str) -> str:
         """What the run calls the rewards of a fingerprint."""
@@ -113,7 +113,7 @@ def _clean(
     if not yes:
         _ask(num, of)
     dropped = _drop(redis, run, chosen)
-    Run(redis, run, settings.result_ttl_s).forget_answerers(chosen)
+    RunRegistry(redis, run, settings.result_ttl_s).forget_code_versions(chosen)
     click.echo(f"dropped {_count(sum(dropped.values()))} of {of}")
     left = _count_by_fingerprint(redis, run, keys.outcome)
     num_new = sum(left[one] for one in chosen)
@@ -128,7 +128,7 @@ def _look(redis: Any, settings: Settings, run: str) -> Found:
         num_outcomes=_count_by_fingerprint(redis, run, keys.outcome),
         num_claimed=_count_by_fingerprint(redis, run, keys.claim),
         trainers=tuple(_trainers(redis, run)),
-        rewards=tuple(Run(redis, run, settings.result_ttl_s).rewards()),
+        rewards=tuple(RunRegistry(redis, run, settings.result_ttl_s).rewards()),
     )
 
 
