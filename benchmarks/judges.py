@@ -23,7 +23,8 @@ from tasks.catalog import VLM
 from tasks.media import PixelsHWC
 from tasks.settings import Settings, load_settings
 from trainer_client import RewardClient, Sample
-from trainer_client.cli.processes import JUDGE_CALLS, Fleet, free_port, stop_signals
+from trainer_client.cli.commands import JUDGE_CALLS, free_port
+from trainer_client.cli.fleet import Fleet, stop_signals
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = 64, 1024

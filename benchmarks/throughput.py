@@ -19,7 +19,8 @@ from rich.table import Table
 from benchmarks import http_pattern, images, pipeline
 from tasks.media import PixelsHWC
 from tasks.settings import Settings, load_settings
-from trainer_client.cli.processes import Fleet, free_port, stop_signals
+from trainer_client.cli.commands import free_port
+from trainer_client.cli.fleet import Fleet, stop_signals
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
