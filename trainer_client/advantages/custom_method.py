@@ -1,4 +1,4 @@
-"""An advantage method of the user's own: what it is called with, and how its error on one rank is raised on all."""
+"""An advantage method of the user: what it is called with, and how its error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer_client.results import RewardBatch
 
 
 class Aggregation(Protocol):
-    """A method of one's own: called as `weighted_sum` and `gdpo` are, returns `(N,)` finite numbers."""
+    """A method of the user: called as `weighted_sum` and `gdpo` are, returns `(N,)` finite numbers."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ def apply_custom(
     weights: Mapping[str, float],
     gather: Gather | None,
 ) -> npt.NDArray[np.float32]:
-    """The advantages of a batch by a method of the user's own; errors are those of `formulas.advantages_of`."""
+    """The advantages of a batch by a method of the user; errors are those of `formulas.advantages_of`."""
     if gather is None:
         values = method(batch.rewards, batch.groups, weights, gather=None)
         return _checked(method, values, len(batch))
@@ -43,7 +43,7 @@ def apply_custom(
     try:
         values = method(batch.rewards, batch.groups, weights, gather=own_gather)
         found = _checked(method, values, len(batch))
-    except Exception as error:  # a function of the user's may raise anything, and the other ranks must hear of it
+    except Exception as error:  # a user's function may raise anything, and the other ranks must hear of it
         failed = error
     own_gather.end(failed)
     return found
@@ -66,7 +66,7 @@ def _checked(
 
 
 class _MethodGather:
-    """The `gather` that a method of the user's own is given.
+    """The `gather` that a method of the user is given.
 
     A method may gather any number of times, and may raise on one rank while the others gather. So ranks tell each
     other in each round whether their call of the method has ended. The first round in which a call has ended is the
@@ -86,7 +86,8 @@ class _MethodGather:
         """The method has returned, or raised `failed`.
 
         Raises:
-            ValueError: It failed on any rank, or called `gather` more often on one than on another; on all ranks.
+            ValueError: The method failed on a rank, or called `gather` more often on one rank than on another; on all
+                ranks.
         """
         if self._error is not None:
             raise self._error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 Gather = Callable[[Any], Sequence[Any]]
-"""Takes this rank's object, returns those of all ranks in the same order on each.
+"""Takes this rank's object, returns the objects of all ranks in the same order on each rank.
 
 The object is a list of plain data: text, numbers, bytes, lists, mappings by text, None.
 """
@@ -66,7 +66,7 @@ def exchange_plain(
     tokens = [answer[0] for answer in answers]
     if token not in tokens:
         raise ValueError(
-            "gather must return the objects of all ranks, this one's among them"
+            "gather returned no object of this rank; it must return those of all ranks"
         )
 
     problems = []

@@ -170,14 +170,14 @@ def advantages_of(  # noqa: PLR0913  (public API)
         method: `gdpo`, `sum` (`weighted_sum`), or a function called as these: `(rewards, groups, weights, gather=)`.
         global_std: For `sum`.
         gather: As for `weighted_sum`.
-        noise_floor: As for `weighted_sum`; a function of one's own does not get it.
-        on_counts: Called with the number of samples and of groups, over all ranks; for a method of one's own only on
-            a single rank, since what such a method gathers is unknown.
+        noise_floor: As for `weighted_sum`; a function of your own does not get it.
+        on_counts: Called with the number of samples and of groups, over all ranks; for a function of your own only
+            on a single rank, since what such a function gathers is unknown.
 
     Raises:
-        ValueError: As `weighted_sum`; or the method is unknown; or a method of one's own returns another shape, NaN or
-            infinity. Whatever a method of one's own raises: with `gather`, a `ValueError` on all ranks that says what
-            was raised and where.
+        ValueError: As `weighted_sum`; or the method is unknown; or a function of your own returns another shape, NaN
+            or infinity. With `gather`, any error of such a function becomes a `ValueError` on all ranks, which says
+            what was raised and where.
     """
     by_name = _weights_by_name(batch.weights if weights is None else weights)
     if method == "gdpo" or method == "sum":

@@ -1,4 +1,4 @@
-"""What metrics are computed from: the numbers of one rank's samples, as they go to other ranks, and all ranks'."""
+"""What metrics are computed from: the numbers of one rank's samples as they go to other ranks, and their sum."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def joined_inputs(ranks: Sequence[MetricInputs]) -> MetricInputs:
 
 
 def _joined_times(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """All ranks wait for the one that waits longest, and it hides least."""
+    """Times of the rank with the most, but of `hidden_s` the least: all ranks wait for the slowest rank."""
     joined = {}
     for name in TIMES:
         known = [of_rank[name] for of_rank in times if name in of_rank]

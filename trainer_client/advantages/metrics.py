@@ -102,7 +102,7 @@ def metrics(
         ValueError: `advantages` has another shape, `detail` is unknown, or ranks have other rewards. With `gather`, on
             all ranks.
     """
-    # The arguments are checked inside the exchange, so that a wrong one on one rank is raised on all.
+    # The arguments are checked inside the exchange, so that a wrong argument on one rank is raised on all.
     ranks, _ = exchange(
         MetricInputs, lambda: _checked_inputs(batch, advantages, detail), gather
     )

@@ -18,7 +18,7 @@ from trainer_client.client import RUN_NAME
 from trainer_client.runs.registry import RegisteredReward, RunRegistry
 
 KEYS_A_CALL = 1000
-"""Keys that Redis looks at, or drops, in one call; it serves others between them."""
+"""Keys that Redis looks at, or drops, in one call. Between calls it serves others, so that no run stalls."""
 
 RUNS_SHOWN = 20
 

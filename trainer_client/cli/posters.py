@@ -43,7 +43,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Flaws:
-    """What is wrong with one poster; a perfect one has zeros."""
+    """What is wrong with one poster; a perfect poster has zeros."""
 
     blur: float = 0.0
     """Radius of the Gaussian blur, pixels."""

@@ -221,7 +221,7 @@ def _wait(
 
 
 def _gpus() -> list[str]:
-    """The GPUs that workers here may use: those that the environment names, else all that there are."""
+    """The GPUs that workers here may use: those that `CUDA_VISIBLE_DEVICES` names, else all of the machine."""
     given = os.environ.get(GPUS)
     if given is not None:
         return [gpu for gpu in given.split(",") if gpu]

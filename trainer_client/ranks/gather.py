@@ -28,7 +28,7 @@ if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('SET', KEYS[1], ARGV[1], '
 """KEYS: an answer, the decision of its round. ARGV: the answer, seconds. A decided round takes no answer any more."""
 
 _FORGET = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
-"""KEYS: a decision. ARGV: what it was when read; a newer one stays."""
+"""KEYS: a decision. ARGV: what it was when read; a newer decision stays."""
 
 IsRetried = Callable[[list[Any]], bool]
 
@@ -98,8 +98,8 @@ class RankGather:
     A process counts the rounds of a topic by itself, so a process that is restarted alone (the same launch) begins
     with the first. In a round that was decided before it came, it takes the answers that the others went on with, and
     its own; it leaves out a round that all were to repeat. The answer of a process that is gone does not count for a
-    round that is not decided. It does not count either where the processes of all ranks are new. So topics name their
-    step.
+    round that is not decided, nor if the processes of all ranks are new. Rounds are counted anew by each process, so
+    topics name their step.
 
     Limits: answers live for `ANSWER_TTL_S`. A process that came later does not trust the answers of ranks that have
     ended. A job that starts anew under an old launch within seconds may find an answer of a process whose rank lock has

@@ -35,7 +35,7 @@ def check_max_failure_rate(share: float) -> None:
 
 
 def check_call(timeout_s: float, on_failure: OnFailure) -> None:
-    """Raises `ConfigError` unless `collect()` can be called so."""
+    """Raises `ConfigError` if an argument of `collect()` is wrong."""
     is_nan = timeout_s != timeout_s
     if not isinstance(timeout_s, numbers.Real) or is_nan:
         raise ConfigError(f"timeout_s must be a number of seconds, found {timeout_s!r}")
@@ -72,7 +72,7 @@ def error_for(
 def error_for_rate(
     summary: StepSummary, max_failure_rate: float, batch: RewardBatch
 ) -> ScoringError | None:
-    """What `collect()` raises where too many have no reward, whatever `on_failure` says; on all ranks alike.
+    """What `collect()` raises if too many samples have no reward, whatever `on_failure` says; on all ranks alike.
 
     Args:
         summary: The step, over all ranks.

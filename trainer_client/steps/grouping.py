@@ -1,4 +1,4 @@
-"""The group of each submitted sample: the one it names, else that of its prompt and its condition media."""
+"""The group of each submitted sample: its `group`, or the samples with the same prompt and condition media."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The open steps of a client: what was submitted in each split and not yet collected, and how many are in a group."""
+"""The open steps of a client: what was submitted in each split and not yet collected, and the sizes of its groups."""
 
 from __future__ import annotations
 
