@@ -187,29 +187,32 @@ def batch_of(
         times: `timings` as far as the client knows them by itself, in seconds.
         split, step: The step of these slots.
     """
-    columns = {spec.name: _column(slots, spec, late) for spec in rewards}
+    values, valid, latency_s = {}, {}, {}
     failures: list[Failed] = []
-    for column in columns.values():
+    info, weights, num_hits, num_rescored = {}, {}, {}, {}
+    for spec in rewards:
+        column, name = _column(slots, spec, late), spec.name
+        values[name] = np.array(column.rewards, np.float32)
+        valid[name] = np.array(column.valid, bool)
+        latency_s[name] = np.array(column.latency_s, np.float32)
         failures += column.failures
+        info[name] = tuple(column.info)
+        weights[name] = spec.weight
+        num_hits[name] = column.num_hits
+        num_rescored[name] = column.num_rescored
     return RewardBatch(
-        rewards={
-            name: np.array(column.rewards, np.float32)
-            for name, column in columns.items()
-        },
-        valid={name: np.array(column.valid, bool) for name, column in columns.items()},
+        rewards=values,
+        valid=valid,
         failures=Failures(failures),
-        info={name: tuple(column.info) for name, column in columns.items()},
+        info=info,
         groups=tuple(slot.group for slot in slots),
         timings={**times, **_span(slots, times["wait_s"])},
-        num_hits={name: column.num_hits for name, column in columns.items()},
-        weights={spec.name: spec.weight for spec in rewards},
-        latency_s={
-            name: np.array(column.latency_s, np.float32)
-            for name, column in columns.items()
-        },
+        num_hits=num_hits,
+        weights=weights,
+        latency_s=latency_s,
         split=split,
         step=step,
-        num_rescored={name: column.num_rescored for name, column in columns.items()},
+        num_rescored=num_rescored,
     )
 
 
