@@ -36,9 +36,9 @@ from trainer_client.engine.resume import slots_and_deliveries
 from trainer_client.engine.state import EngineConfig, EngineState
 from trainer_client.engine.why_late import Source
 from trainer_client.progress import bars
-from trainer_client.runs.answerers import Answerers
-from trainer_client.runs.known import Run
-from trainer_client.steps.step_log import Waiting
+from trainer_client.runs.code_versions import CodeVersions
+from trainer_client.runs.registry import RunRegistry
+from trainer_client.steps.step_log import WaitLog
 from trainer_client.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -128,18 +128,20 @@ class Engine:
             payload_ttl_s=settings.payload_ttl_s,
             result_ttl_s=settings.result_ttl_s,
         )
-        answerers = Answerers(run)
-        known = Run(self.outcomes.redis, run, settings.result_ttl_s)
+        code_versions = CodeVersions(run)
+        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
         tell_every_s = min(TELL_EVERY_S, settings.result_ttl_s / 4)
         self._loop = Loop(
             self._state,
             backend,
             settings.sender_threads,
-            announce=lambda news: answerers.see(news.spec, news.outcome),
+            announce=lambda news: code_versions.see(news.spec, news.outcome),
             chores=[
                 *chores,
-                Chore(tell_every_s, lambda: known.tell(config), is_due_at_once=True),
-                Chore(COMPARE_EVERY_S, lambda: answerers.compare(known)),
+                Chore(
+                    tell_every_s, lambda: registry.register(config), is_due_at_once=True
+                ),
+                Chore(COMPARE_EVERY_S, lambda: code_versions.compare(registry)),
             ],
         )
 
@@ -251,7 +253,7 @@ class Engine:
         slots: Sequence[Slot],
         deadline: float,
         progress: bool | None,
-        waiting: Waiting | None = None,
+        waiting: WaitLog | None = None,
     ) -> bool:
         """Wait until all slots are done or the deadline (monotonic); whether they are.
 

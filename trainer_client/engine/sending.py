@@ -52,7 +52,7 @@ class Sending:
                 self.accumulate(awaited)
 
     def send_chunks(self) -> None:
-        """Make deliveries of the chunks that go now, and publish them; while a `Publish` is under way, with the next."""
+        """Make deliveries of the chunks that go now, and publish them (while a `Publish` is under way, after it)."""
         chunks = self.accumulator.take(
             self._core.now,
             self._core.released,
