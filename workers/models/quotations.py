@@ -192,7 +192,7 @@ def _end_among(text: str, start: int, ends: list[int]) -> int | None:
     first = ends[0]
     sure = [at for at in ends if not _may_be_apostrophe(text, at)]
     if text[start] == "’" and first not in sure:
-        return None  # `’` opens rarely: without a sure end both marks are apostrophes
+        return None  # this mark opens rarely: without a sure end both are apostrophes
     if sure and (_ends_a_plural(text, first) or _drops_letters(text, first)):
         return sure[0]
     return first
