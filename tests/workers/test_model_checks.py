@@ -357,7 +357,7 @@ def test_an_aesthetic_head_with_a_layer_more_or_on_another_clip_is_refused(
     weights = torch.load(head_file, weights_only=True)
     torch.save({**weights, "layers.9.weight": torch.ones(1, 1)}, tmp_path / "head.pth")
     said = why_not("aesthetic", model_name_or_path=large_clip_folder, checkpoint_path=tmp_path / "head.pth")
-    assert "1 weights that the head has no place for, layers.9.weight first" in said
+    assert "1 weights that the head does not have, layers.9.weight first" in said
     said = why_not("aesthetic", model_name_or_path=clip_folder, checkpoint_path=head_file)
     assert "makes embeddings of 32 numbers, the aesthetic head takes 768" in said
 
