@@ -115,13 +115,13 @@ CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_c
         (
             CONFIG,
             sets("text_config", num_hidden_layers=1),
-            "16 weights that the model has no place for, text_model.enc",
+            "16 weights that the model does not have, text_model.enc",
         ),
         (CONFIG, sets("vision_config", num_hidden_layers=3), "lacks 16 of the weights, vision_model.encoder.layers.2."),
         (CONFIG, sets(model_type="siglip"), "is a model of type 'siglip', and this reward needs one of type 'clip'"),
         (CONFIG, sets("text_config", eos_token_id=7), "and the model reads a text at its first token 7"),
         (CONFIG, sets("text_config", vocab_size=49_000), "49408 tokens, the model 49000"),
-        (WEIGHTS, add(classifier__weight=torch.ones(2, 32)), "no place for, classifier.weight first"),
+        (WEIGHTS, add(classifier__weight=torch.ones(2, 32)), "does not have, classifier.weight first"),
         (
             WEIGHTS,
             add(text_projection__weight=torch.ones(16, 64)),
