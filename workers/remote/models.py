@@ -23,6 +23,7 @@ from tasks.settings import without_password
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
+    Inputs,
     PointwiseRewardModel,
     RewardArguments,
     RewardModelOutput,
@@ -31,7 +32,7 @@ from workers.base import (
 from workers.judges.images import DATA_URLS
 from workers.judges.inner_errors import cut, inner_error
 from workers.remote.network import (
-    Gate,
+    ConcurrencyLimiter,
     NetworkLoop,
     Once,
     Server,
@@ -84,7 +85,7 @@ class RemoteServer(Server):
 
     terms: Terms | None = None
     """None until it is asked, and after each answer without rewards: another may have taken its place."""
-    gate: Gate = field(default_factory=Gate)
+    limiter: ConcurrencyLimiter = field(default_factory=ConcurrencyLimiter)
 
 
 class RemoteLoop(NetworkLoop):
@@ -337,7 +338,7 @@ class Remote:
         self, server: RemoteServer, question: Question, ends_at: float
     ) -> list[Reward]:
         await self._body(server, question)  # so that it is there when its turn comes
-        async with server.gate.entered(ends_at):
+        async with server.limiter.entered(ends_at):
             kind, body = await self._body(server, question)
             response = await self._send(
                 server,
@@ -353,9 +354,9 @@ class Remote:
                 )
             except NoAnswerError as error:
                 if error.pause_s is not None:
-                    server.gate.refused()
+                    server.limiter.refused()
                 raise
-            server.gate.answered()
+            server.limiter.answered()
             return found
 
     async def _body(
@@ -433,26 +434,18 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
         """Raise `ModelLoadError` if a server does not answer; no sample is sent."""
         self._remote.check()
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
         """Rewards `(N,)`, in one request unless the server rejects that; an `Unscored` where there is none."""
         columns: dict[str, Sequence[Any] | None] = {
-            "prompt": prompt,
-            "image": image,
-            "video": video,
-            "condition_images": condition_images,
-            "condition_videos": condition_videos,
+            "prompt": inputs.prompt,
+            "image": inputs.image,
+            "video": inputs.video,
+            "condition_images": inputs.condition_images,
+            "condition_videos": inputs.condition_videos,
         }
-        columns.update(
-            {name: kwargs[name] for name in ("metadata", "fps") if name in kwargs}
-        )
+        for name in ("metadata", "fps"):
+            if name in inputs.others:
+                columns[name] = inputs.others[name]
         with its_own_deadline():
             return RewardModelOutput(self._remote.rewards(columns))
 
