@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import redis
 
@@ -17,6 +17,7 @@ from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST
 from workers.process.loading import Models
 from workers.process.terminal import RedisLog
+from workers.scoring.held_claims import HeldClaims
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ class HeartbeatThread(threading.Thread):
     keep claims from being extended.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (wires parts)
         self,
         node: str,
         queues: tuple[str, ...],
         outcomes: Outcomes,
+        claims: HeldClaims,
         store: PayloadStore,
         models: Models,
         claim_ttl_s: float,
@@ -54,12 +56,10 @@ class HeartbeatThread(threading.Thread):
     ) -> None:
         super().__init__(name="rewardq-heartbeat", daemon=True)
         self._node, self._queues, self._outcomes = node, queues, outcomes
+        self._claims = claims
         self._store, self._models, self._ttl_s = store, models, claim_ttl_s
         self._redis_log = redis_log or RedisLog()
         self._refusal = refusal
-        self._lock = threading.Lock()
-        self._extending = threading.Lock()
-        self._tokens: dict[str, str] = {}
         self.is_preloading = False
         """Whether the worker takes no tasks yet, since it loads what it was told to."""
         self.unanswered: tuple[str, ...] = ()
@@ -74,30 +74,9 @@ class HeartbeatThread(threading.Thread):
         super().start()
         self._speaker.start()
 
-    def hold(self, addresses: Iterable[str], token: str) -> None:
-        """Keep these claims alive until they are dropped."""
-        with self._lock:
-            self._tokens.update(dict.fromkeys(addresses, token))
-
-    def drop(self, addresses: Iterable[str], token: str | None = None) -> None:
-        """Let these claims go; with a token only those that another task has not claimed since.
-
-        None of them is extended any more when this returns: whoever gives one back then does so for good.
-        """
-        with self._extending, self._lock:
-            for address in addresses:
-                if token in (None, self._tokens.get(address)):
-                    self._tokens.pop(address, None)
-
-    @property
-    def held(self) -> dict[str, str]:
-        """Addresses claimed by this process and not yet dropped, with the token of each."""
-        with self._lock:
-            return dict(self._tokens)
-
     def run(self) -> None:
         """Extend claims until `end`."""
-        self._repeat(self._extend, "claims not extended")
+        self._repeat(self._claims.extend, "claims not extended")
 
     def _speak(self) -> None:
         self._repeat(self._beat, "heartbeat failed")
@@ -136,10 +115,6 @@ class HeartbeatThread(threading.Thread):
                 error
             ):  # else it is said already
                 log.warning("heartbeat not ended error=%s", error)
-
-    def _extend(self) -> None:
-        with self._extending:
-            self._outcomes.extend(self.held)
 
     def _beat(self) -> None:
         loading = self._models.loading

@@ -43,7 +43,8 @@ from workers.process.terminal import (
     show_urls_as_written,
 )
 from workers.process.watchdog import Watchdog
-from workers.scoring.messages import Desk, serve_at
+from workers.scoring.context import ScoringContext, set_context
+from workers.scoring.held_claims import HeldClaims
 from workers.scoring.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -66,13 +67,13 @@ def _add_steps(sender: Any, **_: Any) -> None:
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
-def open_desk(sender: str, instance: Any, **_: Any) -> None:
+def open_worker(sender: str, instance: Any, **_: Any) -> None:
     """Make this process ready to score, before it takes its first task, or end it.
 
     Celery would log what is raised here and go on: a worker that loses every message that it takes.
     """
     try:
-        _open_desk(sender, instance.app)
+        _open_worker(sender, instance.app)
         show_urls_as_written(instance, instance.app.settings)
     except SettingsError as error:  # a supervisor is not to try again
         log.critical("worker cannot start: %s", error)
@@ -86,7 +87,7 @@ def open_desk(sender: str, instance: Any, **_: Any) -> None:
         ) from None
 
 
-def _open_desk(node: str, app: Any) -> None:
+def _open_worker(node: str, app: Any) -> None:
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
     settings: Settings = app.settings
@@ -94,12 +95,13 @@ def _open_desk(node: str, app: Any) -> None:
     queues = tuple(app.amqp.queues.consume_from)
     refuse_early(settings, queues)
     outcomes, store = outcomes_of(app), open_store(settings)
-    runner = ModelRunner(settings)
+    claims, runner = HeldClaims(outcomes), ModelRunner(settings)
     app.refusals = refusals = Refusals(settings, queues)
     beats = HeartbeatThread(
         node,
         queues,
         outcomes,
+        claims,
         store,
         runner.models,
         settings.claim_ttl_s,
@@ -107,16 +109,18 @@ def _open_desk(node: str, app: Any) -> None:
         refusals.refusal,
     )
     watchdog = Watchdog(
-        time_out=lambda samples, message: _time_out(outcomes, beats, samples, message),
-        num_busy=lambda: len(beats.held),
-        hand_back=lambda: _hand_back(outcomes, beats),
+        time_out=lambda samples, message: _time_out(outcomes, claims, samples, message),
+        num_busy=lambda: len(claims.tokens),
+        hand_back=lambda: _hand_back(claims, beats),
     )
     runner.watch, runner.lose_device = watchdog.calling, end_without_device
     runner.start_anew = end_to_start_anew
-    desk = Desk(node, outcomes, store, beats, runner, refusal=refusals.refusal)
-    serve_at(desk)
+    context = ScoringContext(
+        node, outcomes, store, claims, runner, refusal=refusals.refusal
+    )
+    set_context(app, context)
     quiet_celery(redis_log, settings)
-    score_log = ScoreLog(desk.tally)
+    score_log = ScoreLog(context.tally)
     score_log.start()
     atexit.register(score_log.end)
     beats.is_preloading = bool(settings.preload.strip())
@@ -124,7 +128,7 @@ def _open_desk(node: str, app: Any) -> None:
     watchdog.start()
     atexit.register(beats.end)
     hush_known_warnings()
-    end_in_time(lambda: _hand_back(outcomes, beats), settings.stop_grace_s)
+    end_in_time(lambda: _hand_back(claims, beats), settings.stop_grace_s)
     try:
         rewards = preload(settings, queues, runner.models)
     except RewardError as error:
@@ -144,13 +148,13 @@ def _open_desk(node: str, app: Any) -> None:
 
 def _time_out(
     outcomes: Outcomes,
-    beats: HeartbeatThread,
+    claims: HeldClaims,
     samples: Sequence[SampleRequest],
     message: str,
 ) -> None:
     """Write the reason for samples whose model hangs, in the place of their task."""
-    tokens = beats.held
-    beats.drop(sample.address for sample in samples)
+    tokens = claims.tokens
+    claims.drop(sample.address for sample in samples)
     for sample in samples:
         if sample.address in tokens:
             failure = Failure(kind="timeout", message=message)
@@ -161,14 +165,10 @@ def _time_out(
             )
 
 
-def _hand_back(outcomes: Outcomes, beats: HeartbeatThread) -> None:
+def _hand_back(claims: HeldClaims, beats: HeartbeatThread) -> None:
     """Give back the claims of a process that ends with tasks unfinished."""
-    held = beats.held
     try:
-        for token in set(held.values()):
-            addresses = [address for address, by in held.items() if by == token]
-            beats.drop(addresses, token)
-            outcomes.release(addresses, token)
+        claims.release_all()
     except TROUBLE as error:
         log.warning("claims not given back error=%s", error)
     beats.end()
