@@ -189,6 +189,29 @@ class RewardModel:
         return self.config.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The arguments of one call of a reward model; see `PointwiseRewardModel.__call__` for what each holds."""
+
+    prompt: Sequence[str]
+    image: Sequence[Any] | None
+    video: Sequence[Any] | None
+    condition_images: Sequence[Any] | None
+    condition_videos: Sequence[Any] | None
+    others: Mapping[str, Any]
+    """By name, what the call was given besides: `metadata`, `audio`, `fps`, `sample_rate`."""
+
+    def frames(self) -> list[list[Any]]:
+        """The frames of each sample: those of its video, else its one image."""
+        num_samples = len(self.prompt)
+        images = self.image or [None] * num_samples
+        videos = self.video or [None] * num_samples
+        frames = []
+        for image, video in zip(images, videos, strict=True):
+            frames.append(list(video) if video is not None else [image])
+        return frames
+
+
 class PointwiseRewardModel(RewardModel):
     """Scores each sample by itself; called with up to `config.batch_size` samples."""
 
@@ -213,21 +236,19 @@ class PointwiseRewardModel(RewardModel):
                 None for a sample without), lists of `N`, where declared or named. A call gets only what it has an
                 argument for.
         """
+        return self.score_inputs(
+            Inputs(
+                prompt, image, video, condition_images, condition_videos, others=kwargs
+            )
+        )
+
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """The same for a class of this package, which overrides this method and leaves `__call__` as it is here."""
         raise NotImplementedError(f"{type(self).__name__} has no __call__ of its own")
 
 
 class GroupwiseRewardModel(PointwiseRewardModel):
     """Scores the samples of one prompt against each other; called once with the whole group."""
-
-
-def frames_of(
-    num_samples: int, image: Sequence[Any] | None, video: Sequence[Any] | None
-) -> list[list[Any]]:
-    """The frames of each sample: those of its video, else its one image."""
-    images, videos = image or [None] * num_samples, video or [None] * num_samples
-    return [
-        list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)
-    ]
 
 
 def _device(name: str) -> Any:

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from workers.base import PointwiseRewardModel, RewardModelOutput, Unscored, frames_of
+from workers.base import Inputs, PointwiseRewardModel, RewardModelOutput, Unscored
 from workers.models import clip_pixels, open_clip_checks, transformers_checks
 from workers.models.checkpoints import loading, local_or_hub, without_initialising
 from workers.models.clip_pixels import Backend, Preprocessing
@@ -188,31 +188,22 @@ class FrameReward(PointwiseRewardModel):
     first_frame_only = False
     tower: ImageTower
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
-        """Rewards `(N,)`, float32, or a list of them and of reasons where an image has no shape to be scored."""
-        frames = [
-            f[:1] if self.first_frame_only else f
-            for f in frames_of(len(prompt), image, video)
-        ]
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """Rewards `(N,)`, float32; a list of floats and reasons if an image is too long to be scored."""
+        prompt, frames = inputs.prompt, inputs.frames()
+        if self.first_frame_only:
+            frames = [sample_frames[:1] for sample_frames in frames]
+
         reasons = [self._too_long(sample_frames) for sample_frames in frames]
-        fit = [at for at, reason in enumerate(reasons) if reason is None]
+        fit = [i for i, reason in enumerate(reasons) if reason is None]
         if len(fit) == len(frames):
             return RewardModelOutput(self._rewards(prompt, frames))
+
         rewards: list[Any] = list(reasons)
         if fit:
-            scored = self._rewards(
-                [prompt[at] for at in fit], [frames[at] for at in fit]
-            )
-            for at, reward in zip(fit, scored.tolist(), strict=True):
-                rewards[at] = reward
+            scored = self._rewards([prompt[i] for i in fit], [frames[i] for i in fit])
+            for i, reward in zip(fit, scored.tolist(), strict=True):
+                rewards[i] = reward
         return RewardModelOutput(rewards)
 
     def _rewards(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tasks.media import JPEG_QUALITY, too_long_for
-from workers.base import PointwiseRewardModel, RewardModelOutput, Unscored, frames_of
+from workers.base import Inputs, PointwiseRewardModel, RewardModelOutput, Unscored
 
 
 class JpegIncompressibility(PointwiseRewardModel):
@@ -27,19 +26,9 @@ class JpegIncompressibility(PointwiseRewardModel):
     optional_fields = ("image", "video")
     sign = 1.0
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
         """Rewards `(N,)`, float64; unit kilobytes."""
-        return RewardModelOutput(
-            [self._reward(frames) for frames in frames_of(len(prompt), image, video)]
-        )
+        return RewardModelOutput([self._reward(frames) for frames in inputs.frames()])
 
     def _reward(self, frames: Sequence[Image.Image]) -> float | Unscored:
         """The mean over a sample's frames, which are of one size."""

@@ -10,11 +10,11 @@ import onnxruntime  # type: ignore[import-untyped]  # noqa: F401  (RapidOCR look
 
 from workers.base import (
     Accelerator,
+    Inputs,
     PointwiseRewardModel,
     RewardArguments,
     RewardModelOutput,
     Unscored,
-    frames_of,
 )
 from workers.models.ocr_reader import Reader
 from workers.models.ocr_texts import (
@@ -68,40 +68,26 @@ class OCR(PointwiseRewardModel):
             }
         )
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
-        """Rewards `(N,)` in [0, 1]; `extra_info` has the target (a list where there are several) and the texts read."""
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """Rewards `(N,)` in [0, 1]; `extra_info` has the target (a list if there are several) and the texts read."""
+        num_samples = len(inputs.prompt)
+        metadata = inputs.others.get("metadata") or [{}] * num_samples
         rewards: list[float | Unscored] = []
         info: dict[str, list[Any]] = {"target": [], "read": []}
-        for text, about, frames in zip(
-            prompt,
-            metadata or [{}] * len(prompt),
-            frames_of(len(prompt), image, video),
-            strict=True,
+
+        for prompt, about, frames in zip(
+            inputs.prompt, metadata, inputs.frames(), strict=True
         ):
             try:
-                targets = self._targets(text, about)
+                targets = self._targets(prompt, about)
             except Unscored as reason:
                 rewards.append(reason)
                 info["target"].append(None)
                 info["read"].append([])
                 continue
+
             read = [self._reader.read(frame) for frame in frames]
-            rewards.append(
-                float(
-                    np.mean(
-                        [similarity(target, one) for one in read for target in targets]
-                    )
-                )
-            )
+            rewards.append(_mean_similarity(targets, read))
             info["target"].append(targets[0] if len(targets) == 1 else targets)
             info["read"].append(read)
         return RewardModelOutput(rewards, info)
@@ -132,6 +118,15 @@ class OCR(PointwiseRewardModel):
         missing = unreadable(target, self._reader.alphabet)
         if missing:
             raise Unscored("invalid", _what_is_missing(target, missing))
+
+
+def _mean_similarity(targets: Sequence[str], read: Sequence[str]) -> float:
+    """The mean over each text that was read from a frame and each text to look for."""
+    similarities = []
+    for text in read:
+        for target in targets:
+            similarities.append(similarity(target, text))
+    return float(np.mean(similarities))
 
 
 def _what_is_missing(target: str, missing: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from tasks.settings import without_password
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
+    Inputs,
     PointwiseRewardModel,
     RewardArguments,
     RewardModelOutput,
@@ -433,26 +434,18 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
         """Raise `ModelLoadError` if a server does not answer; no sample is sent."""
         self._remote.check()
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
         """Rewards `(N,)`, in one request unless the server rejects that; an `Unscored` where there is none."""
         columns: dict[str, Sequence[Any] | None] = {
-            "prompt": prompt,
-            "image": image,
-            "video": video,
-            "condition_images": condition_images,
-            "condition_videos": condition_videos,
+            "prompt": inputs.prompt,
+            "image": inputs.image,
+            "video": inputs.video,
+            "condition_images": inputs.condition_images,
+            "condition_videos": inputs.condition_videos,
         }
-        columns.update(
-            {name: kwargs[name] for name in ("metadata", "fps") if name in kwargs}
-        )
+        for name in ("metadata", "fps"):
+            if name in inputs.others:
+                columns[name] = inputs.others[name]
         with its_own_deadline():
             return RewardModelOutput(self._remote.rewards(columns))
 
