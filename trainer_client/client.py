@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from tasks import app as default_app
 from tasks import media
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
@@ -173,7 +173,7 @@ class RewardClient:
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         check_stores(self.settings, self.config.queues)
-        self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
+        self._lease = Lease(client_outcomes(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()
             self._check_ranks()
@@ -238,7 +238,9 @@ class RewardClient:
             self._lease.leave()
         self._ranks.close()
         # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.
-        outcomes_of(self._app).redis.connection_pool.disconnect(inuse_connections=False)
+        client_outcomes(self._app).redis.connection_pool.disconnect(
+            inuse_connections=False
+        )
 
     # --- submit ----------------------------------------------------------------------------------
 
@@ -545,7 +547,9 @@ class RewardClient:
         """
         if self.world_size == 1:
             return
-        run = Run(outcomes_of(self._app).redis, self.run, self.settings.result_ttl_s)
+        run = Run(
+            client_outcomes(self._app).redis, self.run, self.settings.result_ttl_s
+        )
         try:
             run.check_ranks(
                 self.launch, self.rank, self.world_size, self.config, platform.node()

@@ -16,7 +16,7 @@ from typing import Any
 from tasks import outcomes
 from tasks.groups import GroupSlots, Registered, digest, draw_pairs
 from tasks.messages import Failure, SampleRequest
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.rewards import RewardSpec, Split
 from trainer_client.board import Board, Chunk, Entry, Place, Slot
 
@@ -176,7 +176,7 @@ class Groups:
                 new += self._seal_shared(group, found)
         return new
 
-    def put_back_answered(self, results: Outcomes) -> None:
+    def put_back_answered(self, results: ClientOutcomes) -> None:
         """Several ranks: put what this rank has its answer of into a Redis that was emptied. Others may have none yet,
         and the media of this rank's members are freed."""
         if self._slots is None:
@@ -198,7 +198,7 @@ class Groups:
             answered, are_there, digests, strict=True
         ):
             if not is_there:
-                results.write({entry.address: outcome}, self._board.client_id)
+                results.put_back(entry.address, outcome)
             if not found:
                 self._slots.put_back(
                     group.key,

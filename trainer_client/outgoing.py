@@ -19,7 +19,7 @@ from tasks.messages import (
     ScoreRequest,
     pack,
 )
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
 from tasks.settings import Settings
@@ -50,7 +50,7 @@ class Outgoing:
         app: Any,
         settings: Settings,
         store: PayloadStore,
-        results: Outcomes,
+        results: ClientOutcomes,
         board: Board,
         run: str,
     ) -> None:

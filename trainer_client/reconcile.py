@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.catalog import VLM
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
-from tasks.outcomes import USUAL_STARTS, Outcomes, QueueState
+from tasks.outcomes import USUAL_STARTS, ClientOutcomes, QueueState
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
 from tasks.servers.connections import FULL, is_nearly_full, why_away
@@ -35,7 +35,7 @@ class Reconciler:
         app: Any,
         settings: Settings,
         store: PayloadStore,
-        results: Outcomes,
+        results: ClientOutcomes,
         board: Board,
         sender: Sender,
         groups: Groups,

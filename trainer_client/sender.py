@@ -18,7 +18,7 @@ from tasks.messages import (
     Failure,
     SampleRequest,
 )
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
 from tasks.samples import Sample, beside, identity_of, sample_key
@@ -48,7 +48,7 @@ class Sender:
         self,
         settings: Settings,
         store: PayloadStore,
-        results: Outcomes,
+        results: ClientOutcomes,
         board: Board,
         run: str,
         rank: int,

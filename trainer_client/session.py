@@ -13,11 +13,11 @@ from typing import Any
 
 import redis
 
-from tasks.celery_app import outcomes_of
+from tasks.celery_app import client_outcomes
 from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore, open_store
 from tasks.rewards import RewardConfig
 from tasks.servers.connections import LOST, why_away
@@ -82,7 +82,7 @@ class Session:
         with contextlib.suppress(*LOST):  # else the watcher takes it once Redis is back
             lease.take()
         self.pid = os.getpid()
-        self.outcomes: Outcomes = outcomes_of(app)
+        self.outcomes: ClientOutcomes = client_outcomes(app)
         self.store: PayloadStore = open_store(settings)
         self.board = Board(client_id=uuid.uuid4().hex[:12])
         slots = (

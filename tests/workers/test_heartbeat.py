@@ -7,9 +7,10 @@ import time
 import pytest
 
 from tasks import keys
-from tasks.outcomes import Outcomes, address
+from tasks.outcomes import address
 from tasks.payloads import RedisStore
 from tasks.settings import load_settings
+from tests.outcomes import Outcomes
 from tests.servers import wait_until
 from workers.process.heartbeat import HeartbeatThread
 from workers.process.loading import Models

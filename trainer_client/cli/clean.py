@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tasks import keys
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import ConfigError, nearest
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
@@ -87,7 +87,7 @@ def clean(run: str, reward: str | None, redis_url: str | None, yes: bool) -> Non
         )
     check_servers(settings, "clean")
     app = make_app(settings)
-    redis = outcomes_of(app).redis
+    redis = client_outcomes(app).redis
     try:
         _clean(redis, settings, run, reward, yes)
     finally:

@@ -20,9 +20,9 @@ from pathlib import Path
 import redis
 
 from tasks.catalog import VLM
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import MissingExtraError, StartError
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -261,7 +261,9 @@ class Fleet:
             for child in self.children:
                 if not child.is_server:
                     self.wait_for(
-                        child, partial(_is_beating, outcomes_of(app), child), timeout_s
+                        child,
+                        partial(_is_beating, client_outcomes(app), child),
+                        timeout_s,
                     )
         finally:
             app.close()
@@ -437,7 +439,7 @@ def _is_redis(client: redis.Redis, child: Child) -> bool:
         return False
 
 
-def _is_beating(outcomes: Outcomes, child: Child) -> bool:
+def _is_beating(outcomes: ClientOutcomes, child: Child) -> bool:
     """Whether a worker of ours says that it serves."""
     return any(
         beat.pid == child.pid and beat.host == platform.node()

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import StartError
 from tasks.messages import Heartbeat
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.rewards import RewardConfig
 from tasks.servers.connections import LOST
 from tasks.settings import Settings
@@ -68,7 +68,7 @@ def wait_until_ready(
     app = make_app(settings)
     try:
         return _wait(
-            fleet, outcomes_of(app), _names(config), Lines(say), wait_s, servers
+            fleet, client_outcomes(app), _names(config), Lines(say), wait_s, servers
         )
     finally:
         app.close()
@@ -80,7 +80,7 @@ def tell_who_is_back(
     """Say of each worker that was started again when it serves again; goes on until it is interrupted."""
     app = make_app(settings)
     try:
-        outcomes = outcomes_of(app)
+        outcomes = client_outcomes(app)
         ready = {child.name: child.pid for child in _workers(fleet)}
         while True:
             time.sleep(POLL_S)
@@ -102,7 +102,7 @@ def _workers(fleet: Fleet) -> list[Child]:
 
 def _wait(
     fleet: Fleet,
-    outcomes: Outcomes,
+    outcomes: ClientOutcomes,
     names: Mapping[str, str],
     lines: Lines,
     wait_s: float,
@@ -146,7 +146,7 @@ def _wait(
         time.sleep(POLL_S)
 
 
-def _beats(outcomes: Outcomes) -> dict[tuple[int, str], Heartbeat]:
+def _beats(outcomes: ClientOutcomes) -> dict[tuple[int, str], Heartbeat]:
     """The workers by process and host; none while Redis is away."""
     try:
         return {(beat.pid, beat.host): beat for beat in outcomes.workers()}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import redis
 
 from tasks.messages import WIRE_VERSION, Heartbeat
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST
 from workers.process.loading import Models
@@ -46,7 +46,7 @@ class HeartbeatThread(threading.Thread):
         self,
         node: str,
         queues: tuple[str, ...],
-        outcomes: Outcomes,
+        outcomes: WorkerOutcomes,
         claims: HeldClaims,
         store: PayloadStore,
         models: Models,

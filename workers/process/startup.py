@@ -16,10 +16,10 @@ from celery.signals import (
 )
 from PIL import Image
 
-from tasks.celery_app import outcomes_of
+from tasks.celery_app import worker_outcomes
 from tasks.errors import RewardError, SettingsError
 from tasks.messages import Failure, Outcome, SampleRequest
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
 from workers.process.heartbeat import TROUBLE, HeartbeatThread
@@ -94,7 +94,7 @@ def _open_worker(node: str, app: Any) -> None:
     app.redis_log = redis_log = RedisLog()
     queues = tuple(app.amqp.queues.consume_from)
     refuse_early(settings, queues)
-    outcomes, store = outcomes_of(app), open_store(settings)
+    outcomes, store = worker_outcomes(app), open_store(settings)
     claims, runner = HeldClaims(outcomes), ModelRunner(settings)
     app.refusals = refusals = Refusals(settings, queues)
     beats = HeartbeatThread(
@@ -147,7 +147,7 @@ def _open_worker(node: str, app: Any) -> None:
 
 
 def _time_out(
-    outcomes: Outcomes,
+    outcomes: WorkerOutcomes,
     claims: HeldClaims,
     samples: Sequence[SampleRequest],
     message: str,
