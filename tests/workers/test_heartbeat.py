@@ -12,8 +12,8 @@ from tasks.payloads import RedisStore
 from tasks.settings import load_settings
 from tests.outcomes import Outcomes
 from tests.servers import wait_until
+from workers.loading.cache import ModelCache
 from workers.process.heartbeat import HeartbeatThread
-from workers.process.loading import Models
 from workers.process.startup import _hand_back
 from workers.scoring.held_claims import HeldClaims
 
@@ -28,7 +28,7 @@ def beats_of(settings):
     made = []
 
     def make(outcomes: Outcomes, url: str = settings.payloads, claims: HeldClaims | None = None) -> HeartbeatThread:
-        store, models = RedisStore(url), Models(load_settings())
+        store, models = RedisStore(url), ModelCache(load_settings())
         claims = claims or HeldClaims(outcomes)
         beats = HeartbeatThread("gpu.1@h", ("gpu", "mine"), outcomes, claims, store, models, TTL_S)
         beats.start()

@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg
 from torch.overrides import TorchFunctionMode
 
 from tasks.errors import ModelLoadError, nearest
-from workers.process.load_warnings import note
+from workers.loading.load_warnings import note
 
 QUICK = "-quickgelu"
 """What open_clip ends the name of an architecture with whose activation is OpenAI's."""

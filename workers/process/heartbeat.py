@@ -15,7 +15,7 @@ from tasks.messages import WIRE_VERSION, Heartbeat
 from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST
-from workers.process.loading import Models
+from workers.loading.cache import ModelCache
 from workers.process.terminal import RedisLog
 from workers.scoring.held_claims import HeldClaims
 
@@ -49,7 +49,7 @@ class HeartbeatThread(threading.Thread):
         outcomes: WorkerOutcomes,
         claims: HeldClaims,
         store: PayloadStore,
-        models: Models,
+        models: ModelCache,
         claim_ttl_s: float,
         redis_log: RedisLog | None = None,
         refusal: Callable[[BaseException], str] = lambda _error: "",

@@ -12,8 +12,9 @@ from tasks.errors import ModelLoadError, SettingsError
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings
 from workers.base import RewardModel
-from workers.process.loading import Models, free_memory
-from workers.scoring.tracebacks import place_in, tracebacks, words_of
+from workers.loading.cache import ModelCache
+from workers.loading.device import free_memory
+from workers.loading.tracebacks import tracebacks, user_line, words_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
 
 
 def preload(
-    settings: Settings, queues: Sequence[str], models: Models
+    settings: Settings, queues: Sequence[str], models: ModelCache
 ) -> list[ServedReward]:
     """Load and warm up what a worker for `queues` is told to.
 
@@ -124,7 +125,7 @@ def preload(
     errors: list[str] = []
     served: list[ServedReward] = []
     for spec in tried:
-        _load(spec, Models(settings), served, errors)
+        _load(spec, ModelCache(settings), served, errors)
         free_memory()
     for spec in kept:
         _load(spec, models, served, errors)
@@ -134,7 +135,7 @@ def preload(
 
 
 def _load(
-    spec: RewardSpec, models: Models, served: list[ServedReward], errors: list[str]
+    spec: RewardSpec, models: ModelCache, served: list[ServedReward], errors: list[str]
 ) -> None:
     """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
     try:
@@ -152,9 +153,9 @@ def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
         model.warm_up()
     except Exception as error:  # a reward model may be the user's code
         tracebacks.write("warm-up failed", spec.reward_model, error)
-        place = "" if spec.is_builtin else place_in(error, spec.reward_model)
+        line = user_line(error, spec.reward_model)
         raise ModelLoadError(
-            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{place}"
+            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{line}"
         ) from error
 
 

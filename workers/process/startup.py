@@ -95,8 +95,16 @@ def _open_worker(node: str, app: Any) -> None:
     queues = tuple(app.amqp.queues.consume_from)
     refuse_early(settings, queues)
     outcomes, store = worker_outcomes(app), open_store(settings)
-    claims, runner = HeldClaims(outcomes), ModelRunner(settings)
+    claims = HeldClaims(outcomes)
     app.refusals = refusals = Refusals(settings, queues)
+    watchdog = Watchdog(
+        time_out=lambda samples, message: _time_out(outcomes, claims, samples, message),
+        num_claimed=lambda: len(claims.tokens),
+        release_claims=lambda: _hand_back(claims, beats),
+    )
+    runner = ModelRunner(
+        settings, watchdog.watch, end_without_device, end_to_start_anew
+    )
     beats = HeartbeatThread(
         node,
         queues,
@@ -108,13 +116,6 @@ def _open_worker(node: str, app: Any) -> None:
         redis_log,
         refusals.refusal,
     )
-    watchdog = Watchdog(
-        time_out=lambda samples, message: _time_out(outcomes, claims, samples, message),
-        num_busy=lambda: len(claims.tokens),
-        hand_back=lambda: _hand_back(claims, beats),
-    )
-    runner.watch, runner.lose_device = watchdog.calling, end_without_device
-    runner.start_anew = end_to_start_anew
     context = ScoringContext(
         node, outcomes, store, claims, runner, refusal=refusals.refusal
     )

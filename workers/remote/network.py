@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 from tasks.errors import BusyError
 from tasks.settings import without_password
-from workers.base import Unscored, this_call
+from workers import deadline
+from workers.base import Unscored
 from workers.remote.proxies import Proxy
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,5 @@ def cause_of(error: BaseException) -> str:
 @contextmanager
 def its_own_deadline() -> Iterator[None]:
     """Meanwhile the worker's watchdog does not count: who waits on the network keeps `timeout_s` by itself."""
-    clock = getattr(this_call, "clock", None)
-    if clock is not None:
-        clock.pause()
-    yield
-    if clock is not None:
-        clock.restart()
+    with deadline.paused():
+        yield

@@ -12,7 +12,7 @@ from tasks import media
 from tasks.errors import BusyError
 from tasks.messages import Failure, Outcome
 from workers.base import Unscored
-from workers.scoring.tracebacks import words_of
+from workers.loading.tracebacks import words_of
 
 MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
