@@ -88,17 +88,7 @@ class LoadedCode:
             StaleCodeError: This process has loaded other sources, and the files have become what is asked for.
             ModelLoadError: Neither what is loaded nor the files are what is asked for; says which differ, and where.
         """
-        on_the_way = set(_modules_above(model))
-        stale, unlike = [], []
-        for module, asked in code:
-            loaded = self._loaded(module)
-            if loaded is None:
-                if module in on_the_way and _is_unlike(module, asked):
-                    unlike.append(module)
-            elif loaded.hash != asked:
-                stale.append(module)
-                if _hash_now(module, loaded) != asked:
-                    unlike.append(module)
+        stale, unlike = self._compare(model, code)
         if unlike:
             paths = [self._path_of(module) for module in sorted(unlike)]
             raise ModelLoadError(_unlike_words(model, paths))
@@ -140,6 +130,21 @@ class LoadedCode:
         return digest_of(tuple(code))
 
     # --- private ---------------------------------------------------------------------------------
+
+    def _compare(self, model: str, code: Code) -> tuple[list[str], list[str]]:
+        """The modules that are loaded and not as asked for, and those whose files are not as asked for either."""
+        imported_for_it = set(_modules_above(model))
+        stale, unlike = [], []
+        for module, asked in code:
+            loaded = self._loaded(module)
+            if loaded is None:
+                if module in imported_for_it and _is_unlike(module, asked):
+                    unlike.append(module)
+            elif loaded.hash != asked:
+                stale.append(module)
+                if _hash_now(module, loaded) != asked:
+                    unlike.append(module)
+        return stale, unlike
 
     def _read_here(self, model: str) -> Code:
         if model not in self._read:

@@ -32,7 +32,8 @@ MAX_KEPT = 1000
 
 def _folders(*names: str) -> Iterator[str]:
     """Files and folders of this package as frames name them: where it lies, or by an editable install's links."""
-    for root in {Path(__file__).parents[2], Path(__file__).resolve().parents[2]}:
+    file = Path(__file__)
+    for root in {file.parents[2], file.resolve().parents[2]}:
         for name in names:
             yield f"{root}/{name}"
 
@@ -46,15 +47,18 @@ _CALLERS = (
 )
 """What calls models and imports modules: in a traceback it says nothing to the user."""
 
-_LIBRARY_PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
-_LIBRARIES = tuple(
-    f"{Path(folder).resolve()}/"
-    for folder in {
-        *(sysconfig.get_paths()[name] for name in _LIBRARY_PATHS),
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    }
-)
+
+def _library_folders() -> Iterator[str]:
+    """Folders whose code is a library's, or Python's own."""
+    paths = sysconfig.get_paths()
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [paths[name] for name in names]
+    folders += [*site.getsitepackages(), site.getusersitepackages()]
+    for folder in dict.fromkeys(folders):
+        yield f"{Path(folder).resolve()}/"
+
+
+_LIBRARIES = tuple(_library_folders())
 
 
 @dataclass(slots=True)

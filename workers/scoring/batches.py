@@ -60,7 +60,10 @@ class Batch:
     @property
     def columns(self) -> dict[str, list[Any]]:
         """The inputs by field, each a list with a value for each sample."""
-        return {name: [one[name] for one in self.inputs] for name in self.inputs[0]}
+        columns: dict[str, list[Any]] = {name: [] for name in self.inputs[0]}
+        for name, column in columns.items():
+            column += [one[name] for one in self.inputs]
+        return columns
 
 
 @dataclass(frozen=True, slots=True)
