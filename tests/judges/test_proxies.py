@@ -13,7 +13,7 @@ import pytest
 from tasks.errors import ModelLoadError
 from tests.judges.scripted import MODEL, Answer, send
 from trainer_client import RewardClient, Sample
-from workers.remote.models import proxies
+from workers.remote import proxies
 from workers.remote.proxies import proxy_for
 
 DEAD = "127.0.0.1:9"

@@ -22,7 +22,7 @@ from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
 from workers import Unscored
 from workers.remote import models as remote
-from workers.remote.models import network
+from workers.remote import network
 
 
 @pytest.fixture(autouse=True)
@@ -499,7 +499,7 @@ def test_many_threads_get_all_rewards_of_a_server_that_takes_long(serve, make_re
         found = list(pool.map(lambda n: ask(model, "x" * n)[0], range(1, 49)))
     assert found == [float(n) for n in range(1, 49)]
     (place,) = remote.remote_loop()._servers.values()
-    assert place.rest_s == 0, "it is not taken for sick"
+    assert place.cool_down_s == 0, "it is not taken for sick"
 
 
 def test_of_those_that_a_busy_server_sent_away_none_is_passed_by_for_long(json_server, make_remote):
@@ -542,7 +542,7 @@ def test_a_server_that_fails_is_left_to_others_and_tried_again_later(json_server
     assert [ask(model, "abc")[0] for _ in range(4)] == [3.0] * 4
     assert len(sick.asked) == 1
     sick.script = lengths
-    clock.now += network.FIRST_REST_S
+    clock.now += network.FIRST_COOL_DOWN_S
     assert [ask(model, "abc")[0] for _ in range(4)] == [3.0] * 4
     assert len(sick.asked) > 1
 

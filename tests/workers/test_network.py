@@ -45,7 +45,7 @@ def test_what_could_not_be_made_is_tried_again():
     assert one() == 7
 
 
-def test_of_well_servers_the_least_busy_is_asked_and_else_the_one_that_rested_longest():
+def test_of_well_servers_the_least_busy_is_asked_and_else_the_one_whose_cool_down_ends_first():
     first, second, third = (Server(f"http://{n}") for n in "abc")
     with first.asked():
         assert least_busy([first, second]) is second

@@ -11,8 +11,8 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import transformers_checks
 from workers.models.checkpoints import find_file, loading
+from workers.models.clip_rewards import FrameReward
 from workers.models.clip_towers import (
-    FrameReward,
     load_preprocessing,
     load_transformers,
     pooled,

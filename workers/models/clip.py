@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
-from workers.models.clip_towers import (
-    OpenClipTowers,
-    TextImageReward,
-    TransformersTowers,
-)
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import OpenClipTowers, TransformersTowers
 
 
 class CLIP(TextImageReward):

@@ -8,7 +8,8 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import clip_pixels
 from workers.models.checkpoints import find_file
-from workers.models.clip_towers import OpenClipTowers, TextImageReward
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import OpenClipTowers
 
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 """Files of `xswu/HPSv2` on the hub, by the score's version."""

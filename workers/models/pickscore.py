@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from workers.base import Accelerator, RewardArguments
-from workers.models.clip_towers import TextImageReward, TransformersTowers
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import TransformersTowers
 
 PICKSCORE_SCALE = 26.0
 """Brings PickScore, logits of 15 to 26, to about 1; as in Flow-GRPO and Flow-Factory."""

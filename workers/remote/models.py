@@ -32,7 +32,7 @@ from workers.base import (
 from workers.judges.images import DATA_URLS
 from workers.judges.inner_errors import cut, inner_error
 from workers.remote.network import (
-    Gate,
+    ConcurrencyLimiter,
     NetworkLoop,
     Once,
     Server,
@@ -85,7 +85,7 @@ class RemoteServer(Server):
 
     terms: Terms | None = None
     """None until it is asked, and after each answer without rewards: another may have taken its place."""
-    gate: Gate = field(default_factory=Gate)
+    limiter: ConcurrencyLimiter = field(default_factory=ConcurrencyLimiter)
 
 
 class RemoteLoop(NetworkLoop):
@@ -338,7 +338,7 @@ class Remote:
         self, server: RemoteServer, question: Question, ends_at: float
     ) -> list[Reward]:
         await self._body(server, question)  # so that it is there when its turn comes
-        async with server.gate.entered(ends_at):
+        async with server.limiter.entered(ends_at):
             kind, body = await self._body(server, question)
             response = await self._send(
                 server,
@@ -354,9 +354,9 @@ class Remote:
                 )
             except NoAnswerError as error:
                 if error.pause_s is not None:
-                    server.gate.refused()
+                    server.limiter.refused()
                 raise
-            server.gate.answered()
+            server.limiter.answered()
             return found
 
     async def _body(

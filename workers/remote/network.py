@@ -32,8 +32,9 @@ for _name in (
 ):  # one line a request at INFO, of which there are thousands
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-FIRST_REST_S, LONGEST_REST_S = 5.0, 120.0
-"""A server that failed is left alone for so long, then asked one real question; each further failure doubles it."""
+FIRST_COOL_DOWN_S, LONGEST_COOL_DOWN_S = 5.0, 120.0
+"""A server that failed cools down for so many seconds and is then asked one real question; each further failure doubles
+the cool-down."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -76,9 +77,10 @@ class Server:
     num_in_flight: int = 0
     """Questions of this process that it has in hand."""
     num_asked: int = 0
-    rest_s: float = 0.0
-    """How long it is left alone after its last failure; 0 while it is well."""
-    rests_until: float = 0.0
+    cool_down_s: float = 0.0
+    """How long it cools down after its last failure; 0 while it is well."""
+    cools_down_until: float = 0.0
+    """When the cool-down ends, on the clock of `time.monotonic`."""
     proxy: Proxy | None = None
     """What requests to it go through."""
 
@@ -101,9 +103,9 @@ class Server:
 
     @property
     def is_well(self) -> bool:
-        """Whether to ask it: it did not fail lately, or has rested and is not being tried by a question now."""
-        return not self.rest_s or (
-            time.monotonic() >= self.rests_until and not self.num_in_flight
+        """Whether to ask it: it did not fail lately, or its cool-down is over and no question tries it now."""
+        return not self.cool_down_s or (
+            time.monotonic() >= self.cools_down_until and not self.num_in_flight
         )
 
     @contextmanager
@@ -118,31 +120,35 @@ class Server:
 
     def answered(self) -> None:
         """It gave an answer: it is well."""
-        self.rest_s = 0.0
+        self.cool_down_s = 0.0
 
     def failed(self) -> None:
-        """It could not be reached or broke: leave it alone for a while."""
-        if (
-            not self.rest_s or time.monotonic() >= self.rests_until
-        ):  # not again for those that failed together
-            self.rest_s = min(max(FIRST_REST_S, 2 * self.rest_s), LONGEST_REST_S)
-            self.rests_until = time.monotonic() + self.rest_s
-            log.warning("server left alone url=%s rest_s=%g", self.name, self.rest_s)
+        """It could not be reached or broke: let it cool down."""
+        now = time.monotonic()
+        if self.cool_down_s and now < self.cools_down_until:
+            return  # another question that was in flight at the first failure: the cool-down does not grow by it
+
+        self.cool_down_s = min(
+            max(FIRST_COOL_DOWN_S, 2 * self.cool_down_s), LONGEST_COOL_DOWN_S
+        )
+        self.cools_down_until = now + self.cool_down_s
+        log.warning("server cooling down url=%s for_s=%g", self.name, self.cool_down_s)
 
 
 def least_busy(servers: Sequence[S]) -> S:
-    """The one to ask: the well one with the fewest questions in hand; if none is well, the one rested first."""
+    """The well server with the fewest questions in flight; if none is well, the server whose cool-down ends first."""
     well = [s for s in servers if s.is_well]
     if well:
         return min(well, key=lambda s: (s.num_in_flight, s.num_asked))
-    return min(servers, key=lambda s: (s.rests_until, s.num_in_flight))
+    return min(servers, key=lambda s: (s.cools_down_until, s.num_in_flight))
 
 
-class Gate:
-    """Lets as many requests to a server at once as it takes, the one whose time ends first before the others.
+class ConcurrencyLimiter:
+    """Lets as many requests to a server at once as it takes, the request whose time ends first before the others.
 
-    Without it those that a busy server sent away come back by chance, and some never in time. Used on the event loop
-    only.
+    Without a limiter the requests that a server refused come back in random order, and some of them never in time.
+    The limit follows the server's answers (additive increase, decrease at a refusal), since no server says how much
+    it takes. Used on the event loop only.
     """
 
     def __init__(self) -> None:
