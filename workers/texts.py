@@ -4,11 +4,12 @@ from __future__ import annotations
 
 
 def cut(text: str, max_chars: int) -> str:
-    """The beginning of a text that is longer than `max_chars`, and how long the whole is; encodable (`encodable`)."""
+    """A text of at most `max_chars`: of a longer one the beginning, and how long the whole is. See `encodable`."""
     text = encodable(text)
     if len(text) <= max_chars:
         return text
-    return f"{text[:max_chars]}... ({len(text)} characters)"
+    end = f"... ({len(text)} characters)"
+    return text[: max_chars - len(end)] + end
 
 
 def encodable(text: object) -> str:

@@ -18,9 +18,6 @@ from workers.texts import cut, encodable
 MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
 
-ROOM_CHARS = 200
-"""What is left of a reason's length for the line of the user's code, and for saying that the reason was cut."""
-
 MAX_INFO_DEPTH = 16
 """Information nested deeper than this is cut to its `repr`."""
 
@@ -59,7 +56,7 @@ def outcome_of(error: BaseException, line: str = "") -> Outcome:
     if isinstance(error, Unscored):
         return failed(error.message, error.kind, _plain(error.info))
     kind = "timeout" if isinstance(error, TimeoutError) else "failed"
-    words = cut(words_of(error), MAX_MESSAGE_CHARS - ROOM_CHARS - len(line))
+    words = cut(words_of(error), MAX_MESSAGE_CHARS - len(line))
     return failed(words + line, kind)
 
 
