@@ -1,7 +1,7 @@
 """How well an image compresses: the two toy rewards of DDPO, which need no prompt.
 
 Black et al., "Training Diffusion Models with Reinforcement Learning" (2023): the size of the image as JPEG at quality
-95, in kilobytes of 1000 bytes; its negative rewards compressibility. A 1024x1024 photograph is around 300.
+95, in kilobytes of 1000 bytes. The negative size rewards compressibility. A 1024x1024 photograph has around 300.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class JpegIncompressibility(PointwiseRewardModel):
         return RewardModelOutput([self._reward(frames) for frames in inputs.frames()])
 
     def _reward(self, frames: Sequence[Image.Image]) -> float | Unscored:
-        """The mean over a sample's frames, which are of one size."""
+        """The mean over a sample's frames, which are all of one size."""
         why = too_long_for("jpeg", frames[0].height, frames[0].width)
         if why is not None:
             return Unscored("invalid", why)
@@ -39,7 +39,7 @@ class JpegIncompressibility(PointwiseRewardModel):
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the kilobytes: the higher, the easier to compress. Version 1."""
+    """Minus the kilobytes, so that an image which compresses well has a high reward. Version 1."""
 
     sign = -1.0
 

@@ -36,22 +36,24 @@ LANGUAGE_OF_SCRIPT = {
     "TELUGU": "te",
     "LATIN": "latin",
 }
-"""Values of the option `lang` by the script that its model reads."""
+"""By script, the value of the option `lang` whose model reads it."""
 
 MOST_SHOWN = 8
-"""Characters that a reason lists."""
+"""How many characters a reason lists."""
 
 
 class OCR(PointwiseRewardModel):
     """Text rendering as in Flow-GRPO: `1 - min(d, n) / n`, in [0, 1].
 
     `d` is the Levenshtein distance between the text asked for and the text that RapidOCR reads (its lines in reading
-    order), `n` the length of the text asked for, both NFKC-normalised and case-folded, typographic signs as the plain
-    ones, without white space; 1 where the text read contains the text asked for. The target is `metadata["text"]`
-    (text, a number, or a list of one), else what the prompt quotes first (`workers.models.quotations`); without one the
-    sample is `invalid`, and so is a target with a character that the loaded recognition model cannot write. Several
-    texts are `invalid`, or with `several_texts: mean` the mean over them. A video's reward is the mean over its frames.
-    Version 2.
+    order), and `n` the length of the text asked for. Both texts are NFKC-normalised, case-folded and stripped of all
+    white space, and typographic signs count as the plain ones. The reward is 1 if the text read contains the text asked
+    for. The text asked for is `metadata["text"]` (text, a number, or a list of one of these), else what the prompt
+    quotes first (`workers.models.quotations`).
+
+    A sample is `invalid` if no text is asked for, or if the text has a character that the loaded recognition model
+    cannot write. Several texts are `invalid` too, unless `several_texts: mean` asks for the mean over them. A video's
+    reward is the mean over its frames. Version 2.
     """
 
     required_fields = ("prompt",)
@@ -62,10 +64,9 @@ class OCR(PointwiseRewardModel):
         options = config.extra_kwargs
         self._takes_several = options.get("several_texts") == "mean"
         self._reader = Reader(
-            **{
-                name: options.get(name, "")
-                for name in ("lang", "rec_model_path", "rec_keys_path")
-            }
+            lang=options.get("lang", ""),
+            rec_model_path=options.get("rec_model_path", ""),
+            rec_keys_path=options.get("rec_keys_path", ""),
         )
 
     def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
@@ -131,18 +132,18 @@ def _mean_similarity(targets: Sequence[str], read: Sequence[str]) -> float:
 
 def _what_is_missing(target: str, missing: Sequence[str]) -> str:
     """Why a text with these characters cannot be read, and which options name a model that reads them."""
-    shown = " ".join(missing[:MOST_SHOWN]) + (
-        " ..." if len(missing) > MOST_SHOWN else ""
-    )
+    shown = " ".join(missing[:MOST_SHOWN])
+    if len(missing) > MOST_SHOWN:
+        shown += " ..."
+
     scripts = scripts_of(missing)
-    of_scripts = (
-        f" ({', '.join(script.title() for script in scripts)})" if scripts else ""
-    )
-    options = [
-        f"lang: {LANGUAGE_OF_SCRIPT[script]}"
-        for script in scripts
-        if script in LANGUAGE_OF_SCRIPT
-    ]
+    titles = ", ".join(script.title() for script in scripts)
+    of_scripts = f" ({titles})" if scripts else ""
+
+    options = []
+    for script in scripts:
+        if script in LANGUAGE_OF_SCRIPT:
+            options.append(f"lang: {LANGUAGE_OF_SCRIPT[script]}")
     options.append("rec_model_path: (a file on the worker)")
     return (
         f"{target!r} cannot be read, however well it is drawn: the recognition model has no {shown}{of_scripts}; "
