@@ -21,8 +21,8 @@ from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
 from workers import Unscored
+from workers.network import servers as network
 from workers.remote import models as remote
-from workers.remote import network
 
 
 @pytest.fixture(autouse=True)

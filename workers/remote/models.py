@@ -20,6 +20,7 @@ from tasks.rewards.options import options_of_subclass
 from tasks.samples import MEDIA_FIELDS
 from tasks.servers.http_urls import whats_wrong_with_server
 from tasks.settings import without_password
+from workers import deadline
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
@@ -31,16 +32,11 @@ from workers.base import (
 )
 from workers.judges.images import DATA_URLS
 from workers.judges.inner_errors import cut, inner_error
-from workers.remote.network import (
-    ConcurrencyLimiter,
-    NetworkLoop,
-    Once,
-    Server,
-    cause_of,
-    its_own_deadline,
-    least_busy,
-)
-from workers.remote.proxies import proxy_for, trusted_certificates
+from workers.network.limiter import ConcurrencyLimiter
+from workers.network.loop import NetworkLoop, cause_of
+from workers.network.once import Once
+from workers.network.proxies import proxy_for, trusted_certificates
+from workers.network.servers import Server, choose_server
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 
@@ -301,7 +297,7 @@ class Remote:
         asked: set[RemoteServer] = set()
         num_failures = num_requests = 0
         while True:
-            server = least_busy([s for s in self._servers if s not in asked])
+            server = choose_server([s for s in self._servers if s not in asked])
             num_requests += 1
             try:
                 with server.asked():
@@ -446,7 +442,7 @@ class RemotePointwiseRewardModel(PointwiseRewardModel):
         for name in ("metadata", "fps"):
             if name in inputs.others:
                 columns[name] = inputs.others[name]
-        with its_own_deadline():
+        with deadline.paused():  # requests keep timeout_s by themselves
             return RewardModelOutput(self._remote.rewards(columns))
 
 

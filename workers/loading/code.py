@@ -6,18 +6,16 @@ modules is hashed as it is executed, whenever that is, and compared with what th
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
-from tasks import catalog
 from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.source.code import (
     Code,
@@ -28,7 +26,7 @@ from tasks.source.code import (
     hash_on_disk,
 )
 from tasks.source.files import OURS, SourceFile, find_source, is_library
-from tasks.version import __version__
+from workers.loading.recording import RecordingFinder
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +43,18 @@ class LoadedCode:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._executed: dict[str, Executed] = {}
-        self._tops: frozenset[str] = (
-            frozenset()
-        )  # replaced, never changed: imports look at them in any thread
+        # These two are replaced and never changed: imports look at them in any thread, without the lock.
+        self._tops: frozenset[str] = frozenset()
         self._roots: frozenset[Path] = frozenset()
         self._read: dict[str, Code] = {}
         """By dotted path, the code of a class that no trainer has read, as it was when it was first asked for."""
+        self._finder = RecordingFinder(self.follows, self.record)
 
     def follow(self, module: str) -> None:
         """From now on record a module of the user's, those of its package, and those that lie beside it."""
         with self._lock:
-            if not any(
-                isinstance(finder, _Recorder) and finder.code is self
-                for finder in sys.meta_path
-            ):
-                sys.meta_path.insert(0, _Recorder(self))
+            if self._finder not in sys.meta_path:
+                sys.meta_path.insert(0, self._finder)
             top = module.partition(".")[0]
             if top in self._tops:
                 return
@@ -69,12 +64,14 @@ class LoadedCode:
                 self._roots |= {file.root}
 
     def follows(self, module: str) -> bool:
-        """Whether a module is the user's, as far as its name and place tell."""
+        """Whether a module is the user's, as far as its name and its file's folder tell."""
         top = module.partition(".")[0]
         if top in self._tops:
             return True
-        beside = (root / name for root in self._roots for name in (top, f"{top}.py"))
-        return top not in OURS and any(place.exists() for place in beside)
+        if top in OURS:
+            return False
+        beside = itertools.product(self._roots, (top, f"{top}.py"))
+        return any((root / name).exists() for root, name in beside)
 
     def record(self, module: str, path: Path, source: bytes) -> None:
         """A module's source is being executed."""
@@ -91,25 +88,12 @@ class LoadedCode:
             StaleCodeError: This process has loaded other sources, and the files have become what is asked for.
             ModelLoadError: Neither what is loaded nor the files are what is asked for; says which differ, and where.
         """
-        if not code:
-            return
-        way = set(_way_to(model))
-        loaded = {m: found for m, _ in code if (found := self._loaded(m)) is not None}
-        stale = [m for m, asked in code if m in loaded and loaded[m].hash != asked]
-        unlike = [
-            m for m, asked in code if m in stale and _hash_now(m, loaded[m]) != asked
-        ]
-        unlike += [
-            m
-            for m, asked in code
-            if m in way and m not in loaded and _is_unlike(m, asked)
-        ]
+        stale, unlike = self._compare(model, code)
         if unlike:
-            raise ModelLoadError(
-                _unlike_words(model, [self._path_of(m) for m in sorted(unlike)])
-            )
+            paths = [self._path_of(module) for module in sorted(unlike)]
+            raise ModelLoadError(_unlike_words(model, paths))
         if stale:
-            raise StaleCodeError([self._name_of(m) for m in stale])
+            raise StaleCodeError([self._name_of(module) for module in stale])
 
     def check_files(self, model: str, asked: Code = ()) -> None:
         """Before a new instance of a class is made: are the files that its trainer has not read still what is loaded?
@@ -120,25 +104,18 @@ class LoadedCode:
         Raises:
             StaleCodeError: They are not. A new instance would be of the old code, whatever the new one is called.
         """
-        modules = self._imported_of_package(model)
+        modules = _imported_of_package(model)
         if not asked:
-            file = self._file_of(model.rpartition(".")[0])
-            modules += [
-                *_way_to(model),
-                *(
-                    module
-                    for module, _ in (code_from(file) if file is not None else ())
-                ),
-            ]
+            modules += _modules_above(model)
+            modules += [module for module, _ in self._code_now(model)]
         read = dict(asked)
-        loaded = {
-            m: found
-            for m in modules
-            if m not in read and (found := self._loaded(m)) is not None
-        }
-        stale = [m for m, found in loaded.items() if _hash_now(m, found) != found.hash]
+        stale = []
+        for module in dict.fromkeys(modules):
+            loaded = None if module in read else self._loaded(module)
+            if loaded is not None and _hash_now(module, loaded) != loaded.hash:
+                stale.append(module)
         if stale:
-            raise StaleCodeError([self._name_of(m) for m in stale])
+            raise StaleCodeError([self._name_of(module) for module in stale])
 
     def digest(self, model: str, asked: Code) -> str:
         """The digest of the code of a class as it is here: that of `asked`, as `digest_of` gives it, where they agree.
@@ -146,31 +123,43 @@ class LoadedCode:
         Args:
             asked: What the trainer has read; empty if it could not.
         """
-        own = asked or self._read_here(model)
-        loaded = {
-            m: found.hash for m, _ in own if (found := self._loaded(m)) is not None
-        }
-        return digest_of(
-            tuple((module, loaded.get(module, found)) for module, found in own)
-        )
+        code = []
+        for module, found in asked or self._read_here(model):
+            loaded = self._loaded(module)
+            code.append((module, found if loaded is None else loaded.hash))
+        return digest_of(tuple(code))
 
     # --- private ---------------------------------------------------------------------------------
 
-    def _imported_of_package(self, model: str) -> list[str]:
-        """The modules of a class's top-level package that this process has imported, for whatever class."""
-        top = model.partition(".")[0]
-        return [name for name in sys.modules.copy() if name.partition(".")[0] == top]
+    def _compare(self, model: str, code: Code) -> tuple[list[str], list[str]]:
+        """The modules that are loaded and not as asked for, and those whose files are not as asked for either."""
+        imported_for_it = set(_modules_above(model))
+        stale, unlike = [], []
+        for module, asked in code:
+            loaded = self._loaded(module)
+            if loaded is None:
+                if module in imported_for_it and _is_unlike(module, asked):
+                    unlike.append(module)
+            elif loaded.hash != asked:
+                stale.append(module)
+                if _hash_now(module, loaded) != asked:
+                    unlike.append(module)
+        return stale, unlike
 
     def _read_here(self, model: str) -> Code:
         if model not in self._read:
-            file = self._file_of(model.rpartition(".")[0])
-            self._read[model] = code_from(file) if file is not None else ()
+            self._read[model] = self._code_now(model)
         return self._read[model]
 
-    def _loaded(self, module: str) -> Executed | None:
-        """What was executed of a module that is imported; before it was followed, as it is now.
+    def _code_now(self, model: str) -> Code:
+        """The code of a class as its files are now; empty if there is no file of its module."""
+        file = self._file_of(model.rpartition(".")[0])
+        return code_from(file) if file is not None else ()
 
-        One whose import failed is executed anew by the next import.
+    def _loaded(self, module: str) -> Executed | None:
+        """What was executed of a module that is imported; before it was followed, as its file is now.
+
+        A module whose import failed is executed anew by the next import.
         """
         if module not in sys.modules:
             return None
@@ -200,75 +189,22 @@ class LoadedCode:
         return file.name if file is not None else file_name(module)
 
 
+LOADED = LoadedCode()
+"""That of this process."""
+
+
 def find_as_imported(module: str) -> SourceFile | None:
     """The file that an import of a module would execute in a worker, which looks in its current folder last."""
     return find_source(module, [*sys.path, os.getcwd()]) or find_source(module)
 
 
-class _Recorder(MetaPathFinder):
-    """Finds modules as all others do, and has the user's own recorded when they are executed."""
-
-    def __init__(self, code: LoadedCode) -> None:
-        self.code = code
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
-        """What the other finders find; None, which asks them again, for a module that is not the user's."""
-        if not self.code.follows(fullname):
-            return None
-        spec = _found_by(
-            (f for f in sys.meta_path if not isinstance(f, _Recorder)),
-            fullname,
-            path,
-            target,
-        )
-        if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _RecordingLoader(
-                self.code, spec.loader.name, spec.loader.path
-            )
-        return spec
+def _imported_of_package(model: str) -> list[str]:
+    """The modules of a class's top-level package that this process has imported, for whatever class."""
+    top = model.partition(".")[0]
+    return [name for name in sys.modules.copy() if name.partition(".")[0] == top]
 
 
-class _RecordingLoader(SourceFileLoader):
-    """Executes a source and records it.
-
-    It takes no bytecode from a cache: Python takes that for the source's by its size and the second of its last change,
-    and an edit may change neither.
-    """
-
-    def __init__(self, code: LoadedCode, fullname: str, path: str) -> None:
-        super().__init__(fullname, path)
-        self._code = code
-
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        source = self.get_data(path)
-        compiled: CodeType = self.source_to_code(source, path)
-        self._code.record(fullname, Path(path), source)
-        return compiled
-
-
-def _found_by(
-    finders: Iterable[object],
-    fullname: str,
-    path: Sequence[str] | None,
-    target: ModuleType | None,
-) -> ModuleSpec | None:
-    for finder in finders:
-        find_spec = getattr(finder, "find_spec", None)
-        spec: ModuleSpec | None = (
-            find_spec(fullname, path, target) if find_spec is not None else None
-        )
-        if spec is not None:
-            return spec
-    return None
-
-
-def _way_to(model: str) -> list[str]:
+def _modules_above(model: str) -> list[str]:
     """The modules that are imported for a class, whatever their code is: its own and the packages that it is in."""
     parts = model.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
@@ -279,17 +215,21 @@ def _hash_now(module: str, loaded: Executed) -> str | None:
 
     That is the same file, unless it is gone, or has become a package of its name.
     """
-    places = [loaded.path]
-    name = module.rpartition(".")[2]
-    if loaded.path.name == "__init__.py" and loaded.path.parent.name == name:
-        places.append(loaded.path.parent.parent / f"{name}.py")
-    elif loaded.path.name == f"{name}.py":
-        places.insert(0, loaded.path.parent / name / "__init__.py")
-    for place in places:
-        if place.is_file():
-            return hash_on_disk(place)
+    for path in _candidates(module, loaded.path):
+        if path.is_file():
+            return hash_on_disk(path)
     moved = find_as_imported(module)
     return hash_on_disk(moved.path) if moved is not None else None
+
+
+def _candidates(module: str, path: Path) -> Iterable[Path]:
+    """A module's file and, in the order in which Python looks, what it may have become: a package, or no package."""
+    name = module.rpartition(".")[2]
+    if path.name == f"{name}.py":
+        return (path.parent / name / "__init__.py", path)
+    if path.name == "__init__.py" and path.parent.name == name:
+        return (path, path.parent.parent / f"{name}.py")
+    return (path,)
 
 
 def _is_unlike(module: str, asked: str) -> bool:
@@ -310,33 +250,4 @@ def _unlike_words(model: str, paths: Sequence[Path]) -> str:
     return (
         f"reward model {model}: {files} on {platform.node()} {are} the trainer read when it started; put the same code "
         "on both hosts; a trainer keeps what it read until it is restarted, or makes a new RewardClient"
-    )
-
-
-LOADED = LoadedCode()
-"""That of this process."""
-
-
-_CATALOG_FILES = tuple(sorted(Path(catalog.__file__).parent.glob("*.py")))
-_CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
-
-
-def check_builtin(model: str, version: str) -> None:
-    """Is a built-in here of the version that a trainer asks for? An upgrade changes nothing in a process that runs.
-
-    Args:
-        version: The catalog's of the trainer, perhaps with the user's own behind a `/`.
-
-    Raises:
-        StaleCodeError: rewardq was upgraded on this host since this process started.
-        ModelLoadError: It was not; names both versions.
-    """
-    ours, asked = catalog.CATALOG[model].version, version.partition("/")[0]
-    if ours == asked:
-        return
-    if any(hash_on_disk(path) != before for path, before in _CATALOG_AT_START.items()):
-        raise StaleCodeError(["rewardq"])
-    raise ModelLoadError(
-        f"reward model {model} is of version {ours} in the rewardq {__version__} on {platform.node()}, and the trainer "
-        f"asks for version {asked}; install the same rewardq on both and restart them"
     )
