@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tests.simulation.models import Behaviour
@@ -15,6 +15,9 @@ START_S = 1000.0
 
 Kind = Literal["each", "PickScore", "rank", "model", "wins"]
 """How a reward is computed: sample by sample, as that which is ranked, ranked, of whole groups, by comparisons."""
+
+MUCH_ROOM, LITTLE_ROOM = 2**30, 300
+"""Bytes that the payload store may hold: media of all, or of two samples."""
 
 SERVERS = ("results", "broker", "payloads")
 
@@ -64,7 +67,7 @@ class RankPlan:
 
     steps: tuple[StepPlan, ...]
     starts_at: float = 0.0
-    max_store_bytes: int = 2**30
+    max_store_bytes: int = MUCH_ROOM
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,6 @@ class Schedule:
     behaviours: tuple[tuple[int, Behaviour | Literal["invalid"]], ...] = ()
     """By content; of pointwise rewards and of what is ranked."""
     num_servers: int = 3
-    max_payload_bytes: int | None = None
 
     @property
     def faults_end(self) -> float:
@@ -103,6 +105,11 @@ class Schedule:
         times = [fault.at + fault.seconds for fault in self.faults]
         times.append(self.weather.until)
         return max(times)
+
+    @property
+    def may_lose_payloads(self) -> bool:
+        """Whether a fault takes payloads out of the store."""
+        return any(fault.kind in ("server emptied", "server restarted", "payload lost") for fault in self.faults)
 
     @property
     def num_samples(self) -> int:
@@ -124,6 +131,8 @@ def draw(seed: int) -> Schedule:
     workers = _draw_workers(rng, rewards)
     is_calm = rng.random() < 0.1
     faults = () if is_calm else _draw_faults(rng, num_ranks, len(workers))
+    if any(fault.kind == "kill trainer" for fault in faults):  # what it stored takes room for longer than we look
+        ranks = tuple(replace(rank, max_store_bytes=MUCH_ROOM) for rank in ranks)
     return Schedule(
         seed=seed,
         rewards=rewards,
@@ -133,7 +142,6 @@ def draw(seed: int) -> Schedule:
         weather=Weather() if is_calm else _draw_weather(rng),
         behaviours=_draw_behaviours(rng, ranks),
         num_servers=rng.choice((1, 2, 3)),
-        max_payload_bytes=rng.choice((None, None, None, 4000)),
     )
 
 
@@ -174,9 +182,8 @@ def _draw_ranks(rng: random.Random, num_ranks: int, rewards: tuple[RewardPlan, .
     for _ in range(num_steps):
         for rank, plan in enumerate(_draw_step(rng, num_ranks)):
             steps[rank].append(plan)
-    return tuple(
-        RankPlan(tuple(plans), rng.choice((0.0, rng.random())), rng.choice((2**30, 2**30, 300))) for plans in steps
-    )
+    max_bytes = rng.choice((MUCH_ROOM, MUCH_ROOM, LITTLE_ROOM))
+    return tuple(RankPlan(tuple(plans), rng.choice((0.0, rng.random())), max_bytes) for plans in steps)
 
 
 def _draw_step(rng: random.Random, num_ranks: int) -> list[StepPlan]:
@@ -234,6 +241,7 @@ def _draw_worker(rng: random.Random, name: str, queues: tuple[str, ...]) -> Work
         other_wire=0.03 <= oddity < 0.06,
         other_store=0.06 <= oddity < 0.09,
         outdated=0.09 <= oddity < 0.13,
+        replaced_at=rng.choice((1.0, 5.0)),
     )
 
 

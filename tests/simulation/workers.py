@@ -16,7 +16,7 @@ from tasks.servers.connections import LOST
 from tests.simulation.models import Models
 from tests.simulation.network import Connection, Remote, Server, Weather
 from tests.simulation.queues import Chords, Message, Queues
-from tests.simulation.redis import Outcomes, PayloadStore
+from tests.simulation.redis import GroupSlots, Outcomes, PayloadStore
 from tests.simulation.world import Clock, Lock, Process, Signal, World
 from workers.process.heartbeat import BEATS_A_TTL, TROUBLE
 from workers.process.startup import _hand_back, _time_out
@@ -33,6 +33,7 @@ PUBLISH_TRIES, PUBLISH_PAUSE_S = 4, 0.2
 RECONNECT_S = 0.3
 """A slot whose connection to the broker broke asks again so much later."""
 
+LONG_LOAD_S = 15.0
 HAND_BACK_S = 1.5
 GRACE_S = 30.0
 LOOK_EVERY_S = 0.5
@@ -58,7 +59,7 @@ class WorkerPlan:
     load_s: float = 0.05
     """How long it loads a model."""
     load_hangs: bool = False
-    """The first process of it never has a model in memory."""
+    """A load in the first process of it takes `LONG_LOAD_S`."""
     call_s: float = 0.02
     """How long a model's call takes, for each sample."""
     stop_grace_s: float = 2.0
@@ -68,6 +69,8 @@ class WorkerPlan:
     """The first process of it uses another payload store."""
     outdated: bool = False
     """The first process of it has loaded other code than is asked for."""
+    replaced_at: float = 6.0
+    """When somebody ends a first process that speaks another wire version, or uses another store."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Services:
     other_store: PayloadStore
     queues: Queues
     chords: Chords
+    groups: GroupSlots
     weather: Weather
     claim_ttl_s: float
 
@@ -101,8 +105,14 @@ class Worker:
 
     def _start(self) -> None:
         self.num_started += 1
-        self.running = WorkerProcess(self, is_first=self.num_started == 1)
-        self.running.process.on_death.append(self._start_again)
+        self.running = process = WorkerProcess(self, is_first=self.num_started == 1)
+        process.process.on_death.append(self._start_again)
+        if process.is_first and (self.plan.other_wire or self.plan.other_store):
+            self.world.nobody.spawn(lambda: self._replace(process), f"operator of {self.plan.name}")
+
+    def _replace(self, process: WorkerProcess) -> None:
+        self.world.sleep(self.plan.replaced_at)
+        process.process.kill("replaced")
 
     def _start_again(self) -> None:
         self.running = None
@@ -320,7 +330,7 @@ class Runner:
         plan = self._worker.plan
         signal = self.loading[fingerprint] = Signal(self._world)
         try:
-            self._world.sleep(1e9 if plan.load_hangs and self._worker.is_first else plan.load_s)
+            self._world.sleep(LONG_LOAD_S if plan.load_hangs and self._worker.is_first else plan.load_s)
             if fingerprint in self._models.unloadable:
                 raise ModelLoadError("no weights")
             self.loaded[fingerprint] = None

@@ -89,6 +89,11 @@ class Process:
         self.hit()
         self.stalled_until = max(self.stalled_until, self.world.now + seconds)
 
+    def cut_off(self, seconds: float) -> None:
+        """It reaches no server for so long."""
+        self.hit()
+        self.cut_off_until = max(self.cut_off_until, self.world.now + seconds)
+
     def hit_since(self, then: float) -> bool:
         """Whether a fault has hit it since `then`, or does now."""
         return self.last_hit >= then or self.stalled_until > then or self.cut_off_until > then
