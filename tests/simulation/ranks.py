@@ -84,7 +84,7 @@ class Rank:
 
     def hit(self, what: str, seconds: float) -> None:
         """A fault hits the process that it is now."""
-        if self.process.is_dead:
+        if self.process.is_dead or not self.num_started:
             return
         if what == "stall trainer":
             self.process.stall(seconds)

@@ -294,10 +294,6 @@ class PayloadStore:
         self._count((), 0)
         return self._keys.get(keys.PAYLOAD_BYTES) or 0
 
-    def lose(self, name: str) -> None:
-        """A fault: the server evicts a payload."""
-        self._keys.delete(keys.payload(name))
-
     def names(self) -> list[str]:
         """Of the payloads and requests that are there."""
         prefix = keys.payload("")

@@ -215,7 +215,7 @@ class Simulation:
     def _lose_payload(self, fault: Fault) -> None:
         names = self.services.store.names()
         if names:
-            self.services.store.lose(names[fault.detail % len(names)])
+            self.services.store.free([names[fault.detail % len(names)]])
 
     # --- how it ends -------------------------------------------------------------------------------------------------
 
@@ -224,11 +224,17 @@ class Simulation:
         if all(rank.is_done for rank in self.ranks):
             self.world.nobody.spawn(self._end, "end")
 
+    @property
+    def _is_quiet(self) -> bool:
+        """Whether no rank and no worker has anything in hand."""
+        processes = [worker.running for worker in self.workers if worker.running is not None]
+        return all(rank.client.is_idle for rank in self.ranks) and not any(p.num_in_hand for p in processes)
+
     def _end(self) -> None:
         """Look at what is left, once what is under way has ended."""
         properties.check_answers(self)
         self.world.sleep(max(0.0, self.schedule.faults_end - self.world.now))
-        while not all(rank.client.is_idle for rank in self.ranks):
+        while not self._is_quiet:
             self.world.sleep(LOOK_EVERY_S)
         self.world.sleep(properties.SETTLE_S)
         properties.check_left_over(self)
