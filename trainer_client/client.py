@@ -29,19 +29,22 @@ from tasks.errors import (
     UnknownRewardError,
 )
 from tasks.messages import Failure
+from tasks.payloads import open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample, check
 from tasks.servers.connections import LOST, connect, why_away
+from tasks.servers.needs import check_servers
 from tasks.settings import Settings, without_password
 from tasks.source.code import changed_files
-from trainer_client.adoption import adopt
 from trainer_client.advantages.exchange import Gather
 from trainer_client.advantages.formulas import Advantages, Method, advantages_of
 from trainer_client.advantages.metrics import Detail, failure_rate_by_group, metrics
-from trainer_client.board import Slot
+from trainer_client.engine.engine import ASK_S, Engine
+from trainer_client.engine.loop import Chore
+from trainer_client.engine.model import Slot
 from trainer_client.progress import is_terminal
 from trainer_client.ranks.gather import Ranks, Waits
-from trainer_client.ranks.rank_lock import Lease
+from trainer_client.ranks.rank_lock import KEEP_EVERY_S, Lease
 from trainer_client.ranks.verdict import (
     OnFailure,
     check_call,
@@ -52,7 +55,6 @@ from trainer_client.ranks.verdict import (
 )
 from trainer_client.results import RewardBatch, batch_of, step_name
 from trainer_client.runs.known import Run
-from trainer_client.session import ASK_S, Session, check_stores
 from trainer_client.steps.grouping import groups_of
 from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
 from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
@@ -95,7 +97,7 @@ the time at most), and the ranks use the rest to come to one verdict."""
 class _Wanted:
     """What one `collect()` is to bring."""
 
-    session: Session
+    engine: Engine
     split: Split
     step: int
     rewards: tuple[RewardSpec, ...]
@@ -135,12 +137,12 @@ class RewardClient:
             and refused by `submit(split="eval")`.)
     """
 
-    _session: Session | None
+    _engine: Engine | None
     _steps: Steps
     _warned: set[str]
     """What was warned of once."""
     _ticket_warnings: TicketWarnings
-    _adopted: dict[tuple[Any, ...], list[Slot]]
+    _resumed: dict[tuple[Any, ...], list[Slot]]
     """Slots of tickets of processes that are gone, by the ticket's place."""
 
     def __init__(
@@ -172,7 +174,7 @@ class RewardClient:
         self._given_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
-        check_stores(self.settings, self.config.queues)
+        _check_servers(self.settings, self.config.queues)
         self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
         try:
             self._lease.take()
@@ -183,7 +185,7 @@ class RewardClient:
             ) from None
         self._start_fresh()
         _live_clients.add(self)
-        self._open_session()  # whose watcher keeps the lease, however long the first submit() is away
+        self._open_engine()  # whose watcher keeps the lease, however long the first submit() is away
 
     def _say_what_evaluation_lacks(self) -> None:
         """A reward that only evaluation uses does not keep a run from training."""
@@ -229,10 +231,10 @@ class RewardClient:
         """End the threads and give back connections. What was not collected stays in Redis until its TTL."""
         _live_clients.discard(self)
         with self._lock:
-            session = self._session
-            self._session = None
-        if session is not None and session.pid == os.getpid():
-            session.close()
+            engine = self._engine
+            self._engine = None
+        if engine is not None and engine.pid == os.getpid():
+            engine.close()
         self._ticket_warnings.end()
         with contextlib.suppress(*LOST):
             self._lease.leave()
@@ -273,7 +275,7 @@ class RewardClient:
         rewards = self.config.of(split)
         fields = {name for spec in rewards for name in spec.fields}
         with self._lock:
-            session = self._open_session()
+            engine = self._open_engine()
             open_step = self._steps.get(split)
             first = open_step.num_submitted if open_step is not None else 0
             self._num_tickets += 1
@@ -284,7 +286,7 @@ class RewardClient:
         groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
         if groupwise is not None:
             check_groups(groups, group_size, groupwise, self.world_size, first)
-        session.wait_for_backlog(
+        engine.wait_for_backlog(
             self.settings.max_backlog, self.settings.submit_timeout_s
         )
         with self._lock:
@@ -308,10 +310,8 @@ class RewardClient:
             open_step.count_members(slots, group_size, is_strict=groupwise is not None)
             mixed = open_step.find_mixed_group(slots)
             open_step.add(slots, time.monotonic() - started)
-            ticket = self._ticket(
-                session, split, open_step.number, start, slots, number
-            )
-        session.sender.submit(slots)
+            ticket = self._ticket(engine, split, open_step.number, start, slots, number)
+        engine.submit(slots)
         if mixed is not None and self.rank == 0 and _are_compared(split, rewards):
             self._warn_once("mixed", _mixed_words(mixed))
         return ticket
@@ -323,8 +323,8 @@ class RewardClient:
             CollectTimeoutError: The deadline passed; says what sending waits for.
         """
         with self._lock:
-            session = self._open_session()
-        session.flush(timeout_s)
+            engine = self._open_engine()
+        engine.flush(timeout_s)
 
     def pending(self, split: Split = "train") -> int:
         """How many submitted samples of the open step still miss an outcome."""
@@ -335,9 +335,9 @@ class RewardClient:
     def cancel(self, split: Split = "train") -> None:
         """Give the open step up: its samples are collected no more, and what is not yet sent is not sent."""
         with self._lock:
-            session, step = self._open_session(), self._steps.give_up(split)
+            engine, step = self._open_engine(), self._steps.give_up(split)
         if step is not None:
-            session.give_up(step.slots)
+            engine.give_up(step.slots)
 
     # --- collect ---------------------------------------------------------------------------------
 
@@ -482,7 +482,7 @@ class RewardClient:
         if given is not None or self.world_size == 1:
             return given
         with self._lock:
-            self._open_session()  # which keeps the lease, without which an answer does not count
+            self._open_engine()  # which keeps the lease, without which an answer does not count
         return self._ranks.gatherer(
             f"{what} of {batch.split} step {batch.step}", timeout_s
         )
@@ -522,14 +522,14 @@ class RewardClient:
         if is_new:
             log.warning("%s (said once a run)", words)
 
-    # --- private: sessions -----------------------------------------------------------------------
+    # --- private: the engine -----------------------------------------------------------------------
 
     def _start_fresh(self) -> None:
         """As in a new process: no threads, no connections, nothing submitted. Runs in a forked child too."""
         self._lock = threading.Lock()
-        self._session = None
+        self._engine = None
         self._steps = Steps(self.world_size)
-        self._adopted = {}
+        self._resumed = {}
         self._warned = set()
         self._ticket_warnings = TicketWarnings()
         self._num_tickets = 0
@@ -554,24 +554,26 @@ class RewardClient:
             self._lease.leave()
             raise
 
-    def _open_session(self) -> Session:
-        if self._session is None:
-            self._session = Session(
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            with contextlib.suppress(*LOST):  # else it is taken once Redis is back
+                self._lease.take()
+            self._engine = Engine(
                 self._app,
-                self.run,
-                self.launch,
-                self.rank,
-                self.world_size,
-                self._lease,
-                self.config,
+                run=self.run,
+                launch=self.launch,
+                rank=self.rank,
+                world_size=self.world_size,
+                config=self.config,
+                chores=[Chore(KEEP_EVERY_S, self._lease.keep)],
             )
-        return self._session
+        return self._engine
 
     # --- private: submit -------------------------------------------------------------------------
 
     def _ticket(
         self,
-        session: Session,
+        engine: Engine,
         split: Split,
         step: int,
         start: int,
@@ -591,7 +593,7 @@ class RewardClient:
                 (spec.name, spec.code) for spec in self.config.of(split) if spec.code
             ),
             slots=tuple(slots),
-            client=session.board.client_id,
+            client=engine.client_id,
             number=number,
         )
 
@@ -606,12 +608,12 @@ class RewardClient:
         )
         rewards = config.of(split)
         with self._lock:
-            session = self._open_session()
+            engine = self._open_engine()
             if step is not None and ticket is None:
                 self._steps.open(split, step)
             open_step = self._steps.get(split)
             if ticket is not None:
-                slots = self._slots_of(session, ticket, config)
+                slots = self._slots_of(engine, ticket, config)
             else:
                 slots = list(open_step.slots) if open_step is not None else []
             number = self._steps.number(split) if ticket is None else ticket.step
@@ -624,7 +626,7 @@ class RewardClient:
             ):
                 prompts = dict(open_step.prompts)
         return _Wanted(
-            session, split, number, rewards, slots, open_step, ticket, prompts
+            engine, split, number, rewards, slots, open_step, ticket, prompts
         )
 
     def _is_shared(self, wanted: _Wanted) -> bool:
@@ -641,35 +643,35 @@ class RewardClient:
         waiting: Waiting | None,
     ) -> Failure | None:
         """Wait for the samples; the reason of those that have no answer at the deadline, None if all have."""
-        session = wanted.session
+        engine = wanted.engine
         incomplete = self._incomplete(wanted.open_step) if wanted.ticket is None else {}
         in_vain = why_in_vain(incomplete, wanted.rewards, on_failure)
         if in_vain is not None:
             return Failure(kind="timeout", message=in_vain)
-        session.groups.give_up(wanted.split, wanted.step, incomplete)
+        engine.give_up_groups(wanted.split, wanted.step, incomplete)
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         margin_s = (
             min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
         )
-        is_complete = session.wait(
+        is_complete = engine.wait(
             wanted.slots, started + timeout_s - margin_s, bars, waiting
         )
-        return None if is_complete else session.why_late(wanted.slots, timeout_s)
+        return None if is_complete else engine.why_late(wanted.slots, timeout_s)
 
     def _batch(
         self, wanted: _Wanted, late: Failure | None, started: float
     ) -> RewardBatch:
         """The batch of the samples, which were waited for since `started`."""
-        session = wanted.session
+        engine = wanted.engine
         times = {
             "submit_s": wanted.open_step.submit_s
             if wanted.open_step is not None
             else 0.0,
             "wait_s": time.monotonic() - started,
             "ranks_s": 0.0,
-            **session.sender.times.take(),
+            **engine.take_seconds(),
         }
-        why_open = session.groups.why_open
+        why_open = engine.why_open
         return batch_of(
             wanted.slots,
             wanted.rewards,
@@ -736,7 +738,7 @@ class RewardClient:
         return error, summary
 
     def _slots_of(
-        self, session: Session, ticket: Ticket, config: RewardConfig
+        self, engine: Engine, ticket: Ticket, config: RewardConfig
     ) -> Sequence[Slot]:
         """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""
         rewards = config.of(ticket.split)
@@ -750,18 +752,16 @@ class RewardClient:
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
                 f"this client has {dict(_fingerprints(rewards))}"
             )
-        if ticket.client == session.board.client_id:
+        if ticket.client == engine.client_id:
             live = [
                 slot for slot in ticket.slots if isinstance(slot, Slot)
             ] or self._steps.slots_of(ticket)
             if len(live) == len(ticket.slots):
                 return live
-        if ticket.place not in self._adopted:
+        if ticket.place not in self._resumed:
             # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
-            self._adopted[ticket.place] = adopt(
-                session, copy.copy(ticket), config, self.settings.reconcile_s
-            )
-        return self._adopted[ticket.place]
+            self._resumed[ticket.place] = engine.resume(copy.copy(ticket), config)
+        return self._resumed[ticket.place]
 
     def _incomplete(self, step: Step | None) -> dict[Hashable, str]:
         """The groups that nobody else can complete; of several ranks another one may."""
@@ -771,13 +771,13 @@ class RewardClient:
             return incomplete_groups(step)
 
     def _close_step(self, wanted: _Wanted) -> None:
-        wanted.session.give_up(wanted.slots)
+        wanted.engine.give_up(wanted.slots)
         with self._lock:
             if wanted.ticket is None:
                 self._steps.close(wanted.split, wanted.slots)
             else:
                 self._steps.take_out(wanted.split, wanted.slots)
-                self._adopted.pop(wanted.ticket.place, None)
+                self._resumed.pop(wanted.ticket.place, None)
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()
@@ -790,6 +790,14 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _check_servers(settings: Settings, queues: Sequence[str]) -> None:
+    """Raises `RedisUnreachableError` or `EvictionError` unless every server and folder of `settings` can be used."""
+    check_servers(settings, "trainer", queues)
+    if settings.payloads.startswith("file:"):
+        with contextlib.closing(open_store(settings)) as store:
+            store.check()
 
 
 def _launch(world_size: int) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
 from tasks.rewards import ConstantOnFailure, RewardSpec, Split
-from trainer_client.board import Entry, Slot
+from trainer_client.engine.model import Awaited, Slot
 from trainer_client.steps.failure_words import describe, on_workers
 
 
@@ -194,7 +194,7 @@ def batch_of(
         if o.failure is not None
     ]
     entries = {
-        spec.name: [e for s in slots if (e := (s.entries or {}).get(spec.name))]
+        spec.name: [s.awaited[spec.name] for s in slots if spec.name in s.awaited]
         for spec in rewards
     }
     return RewardBatch(
@@ -226,8 +226,8 @@ def batch_of(
     )
 
 
-def _is_rescored(entry: Entry) -> bool:
-    return entry.num_sends > 1 or entry.attempt > 1
+def _is_rescored(awaited: Awaited) -> bool:
+    return awaited.num_sends > 1 or awaited.attempt > 1
 
 
 def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.float32]:
@@ -243,7 +243,7 @@ def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.fl
 
 def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
     last_answer = max(
-        (e.answered_at for s in slots for e in s.known_entries), default=0.0
+        (a.answered_at for s in slots for a in s.awaited.values()), default=0.0
     )
     span_s = (
         max(0.0, last_answer - min(s.submitted_at for s in slots))
@@ -255,12 +255,10 @@ def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
 
 def _latency_s(slot: Slot, reward: str) -> float:
     """Seconds from the submit to the outcome; NaN where there is none."""
-    entry = (slot.entries or {}).get(reward)
-    return (
-        entry.answered_at - slot.submitted_at
-        if entry is not None and entry.outcome is not None
-        else float("nan")
-    )
+    awaited = slot.awaited.get(reward)
+    if awaited is None or awaited.outcome is None:
+        return float("nan")
+    return awaited.answered_at - slot.submitted_at
 
 
 def _outcome(
@@ -269,18 +267,16 @@ def _outcome(
     late: Failure | None,
     why_open: Callable[[Slot, RewardSpec], str | None],
 ) -> Outcome:
-    """The outcome of a slot for a reward as its caller sees it; of a group's, its own place."""
-    if slot.problem is not None:
-        return Outcome(failure=slot.problem)
-    entry = (slot.entries or {}).get(spec.name)
-    if entry is not None and entry.outcome is not None:
-        whole = entry.outcome
-        if not whole.members:
-            return whole
-        own = whole.members[slot.places[spec.name]]
+    """The outcome of a slot for a reward as its caller sees it; of a group's, its own member's."""
+    awaited = slot.awaited.get(spec.name)
+    own = slot.outcome_for(spec.name)
+    if own is not None:
+        whole = awaited.outcome if awaited is not None else None
+        if whole is None or not whole.members:
+            return own
         return own.model_copy(
             update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}}
         )
     assert late is not None, "a complete batch has an outcome for every sample"
-    reason = why_open(slot, spec) if spec.is_groupwise and entry is None else None
+    reason = why_open(slot, spec) if spec.is_groupwise and awaited is None else None
     return Outcome(failure=Failure(kind="timeout", message=reason) if reason else late)

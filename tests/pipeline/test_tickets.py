@@ -17,8 +17,7 @@ ORDER = {"reward_model": "OrderInGroup", "version": "1"}
 
 def end(client):
     """As if its process were gone, and its lease too."""
-    client._session.sender.close()
-    client._session.watcher.close()
+    client._engine._loop.close()
     client._lease.leave()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tasks.errors import InvalidSampleError
 from tasks.samples import Sample
-from trainer_client.board import Slot
+from trainer_client.engine.model import Slot
 from trainer_client.steps.open_steps import Steps
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardSpec, Split
 from tasks.samples import Sample
-from trainer_client.board import Slot
+from trainer_client.engine.model import Slot
 from trainer_client.ticket import Ticket
 
 
