@@ -1,6 +1,7 @@
 """The simulated reward models: what each sample gets is a function of its address, so that an oracle knows it.
 
-Also the record of what was computed, and for which process: nothing may be computed twice without a fault to explain it.
+Also the record of what was computed, and in which process: nothing may be computed twice without a fault that explains
+it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The network between processes and servers: it delays, cuts and loses replies; servers go away, fill up, are emptied."""
+"""The network between processes and servers. It delays and cuts; servers go away, refuse, hang, are emptied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ CONNECT_S = 0.001
 """A server that is away is found to be so after this long."""
 
 NEED_ROOM = frozenset(
-    "claim write start_alone take leave_note beat number check_room put register ask put_back set_number publish".split()
+    [
+        "claim",
+        "write",
+        "start_alone",
+        "take",
+        "leave_note",
+        "beat",
+        "number",
+        "check_room",
+        "put",
+        "register",
+        "ask",
+        "put_back",
+        "set_number",
+        "publish",
+    ]
 )
 """Calls that a server refuses while it takes no writes; it still answers, and still drops keys."""
 

@@ -1,4 +1,4 @@
-"""The oracle: what each sample must end with, and what must be left of it. Computed by itself, not by the code under test."""
+"""The oracle: what each sample must end with, and what may be left of it. It computes that by itself."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ class Oracle:
     @staticmethod
     def wrong(spec: RewardSpec, sample: Submitted, words: str) -> None:
         raise BrokenPropertyError(
-            "answer", f"{spec.name} of rank {sample.rank} step {sample.step} sample {sample.index} {sample.plan}: {words}"
+            "answer",
+            f"{spec.name} of rank {sample.rank} step {sample.step} sample {sample.index} {sample.plan}: {words}",
         )
 
     def is_like(self, outcome: Outcome, words: str, kind: str) -> bool:

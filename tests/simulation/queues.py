@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
 from tests.simulation.network import Connection, Server
@@ -72,7 +71,10 @@ class Queues:
             if delays != (0.0,):
                 self.world.say(self.world.current.process, "broker", message.request, "comes after", delays)
             for delay_s in delays:
-                self._put_later(message, delay_s) if delay_s else self.put(message)
+                if delay_s:
+                    self._put_later(message, delay_s)
+                else:
+                    self.put(message)
 
     def put(self, message: Message) -> None:
         """Put a message where a worker takes it: into the hands of the one that has waited longest, if one does."""
@@ -163,8 +165,4 @@ class Chords:
 
 def body_of(message: Message, request: str, num_returns: int) -> Message:
     """The body of a chord, as a worker sends it."""
-    return replace(
-        message, request=request, number=0, priority=PRIORITY_FIRST, num_returns=num_returns, chord=None
-    )
-
-
+    return replace(message, request=request, number=0, priority=PRIORITY_FIRST, num_returns=num_returns, chord=None)

@@ -149,8 +149,8 @@ class Rank:
         return slots
 
     def _may_resume(self, ticket: bytes) -> bool:
-        """Alone it may. Other ranks wait for ever for a member of their group that was not sent, or whose media are gone
-        with its process: then it is submitted anew."""
+        """Alone it may. Other ranks wait for ever for a member of their group that was not sent, or whose media are gone:
+        then it is submitted anew."""
         if self.settings.world_size == 1:
             return True
         return not self.may_lose_payloads and self.client.is_sent(ticket)

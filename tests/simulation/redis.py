@@ -1,7 +1,7 @@
 """Simulated servers: what the project's own classes do in Redis, without a Redis.
 
-`Outcomes`, `PayloadStore` and `GroupSlots` have the methods of the real ones, and leave the same keys, values aside: what
-is packed there is an object here. A method is atomic, as a script is. `test_conformance.py` runs the same calls on both.
+`Outcomes`, `PayloadStore` and `GroupSlots` have the methods of the real ones, and leave the same keys; what is packed
+there is an object here. A method is atomic, as a script is. `test_conformance.py` runs the same calls on both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Runs schedules: `python -m tests.simulation.run --seeds 1000..2000 --jobs 2`, or `--trace 1234` to read one.
 
-A seed that breaks a property is printed with it, and with what is left of its schedule when everything is taken out that
-the failure does not need.
+`--shrink 1234` takes everything out of a schedule that its failure does not need, and prints what is left.
 """
 
 from __future__ import annotations
@@ -77,10 +76,19 @@ def trace(schedule: Schedule) -> Iterator[str]:
 
 
 def _shown(detail: object) -> str:
-    if isinstance(detail, set | frozenset):
-        detail = sorted(detail)
-    text = str(detail)
+    text = str(_sorted(detail))
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _sorted(detail: object) -> object:
+    """In an order that says nothing of the hashes of texts. What a call is given as a set has no order to it either."""
+    if isinstance(detail, set | frozenset):
+        return sorted(detail)
+    if isinstance(detail, dict):
+        return dict(sorted(detail.items()))
+    if type(detail) is tuple:
+        return tuple(_sorted(one) for one in detail)
+    return detail
 
 
 def describe(schedule: Schedule) -> Iterator[str]:
@@ -128,6 +136,11 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     yield from _fewer_workers(schedule)
 
 
+def _with(things: tuple, number: int, thing: object) -> tuple:  # type: ignore[type-arg]
+    """`things` with another one at this index."""
+    return (*things[:number], thing, *things[number + 1 :])
+
+
 def _without_one(things: tuple) -> Iterator[tuple]:  # type: ignore[type-arg]
     for number in range(len(things)):
         yield things[:number] + things[number + 1 :]
@@ -154,8 +167,8 @@ def _fewer_samples(ranks: tuple[RankPlan, ...]) -> Iterator[tuple[RankPlan, ...]
     for number, rank in enumerate(ranks):
         for step_number, step in enumerate(rank.steps):
             for smaller in _smaller_steps(step):
-                steps = rank.steps[:step_number] + (smaller,) + rank.steps[step_number + 1 :]
-                yield ranks[:number] + (replace(rank, steps=steps),) + ranks[number + 1 :]
+                steps = _with(rank.steps, step_number, smaller)
+                yield _with(ranks, number, replace(rank, steps=steps))
 
 
 def _smaller_steps(step: StepPlan) -> Iterator[StepPlan]:
@@ -165,7 +178,7 @@ def _smaller_steps(step: StepPlan) -> Iterator[StepPlan]:
             continue
         yield replace(step, submits=step.submits[:number] + step.submits[number + 1 :])
         for fewer in _without_one(samples):
-            yield replace(step, submits=step.submits[:number] + (fewer,) + step.submits[number + 1 :])
+            yield replace(step, submits=_with(step.submits, number, fewer))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tests.simulation import redis as simulated
 from tests.simulation.network import Server
 from tests.simulation.queues import Message, Queues
 from tests.simulation.world import World
-from trainer_client.outgoing import num_in_queue
+from trainer_client.engine.broker import CeleryBroker
 
 CLAIM_TTL_S, RESULT_TTL_S, PAYLOAD_TTL_S = 100.0, 1000.0, 500.0
 STEP_MS = 30_000
@@ -42,7 +42,9 @@ SIZE = 3
 class Pair:
     """The real and the simulated servers, to which the same happens."""
 
-    def __init__(self, results: redis.Redis, media: redis.Redis, store: payloads.RedisStore, rng: random.Random) -> None:
+    def __init__(
+        self, results: redis.Redis, media: redis.Redis, store: payloads.RedisStore, rng: random.Random
+    ) -> None:
         self.results, self.media, self.rng = results, media, rng
         self.offset_ms = 0
         self.keyspace, self.media_keyspace = simulated.Keyspace(self.now_ms), simulated.Keyspace(self.now_ms)
@@ -106,7 +108,9 @@ class Pair:
     def _compare_value(self, client: redis.Redis, key: str, ours: Any) -> None:
         kind = client.type(key)
         if kind == b"zset":
-            real = {member.decode(): at_ms + self.offset_ms for member, at_ms in client.zrange(key, 0, -1, withscores=True)}
+            real = {
+                member.decode(): at_ms + self.offset_ms for member, at_ms in client.zrange(key, 0, -1, withscores=True)
+            }
             assert real == pytest.approx(ours, rel=0, abs=NEAR_MS), key
         elif kind == b"hash":
             self._compare_hash(key, client.hgetall(key), ours)
@@ -299,6 +303,7 @@ def test_messages_are_taken_by_priority_and_in_order_and_counted_alike(settings)
     app = make_app(settings)
     world = World(seed=1)
     queues = Queues(world, Server(world, "broker"))
+    broker = CeleryBroker(app)
     with app.connection_for_write() as connection:
         sent = 0
         for _ in range(60):
@@ -316,5 +321,6 @@ def test_messages_are_taken_by_priority_and_in_order_and_counted_alike(settings)
                     real.accept = {"application/x-msgpack"}
                     assert real.decode()[0][0] == ours.request
             for name in QUEUES:
-                assert num_in_queue(connection, name) == queues.num_waiting(name)
+                assert broker.num_waiting(name) == queues.num_waiting(name)
+    broker.disconnect()
     app.close()

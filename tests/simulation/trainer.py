@@ -71,7 +71,9 @@ class Encoder:
                 key = f"bad{self.rank}s{slot.step}i{slot.index}"
             identities[spec.name] = Identity(key, address(RUN, scored.fingerprint, key), NOTHING_BESIDE)
         if self.is_invalid(sample):
-            return EncodedSample(sample.prompt, identities, problem=Failure(kind="invalid", message="cannot be encoded"))
+            return EncodedSample(
+                sample.prompt, identities, problem=Failure(kind="invalid", message="cannot be encoded")
+            )
         return EncodedSample(sample.prompt, identities, contents={("image", RAW): [content_of(sample.content)]})
 
     def is_invalid(self, sample: SimulatedSample) -> bool:
@@ -129,9 +131,7 @@ class SimulatedBroker:
 
     @staticmethod
     def _message(one: Any, store_id: str, chord: Chord | None = None) -> Message:
-        return Message(
-            one.task, one.label, one.queue, one.request, WIRE_VERSION, store_id, one.number, chord=chord
-        )
+        return Message(one.task, one.label, one.queue, one.request, WIRE_VERSION, store_id, one.number, chord=chord)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The scheduler: a virtual clock, simulated threads, processes that can die, stall and lose their servers.
 
 Every simulated thread is a greenlet, and only one runs at a time, until it asks for something of the world: a call of
-a server, a sleep, a wait. So a schedule is a function of its seed. Real code must not reach a wall clock, the hash order
-of texts, or random numbers of its own while it runs here.
+a server, a sleep, a wait. So a schedule is a function of its seed. Real code must not reach a wall clock, the order of
+a set of texts, or random numbers of its own while it runs here.
 """
 
 from __future__ import annotations
