@@ -10,7 +10,7 @@ from webcolors import name_to_rgb, names
 from workers import PointwiseRewardModel, RewardModelOutput, Unscored
 
 
-class Place(PointwiseRewardModel):
+class Nearness(PointwiseRewardModel):
     """1 / rank of the prompt's colour among all CSS colours, ordered by their distance to the image's mean colour."""
 
     required_fields = ("prompt", "image")
