@@ -113,7 +113,8 @@ def test_the_launch_counts_unless_a_version_is_given(model):
 
 
 def test_a_worker_without_the_http_client_says_what_to_install(settings, monkeypatch):
-    monkeypatch.delitem(sys.modules, "workers.remote.models", raising=False)
+    for name in ("models", "client", "wire"):
+        monkeypatch.delitem(sys.modules, f"workers.remote.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with (
         pytest.raises(ModelLoadError, match=r"'httpx2'.*pip install .*\[remote\]'"),

@@ -86,15 +86,20 @@ def cause_of(error: BaseException) -> str:
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     below, seen = error.__cause__ or error.__context__, {id(error)}
     while below is not None and id(below) not in seen:
-        if (
-            isinstance(below, OSError)
-            and below.errno
-            and not isinstance(below, ssl.SSLError)
-        ):  # whose numbers are its own
-            says = (
-                os.strerror(below.errno) if below.errno > 0 else str(below.strerror)
-            )  # resolvers count below 0
-            return words if says in words else f"{words} ({says})"
+        said = _said_by_system(below)
+        if said:
+            return words if said in words else f"{words} ({said})"
         seen.add(id(below))
         below = below.__cause__ or below.__context__
     return words
+
+
+def _said_by_system(error: BaseException) -> str:
+    """The operating system's words for an error; empty if it is none of its own."""
+    # The numbers of an SSLError are OpenSSL's.
+    if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
+        return ""
+    if not error.errno:
+        return ""
+    # Resolvers count below 0, which strerror() does not know.
+    return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
