@@ -38,6 +38,11 @@ NEED_ROOM = frozenset(
 )
 """Calls that a server refuses while it takes no writes; it still answers, and still drops keys."""
 
+ASK_NOTHING_OF_NOTHING = frozenset(
+    {"extend", "write", "release", "look_up", "notes", "drop_notes", "claimed", "get", "free"}
+)
+"""Calls that the real classes do not make when they have nothing to ask for."""
+
 REFUSALS: tuple[Exception, ...] = (
     redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
     ReadOnlyError("You can't write against a read only replica."),
@@ -160,6 +165,8 @@ class Remote:
         method, connection = getattr(self._target, name), self._connection
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if name in ASK_NOTHING_OF_NOTHING and not args[0]:
+                return method(*args, **kwargs)
             return connection.call(name, method, args, kwargs)
 
         setattr(self, name, call)

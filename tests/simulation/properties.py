@@ -20,7 +20,7 @@ from tests.simulation.world import BrokenPropertyError
 if TYPE_CHECKING:
     from tests.simulation.simulation import Simulation
 
-SETTLE_S = 2.6
+SETTLE_S = 1.3
 """Within this long after the last answer everything that is not needed any more is gone."""
 
 KILLED = "its worker process ended without an answer each of the 3 times it was scored alone"

@@ -232,11 +232,11 @@ def _draw_worker(rng: random.Random, name: str, queues: tuple[str, ...]) -> Work
         name=name,
         queues=queues,
         num_slots=rng.choice((1, 2, 2, 4)),
-        starts_at=rng.choice((0.0, 0.0, 1.0)),
+        starts_at=rng.choice((0.0, 0.0, 0.5)),
         restart_s=rng.choice((0.2, 1.0)),
-        load_s=rng.choice((0.01, 0.3, 1.0)),
+        load_s=rng.choice((0.01, 0.1, 0.6)),
         load_hangs=oddity < 0.03,
-        call_s=rng.choice((0.005, 0.05, 0.4)),
+        call_s=rng.choice((0.005, 0.03, 0.2)),
         stop_grace_s=rng.choice((0.2, 2.0)),
         other_wire=0.03 <= oddity < 0.06,
         other_store=0.06 <= oddity < 0.09,
@@ -248,8 +248,8 @@ def _draw_worker(rng: random.Random, name: str, queues: tuple[str, ...]) -> Work
 def _draw_faults(rng: random.Random, num_ranks: int, num_workers: int) -> tuple[Fault, ...]:
     faults = []
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4))):
-        at = START_S + rng.choice((rng.uniform(0.0, 0.5), rng.uniform(0.0, 4.0)))
-        seconds = rng.choice((0.1, 0.7, rng.uniform(0.0, 4.0)))
+        at = START_S + rng.choice((rng.uniform(0.0, 0.5), rng.uniform(0.0, 2.5)))
+        seconds = rng.choice((0.1, 0.7, rng.uniform(0.0, 2.5)))
         draw = rng.random()
         if draw < 0.5:
             kind, target = rng.choice(WORKER_FAULTS), rng.randrange(num_workers)
@@ -265,7 +265,7 @@ def _draw_weather(rng: random.Random) -> Weather:
     if rng.random() < 0.4:
         return Weather()
     return Weather(
-        until=START_S + rng.choice((1.0, 3.0, 6.0)),
+        until=START_S + rng.choice((0.5, 1.5, 3.0)),
         cut_before=rng.choice((0.0, 0.02, 0.1)),
         cut_after=rng.choice((0.0, 0.02, 0.1)),
         slow=rng.choice((0.0, 0.1)),

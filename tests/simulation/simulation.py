@@ -19,17 +19,17 @@ from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
 from tests.simulation.world import World
 
-CLAIM_TTL_S = 2.0
+CLAIM_TTL_S = 1.0
 
 MAX_S = 900.0
 """A schedule is over after this much virtual time, or something waits for ever."""
 
 LOOK_EVERY_S = 0.1
 
-REPEATED_LATE_S = 3.0
+REPEATED_LATE_S = 2.0
 """A message that comes twice comes again within this long."""
 
-REWARD_TIMEOUT_S = 8.0
+REWARD_TIMEOUT_S = 5.0
 """`timeout_s` of every reward."""
 
 

@@ -38,7 +38,7 @@ ENCODE_S = 0.01
 """It takes at most so long to encode a sample."""
 
 PAYLOAD_TTL_S, RESULT_TTL_S = 900.0, 86_400.0
-RECONCILE_S = 0.5
+RECONCILE_S = 0.3
 NUM_ENCODERS = 2
 
 NOTHING_BESIDE = Beside(metadata={}, fps=None, sample_rate=None, withheld=())

@@ -33,10 +33,13 @@ PUBLISH_TRIES, PUBLISH_PAUSE_S = 4, 0.2
 RECONNECT_S = 0.3
 """A slot whose connection to the broker broke asks again so much later."""
 
-LONG_LOAD_S = 15.0
+LONG_LOAD_S = 8.0
 HAND_BACK_S = 1.5
 GRACE_S = 30.0
 LOOK_EVERY_S = 0.5
+
+BEATS_A_IDENTITY = 4
+"""The identity of the store is asked for with every so many heartbeats; a real worker asks with each."""
 
 Handler = tuple[type[Any], Callable[..., str]]
 
@@ -155,7 +158,8 @@ class WorkerProcess:
             process_id=f"p{worker.num_started}",
         )
         self.is_stopping = self.has_ended_beats = False
-        self.num_in_hand = 0
+        self.num_in_hand = self._num_beats = 0
+        self._store_identity = ""
         for number in range(self.plan.num_slots):
             process.spawn(self._slot, f"slot {number}")
         process.spawn(self._extend, "extender")
@@ -230,13 +234,16 @@ class WorkerProcess:
 
     def _beat(self) -> None:
         loading = tuple(self.runner.loading)
+        self._num_beats += 1
+        if self._num_beats % BEATS_A_IDENTITY == 1:
+            self._store_identity = self.store.identity()
         heartbeat = Heartbeat.model_construct(
             wire=WIRE_VERSION + (self.plan.other_wire and self.is_first),
             node=self.node,
             queues=self.plan.queues,
             host="sim",
             pid=1,
-            store=self.store.identity(),
+            store=self._store_identity,
             state="loading" if loading else "ready",
             loading=loading,
             loaded=tuple(self.runner.loaded),
