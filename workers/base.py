@@ -10,20 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from tasks.errors import FailureKind
-
-this_call = threading.local()
-"""`clock` is this thread's call of a model under a worker's watch (`workers.process.watchdog`); `group` is the request
-of the group that it scores, if the model takes groups."""
-
-
-@contextlib.contextmanager
-def whole(group: Any) -> Iterator[None]:
-    """Within, this thread scores the members of a group: what becomes of the call becomes of the whole group."""
-    this_call.group = group
-    try:
-        yield
-    finally:
-        this_call.group = None
+from workers import deadline
 
 
 class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
@@ -170,13 +157,12 @@ class RewardModel:
 
         Under a worker `timeout_s` does not count while this is waited for.
         """
-        clock = getattr(this_call, "clock", None)
-        if clock is not None:
-            clock.pause(waits=True)
-        with self._forward_lock:
-            if clock is not None:
-                clock.restart()
+        with deadline.paused(waits_for_model=True):
+            self._forward_lock.acquire()
+        try:
             yield
+        finally:
+            self._forward_lock.release()
 
     @cached_property
     def device(self) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from tests.clock import Clock
 from tests.judges.scripted import fails, says_yes
 from workers import Unscored
-from workers.remote import network
+from workers.network import servers as network
 
 
 def reason(output) -> Unscored:

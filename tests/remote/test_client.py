@@ -21,8 +21,8 @@ from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
 from workers import Unscored
-from workers.remote import models as remote
-from workers.remote import network
+from workers.network import servers as network
+from workers.remote import client as remote
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +114,13 @@ def test_our_server_gets_the_pixels_by_msgpack_and_by_json(serve, make_remote, m
 
     url = serve(compute)
     sent = []
-    send = remote.Remote._send
+    send = remote.RemoteClient._send
 
     async def spy(self, server, method, path, timeout_s, content=b"", content_type=""):
         sent.append((path, content_type))
         return await send(self, server, method, path, timeout_s, content, content_type)
 
-    monkeypatch.setattr(remote.Remote, "_send", spy)
+    monkeypatch.setattr(remote.RemoteClient, "_send", spy)
     if not has_msgpack:
         monkeypatch.setattr(remote, "terms_of", lambda *_: remote.Terms())
     images, videos = [picture(0), None], [[picture(1, 2, 3)] * 2, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from workers.remote.network import ConcurrencyLimiter
+from workers.network.limiter import ConcurrencyLimiter
 
 
 class Asking:

@@ -20,9 +20,9 @@ from tests.workers.checkpoints import ARCHITECTURE, pictures, save_open_clip
 from tests.workers.requests import call_of
 from tests.workers.test_checkpoints import cached, empty_cache, offline  # noqa: F401  (fixtures)
 from tests.workers.test_clip_models import cosines, save_hps
+from workers.loading.cache import LoadedModel, ModelCache
+from workers.loading.load_warnings import Said
 from workers.models.refusals import refuse_other_numbers
-from workers.process.load_warnings import Said
-from workers.process.loading import LoadedModel, Models
 
 Edit = Callable[[Any], Any]
 
@@ -40,7 +40,7 @@ def _as_in_a_worker():
 def load(model: str, **options: Any) -> LoadedModel:
     """A built-in as a new worker for the CPU loads it."""
     entry = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    with Models(Settings(device="cpu")).lend(call_of(reward_model=model, dtype="float32", **entry)) as loaded:
+    with ModelCache(Settings(device="cpu")).lend(call_of(reward_model=model, dtype="float32", **entry)) as loaded:
         return loaded
 
 

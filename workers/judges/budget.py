@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks import keys
 from tasks.servers.connections import LOST
-from workers.remote.network import Once
+from workers.network.once import Once
 
 log = logging.getLogger(__name__)
 

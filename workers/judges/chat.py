@@ -17,7 +17,7 @@ from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import LIST_TIMEOUT_S, Endpoint, says_no_such_model
 from workers.judges.reply import Reply, read_reply
-from workers.remote.network import least_busy
+from workers.network.servers import choose_server
 
 __all__ = ["Chat", "Reply", "read_reply"]
 
@@ -198,7 +198,7 @@ class Chat:
         """
         left = list(endpoints)
         while left:
-            endpoint = least_busy(left)
+            endpoint = choose_server(left)
             with endpoint.asked():
                 if not self._fleet_max:
                     yield endpoint

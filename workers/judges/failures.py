@@ -12,7 +12,7 @@ from workers.base import Unscored
 from workers.judges.client import NO_KEY, Requests
 from workers.judges.endpoints import Endpoint
 from workers.judges.inner_errors import INNER_ERROR, InnerError, cut, said_in
-from workers.remote.network import cause_of
+from workers.network.loop import cause_of
 
 ELSEWHERE_STATUSES = (408, 409, 429)
 """Request timeout, conflict, too many requests: the server is well, and another server may answer sooner."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from tasks import catalog
 from tasks.errors import BusyError, ConfigError, ModelLoadError
 from tasks.rewards.options import options_of_subclass
+from workers import deadline
 from workers.base import (
     Accelerator,
     Inputs,
@@ -20,7 +21,6 @@ from workers.base import (
 from workers.judges.chat import Chat
 from workers.judges.images import DATA_URLS, evenly_spaced
 from workers.judges.reply import Reply
-from workers.remote.network import its_own_deadline
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
 """The reward of a sample or the reason why there is none, and the info to keep beside it."""
@@ -87,7 +87,7 @@ class Judge(PointwiseRewardModel):
             strict=True,
         )
         answers: list[Answer] = []
-        with its_own_deadline():
+        with deadline.paused():  # requests keep timeout_s by themselves
             while some := list(itertools.islice(samples, self.chat.at_once)):
                 chats = []
                 for prompt, frames, condition_images in some:

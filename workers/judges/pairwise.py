@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from tasks.errors import BusyError
+from workers import deadline
 from workers.base import (
     Accelerator,
     Inputs,
@@ -22,7 +23,6 @@ from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
 from workers.judges.reply import Reply
 from workers.judges.template import Template
-from workers.remote.network import its_own_deadline
 
 Verdict = Literal["first", "second", "tie"]
 Answered = Reply | Unscored | BusyError
@@ -112,7 +112,7 @@ class PairwiseJudge(Judge):
         as_given = self._template.messages(prompt, [one, other])
         swapped = self._template.messages(prompt, [other, one])
 
-        with its_own_deadline():
+        with deadline.paused():  # requests keep timeout_s by themselves
             if self.chat.at_once > 1:
                 replies = self.chat.ask([as_given, swapped], **self.params)
             else:

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from torch.overrides import TorchFunctionMode
 
 from tasks.errors import ModelLoadError
+from workers.loading.load_warnings import Said, listening
 from workers.models.refusals import refuse_other_numbers
-from workers.process.load_warnings import Said, listening
 
 _load_lock = threading.Lock()
 

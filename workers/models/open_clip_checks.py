@@ -19,7 +19,7 @@ from open_clip.transform import PreprocessCfg
 from torch.overrides import TorchFunctionMode
 
 from tasks.errors import ModelLoadError, nearest
-from workers.process.load_warnings import note
+from workers.loading.load_warnings import note
 
 QUICK = "-quickgelu"
 """open_clip ends the name of an architecture with this if the activation is that of OpenAI's models."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from tasks.errors import ModelLoadError
-from workers.process.load_warnings import Said, one_line
+from workers.loading.load_warnings import Said, one_line
 
 _OTHER_WEIGHTS = (
     "name a checkpoint that has all the weights of this kind of model, and no others"

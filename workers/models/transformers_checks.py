@@ -14,8 +14,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from tasks.errors import ModelLoadError
+from workers.loading.load_warnings import note
 from workers.models.clip_pixels import Preprocessing
-from workers.process.load_warnings import note
 
 KINDS_OF_PROCESSOR = (
     "CLIPImageProcessor",
