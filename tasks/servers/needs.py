@@ -73,7 +73,7 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
             continue
         try:
             ask(server, settings.sentinels, side, queues)
-        except RedisRefusalError:  # a ConnectionError too, for whoever catches those
+        except RedisRefusalError:  # a ConnectionError too, as those of LOST are
             raise
         except LOST as error:
             raise RedisUnreachableError(_unreachable(server, error)) from None
@@ -139,7 +139,7 @@ def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
-    """What a server answers to each, errors among them, in one round trip."""
+    """The server's answers to these commands, errors among them, in one round trip."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)
@@ -162,7 +162,7 @@ def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
 
 
 def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
-    """Raise the worst of what a server answered: rights that are missing, what it does not know, what may pass."""
+    """Raise the worst error: rights that are missing first, then outages that may pass, then all other refusals."""
     rights = [error for error in errors if isinstance(error, NoPermissionError)]
     if rights:
         raise RedisRefusalError(server.says(words_for_rights(rights, server)))
@@ -213,7 +213,7 @@ def _scripts(name: str) -> Commands:
 
 
 def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
+    """The commands that kombu sends: queues are lists, bindings sets; scripts of a worker keep their deadlines."""
     binding = f"_kombu.binding.{name}"
     first = [
         ("SET", name, "1", "PX", PROBE_TTL_MS),
@@ -234,7 +234,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What outcomes, claims, groups and what a run is known by are made of, by our scripts too."""
+    """The commands for outcomes, claims, groups and the registry of a run; our scripts call some of them."""
     other = f"{name}.other"
     if side == "clean":  # it makes no key, not even for a moment
         return [], [
@@ -283,7 +283,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
-    """What media and their ledger are made of; a worker too drops those that arrive damaged."""
+    """The commands for media and their ledger. A worker needs them too: it drops media that arrive damaged."""
     other = f"{name}.other"
     return [("SET", name, "1", "PX", PROBE_TTL_MS)], [
         ("GET", name),
@@ -303,11 +303,11 @@ def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads}
-"""By role: what is sent first, and what is sent once that has made its keys."""
+"""By role: the commands that are sent first, and the commands that are sent once the first have made their keys."""
 
 
 def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
-    """What a worker is refused of channels, asked with the names that Celery uses; nothing is sent to who listens."""
+    """A worker's missing rights to channels, asked with the names that Celery uses; listeners are sent nothing."""
     prefix = f"/{server.database}."
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []

@@ -1,7 +1,7 @@
-"""What a server says that will not serve us, in words: what is missing, and which variable or right to set.
+"""Why a server will not serve us, in words: what is missing, and which variable or right to set.
 
-Only what waiting does not mend. A server that is away, full or on its way back is the business of
-`tasks.servers.connections`.
+Only refusals that waiting does not mend. `tasks.servers.connections` has the words for a server that is away, full or
+on its way back.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Server:
     """One Redis of a configuration."""
 
     role: str
-    """What it is for, as errors say it: `Redis for queues`."""
+    """Its purpose, as errors name it: `Redis for queues`."""
     variable: str
     """The variable that names it."""
     url: str
@@ -73,7 +73,7 @@ class Server:
 
 
 def servers_of(settings: Settings) -> list[Server]:
-    """The Redis servers that `settings` names; one that has two roles is there twice."""
+    """The Redis servers that `settings` names. A server that has two roles is listed twice."""
     results_by = "REWARDQ_RESULT_URL" if settings.result_url else "REWARDQ_BROKER_URL"
     servers = [
         Server("Redis for queues", "REWARDQ_BROKER_URL", settings.broker_url),
@@ -108,9 +108,9 @@ def words_for(error: BaseException, server: Server) -> str | None:
 
 
 def may_be_for_good(error: BaseException) -> bool:
-    """Whether a server that served us answers as one that will not any more: its user, its rights, its commands.
+    """Whether an error says that a server that served us refuses for good: its user, its rights, its commands.
 
-    Redis says so in many words, those of a script among them, so that this is a reason to ask it again, and no more.
+    Redis answers with many errors, errors of scripts among them: this is a reason to ask it again, and no more.
     """
     if isinstance(error, SERVES_NOT_NOW):
         return False
@@ -271,7 +271,7 @@ def _needs_tls(server: Server) -> str:
 
 
 def knock(server: Server) -> str | None:
-    """What a port speaks, by trying: a Redis without TLS, TLS, HTTP; None if it says nothing, or cannot be told."""
+    """What a port speaks, by trying: a Redis without TLS, TLS, or HTTP; None if it says nothing that tells."""
     parts = urlsplit(server.url)
     if parts.scheme not in ("redis", "rediss"):
         return None

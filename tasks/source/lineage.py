@@ -64,7 +64,7 @@ class Class:
         """The value of a class attribute, along the bases; a function as its statement; `ABSENT` if none has it.
 
         Raises:
-            UnreadableError: It may be another than what is written here.
+            UnreadableError: The value may be another than what is written here.
         """
         if num_steps > MAX_STEPS:
             raise UnreadableError("more bases than are followed")
@@ -115,7 +115,7 @@ class Class:
         return values_in(self.node.body, lambda node: _named_in(self.module, node))
 
     def _refuse_doubts(self, name: str) -> None:
-        """Raise `UnreadableError` where something else than its body may say what the attribute is."""
+        """Raise `UnreadableError` where not only the body of the class may say what the attribute is."""
         if self.node.decorator_list:
             raise UnreadableError(
                 f"the class has a decorator, {written(self.node.decorator_list[0])}"
@@ -236,7 +236,7 @@ def _named_in(module: Module, node: ast.expr, num_steps: int = 0) -> Any:
     if target is None or value is None:
         raise unknown
     found = value_of(value, lambda inner: _named_in(module, inner, num_steps + 1))
-    if not isinstance(found, str | tuple):  # a list may be changed by whoever has it
+    if not isinstance(found, str | tuple):  # other code may change a list
         raise unknown
     return found
 
@@ -291,7 +291,7 @@ def _find_name(
 
 
 def _other_name(statement: ast.stmt | None) -> ast.Name | ast.Attribute | None:
-    """What a class is called elsewhere, of a statement such as `Base = GroupwiseRewardModel`."""
+    """The other name of a class in a statement such as `Base = GroupwiseRewardModel`."""
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return None
     target, value = assigned(statement)
@@ -345,7 +345,7 @@ def _origin(module: Module, statement: ast.ImportFrom, name: str) -> tuple[Modul
 
 
 def _original(statement: ast.ImportFrom, name: str) -> str:
-    """What the other module calls it."""
+    """The name of it in the other module."""
     for alias in statement.names:
         if name == (alias.asname or alias.name):
             return alias.name
