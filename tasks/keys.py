@@ -30,8 +30,8 @@ def sent_number(queue: str) -> str:
     return f"{ROOT}sent:{queue}"
 
 
-def taken_number(queue: str) -> str:
-    """The highest message number a worker took from `queue`."""
+def consumed_offset(queue: str) -> str:
+    """The highest number of a message that a worker took from `queue`."""
     return f"{ROOT}taken:{queue}"
 
 

@@ -125,7 +125,7 @@ if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then redis.ca
 local time = redis.call('TIME')
 return time[1] * 1000 + math.floor(time[2] / 1000)
 """
-"""KEYS: the queue's taken number. ARGV: the number of a message that was taken. Returns Redis's clock in ms."""
+"""KEYS: the queue's consumed offset. ARGV: the number of a message that was taken. Returns Redis's clock in ms."""
 
 BEAT = """
 local time = redis.call('TIME')
