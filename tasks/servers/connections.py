@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 from redis.connection import DefaultParser, PythonRespSerializer, parse_url
@@ -103,8 +100,6 @@ NEARLY = 0.99
 """Share of its maxmemory from which a server may refuse a write."""
 
 DEFAULT_SENTINELS = Sentinels()
-
-T = TypeVar("T")
 
 
 def connect(
@@ -263,25 +258,3 @@ def why_away(error: BaseException) -> str:
     if "max number of clients reached" in str(error):
         return f"Redis is away: {MAX_CLIENTS}"
     return f"Redis is away: {error}"
-
-
-def persist(
-    call: Callable[[], T], give_up_s: float, stop: Callable[[], bool] = lambda: False
-) -> T:
-    """`call()`, again with growing pauses while the server is away, for at most `give_up_s` seconds.
-
-    Only for calls that may run twice. Raises the last error once the time is over or `stop()` is true, and at once what
-    waiting does not mend: that the server refuses this user.
-    """
-    deadline = time.monotonic() + give_up_s
-    pause_s = 0.05
-    while True:
-        try:
-            return call()
-        except redis.AuthenticationError:
-            raise
-        except LOST:
-            if stop() or time.monotonic() + pause_s > deadline:
-                raise
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s = min(2 * pause_s, 2.0)

@@ -1,56 +1,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
-import time
 
 import pytest
 import redis
 
 from tasks.celery_app import make_app
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.servers.connections import LOST, check_eviction, check_reachable, connect, persist, why_away
+from tasks.servers.connections import LOST, check_eviction, check_reachable, connect, why_away
 from tasks.settings import load_settings
 from tests.servers import wait_until
-
-
-class Flaky:
-    """Fails so many times, then answers."""
-
-    def __init__(self, num_failures: int, error: Exception) -> None:
-        self.left, self.error, self.calls = num_failures, error, 0
-
-    def __call__(self) -> str:
-        self.calls += 1
-        if self.left:
-            self.left -= 1
-            raise self.error
-        return "answer"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        redis.ConnectionError("refused"),
-        redis.TimeoutError("slow"),
-        redis.BusyLoadingError("loading"),
-        redis.OutOfMemoryError("full"),
-        ConnectionResetError("reset"),
-        TimeoutError("slow"),
-    ],
-)
-def test_a_server_that_is_away_for_a_while_is_asked_again(error):
-    call = Flaky(3, error)
-    assert persist(call, give_up_s=10) == "answer"
-    assert call.calls == 4
-
-
-@pytest.mark.parametrize("error", [redis.ResponseError("WRONGTYPE"), ValueError("ours"), redis.DataError("ours")])
-def test_an_error_that_asking_again_does_not_mend_is_raised_at_once(error):
-    call = Flaky(3, error)
-    with pytest.raises(type(error)):
-        persist(call, give_up_s=10)
-    assert call.calls == 1
+from workers.scoring.retry import Clock, retry
 
 
 @contextlib.contextmanager
@@ -153,7 +115,7 @@ def test_a_server_that_refuses_for_a_while_is_asked_again_and_says_why(private_r
         mender = threading.Timer(0.5, until_mended.close)
         mender.start()
         for way in ways:
-            persist(way, give_up_s=10)
+            retry(way, 10, Clock(), random.Random())
         mender.join()
     close()
 
@@ -185,22 +147,6 @@ def test_a_server_that_answers_and_refuses_is_not_said_to_be_nobody_there(privat
     ):
         check_reachable(client, server.url, "Redis for queues")
     assert str(caught.value).startswith(f"Redis for queues at {server.url}: Redis refuses to write: it cannot save")
-
-
-def test_the_last_error_is_raised_at_the_deadline():
-    call = Flaky(10**6, redis.ConnectionError("refused"))
-    started = time.monotonic()
-    with pytest.raises(redis.ConnectionError, match="refused"):
-        persist(call, give_up_s=0.4)
-    assert time.monotonic() - started > 0.1
-    assert call.calls < 20, "with pauses, and no further ones after the deadline"
-
-
-def test_whoever_stops_waits_no_longer():
-    call = Flaky(10**6, redis.ConnectionError("refused"))
-    with pytest.raises(redis.ConnectionError):
-        persist(call, give_up_s=60, stop=lambda: True)
-    assert call.calls == 1
 
 
 def test_a_server_that_answers_is_reachable(redis_url):

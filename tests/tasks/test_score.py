@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import redis
 
-from tasks import keys
+from tasks import app, keys
 from tasks.errors import BusyError, ModelLoadError
 from tasks.media import digest
 from tasks.messages import (
@@ -25,9 +25,9 @@ from tasks.messages import (
 from tasks.outcomes import address
 from tasks.payloads import FileStore, RedisStore
 from tests.servers import wait_until
-from workers.scoring import chunk as score
-from workers.scoring import group as combine
-from workers.scoring.messages import Desk, serve_at
+from workers.scoring.chunk import score
+from workers.scoring.context import ScoringContext, set_context
+from workers.scoring.group import score_group
 
 CALL = RewardCall(
     name="size",
@@ -96,13 +96,13 @@ class FakeClaims:
 
 
 class Bench:
-    """A worker's desk with a fake runner on a real Redis, and a client that sends requests to it."""
+    """A worker's scoring with a fake runner on a real Redis, and a client that sends requests to it."""
 
     def __init__(self, outcomes, store) -> None:
         self.outcomes, self.store = outcomes, store
         self.runner, self.claims = FakeRunner(), FakeClaims()
-        self.desk = Desk("gpu.1@h", outcomes, store, self.claims, self.runner)
-        serve_at(self.desk)
+        self.context = ScoringContext("gpu.1@h", outcomes, store, self.claims, self.runner)
+        set_context(app, self.context)
 
     def sample(self, name: str, attempt: int = 1, image: bytes | None = None) -> SampleRequest:
         data = image or b"x" * ord(name[0])
@@ -126,7 +126,7 @@ class Bench:
 
     def run(self, request_id: str = "c.request", wire: int = WIRE_VERSION, number: int = 1, store=None) -> str:
         arguments = ["size x 2", request_id, wire, number, self.store.identity() if store is None else store]
-        return score.score.apply(arguments).get()
+        return score.apply(arguments).get()
 
     def request_group(self, *members: SampleRequest, how: str = "rank") -> None:
         request = GroupRequest(
@@ -144,7 +144,7 @@ class Bench:
 
     def run_group(self) -> str:
         arguments = ["size x 2", "c.request", WIRE_VERSION, 1, self.store.identity()]
-        return combine.score_group.apply(arguments).get()
+        return score_group.apply(arguments).get()
 
     def send(self, *samples: SampleRequest, **how) -> str:
         self.request(*samples)
@@ -234,7 +234,10 @@ def test_tokens_differ_between_processes_of_one_name(bench):
     tokens = []
     bench.runner.before = lambda samples: tokens.extend(bench.claims.held.values())
     bench.send(bench.sample("a"))
-    code = "import workers.scoring.messages as s; print(s.new_token('gpu.1@h'))"
+    code = (
+        "from workers.scoring.context import ScoringContext as Context; "
+        "print(Context('gpu.1@h', None, None, None, None).new_token())"
+    )
     from tests.servers import ROOT, clean_env
 
     env = {**clean_env(), "PYTHONPATH": str(ROOT)}
@@ -333,13 +336,13 @@ def test_claims_are_free_again_when_the_client_reads_the_note(bench, monkeypatch
 def test_a_worker_with_another_store_says_so(bench, tmp_path):
     bench.request(bench.sample("a"))
     theirs = bench.store.identity()
-    bench.desk = Desk("gpu.1@h", bench.outcomes, FileStore(tmp_path / "shm"), bench.claims, bench.runner)
-    serve_at(bench.desk)
+    ours = FileStore(tmp_path / "shm")
+    set_context(app, ScoringContext("gpu.1@h", bench.outcomes, ours, bench.claims, bench.runner))
     assert bench.run(store=theirs) == "not read: store"
     note = bench.note()
     assert note.reason == "store"
     assert theirs in note.detail
-    assert bench.desk.store.identity() in note.detail
+    assert ours.identity() in note.detail
     assert "REWARDQ_PAYLOAD_URL" in note.detail
 
 
@@ -367,7 +370,7 @@ def test_a_request_that_is_no_request_is_noted(bench):
 def test_a_later_client_may_send_more_arguments(bench):
     bench.request(bench.sample("a"))
     arguments = ["size x 2", "c.request", WIRE_VERSION, 1, bench.store.identity(), "more", {"and": "more"}]
-    assert score.score.apply(arguments).get() == "1 scored"
+    assert score.apply(arguments).get() == "1 scored"
 
 
 def test_a_model_that_cannot_be_loaded_fails_every_sample_with_the_reason(bench):

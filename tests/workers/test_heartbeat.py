@@ -12,9 +12,10 @@ from tasks.payloads import RedisStore
 from tasks.settings import load_settings
 from tests.outcomes import Outcomes
 from tests.servers import wait_until
-from workers.process.heartbeat import HeartbeatThread
-from workers.process.loading import Models
-from workers.process.startup import _hand_back
+from workers.loading.cache import ModelCache
+from workers.process.heartbeat import HeartbeatThread, WorkerState
+from workers.process.startup import release_and_end
+from workers.scoring.held_claims import HeldClaims
 
 A, B, C = (address("run", "f", key) for key in ("a", "b", "c"))
 TTL_S = 1.0
@@ -26,9 +27,11 @@ def beats_of(settings):
     """Makes heartbeats and ends them."""
     made = []
 
-    def make(outcomes: Outcomes, url: str = settings.payloads, node: str = "gpu.1@h") -> HeartbeatThread:
-        store = RedisStore(url)
-        beats = HeartbeatThread(node, ("gpu", "mine"), outcomes, store, Models(load_settings()), TTL_S)
+    def make(outcomes: Outcomes, url: str = settings.payloads, claims: HeldClaims | None = None) -> HeartbeatThread:
+        store, models = RedisStore(url), ModelCache(load_settings())
+        claims = claims or HeldClaims(outcomes)
+        state = WorkerState("gpu.1@h", ("gpu", "mine"))
+        beats = HeartbeatThread(state, claims, outcomes, store, models, TTL_S)
         beats.start()
         made.append((beats, store))
         return beats
@@ -80,27 +83,33 @@ def test_a_beat_under_way_when_the_worker_ends_does_not_bring_it_back(outcomes, 
     assert outcomes.workers() == []
 
 
-def test_claims_that_are_held_live_on_and_others_expire(outcomes, beats_of):
-    beats = beats_of(outcomes)
+@pytest.fixture
+def claims(outcomes, beats_of) -> HeldClaims:
+    """Held claims that a heartbeat extends."""
+    claims = HeldClaims(outcomes)
+    beats_of(outcomes, claims=claims)
+    return claims
+
+
+def test_claims_that_are_held_live_on_and_others_expire(outcomes, claims):
     outcomes.claim([A, B], [1, 1], "mine", LATER_MS)
-    beats.hold([A], "mine")
+    claims.hold([A], "mine")
     wait_until(lambda: outcomes.claimed([A, B]) == [True, False])
     time.sleep(TTL_S)
     assert outcomes.claimed([A]) == [True]
-    assert beats.held == {A: "mine"}
-    beats.drop([A], "mine")
+    assert claims.tokens == {A: "mine"}
+    claims.drop([A], "mine")
     wait_until(lambda: outcomes.claimed([A]) == [False])
 
 
-def test_a_task_that_ends_lets_no_claim_of_another_task_go(outcomes, beats_of):
+def test_a_task_that_ends_lets_no_claim_of_another_task_go(outcomes, claims):
     """Redis was emptied while a task was scoring, and the same worker took the message that was sent again."""
-    beats = beats_of(outcomes)
     outcomes.claim([A], [1], "first", LATER_MS)
-    beats.hold([A], "first")
+    claims.hold([A], "first")
     outcomes.redis.flushall()
     outcomes.claim([A], [1], "second", LATER_MS)
-    beats.hold([A], "second")
-    beats.drop([A], "first")
+    claims.hold([A], "second")
+    claims.drop([A], "first")
     time.sleep(2 * TTL_S)
     assert outcomes.claimed([A]) == [True]
 
@@ -117,12 +126,13 @@ def test_what_an_ending_process_gives_back_is_not_claimed_again_by_an_extension_
         return extend(tokens)
 
     monkeypatch.setattr(outcomes, "extend", slow_extend)
-    beats = beats_of(outcomes)
+    claims = HeldClaims(outcomes)
+    beats = beats_of(outcomes, claims=claims)
     for token, addresses in (("one", [A, B]), ("two", [C])):
         outcomes.claim(addresses, [1] * len(addresses), token, LATER_MS)
-        beats.hold(addresses, token)
+        claims.hold(addresses, token)
     assert is_extending.wait(10)
-    _hand_back(outcomes, beats)
+    release_and_end(claims, beats)
     time.sleep(0.3)
     assert outcomes.claimed([A, B, C]) == [False, False, False]
     assert not any(outcomes.redis.exists(keys.starts(a)) for a in (A, B, C))
@@ -142,9 +152,10 @@ def test_a_bug_of_ours_does_not_end_the_threads(outcomes, beats_of, monkeypatch)
 
     monkeypatch.setattr(outcomes, "beat", raise_once(0, beat))
     monkeypatch.setattr(outcomes, "extend", raise_once(1, extend))
-    beats = beats_of(outcomes)
+    claims = HeldClaims(outcomes)
+    beats_of(outcomes, claims=claims)
     outcomes.claim([A], [1], "mine", LATER_MS)
-    beats.hold([A], "mine")
+    claims.hold([A], "mine")
     wait_until(outcomes.workers)
     time.sleep(2 * TTL_S)
     assert outcomes.claimed([A]) == [True]

@@ -1,13 +1,11 @@
 """The task that turns a chunk into outcomes: read, claim, score, write once.
 
 It may run twice, late, or on another worker after a crash: claims and outcomes (see `tasks.outcomes`) keep the answer
-one. What it cannot read it leaves to the client, by a note; it never raises for a sample.
+the same. A request that it cannot read it leaves to the client, by a note; it never raises for a sample.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,16 +14,16 @@ from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
 from tasks.messages import Failure, MediaRef, Outcome, SampleRequest, ScoreRequest
 from tasks.outcomes import USUAL_STARTS
-from workers.scoring.messages import Desk, Message, lasting, new_token, on_desk
+from workers.scoring.context import ScoringContext, context_of
+from workers.scoring.handling import handle
+from workers.scoring.task_message import TaskMessage, queue_of
 
 MOST_STARTS_ALONE = 3
 """A suspect that was started alone so often without an answer is given up."""
 
-_place_for_a_suspect = threading.Lock()
-
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(
+def score(  # noqa: PLR0913  (the arguments are the wire's)
     self: Any,
     label: str,
     request_id: str,
@@ -36,41 +34,48 @@ def score(
 ) -> str:
     """Score the chunk of a request; returns a few words for people.
 
-    Args:
-        label: What it is, for logs and Flower; `OCR x 16, run demo step 3`.
-        request_id, wire, number, store: As in `workers.scoring.messages.Message`.
+    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
-    message = Message(request_id, wire, number, store)
-    return on_desk(
-        self,
-        label,
-        message,
-        ScoreRequest,
-        lambda desk, request, now: Chunk(desk, request, now).score(),
-    )
+    message = TaskMessage(label, queue_of(self), request_id, wire, store, number)
+    return handle(context_of(self.app), message, ScoreRequest, score_chunk)
 
 
-class Chunk:
-    """One chunk on its way through this process."""
+def score_chunk(
+    context: ScoringContext, _message: TaskMessage, request: ScoreRequest, taken_ms: int
+) -> str:
+    """Score a chunk; the work of the task."""
+    return ChunkScorer(context, request, taken_ms).score()
 
-    def __init__(self, desk: Desk, request: ScoreRequest, taken_ms: int) -> None:
-        self.desk, self.request, self.token = desk, request, new_token(desk.node)
+
+class ChunkScorer:
+    """Scores one chunk.
+
+    Args:
+        context: What the process scores with.
+        request: The chunk.
+        taken_ms: When its message was taken, on Redis's clock.
+    """
+
+    def __init__(
+        self, context: ScoringContext, request: ScoreRequest, taken_ms: int
+    ) -> None:
+        self.context, self.request, self.token = context, request, context.new_token()
         self.queued_s = max(0.0, (taken_ms - request.sent_ms) / 1000)
         self.num_scored = self.num_failed = 0
         self.fetch_s = 0.0
         self.left: set[str] = set()
-        """Addresses claimed by us and unanswered."""
+        """Addresses that this task has claimed and not answered yet."""
 
     def score(self) -> str:
-        """Load, claim, fetch, run, write.
+        """Load, claim, fetch, run, write; returns a few words for people.
 
         Raises:
-            BusyError: The model cannot be asked now; what is not answered is given back.
-            PayloadGoneError: Media are not in the store; all claims are given back.
-            StaleCodeError: This process has loaded other code than is asked for; all claims are given back.
+            BusyError: The model cannot be asked now. Claims of samples without an answer are released.
+            PayloadGoneError: Media are not in the store. All claims are released.
+            StaleCodeError: This process has loaded other code than is asked for. All claims are released.
         """
-        call, runner = self.request.reward, self.desk.runner
-        if not runner.is_loaded(call) and not self._unanswered():
+        call, runner = self.request.reward, self.context.runner
+        if not runner.is_loaded(call) and not self._has_unanswered():
             return "answered already"
         try:
             with runner.lend(call) as model:
@@ -79,28 +84,38 @@ class Chunk:
             return self._fail_all(str(error))
 
     def _score_by(self, model: Any) -> str:
-        self.desk.runner.admit(model)
+        self.context.runner.admit(model)
         claimed = self._claim()
         if not claimed:
             return "answered or claimed already"
-        self.left = {s.address for s, _ in claimed}
-        self.desk.claims.hold(self.left, self.token)
+        self.left = {sample.address for sample, _ in claimed}
+        self.context.claims.hold(self.left, self.token)
         try:
-            if _place_for_a_suspect.locked() and all(
-                starts > USUAL_STARTS for _, starts in claimed
-            ):
-                return "suspects, sent back: another is being scored alone"
-            payloads, self.fetch_s = self._fetch([s for s, _ in claimed])
-            self._run(
-                model, [s for s, starts in claimed if starts <= USUAL_STARTS], payloads
-            )
-            for sample in [s for s, starts in claimed if starts > USUAL_STARTS]:
-                self._run_suspect(model, sample, payloads)
+            return self._score_claimed(model, claimed)
         finally:
-            self.desk.claims.drop(self.left, self.token)
-            if self.left:
-                lasting(lambda: self.desk.outcomes.release(self.left, self.token))
+            self._release_left()
+
+    def _score_claimed(
+        self, model: Any, claimed: Sequence[tuple[SampleRequest, int]]
+    ) -> str:
+        """Score claimed samples, given with their starts: the usual ones together, then each suspect alone."""
+        usual = [sample for sample, starts in claimed if starts <= USUAL_STARTS]
+        suspects = [sample for sample, starts in claimed if starts > USUAL_STARTS]
+        if not usual and self.context.quarantine.locked():
+            return "suspects, sent back: another is being scored alone"
+        payloads = self._fetch([*usual, *suspects])
+        self._run(model, usual, payloads)
+        for suspect in suspects:
+            self._run_suspect(model, suspect, payloads)
         return self._words()
+
+    def _release_left(self) -> None:
+        """Release the claims of samples that are not answered."""
+        self.context.claims.drop(self.left, self.token)
+        if self.left:
+            self.context.retry(
+                lambda: self.context.outcomes.release(self.left, self.token)
+            )
 
     def _run(
         self,
@@ -108,24 +123,23 @@ class Chunk:
         samples: Sequence[SampleRequest],
         payloads: Mapping[str, bytes],
     ) -> None:
-        for outcomes in self.desk.runner.run(
-            model, self.request.reward, samples, payloads
-        ):
+        reward = self.request.reward
+        for outcomes in self.context.runner.run(model, reward, samples, payloads):
             self._write(outcomes)
 
     def _run_suspect(
         self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]
     ) -> None:
-        """Run a sample alone, at most one such in this process at a time; if the place is taken it goes back.
+        """Run a suspect in quarantine, one at a time in this process; if another is there, the sample is sent back.
 
-        One that ended its process each time is given up, but not before `timeout_s` has passed: what ends processes
-        for a while (a host out of memory, a deployment) is not the sample's fault.
+        A suspect that ended its process each time is given up, but not before `timeout_s` has passed: what ends
+        processes for a while (a host out of memory, a deployment) is not the sample's fault.
         """
-        if not _place_for_a_suspect.acquire(blocking=False):
+        if not self.context.quarantine.acquire(blocking=False):
             return
         try:
-            earlier, since_s = lasting(
-                lambda: self.desk.outcomes.start_alone(
+            earlier, since_s = self.context.retry(
+                lambda: self.context.outcomes.start_alone(
                     sample.address, MOST_STARTS_ALONE, self.token
                 )
             )
@@ -133,92 +147,113 @@ class Chunk:
                 self._run(model, [sample], payloads)
             elif since_s >= self.request.reward.timeout_s:
                 message = f"its worker process ended without an answer each of the {earlier} times it was scored alone"
-                self._write(
-                    {
-                        sample.address: Outcome(
-                            failure=Failure(kind="failed", message=message)
-                        )
-                    }
-                )
+                failure = Failure(kind="failed", message=message)
+                self._write({sample.address: Outcome(failure=failure)})
         finally:
-            _place_for_a_suspect.release()
+            self.context.quarantine.release()
 
-    def _unanswered(self) -> bool:
-        samples = self.request.samples
-        found = lasting(
-            lambda: self.desk.outcomes.look_up([s.address for s in samples])
-        )
-        return any(
-            o is None or (not o.is_final and o.attempt < s.attempt)
-            for o, s in zip(found, samples, strict=True)
-        )
+    def _has_unanswered(self) -> bool:
+        addresses = [sample.address for sample in self.request.samples]
+        found = self.context.retry(lambda: self.context.outcomes.look_up(addresses))
+        for outcome, sample in zip(found, self.request.samples, strict=True):
+            if not answers(outcome, sample.attempt):
+                return True
+        return False
 
     def _claim(self) -> list[tuple[SampleRequest, int]]:
         """The samples that are this task's to score, with their starts. Equal samples in a chunk are claimed once."""
         samples = list({s.address: s for s in self.request.samples}.values())
-        addresses, attempts = [s.address for s in samples], [s.attempt for s in samples]
-        claims = lasting(
-            lambda: self.desk.outcomes.claim(
+        addresses = [sample.address for sample in samples]
+        attempts = [sample.attempt for sample in samples]
+        claims = self.context.retry(
+            lambda: self.context.outcomes.claim(
                 addresses, attempts, self.token, self.request.deadline_ms
             )
         )
-        pairs = zip(samples, claims or (), strict=claims is not None)
-        return [(s, c.starts) for s, c in pairs if c.state == "claimed"]
+        if claims is None:  # the deadline has passed
+            return []
+        claimed = []
+        for sample, claim in zip(samples, claims, strict=True):
+            if claim.state == "claimed":
+                claimed.append((sample, claim.starts))
+        return claimed
 
-    def _fetch(
-        self, samples: Sequence[SampleRequest]
-    ) -> tuple[dict[str, bytes], float]:
-        names = list(dict.fromkeys(ref.name for s in samples for ref in _refs(s)))
-        started = time.perf_counter()
-        found = lasting(lambda: self.desk.store.get(names))
-        fetched = {
-            name: data
-            for name, data in zip(names, found, strict=True)
-            if data is not None
-        }
-        digests = {ref.name: ref.digest for s in samples for ref in _refs(s)}
-        damaged = [
-            name for name, data in fetched.items() if digest(data) != digests[name]
-        ]
-        if damaged:  # else the client finds it there, and sends the same again
-            lasting(lambda: self.desk.store.free(damaged))
-        missing = [name for name in names if name not in fetched or name in damaged]
+    def _fetch(self, samples: Sequence[SampleRequest]) -> dict[str, bytes]:
+        """The media of samples, by name in the store.
+
+        Raises:
+            PayloadGoneError: Some are not there, or are other bytes than the client put there.
+        """
+        clock, store = self.context.clock, self.context.store
+        started = clock.monotonic()
+        digests = {}
+        for sample in samples:
+            for ref in _refs(sample):
+                digests[ref.name] = ref.digest
+        names = list(digests)
+        found = self.context.retry(lambda: store.get(names))
+
+        fetched, missing, damaged = {}, [], []
+        for name, data in zip(names, found, strict=True):
+            if data is None:
+                missing.append(name)
+            elif digest(data) != digests[name]:
+                missing.append(name)
+                damaged.append(name)
+            else:
+                fetched[name] = data
+        if damaged:
+            # Else the client would find them there, and send the same again.
+            self.context.retry(lambda: store.free(damaged))
         if missing:
             raise PayloadGoneError(missing)
-        return fetched, time.perf_counter() - started
+        self.fetch_s = clock.monotonic() - started
+        return fetched
 
-    def _write(self, outcomes: dict[str, Outcome]) -> None:
+    def _write(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Write outcomes by address, and let their claims go."""
         times = {
             "queued_s": round(self.queued_s, 4),
             "fetch_s": round(self.fetch_s, 4),
-            "worker": self.desk.node,
+            "worker": self.context.node,
         }
-        attempts = {s.address: s.attempt for s in self.request.samples}
-        complete = {
-            a: o.model_copy(
-                update={"attempt": attempts[a], "origin": {**o.origin, **times}}
+        attempts = {sample.address: sample.attempt for sample in self.request.samples}
+        complete = {}
+        for address, outcome in outcomes.items():
+            origin = {**outcome.origin, **times}
+            complete[address] = outcome.model_copy(
+                update={"attempt": attempts[address], "origin": origin}
             )
-            for a, o in outcomes.items()
-        }
-        lasting(lambda: self.desk.outcomes.write(complete, self.token))
-        self.desk.claims.drop(
-            complete, self.token
-        )  # a Redis emptied from now on is not to have them claimed again
+        self.context.retry(lambda: self.context.outcomes.write(complete, self.token))
+        # Not at the end of the chunk: if Redis is emptied meanwhile, an extension would claim them again for nobody.
+        self.context.claims.drop(complete, self.token)
         self.left -= complete.keys()
-        each = [one for o in outcomes.values() for one in o.members or (o,)]
-        self.desk.tally.count(self.request.reward.name, each)
-        self.num_scored += sum(one.reward is not None for one in each)
-        self.num_failed += sum(one.reward is None for one in each)
+        self._count(outcomes)
+
+    def _count(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Count what was written; a group counts its members."""
+        each: list[Outcome] = []
+        for outcome in outcomes.values():
+            each += outcome.members or (outcome,)
+        self.context.tally.count(self.request.reward.name, each)
+        num_scored = sum(one.reward is not None for one in each)
+        self.num_scored += num_scored
+        self.num_failed += len(each) - num_scored
 
     def _fail_all(self, message: str) -> str:
-        claimed = self._claim()
         failure = Failure(kind="failed", message=message)
-        self._write({s.address: Outcome(failure=failure) for s, _ in claimed})
+        claimed = self._claim()
+        self._write({sample.address: Outcome(failure=failure) for sample, _ in claimed})
         return self._words()
 
     def _words(self) -> str:
         failed = f", {self.num_failed} failed" if self.num_failed else ""
         return f"{self.num_scored} scored{failed}"
+
+
+def answers(outcome: Outcome | None, attempt: int) -> bool:
+    """Whether an outcome answers a request for this attempt: a reward always does, a failure if it is as late."""
+    return outcome is not None and (outcome.is_final or outcome.attempt >= attempt)
 
 
 def _refs(sample: SampleRequest) -> Iterator[MediaRef]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from typing import Any
 
-from tasks.celery_app import COMBINE, GROUP, PRIORITY_FIRST, app
+from tasks.celery_app import COMBINE, GROUP, app
 from tasks.groups import combine
-from tasks.messages import WIRE_VERSION, GroupRequest
-from workers.scoring.chunk import Chunk
-from workers.scoring.messages import Desk, Message, lasting, new_token, on_desk
+from tasks.messages import GroupRequest
+from workers.scoring.chunk import ChunkScorer, answers
+from workers.scoring.context import ScoringContext, context_of
+from workers.scoring.handling import handle
+from workers.scoring.task_message import TaskMessage, queue_of
 
 WAIT_FOR_OTHERS_S = 1.0
 """A body waits so long for parts that another task is scoring, before it sends itself again."""
 
+LOOK_EVERY_S = 0.1
+"""How often a body looks for those parts meanwhile."""
+
 MOST_RETURNS = 60
-"""A body sends itself again so often at most; then it is the client's to send."""
+"""A body sends itself again so often at most; then the client sends the group again."""
 
 WAITING = "waits for others"
 
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
-def score_group(
+def score_group(  # noqa: PLR0913  (the arguments are the wire's)
     self: Any,
     label: str,
     request_id: str,
@@ -32,31 +37,14 @@ def score_group(
 ) -> str:
     """Score the parts of a group and combine them; returns a few words for people.
 
-    The arguments are those of `workers.scoring.chunk.score`.
-
-    Parts that another task is scoring are left to it, and a body is sent to combine them then.
+    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
-
-    def work(desk: Desk, request: GroupRequest, taken_ms: int) -> str:
-        if _is_answered(desk, request):
-            return "answered already"
-        words = (
-            Chunk(desk, request.chunk(), taken_ms).score()
-            if request.parts
-            else "nothing to score"
-        )
-        combined = _combine(desk, request)
-        if combined == WAITING:
-            _send_body(self, label, request_id, store, num_returns=0)
-        return f"{words}; {combined}"
-
-    return on_desk(
-        self, label, Message(request_id, wire, number, store), GroupRequest, work
-    )
+    message = TaskMessage(label, queue_of(self), request_id, wire, store, number)
+    return handle(context_of(self.app), message, GroupRequest, score_and_combine)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
-def combine_group(
+def combine_group(  # noqa: PLR0913  (the arguments are the wire's)
     self: Any,
     label: str,
     request_id: str,
@@ -67,73 +55,82 @@ def combine_group(
 ) -> str:
     """Make a group's outcome of those of its parts; the body of a chord, whose header scored them.
 
+    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
+    """
+    message = TaskMessage(
+        label, queue_of(self), request_id, wire, store, num_returns=num_returns
+    )
+    return handle(context_of(self.app), message, GroupRequest, wait_and_combine)
+
+
+def score_and_combine(
+    context: ScoringContext, message: TaskMessage, request: GroupRequest, taken_ms: int
+) -> str:
+    """Score the parts of a group and combine them; the work of `score_group`.
+
+    Parts that another task is scoring are left to that task, and a body is sent to combine them then.
+    """
+    if _is_answered(context, request):
+        return "answered already"
+    words = "nothing to score"
+    if request.parts:
+        words = ChunkScorer(context, request.chunk(), taken_ms).score()
+    combined = combine_parts(context, request)
+    if combined == WAITING:
+        context.send_body(dataclasses.replace(message, number=0, num_returns=0))
+    return f"{words}; {combined}"
+
+
+def wait_and_combine(
+    context: ScoringContext, message: TaskMessage, request: GroupRequest, _taken_ms: int
+) -> str:
+    """Combine the parts of a group; the work of `combine_group`.
+
     Parts that another task is still scoring are waited for: after a pause the body sends itself again. Parts that
     nobody is scoring are left to the client, which sends the group again.
     """
-
-    def work(desk: Desk, request: GroupRequest, _taken_ms: int) -> str:
-        ends_at = time.monotonic() + WAIT_FOR_OTHERS_S
-        while (
-            words := _combine(desk, request)
-        ) == WAITING and time.monotonic() < ends_at:
-            time.sleep(0.1)
-        if words == WAITING and num_returns < MOST_RETURNS:
-            _send_body(self, label, request_id, store, num_returns + 1)
-        return words
-
-    return on_desk(self, label, Message(request_id, wire, 0, store), GroupRequest, work)
+    clock = context.clock
+    ends_at = clock.monotonic() + WAIT_FOR_OTHERS_S
+    words = combine_parts(context, request)
+    while words == WAITING and clock.monotonic() < ends_at:
+        clock.sleep(LOOK_EVERY_S)
+        words = combine_parts(context, request)
+    if words == WAITING and message.num_returns < MOST_RETURNS:
+        num_returns = message.num_returns + 1
+        context.send_body(dataclasses.replace(message, num_returns=num_returns))
+    return words
 
 
-def _send_body(
-    task: Any, label: str, request_id: str, store: str, num_returns: int
-) -> None:
-    queue = task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
-    args = [label, request_id, WIRE_VERSION, store, num_returns]
-    app.send_task(
-        COMBINE,
-        args=args,
-        queue=queue,
-        argsrepr=label,
-        priority=PRIORITY_FIRST,
-        ignore_result=True,
-    )
+def combine_parts(context: ScoringContext, request: GroupRequest) -> str:
+    """Read the outcomes of a group's parts and write the group's once; returns what came of it, in words."""
+    outcomes, parts = context.outcomes, request.parts
+    addresses = [part.address for part in parts]
+    found = context.retry(lambda: outcomes.look_up(addresses))
 
-
-def _combine(desk: Desk, request: GroupRequest) -> str:
-    """Read the parts' outcomes and write the group's once; what came of it."""
-    outcomes, parts = desk.outcomes, request.parts
-    addresses = [p.address for p in parts]
-    found = dict(
-        zip(addresses, lasting(lambda: outcomes.look_up(addresses)), strict=True)
-    )
-    there = {a: o for a, o in found.items() if o is not None}
-    missing = [
-        p.address
-        for p in parts
-        if p.address not in there
-        or not (there[p.address].is_final or there[p.address].attempt >= p.attempt)
-    ]
+    there, missing = {}, []
+    for part, outcome in zip(parts, found, strict=True):
+        if outcome is not None:
+            there[part.address] = outcome
+        if not answers(outcome, part.attempt):
+            missing.append(part.address)
     if missing:
-        return (
-            WAITING
-            if any(lasting(lambda: outcomes.claimed(missing)))
-            else f"{len(missing)} parts are missing"
-        )
-    token = new_token(desk.node)
-    claims = lasting(
+        if any(context.retry(lambda: outcomes.claimed(missing))):
+            return WAITING
+        return f"{len(missing)} parts are missing"
+
+    token = context.new_token()
+    claims = context.retry(
         lambda: outcomes.claim(
             [request.address], [request.attempt], token, request.deadline_ms
         )
     )
     if claims is None or claims[0].state != "claimed":
         return "combined already"
-    whole = combine(request, there)
-    lasting(lambda: outcomes.write({request.address: whole}, token))
+    combined = combine(request, there)
+    context.retry(lambda: outcomes.write({request.address: combined}, token))
     return "combined"
 
 
-def _is_answered(desk: Desk, request: GroupRequest) -> bool:
-    outcome = lasting(lambda: desk.outcomes.look_up([request.address]))[0]
-    return outcome is not None and (
-        outcome.is_final or outcome.attempt >= request.attempt
-    )
+def _is_answered(context: ScoringContext, request: GroupRequest) -> bool:
+    outcome = context.retry(lambda: context.outcomes.look_up([request.address]))[0]
+    return answers(outcome, request.attempt)

@@ -1,0 +1,58 @@
+"""The message of a scoring task, and how a worker sends one itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.celery_app import COMBINE, PRIORITY_FIRST, app
+from tasks.messages import WIRE_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMessage:
+    """What a task's message says.
+
+    Attributes:
+        label: What the task is for, for logs and Flower; `OCR x 16, run demo step 3`.
+        queue: The queue that the message came by.
+        request_id: Where the request is in the payload store.
+        wire: Wire version of the client.
+        store: Identity of the client's payload store.
+        number: The message's number in its queue; 0 where it has none.
+        num_returns: How often this body of a chord was sent again, since others were still scoring its parts.
+    """
+
+    label: str
+    queue: str
+    request_id: str
+    wire: int
+    store: str
+    number: int = 0
+    num_returns: int = 0
+
+
+def queue_of(task: Any) -> str:
+    """The queue that a Celery task's message came by."""
+    queue: str = (
+        task.request.delivery_info.get("routing_key") or app.conf.task_default_queue
+    )
+    return queue
+
+
+def send_body(message: TaskMessage) -> None:
+    """Send the body of a group's chord, the task that combines its parts, to the queue of the message."""
+    app.send_task(
+        COMBINE,
+        args=[
+            message.label,
+            message.request_id,
+            WIRE_VERSION,
+            message.store,
+            message.num_returns,
+        ],
+        queue=message.queue,
+        argsrepr=message.label,
+        priority=PRIORITY_FIRST,
+        ignore_result=True,
+    )
