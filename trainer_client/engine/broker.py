@@ -13,6 +13,9 @@ from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
 from tasks.messages import WIRE_VERSION
 from trainer_client.engine.requests import Message
 
+DISCONNECT_S = 1.0
+"""How long a call under way is waited for before its connection is given back."""
+
 MESSAGES_A_BATCH = 200
 """Messages handed to Redis in one transaction."""
 
@@ -64,9 +67,12 @@ class CeleryBroker:
             return int(declared.message_count)
 
     def disconnect(self) -> None:
-        """See `Broker`."""
-        with self._lock:
-            self._disconnect()
+        """See `Broker`. A call that hangs keeps its connection."""
+        if self._lock.acquire(timeout=DISCONNECT_S):
+            try:
+                self._disconnect()
+            finally:
+                self._lock.release()
 
     def _connect(self) -> Any:
         if self._connection is None:

@@ -246,6 +246,7 @@ class Intake:
 
     def start_storing(self) -> None:
         """Store what there is room for, first come, first stored."""
+        is_storing = bool(self._to_store)
         while self._to_store:
             payload = self._to_store[0]
             if not payload.users:  # nobody needs it any more
@@ -255,7 +256,8 @@ class Intake:
             if not self._room.admit(payload.content.num_bytes):
                 break
             self._store_first()
-        if self._to_store and self._room.is_due(self._core.now):
+        # Measured also while there is room: other clients fill the store too.
+        if is_storing and self._room.is_due(self._core.now):
             self._room.is_measuring = True
             self._core.act(do.MeasureStore(self._queues_if_stuck()))
         is_full = bool(self._to_store) and self._room.is_known
@@ -269,7 +271,7 @@ class Intake:
 
     def _queues_if_stuck(self) -> list[str]:
         """Queues of the groups that a full store may be waiting for, if nothing has left it for long."""
-        if not self._room.is_stuck(self._core.now):
+        if not self._to_store or not self._room.is_stuck(self._core.now):
             return []
         users = self._to_store[0].users
         slots = [user.source for user in users if user.source is not None]
