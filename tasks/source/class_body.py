@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks.source.constants import Named, UnreadableError, value_of, written
+from tasks.source.files import last_name
 from tasks.source.modules import STAR, Module, bound_by
 
 _RUNS_CODE = {"exec", "eval", "locals", "vars", "globals", "setattr"}
@@ -99,13 +100,6 @@ def _sum_of(statement: ast.AugAssign) -> ast.expr:
     if isinstance(now, ast.Name):
         now = ast.copy_location(ast.Name(now.id, ast.Load()), now)
     return ast.copy_location(ast.BinOp(now, ast.Add(), statement.value), statement)
-
-
-def last_name(base: ast.expr) -> str:
-    """`PointwiseRewardModel` of `workers.PointwiseRewardModel`."""
-    if isinstance(base, ast.Attribute):
-        return base.attr
-    return base.id if isinstance(base, ast.Name) else ""
 
 
 def _is_class(module: Module, node: ast.expr) -> bool:
