@@ -324,7 +324,7 @@ class _Service:
         return given
 
     def _decode_media(self, given: dict[str, Any]) -> None:
-        """Put images in the place of what a request has of them. Raises the answer that says what is wrong."""
+        """Replace the media of a request by images. Raises the answer that says what is wrong with them."""
         problems: dict[str, str] = {}
         for name, depth in MEDIA_DEPTHS.items():
             if given.get(name) is None:

@@ -24,7 +24,7 @@ MAX_DECLARATION_CHARS = 400
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What the `__call__` of a model has arguments for."""
+    """The arguments of a model's `__call__`."""
 
     has_default: Mapping[str, bool]
     """The arguments that can be given by name, and whether each has a default."""
@@ -40,7 +40,7 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Taking:
-    """What a model takes."""
+    """The fields of a sample that a model takes, and the arguments that they are given to."""
 
     declared: tuple[str, ...]
     """Fields of a sample that its class declares."""
@@ -53,7 +53,8 @@ class Taking:
     def call_with(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """The arguments for a call with these values of each field; None for a field that no sample has.
 
-        As in Flow-Factory `__call__` gets what it has a name for. A field that no sample has is left to its default.
+        As in Flow-Factory, `__call__` gets the fields that it has arguments for. A field that no sample has is left out
+        if its argument has a default.
         """
         given: dict[str, Any] = {}
         for field, column in columns.items():
@@ -80,7 +81,7 @@ class Taking:
 
 
 def taking_of(model: RewardModel) -> Taking:
-    """What a model takes.
+    """The fields that a model takes.
 
     Raises:
         ModelLoadError: It declares a field that no sample has, or its declaration is no list of fields.
@@ -101,9 +102,9 @@ def taking_of(model: RewardModel) -> Taking:
 def unsent(
     name: str, taking: Taking, samples: Iterable[SampleRequest]
 ) -> Failure | None:
-    """Why these samples cannot be scored if the model takes a field that they have and that was not sent.
+    """Why these samples cannot be scored, if the model takes a field that they have and that was not sent; else None.
 
-    To the model such a sample would look like a sample without the field: a number that is plausible and wrong.
+    To the model such a sample would look like a sample without the field: its reward would be plausible and wrong.
 
     Args:
         name: Of the reward model, as the config has it.
@@ -134,12 +135,12 @@ def lacks_all_media(taking: Taking, sample: SampleRequest) -> str:
 
 
 def is_ours(model: RewardModel) -> bool:
-    """Whether its class is one of this package: what it declares as required, it demands."""
+    """Whether its class is one of this package. Only of these classes a required field is a demand."""
     return type(model).__module__.partition(".")[0] == "workers"
 
 
 def _declared(model: RewardModel, attribute: str) -> tuple[str, ...]:
-    """What an attribute of a class says, however it says it: a text, any sequence of texts, a property, a method."""
+    """The fields that an attribute of a class names: a text, any sequence of texts, a property or a method."""
     value: Any = getattr(model, attribute, None)
     if callable(value):
         value = value()
@@ -192,7 +193,7 @@ def _their_names(field: str) -> list[str]:
 
 
 def _warn_of_named(name: str, taking: Taking, withheld: set[str]) -> None:
-    """Say which media a class has an argument for, or looks up, without declaring them: they do not travel."""
+    """Warn of media that a class has an argument for, or looks up, and does not declare: they are not sent."""
     for field in MEDIA_FIELDS:
         if field in withheld and field in taking.arguments:
             _warn_once(name, field)

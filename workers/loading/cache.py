@@ -36,7 +36,7 @@ at the same time use theirs more often."""
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What a model is kept under."""
+    """Cache key of a model: its fingerprint, plus the connection options of a remote model."""
 
     fingerprint: str
     connection: str
@@ -59,20 +59,20 @@ class CacheKey:
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A reward model in memory. `lock` is held while it is called, unless it is thread-safe."""
+    """A reward model in memory. `lock` is held while the model is called, unless it is thread-safe."""
 
     model: RewardModel
     lock: threading.Lock = field(default_factory=threading.Lock)
     max_batch: int = 1_000_000
-    """The batch size that fitted into the device's memory."""
+    """The largest batch that is tried, after a larger one did not fit into the device's memory."""
     num_too_large: int = 0
-    """Samples that did not fit even alone."""
+    """How many samples did not fit into the device's memory even alone."""
     load_warnings: tuple[str, ...] = ()
-    """What libraries warned of while it loaded, in short; its outcomes' origin has it."""
+    """What libraries warned of while the model loaded, in short; the origin of its outcomes says it."""
 
     @property
     def device(self) -> str:
-        """What it computes on; empty until it has asked for its device, which a judge never does."""
+        """What the model computes on; empty until it has asked for its device, which a judge never does."""
         return str(vars(self.model).get("device", ""))
 
 
@@ -84,11 +84,11 @@ class _Cached:
     load: Future[LoadedModel] = field(default_factory=Future)
     num_lent: int = 0
     used_at_s: float = 0.0
-    """When it was last given back (monotonic)."""
+    """When its model was last given back (monotonic)."""
     failed_at_s: float = 0.0
     """When its load failed (monotonic)."""
     fingerprints: set[str] = field(default_factory=set)
-    """Of those who asked for it: a trainer that can read the class's source and one that cannot have their own."""
+    """Fingerprints of the requests that use it. A trainer that cannot read the class's source has another one."""
 
     @property
     def has_failed(self) -> bool:
@@ -103,7 +103,7 @@ class _Cached:
         return self.has_failed and now_s - self.failed_at_s > RETRY_LOAD_S
 
     def is_outdated(self, call: RewardCall, now_s: float) -> bool:
-        """Whether nobody may ask for it again: an earlier launch left it of the computation of `call`, or it failed."""
+        """Whether probably nobody asks for it again: an earlier launch left it, or its load failed long ago."""
         if self.num_lent:
             return False
         if self.has_failed:
@@ -191,7 +191,7 @@ class ModelCache:
             LOADED.check(call.model, call.code)
 
     def _check_before_load(self, call: RewardCall) -> None:
-        """As `check_code`; of what the trainer has not read no new instance is made where it is outdated here."""
+        """As `check_code`. Also, no new instance is to be made of code that has been edited since its import."""
         if call.model in catalog.CATALOG:
             check_builtin(call.model, call.version)
             return
@@ -220,12 +220,12 @@ class ModelCache:
         return cached, is_first
 
     def _is_cached(self, key: CacheKey) -> bool:
-        """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
+        """Whether there is a load to wait for or to use. A load that failed counts as one for RETRY_LOAD_S."""
         cached = self._cached.get(key)
         return cached is not None and not cached.may_be_tried_again(time.monotonic())
 
     def _forget_failure_of_other_code(self, call: RewardCall) -> None:
-        """A load that failed says nothing of the code that the class has since: it is begun anew at once."""
+        """Forget a load that failed with other code of the class: the model is loaded anew at once."""
         key = CacheKey.of(call)
         cached = self._cached.get(key)
         if cached is None or not cached.has_failed:
@@ -304,7 +304,7 @@ class ModelCache:
 
 
 def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
-    """Whether two computations are the same but for the launch, which counts where the user's code has no version."""
+    """Whether two computations differ in their launch only, which counts for a class of the user's without version."""
     if one.fingerprint == other.fingerprint:
         return False
     for name in ("model", "version", "dtype", "image_format", "options"):
@@ -314,7 +314,7 @@ def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
 
 
 def _log_warnings(call: RewardCall, heard: Sequence[Said]) -> None:
-    """Log each warning once: what is heard here is shown nowhere else."""
+    """Log each warning once: those of Python's that were heard are shown nowhere else."""
     for said in dict.fromkeys(heard):
         log.warning(
             "load warning reward=%s from=%s said=%s",

@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def answers(self) -> Sequence[SampleRequest]:
-        """Who is answered by this call: what becomes of it becomes of a group as a whole."""
+        """Who gets the reason if the call fails or hangs: each sample, or the group as a whole."""
         return self.samples if self.group is None else [self.group]
 
     @property
