@@ -73,7 +73,7 @@ def _of_folder(folder: Path, extra: str, *, is_editable: bool) -> list[str]:
 
 
 def _requirements(installed: Distribution, extra: str) -> list[str]:
-    """The packages that an extra brings, those of the extras that it names among them."""
+    """The packages that an extra brings, also through other extras that it names."""
     found: list[str] = []
     left, seen = [extra], set()
     while left:

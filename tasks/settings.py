@@ -30,10 +30,10 @@ _SERVICE_LINK = re.compile(
 rewardq. Nobody wrote them."""
 
 _DOCKER_LINK = re.compile(r".*_(ENV_\w+|NAME)")
-"""More that Docker sets for a link: the other container's variables, and both names, `/worker/rewardq-redis`."""
+"""More variables that Docker sets for a link: those of the other container, and both names, `/worker/rewardq-redis`."""
 
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""What the variable `<SERVICE>_PORT` of such a service begins with."""
+"""How the value of the variable `<SERVICE>_PORT` of such a service begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Sentinels:
     """How the sentinels of `sentinel://` URLs are asked for their server."""
 
     master: str = "mymaster"
-    """What they call it."""
+    """The name of the server among the sentinels."""
     password: str = field(default="", repr=False)
-    """Their own, where they want one."""
+    """The sentinels' own password, where they want one."""
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
 
     sentinel_password: SecretStr = SecretStr("")
-    """Password of the sentinels themselves (`requirepass` in their files); the URLs have that of the data."""
+    """Password of the sentinels themselves (`requirepass` in their files). The URLs have the password of the data."""
 
     result_ttl_s: Seconds = 86_400.0
     """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
@@ -86,11 +86,11 @@ class Settings(BaseSettings):
     stopped for longer (a long garbage collection, a C call that holds the GIL) is taken for dead."""
 
     reconcile_s: Seconds = 2.0
-    """How often a client looks for what is neither answered, claimed nor queued, and sends it again."""
+    """How often a client looks for samples that are neither answered, claimed nor queued, and sends them again."""
 
     stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
-    """How long a worker that is asked to stop (SIGTERM) may finish what it has in hand; the rest it gives back for
-    others. Keep it below the time after which its container is killed (Docker: 10 s)."""
+    """How long a worker that is asked to stop (SIGTERM) may finish the samples that it is scoring; it gives the others
+    back. Keep it below the time after which its container is killed (Docker: 10 s)."""
 
     max_store_bytes: Bytes = 8 * 2**30
     """Payload bytes in the store, of all clients, above which senders wait."""
@@ -121,8 +121,8 @@ class Settings(BaseSettings):
     the rewards. Models of other workers' queues are left out; one that cannot be loaded ends the worker."""
 
     max_models: Annotated[int, Field(ge=0)] = 0
-    """Local reward models kept in memory; one more takes the place of the least recently used that no task is using,
-    or waits until there is one. 0 keeps all."""
+    """Local reward models kept in memory. One more replaces the least recently used model that no task is using, or
+    waits until there is such a model. 0 keeps all."""
 
     hosts: str = ""
     """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL."""
@@ -131,11 +131,10 @@ class Settings(BaseSettings):
     @classmethod
     def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
         url = tidied(url)
-        is_broker, may_be_folder = (
-            info.field_name == "broker_url",
-            info.field_name == "payload_url",
-        )
-        if (not is_broker and not url) or (may_be_folder and _is_folder(url)):
+        is_broker = info.field_name == "broker_url"
+        if not url and not is_broker:
+            return url
+        if info.field_name == "payload_url" and _is_folder(url):
             return url
         if not has_known_scheme(url):
             raise ValueError(
@@ -159,7 +158,7 @@ class Settings(BaseSettings):
 
     @property
     def sentinels(self) -> Sentinels:
-        """How sentinels are asked."""
+        """How the sentinels are asked for their server."""
         return Sentinels(
             self.sentinel_master, self.sentinel_password.get_secret_value()
         )
@@ -183,32 +182,27 @@ def load_settings(**given: Any) -> Settings:
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in os.environ.items():
-        if (
-            name.startswith(PREFIX)
-            and name.upper() not in known
-            and not _is_another_ones(name, value)
-        ):
+        if not name.startswith(PREFIX) or name.upper() in known:
+            continue
+        if not _is_no_setting(name, value):
             raise SettingsError(
                 f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}"
             )
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise SettingsError("; ".join(_line(one) for one in error.errors())) from None
+        raise SettingsError("; ".join(map(_line, error.errors()))) from None
 
 
-def _is_another_ones(name: str, value: str) -> bool:
+def _is_no_setting(name: str, value: str) -> bool:
     """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
-    is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
-    is_link = _DOCKER_LINK.fullmatch(name) is not None and (
-        not name.endswith("_NAME") or value.startswith("/")
-    )
-    return (
-        name.startswith(KEY_PREFIX)
-        or is_address
-        or is_link
-        or _SERVICE_LINK.fullmatch(name) is not None
-    )
+    if name.startswith(KEY_PREFIX) or _SERVICE_LINK.fullmatch(name):
+        return True
+    if name.endswith("_PORT") and _ADDRESS.match(value):
+        return True
+    if name.endswith("_NAME"):
+        return value.startswith("/")
+    return _DOCKER_LINK.fullmatch(name) is not None
 
 
 def _line(error: Any) -> str:
@@ -249,19 +243,14 @@ def _with_checked_certificate(url: str) -> str:
 
 def _is_folder(url: str) -> bool:
     parts = urlsplit(url)
-    return (
-        parts.scheme == "file"
-        and parts.netloc in ("", "localhost")
-        and len(parts.path) > 1
-    )
+    is_here = parts.netloc in ("", "localhost")
+    return parts.scheme == "file" and is_here and len(parts.path) > 1
 
 
 def _next_database(url: str) -> str:
     """The same server's next database: media apart from the queues, so that each can be looked at alone."""
     parts = urlsplit(url)
-    database = parts.path.strip("/")
-    if parts.scheme not in ("redis", "rediss") or not (
-        database.isdigit() or not database
-    ):
+    database = parts.path.strip("/") or "0"
+    if parts.scheme not in ("redis", "rediss") or not database.isdigit():
         return url
-    return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))
+    return urlunsplit(parts._replace(path=f"/{int(database) + 1}"))

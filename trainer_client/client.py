@@ -30,7 +30,7 @@ from tasks.errors import (
 )
 from tasks.messages import Failure
 from tasks.rewards import RewardConfig, RewardSpec, Split
-from tasks.samples import MEDIA_FIELDS, Sample, check
+from tasks.samples import MEDIA_FIELDS, Sample
 from tasks.servers.connections import LOST, connect, why_away
 from tasks.settings import Settings, without_password
 from tasks.source.code import changed_files
@@ -56,6 +56,7 @@ from trainer_client.session import ASK_S, Session, check_stores
 from trainer_client.steps.grouping import groups_of
 from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
 from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
+from trainer_client.steps.sample_checks import check
 from trainer_client.steps.step_log import (
     Summary,
     TicketWarnings,

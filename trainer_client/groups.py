@@ -233,7 +233,7 @@ class Groups:
             groups = [g for g in self._groups.values() if g.entry is None]
         if self._slots is not None:
             for group, places in zip(
-                groups, self._slots.places([g.key for g in groups]), strict=True
+                groups, self._slots.filled_slots([g.key for g in groups]), strict=True
             ):
                 group.places_seen = places
 

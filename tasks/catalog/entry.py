@@ -1,4 +1,4 @@
-"""What a catalog entry is: what a trainer must know of a reward model without importing it."""
+"""What a catalog entry is: all that a trainer must know of a reward model without importing it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ How = Literal["each", "model", "rank", "wins"]
 """How a reward is computed: `each` sample by itself (pointwise), or groupwise: a `model` is given the whole group,
 members are put in `rank` by another reward, or a judge compares them two at a time and counts `wins`."""
 
+ImageFormat = Literal["", "png", "jpeg", "webp"]
+
 IMAGE_OR_VIDEO = ("image", "video")
 """An alternative in `ModelEntry.required`."""
 
@@ -28,9 +30,11 @@ class Option:
     default: Any
     doc: str
     is_answer: bool = True
-    """Whether the reward may depend on it. What only says how a server is asked is no part of the fingerprint."""
+    """Whether the reward may depend on it. An option that only says how a server is asked is no part of the
+    fingerprint."""
     reads: str = ""
-    """It names a file on the trainer's host; its text goes into the option of this name, and so into the message."""
+    """The option names a file on the trainer's host, whose text goes into the option of this name, and so into the
+    message."""
     is_needed: bool = False
     """Whether a config must give it."""
 
@@ -53,18 +57,18 @@ class ModelEntry:
     extra: str | None = None
     how: How = "each"
     part: str = ""
-    """Of a rank: the reward model whose scores are ranked."""
+    """For `how="rank"`: the reward model whose scores are ranked."""
     batch_size: int = 16
     max_batch_size: int = 1_000_000
     """A chunk holds at most so many samples, whatever `batch_size` says."""
-    image_format: Literal["", "png", "jpeg", "webp"] = ""
+    image_format: ImageFormat = ""
     """How images reach a judge unless the config says otherwise; empty for a local model."""
     timeout_s: float = 600.0
     uses_dtype: bool = False
     sampled: str | None = None
     """Name of the option that makes answers random when above 0 (a judge's temperature)."""
     is_yours: bool = False
-    """Whether code of the user's computes it, whose edits `version` does not count."""
+    """Whether the user's own code computes it: `version` does not change with that code."""
 
     @property
     def is_judge(self) -> bool:

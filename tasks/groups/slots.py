@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class GroupSlots:
         self._ask = redis.register_script(_ASK)
 
     def key(self, split: str, step: int, fingerprint: str, group: str) -> str:
-        """Where a group's slots are."""
+        """The Redis key of a group's slots."""
         return keys.group(self._run, self._launch, split, step, fingerprint, group)
 
     def register(
@@ -96,17 +96,12 @@ class GroupSlots:
         size: int,
         fingerprint: str,
     ) -> Registered:
-        """Put a member into its slot; the last one seals the group. Putting the same one again changes nothing."""
+        """Put a member into its slot; the last member seals the group. To put the same member again changes nothing."""
         outcomes = keys.outcome(f"{self._run}:{fingerprint}:")
-        args = [
-            _slot_name(slot),
-            member_key,
-            pack(member),
-            size,
-            self._ttl_ms,
-            outcomes,
-        ]
-        state, found, num_members, is_now = self._register(keys=[key], args=args)
+        member_args = [_slot_name(slot), member_key, pack(member)]
+        state, found, num_members, is_now = self._register(
+            keys=[key], args=[*member_args, size, self._ttl_ms, outcomes]
+        )
         return Registered(
             state.decode(), found.decode(), int(num_members), bool(is_now)
         )
@@ -116,8 +111,8 @@ class GroupSlots:
     ) -> tuple[int, int]:
         """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
 
-        That is the one that another rank asked for before, so that a group has one outcome on all ranks also where
-        a part of it failed; `attempt` where there is none, or this client has had that one already.
+        It is the attempt that another rank asked for before, so that a group has one outcome on all ranks also where
+        a part of it failed. It is `attempt` where no rank has asked, or this client has had the other rank's already.
         """
         found = self._ask(keys=[key], args=[rank, digest, client, attempt])
         return int(found[0]), int(found[1])
@@ -138,41 +133,40 @@ class GroupSlots:
                 pipe.hget(key, "digest")
             return [(found or b"").decode() for found in pipe.execute()]
 
-    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Of each group the slots (rank, index) that are filled, in order."""
         with self._redis.pipeline(transaction=False) as pipe:
             for key in group_keys:
                 pipe.hkeys(key)
-            return [
-                sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k")
-                for names in pipe.execute()
-            ]
+            return [_slots_among(names) for names in pipe.execute()]
 
     def set_number(self, key: str, number: int) -> None:
         """Tell the other ranks which message was sent for the group."""
-        with (
-            self._redis.pipeline() as pipe
-        ):  # in a Redis that was emptied meanwhile it would stay for ever
+        # With a TTL: in a Redis that was emptied meanwhile, this field makes the key anew, and would stay for ever.
+        with self._redis.pipeline() as pipe:
             pipe.hset(key, "number", number).pexpire(key, self._ttl_ms)
             pipe.execute()
 
     def members(self, key: str) -> dict[tuple[int, int], tuple[str, SampleRequest]]:
         """The members in slot order, with their keys."""
         found = self._redis.hgetall(key)
-        slots = sorted(name[1:] for name in found if name[:1] == b"k")
-        return {
-            _slot_of(slot): (
-                found[b"k" + slot].decode(),
-                unpack(SampleRequest, found[b"b" + slot]),
-            )
-            for slot in slots
-        }
+        members: dict[tuple[int, int], tuple[str, SampleRequest]] = {}
+        for slot in _slots_among(found):
+            name = _slot_name(slot).encode()
+            member = unpack(SampleRequest, found[b"b" + name])
+            members[slot] = (found[b"k" + name].decode(), member)
+        return members
 
 
 def _slot_name(slot: tuple[int, int]) -> str:
     """A name whose order as text is the order of slots."""
     rank, index = slot
     return f"{rank:08d}:{index:010d}"
+
+
+def _slots_among(names: Iterable[bytes]) -> list[tuple[int, int]]:
+    """The slots that have a member, in order, of the fields of a group's hash (`k<slot>` is a member's key)."""
+    return sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k")
 
 
 def _slot_of(name: bytes) -> tuple[int, int]:

@@ -100,8 +100,8 @@ class WorkerOutcomes(SharedOutcomes):
         return int(self._extend(keys=pairs, args=[self._claim_ms, *tokens.values()]))
 
     def take(self, queue: str, number: int) -> int:
-        """Record that the message of this number left its queue; returns Redis's clock in ms."""
-        return int(self._take(keys=[keys.taken_number(queue)], args=[number]))
+        """Move the consumed offset of a queue up to the number of a message; returns Redis's clock in ms."""
+        return int(self._take(keys=[keys.consumed_offset(queue)], args=[number]))
 
     def leave_note(self, request_id: str, note: Note) -> None:
         """Tell the client why a request could not be read."""

@@ -19,7 +19,7 @@ HEALTH_CHECK_S = 10
 SENTINEL_PORT = 26379
 
 MEDIA_READ_BYTES = 256 * 1024
-"""Read from a socket at once where media come; with redis-py's 32 KiB it takes half as long again."""
+"""Bytes read from a socket at once where media come; reads of 32 KiB, as in redis-py, take half as long again."""
 
 JOINED_BYTES = 6000
 """Parts of a command up to this size are put together before they are sent, as in redis-py."""
@@ -37,8 +37,8 @@ class BusyScriptError(redis.ResponseError):
     """A server runs somebody's script, for longer than its `busy-reply-threshold`."""
 
 
-# redis-py raises for these, which pass by themselves, what it raises for a bug of ours: a plain ResponseError. All its
-# parsers, those of Celery's connections too, look a reply's first word up in this one table.
+# These refusals pass by themselves, but redis-py raises a plain ResponseError for them, as for a bug of ours. All its
+# parsers, in Celery's connections too, look the first word of a reply up in this one dict.
 _CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
 for _code, _class in (
     ("NOREPLICAS", NoReplicasError),
@@ -66,7 +66,7 @@ WHY_REFUSED: dict[type[Exception], str] = {
         "BUSY"
     ]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
 }
-"""In words, by the error that a server refuses with for now."""
+"""By the error with which a server refuses for now: why, in words."""
 
 REFUSED: tuple[type[Exception], ...] = tuple(WHY_REFUSED)
 
@@ -81,14 +81,14 @@ LOST: tuple[type[Exception], ...] = (
     ConnectionError,
     TimeoutError,
 )
-"""What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
+"""Errors of a server that is away, on its way back, full, or refuses for now. A retry helps."""
 
 SERVES_NOT_NOW: tuple[type[Exception], ...] = (
     redis.ReadOnlyError,
     redis.BusyLoadingError,
     *REFUSED,
 )
-"""Those of them that a server answers with: it is there."""
+"""The errors among `LOST` with which a server answers: it is there."""
 
 READ_ONLY = "it is a replica and takes no writes; right after a failover that passes, else the URL must name its master"
 
@@ -119,37 +119,43 @@ def connect(
         "health_check_interval": HEALTH_CHECK_S,
         **options,
     }
-    if not url.startswith("sentinel://"):
-        client: redis.Redis = redis.Redis.from_url(url, **options)
-        return client
-    given = []
+    if url.startswith("sentinel://"):
+        return _connect_by_sentinels(url, sentinels, options)
+    client: redis.Redis = redis.Redis.from_url(url, **options)
+    return client
+
+
+def _connect_by_sentinels(
+    url: str, sentinels: Sentinels, options: dict[str, Any]
+) -> redis.Redis:
+    """A client of the server that the sentinels of these URLs name; the first URL has its account and database."""
+    given: list[dict[str, Any]] = []
     for one in several_urls(url):
         as_redis = one.replace("sentinel://", "redis://", 1)
         given.append(parse_url(as_redis))  # type: ignore[no-untyped-call]
+
+    addresses = [
+        (one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given
+    ]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [
-            (one.get("host", "localhost"), one.get("port", SENTINEL_PORT))
-            for one in given
-        ],
-        sentinel_kwargs=for_sentinels(sentinels),
+        addresses, sentinel_kwargs=for_sentinels(sentinels)
     )
-    account = {
-        name: given[0][name]
-        for name in ("db", "username", "password")
-        if name in given[0]
-    }
+    for name in ("db", "username", "password"):
+        if name in given[0]:
+            options[name] = given[0][name]
     master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-        sentinels.master, **options, **account
+        sentinels.master, **options
     )
     return master
 
 
 SENTINEL_TIMEOUT_S = 1.0
-"""A sentinel that is silent for so long is passed over; while the first hangs, each new connection waits for that."""
+"""A sentinel that is silent for so long is passed over. While the first sentinel hangs, each new connection waits so
+long."""
 
 
 def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
-    """Options of connections to the sentinels themselves; one that is away or hangs is passed over at once.
+    """Options of connections to the sentinels themselves: a sentinel that is away or hangs is passed over at once.
 
     (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
     """
@@ -225,7 +231,7 @@ def is_nearly_full(client: Any) -> bool:
 
 
 def _memory_of(client: Any) -> dict[str, Any]:
-    """What a server says of its memory; nothing if this user may not ask."""
+    """The section `memory` of a server's INFO; empty if this user may not ask."""
     try:
         memory: dict[str, Any] = client.info("memory")
     except LOST:
@@ -236,18 +242,16 @@ def _memory_of(client: Any) -> dict[str, Any]:
 
 
 def why_away(error: BaseException) -> str:
-    """What is wrong with a server that raised `error`, one of `LOST` or an error of Celery's with such a cause."""
+    """What is wrong with a server, by its `error`: an error of `LOST`, or an error of Celery's with such a cause."""
     for cause in (error, error.__cause__, error.__context__):
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
-    if isinstance(
-        error, MasterNotFoundError
-    ):  # with all that it knows of each sentinel, and what each said last
+    if isinstance(error, MasterNotFoundError):
+        # Its text has all that redis-py knows of each sentinel, and at its end what each said last.
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
-    if isinstance(
-        error, redis.AuthenticationError
-    ):  # it served this user before: else it were no outage
+    if isinstance(error, redis.AuthenticationError):
+        # The server served this user before: else the process would not have come so far.
         return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
     if isinstance(error, redis.ReadOnlyError):
         return f"Redis is away: {READ_ONLY}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import redis
@@ -51,7 +51,8 @@ local time = redis.call('TIME')
 redis.call('SET', KEYS[1], time[1], 'PX', ARGV[1])
 return redis.call('EXISTS', KEYS[2])
 """
-"""Reads the clock and writes, which a server older than 5 refuses, with two keys, which a cluster has in two places."""
+"""Reads the clock and writes, which a server older than 5 refuses, with two keys, which a cluster has on two
+servers."""
 
 _NO_SCRIPT = "0" * 40
 """No script has this hash."""
@@ -72,7 +73,7 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
             continue
         try:
             ask(server, settings.sentinels, side, queues)
-        except RedisRefusalError:  # a ConnectionError too, for whoever catches those
+        except RedisRefusalError:  # a ConnectionError too, as those of LOST are
             raise
         except LOST as error:
             raise RedisUnreachableError(_unreachable(server, error)) from None
@@ -91,9 +92,8 @@ def ask(
     missing = without_files(server)
     if missing is not None:
         raise RedisRefusalError(server.says(missing))
-    if (
-        server.url.startswith("rediss://") and knock(server) == NO_TLS
-    ):  # a connection would wait for half a minute
+    # Asked before connecting: a TLS connection to a server without TLS would wait for half a minute.
+    if server.url.startswith("rediss://") and knock(server) == NO_TLS:
         raise RedisRefusalError(server.says(no_tls(server)))
     with connect(server.url, sentinels) as client:
         try:
@@ -111,36 +111,35 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
     if server.role == QUEUES:  # a user may be allowed some names of keys only
-        then = [
-            *then,
-            *(
-                ("LLEN", queue + step)
-                for queue in queues
-                for step in ("", PRIORITY_STEP)
-            ),
-        ]
+        then = [*then, *_lengths_of(queues)]
+
     about, of_cluster, *answers = _answers(
         client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first]
     )
     if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
         raise RedisRefusalError(server.says(cluster(server)))
-    may_be_full = (
-        server.role == PAYLOADS and side == "worker"
-    )  # who only reads there, as a rule
+
+    # A worker only reads payloads, as a rule: a store that is full serves it.
+    may_be_full = server.role == PAYLOADS and side == "worker"
     errors = _errors_among(answers, may_be_full)
-    if not errors:  # else the keys that the others need have no type, and what they wrote would stay
+    # Only if the first commands made their keys: the others would find no type to be refused by, and write for good.
+    if not errors:
         errors = _errors_among(_answers(client, then), may_be_full)
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
-    _judge(
-        errors,
-        server,
-        str(about.get("redis_version", "")) if isinstance(about, dict) else "",
-    )
+    version = about.get("redis_version", "") if isinstance(about, dict) else ""
+    _judge(errors, server, str(version))
+
+
+def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Commands that ask for the length of each queue, of its usual list and of a list of another priority."""
+    for queue in queues:
+        yield "LLEN", queue
+        yield "LLEN", queue + PRIORITY_STEP
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
-    """What a server answers to each, errors among them, in one round trip."""
+    """The server's answers to these commands, errors among them, in one round trip."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)
@@ -152,42 +151,41 @@ def _answers(client: Any, commands: Commands) -> list[Any]:
 
 
 def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
-    """Without those that say that a command was let pass, or would be at another time."""
-    errors = [
-        answer
-        for answer in answers
-        if isinstance(answer, Exception) and not _is_harmless(answer)
-    ]
-    return [
-        error for error in errors if not (may_be_full and isinstance(error, REFUSED))
-    ]
+    """The errors that matter: not those that say that a command was let pass, or would be at another time."""
+    harmless_now = REFUSED if may_be_full else ()
+    errors: list[Exception] = []
+    for answer in answers:
+        is_error = isinstance(answer, Exception) and not _is_harmless(answer)
+        if is_error and not isinstance(answer, harmless_now):
+            errors.append(answer)
+    return errors
 
 
 def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
-    """Raise the worst of what a server answered: rights that are missing, what it does not know, what may pass."""
+    """Raise the worst error: rights that are missing first, then outages that may pass, then all other refusals."""
     rights = [error for error in errors if isinstance(error, NoPermissionError)]
     if rights:
         raise RedisRefusalError(server.says(words_for_rights(rights, server)))
     for error in errors:
         if isinstance(error, LOST):
             raise error
-    for error in errors:
-        words = (
-            words_for(error, server)
-            or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
-        )
-        if "unknown" in str(error).lower():
-            words = unknown_command(_command_in(str(error)), version)
-        raise RedisRefusalError(server.says(words))
+    if errors:
+        raise RedisRefusalError(server.says(_words_for_first(errors, server, version)))
+
+
+def _words_for_first(errors: Sequence[Exception], server: Server, version: str) -> str:
+    error = errors[0]
+    if "unknown" in str(error).lower():
+        return unknown_command(_command_in(str(error)), version)
+    words = words_for(error, server)
+    return words or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
 
 
 def _command_in(said: str) -> str:
     quoted = said.split("'")
-    return (
-        quoted[1].upper()
-        if len(quoted) > 2 and "from script" not in said
-        else "a command of a script"
-    )
+    if len(quoted) > 2 and "from script" not in said:
+        return quoted[1].upper()
+    return "a command of a script"
 
 
 def _is_harmless(error: Exception) -> bool:
@@ -215,7 +213,7 @@ def _scripts(name: str) -> Commands:
 
 
 def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
+    """The commands that kombu sends: queues are lists, bindings sets; scripts of a worker keep their deadlines."""
     binding = f"_kombu.binding.{name}"
     first = [
         ("SET", name, "1", "PX", PROBE_TTL_MS),
@@ -236,7 +234,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What outcomes, claims, groups and what a run is known by are made of, by our scripts too."""
+    """The commands for outcomes, claims, groups and the registry of a run; our scripts call some of them."""
     other = f"{name}.other"
     if side == "clean":  # it makes no key, not even for a moment
         return [], [
@@ -285,7 +283,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
-    """What media and their ledger are made of; a worker too drops those that arrive damaged."""
+    """The commands for media and their ledger. A worker needs them too: it drops media that arrive damaged."""
     other = f"{name}.other"
     return [("SET", name, "1", "PX", PROBE_TTL_MS)], [
         ("GET", name),
@@ -305,11 +303,11 @@ def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads}
-"""By role: what is sent first, and what is sent once that has made its keys."""
+"""By role: the commands that are sent first, and the commands that are sent once the first have made their keys."""
 
 
 def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
-    """What a worker is refused of channels, asked with the names that Celery uses; nothing is sent to who listens."""
+    """A worker's missing rights to channels, asked with the names that Celery uses; listeners are sent nothing."""
     prefix = f"/{server.database}."
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
@@ -328,9 +326,8 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     try:
         client.publish(f"{prefix}{keys.PROBE}", b"")
     except redis.ResponseError as error:
-        if "channel" not in str(
-            error
-        ):  # this one is ours alone, and need not be allowed
+        # This channel is ours alone, and need not be allowed.
+        if "channel" not in str(error):
             error.add_note("PUBLISH")
             errors.append(error)
     return errors

@@ -1,4 +1,4 @@
-"""What the URL of a Redis must be like: checked where it is read, since its parts are taken in silence later.
+"""How the URL of a Redis must be: checked where it is read, because libraries take its parts in silence later.
 
 redis-py takes database 0 for a path that is no number and localhost for a host that is missing; kombu raises a
 TypeError for an option that it does not know. None of the texts here repeats what may be a part of a password.
@@ -45,7 +45,7 @@ _BETWEEN_URLS = re.compile(r";(?=\w+://)")
 
 
 def several_urls(url: str) -> list[str]:
-    """The URLs in one text: those of several sentinels stand with `;` between them."""
+    """The URLs in one text: several sentinels have `;` between their URLs."""
     return _BETWEEN_URLS.split(url)
 
 

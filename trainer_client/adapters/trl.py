@@ -15,11 +15,12 @@ from PIL import Image
 
 from tasks.media import is_tensor
 from tasks.rewards import Split
-from tasks.samples import Sample, check
+from tasks.samples import Sample
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
 from trainer_client.progress import is_terminal
 from trainer_client.results import RewardBatch
 from trainer_client.steps.grouping import groups_of
+from trainer_client.steps.sample_checks import check
 
 RewardFunction = Callable[..., Any]
 """`(prompts, completions, **columns) -> list[float | None]`, or the same as a coroutine function."""

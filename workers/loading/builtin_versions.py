@@ -6,13 +6,12 @@ import platform
 from pathlib import Path
 
 from tasks import catalog
-from tasks.catalog import clip_models, judges, remote
 from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.source.code import hash_on_disk
 from tasks.version import __version__
 
-_FILES = (catalog.__file__, clip_models.__file__, judges.__file__, remote.__file__)
-_CATALOG_AT_START = {Path(file): hash_on_disk(Path(file)) for file in _FILES if file}
+_CATALOG_FILES = sorted(Path(catalog.__file__).parent.glob("*.py"))
+_CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
 
 
 def check_builtin(model: str, version: str) -> None:

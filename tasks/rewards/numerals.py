@@ -1,4 +1,4 @@
-"""Numbers that were written as such and arrive as text: YAML 1.1, which PyYAML reads, takes `1e-1` for a word."""
+"""Numbers that arrive as text: YAML 1.1, which PyYAML reads, takes `1e-1` for a word."""
 
 from __future__ import annotations
 
