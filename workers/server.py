@@ -388,9 +388,16 @@ def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
                 f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}"
             )
     if takes_rest:
-        named = {*arguments.values(), *BY_NAME}
-        arguments.update({field: field for field in FIELDS if field not in named})
+        _add_rest(arguments)
     return arguments, needed
+
+
+def _add_rest(arguments: dict[str, str]) -> None:
+    """Add the fields that `**kwargs` takes."""
+    named = {*arguments.values(), *BY_NAME}
+    for field in FIELDS:
+        if field not in named:
+            arguments[field] = field
 
 
 async def _body_of(request: Request, max_bytes: int) -> bytes | None:
