@@ -15,13 +15,13 @@ from tasks.errors import ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import RewardModel
-from workers.loading.arguments import taking_of
 from workers.loading.building import build, is_allowed, reward_class
 from workers.loading.builtin_versions import check_builtin
-from workers.loading.code import LOADED
+from workers.loading.code import LOADED_CODE
 from workers.loading.device import free_memory
 from workers.loading.load_errors import as_load_error
 from workers.loading.load_warnings import Said, in_short, listening, one_line
+from workers.loading.signature import signature_of
 from workers.loading.tracebacks import tracebacks
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class ModelCache:
     def check_code(self, call: RewardCall) -> None:
         """Whether the user's code that is loaded is what `call` asks for. Raises as `lend`."""
         if call.code and is_allowed(call.model, self._settings):
-            LOADED.check(call.model, call.code)
+            LOADED_CODE.check(call.model, call.code)
 
     def _check_before_load(self, call: RewardCall) -> None:
         """As `check_code`. Also, no new instance is to be made of code that has been edited since its import."""
@@ -197,11 +197,11 @@ class ModelCache:
             return
         if not is_allowed(call.model, self._settings):
             return
-        LOADED.follow(call.model.rpartition(".")[0])
+        LOADED_CODE.follow(call.model.rpartition(".")[0])
         if call.code:
-            LOADED.check(call.model, call.code)
+            LOADED_CODE.check(call.model, call.code)
         if not self._is_cached(CacheKey.of(call)):
-            LOADED.check_files(call.model, call.code)
+            LOADED_CODE.check_files(call.model, call.code)
 
     def _reserve(self, call: RewardCall) -> tuple[_Cached, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""
@@ -271,7 +271,7 @@ class ModelCache:
             reward_class(call.model, self._settings)
             with listening() as heard:
                 model = LoadedModel(build(call, self._settings))
-                taking_of(model.model)
+                signature_of(model.model)
             model.load_warnings = in_short(heard)
         except (
             BaseException

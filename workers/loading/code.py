@@ -190,7 +190,7 @@ class LoadedCode:
         return file.name if file is not None else file_name(module)
 
 
-LOADED = LoadedCode()
+LOADED_CODE = LoadedCode()
 """That of this process."""
 
 
