@@ -9,7 +9,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench soak
+.PHONY: demo test lint bench soak simulate
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/rewardq demo
@@ -29,6 +29,12 @@ bench: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/pytest -m soak -n 2 --dist load --maxschedchunk 1 tests/soak
+
+# Schedules of the simulation: `make simulate SEEDS=0..1000000`. One: `python -m tests.simulation.run --trace 1234`.
+SEEDS ?= 0..20000
+JOBS ?= 2
+simulate: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --jobs $(JOBS)
 
 # One stamp for each set of extras, so that a second run installs nothing.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

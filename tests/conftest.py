@@ -23,6 +23,7 @@ from tasks.servers.connections import connect  # noqa: E402
 from tasks.settings import Settings, load_settings  # noqa: E402
 from tests.outcomes import Outcomes  # noqa: E402
 from tests.servers import RedisServer, WorkerProcess  # noqa: E402
+from trainer_client.engine.state import EngineState  # noqa: E402
 
 
 @pytest.hookimpl(wrapper=True)
@@ -122,3 +123,21 @@ def in_env(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             monkeypatch.setenv(name, value)
 
     return set_all
+
+
+MAX_AWAITED_CHECKED = 300
+"""With more the invariants are not asserted: they look at everything."""
+
+
+@pytest.fixture(autouse=True)
+def checked_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine in this process asserts its invariants after each event."""
+    apply = EngineState.apply
+
+    def checked(self: EngineState, event: Any, now: float) -> Any:
+        actions = apply(self, event, now)
+        if len(self.core.awaited) <= MAX_AWAITED_CHECKED:
+            self.check()
+        return actions
+
+    monkeypatch.setattr(EngineState, "apply", checked)

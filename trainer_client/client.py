@@ -29,45 +29,56 @@ from tasks.errors import (
     UnknownRewardError,
 )
 from tasks.messages import Failure
+from tasks.payloads import open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample
 from tasks.servers.connections import LOST, connect, why_away
+from tasks.servers.needs import check_servers
 from tasks.settings import Settings, without_password
 from tasks.source.code import changed_files
-from trainer_client.adoption import adopt
 from trainer_client.advantages.exchange import Gather
 from trainer_client.advantages.formulas import Advantages, Method, advantages_of
 from trainer_client.advantages.metrics import Detail, failure_rate_by_group, metrics
-from trainer_client.board import Slot
+from trainer_client.engine.engine import ASK_S, Engine
+from trainer_client.engine.loop import Chore
+from trainer_client.engine.model import Slot
 from trainer_client.progress import is_terminal
-from trainer_client.ranks.gather import Ranks, Waits
-from trainer_client.ranks.rank_lock import Lease
+from trainer_client.ranks.gather import OnWaiting, RankGather
+from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.ranks.verdict import (
     OnFailure,
+    Verdict,
+    agree,
     check_call,
     check_max_failure_rate,
     error_for,
     error_for_rate,
-    of_all_ranks,
 )
-from trainer_client.results import RewardBatch, batch_of, step_name
-from trainer_client.runs.known import Run
-from trainer_client.session import ASK_S, Session, check_stores
+from trainer_client.results import Late, RewardBatch, batch_of, step_name
+from trainer_client.runs.registry import RunRegistry
 from trainer_client.steps.grouping import groups_of
-from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
-from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
+from trainer_client.steps.incomplete_groups import incomplete_groups, why_not_to_wait
+from trainer_client.steps.open_steps import (
+    OpenStep,
+    OpenSteps,
+    check_group_size,
+    check_groups,
+)
 from trainer_client.steps.sample_checks import check
 from trainer_client.steps.step_log import (
-    Summary,
     TicketWarnings,
-    Waiting,
+    WaitLog,
+    tell_step,
+    warn_of_failures,
+)
+from trainer_client.steps.step_summary import (
+    StepSummary,
     group_digest,
     group_size_words,
     mixed_groups,
     summary_of,
-    tell_step,
-    warn_of_failures,
 )
+from trainer_client.texts import shorten
 from trainer_client.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -96,12 +107,12 @@ the time at most), and the ranks use the rest to come to one verdict."""
 class _Wanted:
     """What one `collect()` is to bring."""
 
-    session: Session
+    engine: Engine
     split: Split
     step: int
     rewards: tuple[RewardSpec, ...]
     slots: Sequence[Slot]
-    open_step: Step | None
+    open_step: OpenStep | None
     """The open step of its split, of which a ticket's samples may be a part."""
     ticket: Ticket | None
     prompts: Mapping[Hashable, tuple[str, ...]]
@@ -136,12 +147,12 @@ class RewardClient:
             and refused by `submit(split="eval")`.)
     """
 
-    _session: Session | None
-    _steps: Steps
+    _engine: Engine | None
+    _steps: OpenSteps
     _warned: set[str]
     """What was warned of once."""
     _ticket_warnings: TicketWarnings
-    _adopted: dict[tuple[Any, ...], list[Slot]]
+    _resumed: dict[tuple[Any, ...], list[Slot]]
     """Slots of tickets of processes that are gone, by the ticket's place."""
 
     def __init__(
@@ -173,10 +184,12 @@ class RewardClient:
         self._given_failure_rate = max_failure_rate
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
-        check_stores(self.settings, self.config.queues)
-        self._lease = Lease(client_outcomes(self._app).redis, run, self.launch, rank)
+        _check_servers(self.settings, self.config.queues)
+        self._rank_lock = RankLock(
+            client_outcomes(self._app).redis, run, self.launch, rank
+        )
         try:
-            self._lease.take()
+            self._rank_lock.acquire()
             self._check_ranks()
         except LOST as error:
             raise RedisUnreachableError(
@@ -184,7 +197,7 @@ class RewardClient:
             ) from None
         self._start_fresh()
         _live_clients.add(self)
-        self._open_session()  # whose watcher keeps the lease, however long the first submit() is away
+        self._open_engine()  # whose watcher extends the rank lock, however long the first submit() is away
 
     def _say_what_evaluation_lacks(self) -> None:
         """A reward that only evaluation uses does not keep a run from training."""
@@ -230,13 +243,13 @@ class RewardClient:
         """End the threads and give back connections. What was not collected stays in Redis until its TTL."""
         _live_clients.discard(self)
         with self._lock:
-            session = self._session
-            self._session = None
-        if session is not None and session.pid == os.getpid():
-            session.close()
+            engine = self._engine
+            self._engine = None
+        if engine is not None and engine.pid == os.getpid():
+            engine.close()
         self._ticket_warnings.end()
         with contextlib.suppress(*LOST):
-            self._lease.leave()
+            self._rank_lock.release()
         self._ranks.close()
         # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.
         client_outcomes(self._app).redis.connection_pool.disconnect(
@@ -276,7 +289,7 @@ class RewardClient:
         rewards = self.config.of(split)
         fields = {name for spec in rewards for name in spec.fields}
         with self._lock:
-            session = self._open_session()
+            engine = self._open_engine()
             open_step = self._steps.get(split)
             first = open_step.num_submitted if open_step is not None else 0
             self._num_tickets += 1
@@ -287,7 +300,7 @@ class RewardClient:
         groupwise = next((spec for spec in rewards if spec.is_groupwise), None)
         if groupwise is not None:
             check_groups(groups, group_size, groupwise, self.world_size, first)
-        session.wait_for_backlog(
+        engine.wait_for_backlog(
             self.settings.max_backlog, self.settings.submit_timeout_s
         )
         with self._lock:
@@ -311,10 +324,8 @@ class RewardClient:
             open_step.count_members(slots, group_size, is_strict=groupwise is not None)
             mixed = open_step.find_mixed_group(slots)
             open_step.add(slots, time.monotonic() - started)
-            ticket = self._ticket(
-                session, split, open_step.number, start, slots, number
-            )
-        session.sender.submit(slots)
+            ticket = self._ticket(engine, split, open_step.number, start, slots, number)
+        engine.submit(slots)
         if mixed is not None and self.rank == 0 and _are_compared(split, rewards):
             self._warn_once("mixed", _mixed_words(mixed))
         return ticket
@@ -326,8 +337,8 @@ class RewardClient:
             CollectTimeoutError: The deadline passed; says what sending waits for.
         """
         with self._lock:
-            session = self._open_session()
-        session.flush(timeout_s)
+            engine = self._open_engine()
+        engine.flush(timeout_s)
 
     def pending(self, split: Split = "train") -> int:
         """How many submitted samples of the open step still miss an outcome."""
@@ -338,9 +349,9 @@ class RewardClient:
     def cancel(self, split: Split = "train") -> None:
         """Give the open step up: its samples are collected no more, and what is not yet sent is not sent."""
         with self._lock:
-            session, step = self._open_session(), self._steps.give_up(split)
+            engine, step = self._open_engine(), self._steps.give_up(split)
         if step is not None:
-            session.give_up(step.slots)
+            engine.give_up(step.slots)
 
     # --- collect ---------------------------------------------------------------------------------
 
@@ -387,7 +398,7 @@ class RewardClient:
         started = time.monotonic()
         wanted = self._wanted(split, step, ticket)
         is_told = progress is None and self.rank == 0 and not is_terminal()
-        waiting = Waiting(step_name(wanted.split, wanted.step)) if is_told else None
+        waiting = WaitLog(step_name(wanted.split, wanted.step)) if is_told else None
         bars = progress if progress is not None or self.rank == 0 else False
         late = self._wait(wanted, started, timeout_s, on_failure, bars, waiting)
         batch = self._batch(wanted, late, started)
@@ -444,7 +455,7 @@ class RewardClient:
             global_std=self.config.global_std,
             gather=gather,
             noise_floor=noise_floor,
-            look=look,
+            on_counts=look,
         )
 
     def metrics(
@@ -485,7 +496,7 @@ class RewardClient:
         if given is not None or self.world_size == 1:
             return given
         with self._lock:
-            self._open_session()  # which keeps the lease, without which an answer does not count
+            self._open_engine()  # which extends the rank lock, without which an answer does not count
         return self._ranks.gatherer(
             f"{what} of {batch.split} step {batch.step}", timeout_s
         )
@@ -493,7 +504,7 @@ class RewardClient:
     # --- private: what is told -------------------------------------------------------------------
 
     def _tell(
-        self, wanted: _Wanted, batch: RewardBatch, summary: Summary, is_told: bool
+        self, wanted: _Wanted, batch: RewardBatch, summary: StepSummary, is_told: bool
     ) -> None:
         """What the log is to say of a ticket, or of a step that is closed; of several ranks the first says it."""
         if wanted.ticket is not None:
@@ -525,20 +536,22 @@ class RewardClient:
         if is_new:
             log.warning("%s (said once a run)", words)
 
-    # --- private: sessions -----------------------------------------------------------------------
+    # --- private: the engine -----------------------------------------------------------------------
 
     def _start_fresh(self) -> None:
         """As in a new process: no threads, no connections, nothing submitted. Runs in a forked child too."""
         self._lock = threading.Lock()
-        self._session = None
-        self._steps = Steps(self.world_size)
-        self._adopted = {}
+        self._engine = None
+        self._steps = OpenSteps(self.world_size)
+        self._resumed = {}
         self._warned = set()
         self._ticket_warnings = TicketWarnings()
         self._num_tickets = 0
         in_bounds = {"socket_timeout": ASK_S, "socket_connect_timeout": ASK_S}
         ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
-        self._ranks = Ranks(ranks, self.run, self.launch, self.rank, self.world_size)
+        self._ranks = RankGather(
+            ranks, self.run, self.launch, self.rank, self.world_size
+        )
 
     def _check_ranks(self) -> None:
         """Ranks whose hosts have different files of a class of the user's are told so, before they wait for each other.
@@ -548,35 +561,37 @@ class RewardClient:
         """
         if self.world_size == 1:
             return
-        run = Run(
+        registry = RunRegistry(
             client_outcomes(self._app).redis, self.run, self.settings.result_ttl_s
         )
         try:
-            run.check_ranks(
+            registry.check_ranks(
                 self.launch, self.rank, self.world_size, self.config, platform.node()
             )
         except ConfigError:
-            self._lease.leave()
+            self._rank_lock.release()
             raise
 
-    def _open_session(self) -> Session:
-        if self._session is None:
-            self._session = Session(
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            with contextlib.suppress(*LOST):  # else it is acquired once Redis is back
+                self._rank_lock.acquire()
+            self._engine = Engine(
                 self._app,
-                self.run,
-                self.launch,
-                self.rank,
-                self.world_size,
-                self._lease,
-                self.config,
+                run=self.run,
+                launch=self.launch,
+                rank=self.rank,
+                world_size=self.world_size,
+                config=self.config,
+                chores=[Chore(EXTEND_EVERY_S, self._rank_lock.extend)],
             )
-        return self._session
+        return self._engine
 
     # --- private: submit -------------------------------------------------------------------------
 
     def _ticket(
         self,
-        session: Session,
+        engine: Engine,
         split: Split,
         step: int,
         start: int,
@@ -596,7 +611,7 @@ class RewardClient:
                 (spec.name, spec.code) for spec in self.config.of(split) if spec.code
             ),
             slots=tuple(slots),
-            client=session.board.client_id,
+            client=engine.client_id,
             number=number,
         )
 
@@ -611,12 +626,12 @@ class RewardClient:
         )
         rewards = config.of(split)
         with self._lock:
-            session = self._open_session()
+            engine = self._open_engine()
             if step is not None and ticket is None:
                 self._steps.open(split, step)
             open_step = self._steps.get(split)
             if ticket is not None:
-                slots = self._slots_of(session, ticket, config)
+                slots = self._slots_of(engine, ticket, config)
             else:
                 slots = list(open_step.slots) if open_step is not None else []
             number = self._steps.number(split) if ticket is None else ticket.step
@@ -629,7 +644,7 @@ class RewardClient:
             ):
                 prompts = dict(open_step.prompts)
         return _Wanted(
-            session, split, number, rewards, slots, open_step, ticket, prompts
+            engine, split, number, rewards, slots, open_step, ticket, prompts
         )
 
     def _is_shared(self, wanted: _Wanted) -> bool:
@@ -643,43 +658,41 @@ class RewardClient:
         timeout_s: float,
         on_failure: OnFailure,
         bars: bool | None,
-        waiting: Waiting | None,
+        waiting: WaitLog | None,
     ) -> Failure | None:
         """Wait for the samples; the reason of those that have no answer at the deadline, None if all have."""
-        session = wanted.session
+        engine = wanted.engine
         incomplete = self._incomplete(wanted.open_step) if wanted.ticket is None else {}
-        in_vain = why_in_vain(incomplete, wanted.rewards, on_failure)
+        in_vain = why_not_to_wait(incomplete, wanted.rewards, on_failure)
         if in_vain is not None:
             return Failure(kind="timeout", message=in_vain)
-        session.groups.give_up(wanted.split, wanted.step, incomplete)
+        engine.give_up_groups(wanted.split, wanted.step, incomplete)
         # Of several ranks each leaves the others a little time to say how they fared, before the same deadline.
         margin_s = (
             min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
         )
-        is_complete = session.wait(
+        is_complete = engine.wait(
             wanted.slots, started + timeout_s - margin_s, bars, waiting
         )
-        return None if is_complete else session.why_late(wanted.slots, timeout_s)
+        return None if is_complete else engine.why_late(wanted.slots, timeout_s)
 
     def _batch(
         self, wanted: _Wanted, late: Failure | None, started: float
     ) -> RewardBatch:
         """The batch of the samples, which were waited for since `started`."""
-        session = wanted.session
+        engine = wanted.engine
         times = {
             "submit_s": wanted.open_step.submit_s
             if wanted.open_step is not None
             else 0.0,
             "wait_s": time.monotonic() - started,
             "ranks_s": 0.0,
-            **session.sender.times.take(),
+            **engine.take_seconds(),
         }
-        why_open = session.groups.why_open
         return batch_of(
             wanted.slots,
             wanted.rewards,
-            late,
-            why_open,
+            None if late is None else Late(late, engine.why_open),
             times,
             wanted.split,
             wanted.step,
@@ -713,8 +726,8 @@ class RewardClient:
         late: Failure | None,
         on_failure: OnFailure,
         deadline: float,
-        waiting: Waiting | None,
-    ) -> tuple[ScoringError | None, Summary]:
+        waiting: WaitLog | None,
+    ) -> tuple[ScoringError | None, StepSummary]:
         """What `collect()` raises for the failures themselves, or None, and the step in numbers; on all ranks alike."""
         error = error_for(
             batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards}
@@ -729,19 +742,21 @@ class RewardClient:
         )
         if self._is_shared(wanted):
             done_at = time.monotonic()
-            topic, waits = (
+            verdict = agree(
+                self._ranks,
                 f"{wanted.split} step {wanted.step}",
+                Verdict(error, summary),
+                batch,
+                deadline,
                 _wait_for_ranks(waiting),
             )
-            error, summary = of_all_ranks(
-                self._ranks, topic, error, batch, deadline, summary, waits
-            )
+            error, summary = verdict.error, verdict.summary
             # After the batch was made: what the error carries is to have it too.
             batch.timings["ranks_s"] = time.monotonic() - done_at
         return error, summary
 
     def _slots_of(
-        self, session: Session, ticket: Ticket, config: RewardConfig
+        self, engine: Engine, ticket: Ticket, config: RewardConfig
     ) -> Sequence[Slot]:
         """The samples of a ticket; `config` is this client's as it stands in the ticket's launch."""
         rewards = config.of(ticket.split)
@@ -755,20 +770,18 @@ class RewardClient:
                 f"this ticket is for the rewards {dict(ticket.fingerprints)}, "
                 f"this client has {dict(_fingerprints(rewards))}"
             )
-        if ticket.client == session.board.client_id:
+        if ticket.client == engine.client_id:
             live = [
                 slot for slot in ticket.slots if isinstance(slot, Slot)
             ] or self._steps.slots_of(ticket)
             if len(live) == len(ticket.slots):
                 return live
-        if ticket.place not in self._adopted:
+        if ticket.place not in self._resumed:
             # A copy is as if pickled: a forked child has slots that only its parent's threads look after.
-            self._adopted[ticket.place] = adopt(
-                session, copy.copy(ticket), config, self.settings.reconcile_s
-            )
-        return self._adopted[ticket.place]
+            self._resumed[ticket.place] = engine.resume(copy.copy(ticket), config)
+        return self._resumed[ticket.place]
 
-    def _incomplete(self, step: Step | None) -> dict[Hashable, str]:
+    def _incomplete(self, step: OpenStep | None) -> dict[Hashable, str]:
         """The groups that nobody else can complete; of several ranks another one may."""
         if step is None or self.world_size > 1:
             return {}
@@ -776,13 +789,13 @@ class RewardClient:
             return incomplete_groups(step)
 
     def _close_step(self, wanted: _Wanted) -> None:
-        wanted.session.give_up(wanted.slots)
+        wanted.engine.give_up(wanted.slots)
         with self._lock:
             if wanted.ticket is None:
                 self._steps.close(wanted.split, wanted.slots)
             else:
                 self._steps.take_out(wanted.split, wanted.slots)
-                self._adopted.pop(wanted.ticket.place, None)
+                self._resumed.pop(wanted.ticket.place, None)
 
 
 _live_clients: weakref.WeakSet[RewardClient] = weakref.WeakSet()
@@ -795,6 +808,14 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _check_servers(settings: Settings, queues: Sequence[str]) -> None:
+    """Raises `RedisUnreachableError` or `EvictionError` unless every server and folder of `settings` can be used."""
+    check_servers(settings, "trainer", queues)
+    if settings.payloads.startswith("file:"):
+        with contextlib.closing(open_store(settings)) as store:
+            store.check()
 
 
 def _launch(world_size: int) -> str:
@@ -826,7 +847,7 @@ def _check_code(ticket: Ticket, rewards: Sequence[RewardSpec]) -> None:
             )
 
 
-def _wait_for_ranks(waiting: Waiting | None) -> Waits:
+def _wait_for_ranks(waiting: WaitLog | None) -> OnWaiting:
     """Tells the log which ranks are waited for."""
 
     def tell(missing: list[int]) -> None:
@@ -871,8 +892,7 @@ def _alone_words(name: str, num_samples: int) -> str:
 
 
 def _cut(group: Hashable) -> str:
-    words = repr(group)
-    return words if len(words) <= MAX_GROUP_CHARS else f"{words[:MAX_GROUP_CHARS]}..."
+    return shorten(repr(group), MAX_GROUP_CHARS)
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

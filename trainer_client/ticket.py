@@ -11,7 +11,7 @@ from tasks.rewards import Split
 from tasks.source.code import Code
 
 if TYPE_CHECKING:
-    from trainer_client.board import Slot
+    from trainer_client.engine.model import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SlotRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRecord:
+class DeliveryRecord:
     """A message that was sent: its request's name in the payload store, its queue and number, and whom it is for."""
 
     request: str
@@ -42,6 +42,16 @@ class ChunkRecord:
     number: int
     fingerprint: str
     addresses: tuple[str, ...]
+    is_other_ranks: bool = False
+    """Another rank sent it: there is no request of that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSnapshot:
+    """What a pickled ticket keeps of one submitted sample. Replaced as a whole, so that any thread reads one moment."""
+
+    record: SlotRecord
+    deliveries: tuple[DeliveryRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Ticket:
     """(name, fingerprint) of each reward."""
     slots: Sequence[Slot | SlotRecord]
     """Its samples: live where it was made, records after a pickle."""
-    chunks: tuple[ChunkRecord, ...] = ()
+    deliveries: tuple[DeliveryRecord, ...] = ()
     """Messages that were sent for it; filled in when it is pickled."""
     codes: tuple[tuple[str, Code], ...] = ()
     """(name, code) of each reward that is a class of the user's whose source the trainer has read."""
@@ -92,19 +102,16 @@ class Ticket:
 
     def __getstate__(self) -> dict[str, Any]:
         records = [
-            slot if isinstance(slot, SlotRecord) else slot.record()
-            for slot in self.slots
+            s if isinstance(s, SlotRecord) else _snapshot(s).record for s in self.slots
         ]
-        chunks = {
-            c.request: c
-            for slot in self.slots
-            if not isinstance(slot, SlotRecord)
-            for c in slot.chunk_records()
-        }
+        deliveries: dict[str, DeliveryRecord] = {d.request: d for d in self.deliveries}
+        for slot in self.slots:
+            if not isinstance(slot, SlotRecord):
+                deliveries |= {d.request: d for d in _snapshot(slot).deliveries}
         return {
             **self.__dict__,
             "slots": tuple(records),
-            "chunks": self.chunks or tuple(chunks.values()),
+            "deliveries": tuple(deliveries.values()),
         }
 
     def __repr__(self) -> str:
@@ -112,3 +119,10 @@ class Ticket:
             f"Ticket(run={self.run!r}, launch={self.launch!r}, split={self.split!r}, step={self.step}, "
             f"rank={self.rank}, samples {self.start} to {self.stop}, {self.num_sent} sent)"
         )
+
+
+def _snapshot(slot: Slot) -> SlotSnapshot:
+    """What a slot says of itself at this moment; of one that no engine has seen yet, that it was not sent."""
+    if slot.snapshot is not None:
+        return slot.snapshot
+    return SlotSnapshot(SlotRecord(slot.index, slot.group, None, None))

@@ -130,7 +130,7 @@ def test_groups_of_a_job_started_again_do_not_mix_with_those_of_the_one_that_die
         client.flush()
         return client
 
-    submit_half(0, "one", old[:2])._session.watcher.close()  # as if it had died here
+    submit_half(0, "one", old[:2])._engine._loop.close()  # as if it had died here
     first, second = submit_half(0, "two", new[:2]), submit_half(1, "two", new[2:])
     batches = together(lambda: first.collect(timeout_s=60), lambda: second.collect(timeout_s=60))
     rewards = np.concatenate([batch.rewards["rank"] for batch in batches])

@@ -131,10 +131,10 @@ def test_a_step_that_is_cancelled_at_any_moment_leaves_nothing_and_is_not_scored
         client.submit(samples[: 8 - i % 2], group_size=8)
         time.sleep(0.002 * (i % 6))
         client.cancel()
-    board, groups = client._session.board, client._session.groups
-    wait_until(lambda: board.num_unsent == 0, 30)
+    wait_until(lambda: client._engine.num_unsent == 0, 30)
     wait_until(lambda: not payloads_left(settings), 30)
-    assert (board._payloads, board._entries, board._chunks, groups._groups) == ({}, {}, {}, {})
+    state = client._engine._state
+    assert (len(state.core.payloads), state.core.awaited, state.core.deliveries, len(state.groups)) == (0, {}, {}, 0)
     workers("gpu")
     client.submit(samples_of([5000], group="last"), group_size=1)
     assert_rewards(client.collect(timeout_s=60), [5000], "Counts")
@@ -159,7 +159,7 @@ def test_a_step_cancelled_while_the_store_is_full_makes_room_for_the_next(redis_
 
     with RewardClient.from_dict(config, "test", settings=settings) as client:
         client.submit(samples(range(12)))
-        wait_until(lambda: client._session.board.trouble is not None)
+        wait_until(lambda: client._engine.known_reasons() is not None)
         client.cancel()
         wait_until(lambda: not payloads_left(settings))
         workers("gpu", settings=settings)
@@ -204,7 +204,7 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
         client.submit([Sample(image=image_of(n, 64, 64)) for n in range(12)])
         with redis_server.client() as broker:
             wait_until(lambda: len(messages_in(broker, "gpu")) >= 4)
-            wait_until(lambda: client._session.board.trouble is not None)
+            wait_until(lambda: client._engine.known_reasons() is not None)
             broker.delete(*broker.keys("gpu*"))
         workers("gpu", settings=settings)
         assert_rewards(client.collect(timeout_s=60), range(12))
@@ -213,7 +213,7 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
 @pytest.mark.parametrize("num_images", [12, 30])
 def test_groups_over_ranks_are_scored_though_their_samples_wait_for_room(redis_url, workers, num_images, monkeypatch):
     """With room for 12 the first rank may fill the store with halves of groups, before the second has any."""
-    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 1.0)
+    monkeypatch.setattr("trainer_client.engine.room.STUCK_S", 1.0)
     settings = small_store(redis_url, num_images)
     workers("gpu", settings=settings)
     with contextlib.ExitStack() as stack:
@@ -237,7 +237,7 @@ def test_groups_over_ranks_are_scored_though_their_samples_wait_for_room(redis_u
 def test_groups_that_fill_the_store_before_one_is_complete_get_the_rest_of_their_samples(
     redis_url, workers, group_size, monkeypatch
 ):
-    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 1.0)
+    monkeypatch.setattr("trainer_client.engine.room.STUCK_S", 1.0)
     settings = small_store(redis_url, 3)
     workers("gpu", settings=settings)
     with RewardClient.from_dict(config_of("OrderInGroup"), "test", settings=settings) as client:
@@ -248,12 +248,12 @@ def test_groups_that_fill_the_store_before_one_is_complete_get_the_rest_of_their
 
 
 def test_a_full_store_is_not_exceeded_while_messages_wait(redis_url, redis_server, monkeypatch):
-    monkeypatch.setattr("trainer_client.uploads.STUCK_S", 0.2)
+    monkeypatch.setattr("trainer_client.engine.room.STUCK_S", 0.2)
     settings = small_store(redis_url, 6)
     config = config_of("OrderInGroup", {"reward_model": "PixelCode", "batch_size": 1})
     with RewardClient.from_dict(config, "test", settings=settings) as client:
         client.submit([Sample(image=image_of(g, 64, 64), group=g) for g in range(16)], group_size=2)
-        wait_until(lambda: client._session.board.trouble is not None)
+        wait_until(lambda: client._engine.known_reasons() is not None)
         time.sleep(2)
         with connect(settings.payloads) as store:
             assert int(store.get(keys.PAYLOAD_BYTES)) <= settings.max_store_bytes + 10_000  # some requests

@@ -87,7 +87,7 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
     (spec,) = (r.part for r in RewardConfig.from_dict(config_of({"reward_model": model})).rewards)
 
     def beat(node, **how):
-        store = client._session.store.identity()
+        store = client._engine.store.identity()
         given = {"wire": WIRE_VERSION, "queues": ("gpu",), "host": "h", "pid": 1, "store": store, "state": "ready"}
         outcomes.beat(Heartbeat(node=node, **{**given, **how}), ttl_s=60)
 
@@ -370,7 +370,7 @@ def test_a_rank_restarted_with_other_samples_after_its_group_was_sealed_seals_it
     before = clients(config, rank=1, world_size=2, launch="one")
     before.submit(rank_samples({"g": [image_of(20), image_of(40)]}), group_size=4, step=0)
     before.flush()
-    wait_until(lambda: all(g.entry is not None for g in other._session.groups._groups.values()))
+    wait_until(lambda: all(g.awaited is not None for g in other._engine._state.groups))
     before.close()
     after = clients(config, rank=1, world_size=2, launch="one")
     after.submit(rank_samples({"g": [image_of(21), image_of(5)]}), group_size=4, step=0)
@@ -440,7 +440,7 @@ def test_a_group_that_one_rank_alone_has_seen_answered_survives_an_emptied_redis
     ranks[1].submit(samples_of([20, 40], group="g"), group_size=4, step=0)
     ranks[1].flush()
     with monkeypatch.context() as patch:
-        patch.setattr(ranks[1]._session.watcher, "_round", lambda: 0.05)
+        patch.setattr(ranks[1]._engine._loop, "_turn", lambda: time.sleep(0.05))
         time.sleep(0.6)
         ranks[0].submit(samples_of([10, 30], group="g"), group_size=4, step=0)
         wait_until(lambda: ranks[0].pending() == 0, 30)

@@ -10,7 +10,7 @@ from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.source.code import hash_on_disk
 from tasks.version import __version__
 
-_CATALOG_FILES = sorted(Path(catalog.__file__).parent.glob("*.py"))
+_CATALOG_FILES = tuple(sorted(Path(catalog.__file__).parent.glob("*.py")))
 _CATALOG_AT_START = {path: hash_on_disk(path) for path in _CATALOG_FILES}
 
 

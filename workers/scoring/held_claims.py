@@ -50,7 +50,7 @@ class HeldClaims:
     def release_all(self) -> None:
         """Give every held claim back for others, when the process ends with tasks unfinished."""
         held = self.tokens
-        for token in set(held.values()):
+        for token in dict.fromkeys(held.values()):
             addresses = [address for address, by in held.items() if by == token]
             self.drop(addresses, token)
             self._outcomes.release(addresses, token)

@@ -1,0 +1,203 @@
+"""What each rank of the trainer does: submits its steps, collects them, is killed, comes again with its tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.messages import Outcome
+from tasks.rewards import RewardSpec
+from tests.simulation.schedules import RankPlan, StepPlan
+from tests.simulation.trainer import Client, Settings, outcomes_of
+from tests.simulation.workers import Services
+from tests.simulation.world import BrokenPropertyError, Process, Signal, World
+
+RESTART_S = 0.7
+"""A trainer that was killed comes again so much later."""
+
+COLLECT_AGAIN_S = 50.0
+
+LATE_S = 0.01
+"""A wait may outlive its deadline by so much."""
+
+ENDED_WITH_PROCESS = (
+    "the process that submitted it ended before it was sent",
+    "its media left the payload store with the process that held them",
+)
+"""What samples of a process that was killed may be told."""
+
+Position = tuple[int, int, str]
+"""A step, an index in it, the name of a reward."""
+
+
+def is_of_ended_process(outcome: Outcome) -> bool:
+    """Whether a sample has no reward since its trainer was killed."""
+    return outcome.failure is not None and outcome.failure.message in ENDED_WITH_PROCESS
+
+
+class Barrier:
+    """Ranks wait for each other at the end of a step, as a trainer's all-gather has them do."""
+
+    def __init__(self, world: World, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._arrived: dict[int, set[int]] = {}
+        self._signal = Signal(world)
+
+    def wait(self, rank: int, step: int) -> None:
+        """Return once all ranks have come as far."""
+        arrived = self._arrived.setdefault(step, set())
+        arrived.add(rank)
+        if len(arrived) == self._num_ranks:
+            self._signal.notify()
+        while len(arrived) < self._num_ranks:
+            self._signal.wait()
+
+
+@dataclass
+class Rank:
+    """One rank of a trainer, over all its processes."""
+
+    world: World
+    services: Services
+    plan: RankPlan
+    settings: Settings
+    barrier: Barrier
+    on_done: Callable[[], None]
+    may_lose_payloads: bool
+    """A fault of the schedule takes payloads out of the store."""
+    num_started: int = 0
+    num_steps_done: int = 0
+    is_done: bool = False
+    answers: dict[Position, Outcome] = field(default_factory=dict)
+    given_up: set[Position] = field(default_factory=set)
+    tickets: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """On disk: by step and number of the submit, what was pickled."""
+
+    def __post_init__(self) -> None:
+        self.world.nobody.spawn(self._start_first, f"launcher of rank {self.number}")
+
+    @property
+    def number(self) -> int:
+        """Which rank it is."""
+        return self.settings.rank
+
+    def hit(self, what: str, seconds: float) -> None:
+        """A fault hits the process that it is now."""
+        if self.process.is_dead or not self.num_started:
+            return
+        if what == "stall trainer":
+            self.process.stall(seconds)
+        elif what == "cut off trainer":
+            self.process.cut_off(seconds)
+        elif not self.is_done:
+            self.process.kill("killed")
+            self.world.nobody.spawn(self._start_again, f"launcher of rank {self.number}")
+
+    def _start_first(self) -> None:
+        self.process = Process(self.world, "not started")
+        self.world.sleep(self.plan.starts_at)
+        self._start()
+
+    def _start_again(self) -> None:
+        self.world.sleep(RESTART_S)
+        self._start()
+
+    def _start(self) -> None:
+        self.num_started += 1
+        name = f"r{self.number}.{self.num_started}"
+        self.process = self.world.process(name)
+        self.client = Client(self.process, self.services, self.settings, name)
+        self.process.spawn(self._train, "main")
+
+    # --- what it does ------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        for step in range(self.num_steps_done, len(self.plan.steps)):
+            self._train_step(step, self.plan.steps[step])
+            self.num_steps_done = step + 1
+        while not self.client.is_idle:
+            self.world.sleep(0.1)
+        self.is_done = True
+        self.on_done()
+
+    def _train_step(self, step: int, plan: StepPlan) -> None:
+        slots = self._submit(step, plan)
+        is_complete = self._collect(slots, plan.timeout_s)
+        if not is_complete and plan.is_given_up:
+            for slot, reward, outcome in outcomes_of(slots):
+                if outcome is None:
+                    self.given_up.add((slot.step, slot.index, reward))
+        elif not is_complete:
+            while not self._collect(slots, COLLECT_AGAIN_S):
+                pass
+        self.barrier.wait(self.number, step)
+        self.client.give_up(slots)
+
+    def _submit(self, step: int, plan: StepPlan) -> list[Any]:
+        slots: list[Any] = []
+        for number, samples in enumerate(plan.submits):
+            ticket = self.tickets.get((step, number))
+            if ticket is not None and self._may_resume(ticket):
+                slots += self.client.resume(ticket)
+            else:
+                slots += self.client.submit(step, len(slots), samples, ticket=number)
+            self._pickle(step, plan, slots)
+            if plan.pause_s:
+                self.world.sleep(plan.pause_s)
+                self._pickle(step, plan, slots)
+        return slots
+
+    def _may_resume(self, ticket: bytes) -> bool:
+        """Alone it may. Other ranks wait for ever for a member of their group that was not sent, or whose media are gone:
+        then it is submitted anew."""
+        if self.settings.world_size == 1:
+            return True
+        return not self.may_lose_payloads and self.client.is_sent(ticket)
+
+    def _pickle(self, step: int, plan: StepPlan, slots: Sequence[Any]) -> None:
+        if not plan.is_pickled:
+            return
+        for number in range(len(plan.submits)):
+            mine = [slot for slot in slots if slot.ticket == number]
+            if mine:
+                self.tickets[step, number] = self.client.pickle(mine)
+
+    def _collect(self, slots: Sequence[Any], timeout_s: float) -> bool:
+        """Whether all is there by then."""
+        deadline = self.world.now + timeout_s
+        is_complete = self.client.collect(slots, timeout_s)
+        if self.world.now > deadline + LATE_S and not self.process.hit_since(deadline):
+            raise BrokenPropertyError("late", f"a wait until {deadline:.3f} ended at {self.world.now:.3f}")
+        for slot, reward, outcome in outcomes_of(slots):
+            if outcome is not None:
+                self._see((slot.step, slot.index, reward), outcome)
+        return is_complete
+
+    def _see(self, position: Position, outcome: Outcome) -> None:
+        """An answer is seen: from now on it is no other. (A failure may be, to a process that tries again.)"""
+        seen = self.answers.get(position)
+        if seen is not None and seen.reward is not None and seen.reward != outcome.reward:
+            if is_of_ended_process(outcome):  # its ticket was pickled before
+                return
+            raise BrokenPropertyError("changed", f"rank {self.number} {position}: {seen} became {outcome}")
+        self.answers[position] = outcome
+        self.world.say(self.process, "sees", position, outcome.reward, outcome.failure)
+
+
+def make_ranks(
+    world: World,
+    services: Services,
+    rewards: tuple[RewardSpec, ...],
+    plans: Sequence[RankPlan],
+    invalid: frozenset[int],
+    on_done: Callable[[], None],
+    may_lose_payloads: bool,
+) -> list[Rank]:
+    """All ranks of a trainer."""
+    barrier = Barrier(world, len(plans))
+    ranks = []
+    for number, plan in enumerate(plans):
+        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes)
+        ranks.append(Rank(world, services, plan, settings, barrier, on_done, may_lose_payloads))
+    return ranks

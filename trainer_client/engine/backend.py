@@ -1,0 +1,391 @@
+"""The I/O of the engine: carries out one action, and returns the event that is its result.
+
+It decides nothing and remembers nothing but connections. Whatever a server raises goes to the caller, who makes the
+call again: each may run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from tasks.errors import WireError
+from tasks.groups import GroupSlots
+from tasks.messages import (
+    Failure,
+    GroupRequest,
+    MediaRef,
+    Outcome,
+    SampleRequest,
+    ScoreRequest,
+    unpack,
+)
+from tasks.outcomes import ClientOutcomes, QueueState, key_of
+from tasks.payloads import PayloadStore
+from tasks.samples import Sample
+from trainer_client.engine import actions as do
+from trainer_client.engine import events as ev
+from trainer_client.engine.broker import Broker
+from trainer_client.engine.encoding import Content, EncodedSample
+from trainer_client.engine.model import Awaited, Delivery, Slot
+from trainer_client.engine.requests import Message, RequestWriter, Times
+
+
+class Encoder(Protocol):
+    """Encodes samples."""
+
+    def encode(self, slot: Slot, sample: Sample) -> EncodedSample:
+        """A sample as it travels."""
+
+
+class Backend:
+    """The servers, as one client uses them. Safe between threads.
+
+    Args:
+        outcomes, store, groups: The result backend, the payload store, and of several ranks the slots of groups.
+        publisher, inspector: Two connections to the broker: one for what is sent, one for what is asked.
+        encoder: Encodes samples of this rank.
+        writer: Composes requests of this run.
+        rank, client_id: Who asks for a group's attempt.
+        payload_ttl_s, result_ttl_s: As the settings of these names.
+    """
+
+    def __init__(
+        self,
+        *,
+        outcomes: ClientOutcomes,
+        store: PayloadStore,
+        groups: GroupSlots | None,
+        publisher: Broker,
+        inspector: Broker,
+        encoder: Encoder,
+        writer: RequestWriter,
+        rank: int,
+        client_id: str,
+        payload_ttl_s: float,
+        result_ttl_s: float,
+    ) -> None:
+        self._outcomes, self._store, self._groups = outcomes, store, groups
+        self._publisher, self._inspector = publisher, inspector
+        self._encoder, self._writer = encoder, writer
+        self._rank, self._client_id = rank, client_id
+        self._payload_ttl_s, self._result_ttl_s = payload_ttl_s, result_ttl_s
+
+    def perform(self, action: do.Action) -> ev.Event:
+        """Carry out an action; raises what its server raises."""
+        return _CALLS[type(action)](self, action)
+
+    # --- encode and store ------------------------------------------------------------
+
+    def _encode(self, action: do.Encode) -> ev.Event:
+        slot = action.slot
+        sample = slot.sample
+        if sample is None:  # given up meanwhile
+            return ev.SampleEncoded(slot, EncodedSample("", {}))
+        return ev.SampleEncoded(slot, self._encoder.encode(slot, sample))
+
+    def _store_payload(self, action: do.Store) -> ev.Event:
+        self._store.put({action.name: action.content.data}, self._payload_ttl_s)
+        return ev.PayloadStored(action.name)
+
+    def _restore(self, action: do.Restore) -> ev.Event:
+        names: dict[str, None] = {}
+        for lost in action.lost:
+            names.update(dict.fromkeys(lost.digest_of))
+        gone = set(self._store.renew(list(names), self._payload_ttl_s))
+        problems: dict[Awaited, Failure | None] = {}
+        for lost in action.lost:
+            missing = {d: name for name, d in lost.digest_of.items() if name in gone}
+            problem = self._bring_back(lost.slots, missing) if missing else None
+            problems[lost.awaited] = problem
+        return ev.Restored(problems)
+
+    def _bring_back(
+        self, slots: Sequence[Slot], missing: Mapping[str, str]
+    ) -> Failure | None:
+        """Store again what is gone (digest to name) of these samples' media; returns why that cannot be done."""
+        samples = [(slot, slot.sample) for slot in slots]
+        holders = [(slot, sample) for slot, sample in samples if sample is not None]
+        if not holders:
+            words = (
+                "its media left the payload store, and this process does not hold them"
+            )
+            return Failure(kind="failed", message=words)
+        found: dict[str, Content] = {}
+        for slot, sample in holders:
+            encoded = self._encoder.encode(slot, sample)
+            if encoded.problem is not None:
+                return encoded.problem
+            found |= encoded.all_contents()
+        if not missing.keys() <= found.keys():
+            words = "its media were changed after submit(), and had to be sent a second time"
+            return Failure(kind="invalid", message=words)
+        payloads = {name: found[digest].data for digest, name in missing.items()}
+        self._store.put(payloads, self._payload_ttl_s)
+        return None
+
+    # --- publish ---------------------------------------------------------------------
+
+    def _publish(self, action: do.Publish) -> ev.Event:
+        """Number the messages, store their requests, put them into their queues: in that order, so that no worker finds
+        a message whose request is not there."""
+        now_ms = self._outcomes.now_ms()
+        times = Times(now_ms, now_ms + round(1000 * self._result_ttl_s))
+        messages, requests = [], {}
+        for delivery in action.deliveries:
+            message, own = self._writer.compose(delivery, times)
+            messages.append(message)
+            requests.update(own)
+        self._number(messages)
+        self._store.put(requests, self._payload_ttl_s)
+        self._publisher.publish(messages, self._store.identity())
+
+        numbers = {}
+        for delivery, message in zip(action.deliveries, messages, strict=True):
+            last = message.header[-1] if message.header else message
+            numbers[delivery] = last.number
+            self._tell_other_ranks(delivery, last.number)
+        return ev.Published(numbers)
+
+    def _number(self, messages: Sequence[Message]) -> None:
+        """Give every message but the bodies of chords its number, in the order in which they go."""
+        by_queue: dict[str, list[Message]] = {}
+        for message in messages:
+            numbered = message.header or [message]
+            by_queue.setdefault(message.queue, []).extend(numbered)
+        for queue, numbered in by_queue.items():
+            first = self._outcomes.number(queue, len(numbered))
+            for number, message in enumerate(numbered, first):
+                message.number = number
+
+    def _tell_other_ranks(self, delivery: Delivery, number: int) -> None:
+        """Which message was sent for a group."""
+        if self._groups is None:
+            return
+        for awaited in delivery.awaited_when_sent:
+            if awaited.group is not None and awaited.group.shared_key:
+                self._groups.set_number(awaited.group.shared_key, number)
+
+    def _publish_again(self, action: do.PublishAgain) -> ev.Event:
+        message = self._writer.again(action.delivery, action.request)
+        self._number([message])
+        self._publisher.publish([message], self._store.identity())
+        return ev.Published({action.delivery: message.number})
+
+    # --- look up ---------------------------------------------------------------------
+
+    def _look_up(self, action: do.LookUp) -> ev.Event:
+        found = self._find(action.addresses)
+        return ev.OutcomesFound(found, action.purpose)
+
+    def _find(self, addresses: Sequence[str]) -> dict[str, Outcome | None]:
+        if not addresses:
+            return {}
+        return dict(zip(addresses, self._outcomes.look_up(addresses), strict=True))
+
+    def _look_up_group(self, action: do.LookUpGroup) -> ev.Event:
+        group = action.group
+        assert group.group is not None
+        outcome = self._outcomes.look_up([group.address])[0]
+        is_final = outcome is not None and outcome.is_final
+        attempt = group.attempt
+        if outcome is not None and not is_final:
+            attempt = outcome.attempt + 1
+        number = 0
+        if self._groups is not None and group.group.shared_key and not is_final:
+            attempt, number = self._groups.ask(
+                group.group.shared_key,
+                key_of(group.address),
+                self._rank,
+                self._client_id,
+                attempt,
+            )
+        parts = {}
+        is_answered = outcome is not None and (is_final or outcome.attempt >= attempt)
+        if not is_answered:
+            requests = (*group.group.members, *group.group.comparisons)
+            parts = self._find([one.address for one in requests])
+        return ev.GroupLookedUp(group, outcome, attempt, number, parts)
+
+    def _read_numbers(self, action: do.ReadNumbers) -> ev.Event:
+        states = {q: self._outcomes.queue_state(q, 1) for q in action.queues}
+        return ev.NumbersRead(
+            sent={queue: state.sent for queue, state in states.items()},
+            taken={queue: state.taken for queue, state in states.items()},
+        )
+
+    def _read_notes(self, action: do.ReadNotes) -> ev.Event:
+        found = self._outcomes.notes([request for _, request in action.requests])
+        notes = []
+        for (delivery, request), note in zip(action.requests, found, strict=True):
+            if note is not None:
+                notes.append((delivery, request, note))
+        if not notes:
+            return ev.NotesRead([], "")
+        identity = self._store.identity()
+        self._outcomes.drop_notes([request for _, request, _ in notes])
+        return ev.NotesRead(notes, identity)
+
+    # --- upkeep ----------------------------------------------------------------------
+
+    def _inspect(self, action: do.InspectDeliveries) -> ev.Event:
+        queues = sorted({one.delivery.spec.queue for one in action.suspicions})
+        states = {queue: self._state_of(queue) for queue in queues}
+        queued: list[Delivery] = []
+        awaited: list[Awaited] = []
+        for one in action.suspicions:
+            if states[one.delivery.spec.queue].holds(one.number):
+                queued.append(one.delivery)
+            else:
+                awaited += one.awaited
+        workers = self._outcomes.workers() if awaited else []
+        claimed = self._claimed(awaited)
+        # After the claims: an answer that ends a claim between the two is seen.
+        unclaimed = [
+            a.address for a in awaited if claimed.isdisjoint(a.in_hand_addresses)
+        ]
+        return ev.DeliveriesInspected(
+            suspicions=action.suspicions,
+            in_queue=frozenset(queued),
+            claimed=claimed,
+            workers=workers,
+            outcomes=self._find(unclaimed),
+        )
+
+    def _state_of(self, queue: str) -> QueueState:
+        return self._outcomes.queue_state(queue, self._inspector.num_waiting(queue))
+
+    def _claimed(self, awaited: Iterable[Awaited]) -> frozenset[str]:
+        addresses: dict[str, None] = {}
+        for one in awaited:
+            addresses.update(dict.fromkeys(one.in_hand_addresses))
+        if not addresses:
+            return frozenset()
+        found = self._outcomes.claimed(list(addresses))
+        pairs = zip(addresses, found, strict=True)
+        return frozenset(address for address, is_claimed in pairs if is_claimed)
+
+    def _measure_store(self, action: do.MeasureStore) -> ev.Event:
+        num_bytes = self._store.bytes_in_use()
+        has_messages = None
+        if action.queues:
+            has_messages = any(self._inspector.num_waiting(q) for q in action.queues)
+        return ev.StoreMeasured(num_bytes, has_messages)
+
+    def _renew(self, action: do.Renew) -> ev.Event:
+        self._store.renew(action.names, self._payload_ttl_s)
+        return ev.Renewed()
+
+    def _free(self, action: do.Free) -> ev.Event:
+        self._store.free(action.names)
+        return ev.Freed()
+
+    def _check_request(self, action: do.CheckRequest) -> ev.Event:
+        gone = self._store.renew([action.delivery.request], self._payload_ttl_s)
+        return ev.RequestChecked(action.delivery, not gone)
+
+    def _read_requests(self, action: do.ReadRequests) -> ev.Event:
+        payloads = []
+        for request, is_group in action.requests:
+            for address, sample in self._samples_of(request, is_group=is_group):
+                for ref in _refs_of(sample):
+                    payloads.append((address, ref.name, ref.digest))
+        return ev.RequestsRead(payloads)
+
+    def _samples_of(
+        self, request: str, *, is_group: bool
+    ) -> list[tuple[str, SampleRequest]]:
+        """The samples of a request that is still there, each with the address of the outcome that needs it."""
+        data = self._store.get([request])[0]
+        if data is None:
+            return []
+        try:
+            if is_group:
+                group = unpack(GroupRequest, data)
+                return [(group.address, member) for member in group.members]
+            samples = unpack(ScoreRequest, data).samples
+        except (
+            WireError
+        ):  # of another version of this package: workers say so, in a note
+            return []
+        found = []
+        for sample in samples:
+            found += [(sample.address, one) for one in sample.members or (sample,)]
+        return found
+
+    # --- groups over ranks -----------------------------------------------------------
+
+    def _register(self, action: do.RegisterMember) -> ev.Event:
+        assert self._groups is not None
+        member = action.member
+        assert member.request is not None
+        found = self._groups.register(
+            action.shared_key,
+            action.position,
+            member.key,
+            member.request,
+            action.group_size,
+            member.spec.fingerprint,
+        )
+        return ev.MemberRegistered(member, found)
+
+    def _read_digests(self, action: do.ReadDigests) -> ev.Event:
+        assert self._groups is not None
+        found = self._groups.digests(action.shared_keys)
+        return ev.DigestsRead(dict(zip(action.shared_keys, found, strict=True)))
+
+    def _read_members(self, action: do.ReadMembers) -> ev.Event:
+        assert self._groups is not None
+        members = self._groups.members(action.shared_key)
+        return ev.MembersRead(action.shared_key, action.digest, members)
+
+    def _put_groups_back(self, action: do.PutGroupsBack) -> ev.Event:
+        """Other ranks may not have the answer yet, and the media of this rank's members are freed."""
+        assert self._groups is not None
+        groups = action.groups
+        are_there = self._outcomes.are_there([group.address for group in groups])
+        digests = self._groups.digests([group.shared_key for group in groups])
+        lost = []
+        for group, is_there, found in zip(groups, are_there, digests, strict=True):
+            if not is_there:
+                self._outcomes.put_back(group.address, group.outcome)
+            if not found:
+                self._groups.put_back(
+                    group.shared_key,
+                    group.digest,
+                    self._rank,
+                    self._client_id,
+                    group.attempt,
+                )
+                lost.append(group.shared_key)
+        return ev.GroupsPutBack(frozenset(lost))
+
+
+def _refs_of(sample: SampleRequest) -> list[MediaRef]:
+    refs: list[MediaRef] = []
+    for one in sample.media.values():
+        refs += one if isinstance(one, tuple) else (one,)
+    return refs
+
+
+_CALLS: dict[type[Any], Callable[[Backend, Any], ev.Event]] = {
+    do.Encode: Backend._encode,
+    do.Store: Backend._store_payload,
+    do.Restore: Backend._restore,
+    do.LookUp: Backend._look_up,
+    do.LookUpGroup: Backend._look_up_group,
+    do.ReadNumbers: Backend._read_numbers,
+    do.ReadNotes: Backend._read_notes,
+    do.Publish: Backend._publish,
+    do.PublishAgain: Backend._publish_again,
+    do.InspectDeliveries: Backend._inspect,
+    do.MeasureStore: Backend._measure_store,
+    do.Renew: Backend._renew,
+    do.Free: Backend._free,
+    do.CheckRequest: Backend._check_request,
+    do.ReadRequests: Backend._read_requests,
+    do.RegisterMember: Backend._register,
+    do.ReadDigests: Backend._read_digests,
+    do.ReadMembers: Backend._read_members,
+    do.PutGroupsBack: Backend._put_groups_back,
+}

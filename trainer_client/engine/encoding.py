@@ -1,0 +1,212 @@
+"""Samples as they travel: media as checked arrays, their digests, the bytes of each transport, the sample's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks import media, outcomes
+from tasks.errors import InvalidSampleError
+from tasks.messages import Failure, MediaRef
+from tasks.rewards import JPEG, RAW, RewardSpec
+from tasks.samples import Beside, Sample, beside, identity_of, sample_key
+from trainer_client.engine.model import Slot
+
+ENCODERS = {
+    "image": media.encode_image,
+    "video": media.encode_video,
+    "audio": media.encode_audio,
+}
+LIST_ENCODERS = {
+    "condition_images": media.encode_image,
+    "condition_videos": media.encode_video,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The bytes of one array as they travel."""
+
+    data: Any
+    digest: str
+    shape: tuple[int, ...]
+    format: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """How much room it takes in the payload store."""
+        return memoryview(self.data).nbytes
+
+    def as_ref(self, name: str) -> MediaRef:
+        """What a request says of it, where it is stored under `name`."""
+        return MediaRef(
+            name=name, digest=self.digest, shape=self.shape, format=self.format
+        )
+
+
+@dataclass(slots=True)
+class EncodedField:
+    """One media field of a sample as checked arrays."""
+
+    arrays: list[Any]
+    digests: list[str]
+    is_list: bool
+
+    @property
+    def identity(self) -> list[Any]:
+        """What of it goes into the sample's key."""
+        return [
+            [list(array.shape), digest]
+            for array, digest in zip(self.arrays, self.digests, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a sample is for one reward."""
+
+    key: str
+    address: str
+    """Of its outcome: for a groupwise reward, for the reward of the group's parts."""
+    beside: Beside
+
+
+@dataclass(slots=True)
+class EncodedSample:
+    """A sample, ready to be looked up, stored and sent."""
+
+    prompt: str
+    identities: dict[str, Identity]
+    """By reward name."""
+    contents: dict[tuple[str, str], list[Content]] = field(default_factory=dict)
+    """By media field and transport."""
+    lists: frozenset[str] = frozenset()
+    """The fields that are lists of media."""
+    problem: Failure | None = None
+    """Why it cannot be scored."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its contents."""
+        return sum(c.num_bytes for some in self.contents.values() for c in some)
+
+    def all_contents(self) -> dict[str, Content]:
+        """Every content by its digest."""
+        return {c.digest: c for some in self.contents.values() for c in some}
+
+    def fields_for(self, spec: RewardSpec) -> dict[str, list[Content]]:
+        """By media field, what of it travels for a reward."""
+        transport = transport_of(spec)
+        return {
+            name: contents
+            for (name, way), contents in self.contents.items()
+            if way == transport and name in spec.fields
+        }
+
+
+def transport_of(spec: RewardSpec) -> str:
+    """How pixels travel for a reward: raw, or JPEG where a local reward says so. (A judge's format is the worker's.)"""
+    return JPEG if spec.image_format == JPEG and not spec.is_judge else RAW
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEncoder:
+    """Encodes the samples of one rank of one run. Safe between threads: it keeps nothing."""
+
+    run: str
+    rank: int
+
+    def encode(self, slot: Slot, sample: Sample) -> EncodedSample:
+        """The media of a slot's sample, and its identity for each reward; what is wrong with them is its `problem`."""
+        try:
+            fields = _encode_fields(slot)
+        except InvalidSampleError as error:
+            problem = Failure(kind="invalid", message=str(error))
+            identities = self._identities(slot, sample, {}, is_fit=False)
+            return EncodedSample(sample.prompt, identities, problem=problem)
+        return EncodedSample(
+            prompt=sample.prompt,
+            identities=self._identities(slot, sample, fields, is_fit=True),
+            contents=_contents_of(slot, fields),
+            lists=frozenset(name for name, one in fields.items() if one.is_list),
+        )
+
+    def _identities(
+        self,
+        slot: Slot,
+        sample: Sample,
+        fields: Mapping[str, EncodedField],
+        *,
+        is_fit: bool,
+    ) -> dict[str, Identity]:
+        digests = {name: one.identity for name, one in fields.items()}
+        identities = {}
+        for spec in slot.rewards:
+            scored = spec.part if spec.is_groupwise else spec
+            # A sample whose media cannot be read is like no other.
+            counts_slot = scored.counts_slot or not is_fit
+            position = (slot.split, slot.step, self.rank, slot.index)
+            key = sample_key(
+                sample.prompt,
+                digests,
+                sample.metadata,
+                position if counts_slot else (),
+                identity_of(sample, scored),
+            )
+            address = outcomes.address(self.run, scored.fingerprint, key)
+            identities[spec.name] = Identity(key, address, beside(sample, spec))
+        return identities
+
+
+def _encode_fields(slot: Slot) -> dict[str, EncodedField]:
+    """The media of a slot's sample as checked arrays. Raises `InvalidSampleError`."""
+    fields = {}
+    for name, held in slot.held.items():
+        where = f"sample {slot.index}: {name}"
+        if name in ENCODERS:
+            arrays = [ENCODERS[name](held, where)]
+        else:
+            encode = LIST_ENCODERS[name]
+            arrays = [encode(h, f"{where}[{i}]") for i, h in enumerate(held.value)]
+        digests = [media.digest(array) for array in arrays]
+        fields[name] = EncodedField(arrays, digests, is_list=name in LIST_ENCODERS)
+    return fields
+
+
+def _contents_of(
+    slot: Slot, fields: Mapping[str, EncodedField]
+) -> dict[tuple[str, str], list[Content]]:
+    """The bytes of each field for each transport that a reward of the slot uses."""
+    contents: dict[tuple[str, str], list[Content]] = {}
+    for spec in slot.rewards:
+        scored = spec.part if spec.is_groupwise else spec
+        transport = transport_of(scored)
+        for name, one in fields.items():
+            if name in scored.fields and (name, transport) not in contents:
+                contents[name, transport] = _as_contents(one, name, transport)
+    return contents
+
+
+def _as_contents(one: EncodedField, name: str, transport: str) -> list[Content]:
+    pairs = zip(one.arrays, one.digests, strict=True)
+    return [_as_content(array, digest, name, transport) for array, digest in pairs]
+
+
+def _as_content(array: Any, digest: str, name: str, transport: str) -> Content:
+    """The bytes of an array (of this digest) as they travel; an array's own bytes are not hashed a second time."""
+    if name == "audio":
+        return Content(memoryview(array).cast("B"), digest, array.shape, "float32")
+    if transport == RAW:
+        return Content(memoryview(array).cast("B"), digest, array.shape, "raw")
+    frames = array if array.ndim == 4 else array[None]
+    data = media.join_frames([media.to_jpeg(frame) for frame in frames])
+    return Content(data, media.digest(data), array.shape, "jpeg")
+
+
+def refs_of(
+    contents: Sequence[Content], names: Sequence[str], *, is_list: bool
+) -> MediaRef | tuple[MediaRef, ...]:
+    """What a request says of one field's contents, which are stored under these names."""
+    refs = tuple(c.as_ref(name) for c, name in zip(contents, names, strict=True))
+    return refs if is_list else refs[0]

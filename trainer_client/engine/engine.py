@@ -1,0 +1,459 @@
+"""The engine of one client in one process: what the client calls, and how a caller waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import redis
+
+from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
+from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
+from tasks.groups import GroupSlots
+from tasks.messages import Failure, Note
+from tasks.outcomes import ClientOutcomes
+from tasks.payloads import PayloadStore, open_store
+from tasks.rewards import RewardConfig, RewardSpec, Split
+from tasks.servers.connections import why_away
+from tasks.settings import Settings
+from trainer_client.engine import actions as do
+from trainer_client.engine import events as ev
+from trainer_client.engine.backend import Backend
+from trainer_client.engine.broker import CeleryBroker
+from trainer_client.engine.diagnosis import Diagnosis
+from trainer_client.engine.encoding import SampleEncoder
+from trainer_client.engine.loop import AWAY, Chore, Loop
+from trainer_client.engine.model import RankIndex, Slot
+from trainer_client.engine.requests import RequestWriter, TaskNames
+from trainer_client.engine.resume import slots_and_deliveries
+from trainer_client.engine.state import EngineConfig, EngineState
+from trainer_client.engine.why_late import Source
+from trainer_client.progress import bars
+from trainer_client.runs.code_versions import CodeVersions
+from trainer_client.runs.registry import RunRegistry
+from trainer_client.steps.step_log import WaitLog
+from trainer_client.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+NO_WORKER_AFTER_S = 2.0
+"""Heartbeats are asked for when `collect()` has waited for this long, to say early that a queue has no worker."""
+
+ASK_S = 2.0
+"""Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
+
+SAY_EVERY_S = 60.0
+"""How often the log says that `submit()` waits, and why."""
+
+LOOK_EVERY_S = 0.25
+"""How often a wait in `collect()` looks at the clock, and shows how far it is."""
+
+TELL_EVERY_S = 600.0
+"""How often Redis is told what this run's rewards are, at most: it may have been emptied."""
+
+COMPARE_EVERY_S = 0.5
+"""How often the code that answered is compared with what other clients of the run have seen."""
+
+
+class Engine:
+    """Takes samples to their outcomes, in threads of its own. A forked child makes its own.
+
+    Args:
+        app: Celery's; `app.settings` says where the servers are.
+        config: The rewards, which Redis is told.
+        chores: What else is to be done regularly: the rank lock is extended.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        run: str,
+        launch: str,
+        rank: int,
+        world_size: int,
+        config: RewardConfig,
+        chores: Sequence[Chore],
+    ) -> None:
+        settings: Settings = app.settings
+        self.pid = os.getpid()
+        self.client_id = uuid.uuid4().hex[:12]
+        self.outcomes: ClientOutcomes = client_outcomes(app)
+        self.store: PayloadStore = open_store(settings)
+        self._settings = settings
+        self._slots_over_ranks: GroupSlots | None = None
+        if world_size > 1:
+            self._slots_over_ranks = GroupSlots(
+                self.outcomes.redis, run, launch, settings.result_ttl_s
+            )
+        slots = self._slots_over_ranks
+        self._brokers = [CeleryBroker(app), CeleryBroker(app)]
+        self._diagnosis = Diagnosis(self.outcomes, self.store)
+        self._waiters = itertools.count()
+        self._counting = threading.Lock()
+        self._num_submitted = 0
+        self._positions_seen: dict[str, list[RankIndex]] = {}
+        """By group over ranks, which slots were filled when Redis was last asked."""
+
+        self._state = EngineState(
+            EngineConfig(
+                run=run,
+                rank=rank,
+                client_id=self.client_id,
+                max_store_bytes=settings.max_store_bytes,
+                reconcile_s=settings.reconcile_s,
+                payload_ttl_s=settings.payload_ttl_s,
+                num_encoders=settings.sender_threads,
+                shared_key=slots.key if slots is not None else None,
+            ),
+            time.monotonic(),
+        )
+        backend = Backend(
+            outcomes=self.outcomes,
+            store=self.store,
+            groups=slots,
+            publisher=self._brokers[0],
+            inspector=self._brokers[1],
+            encoder=SampleEncoder(run, rank),
+            writer=RequestWriter(run, TaskNames(SCORE, GROUP, COMBINE)),
+            rank=rank,
+            client_id=self.client_id,
+            payload_ttl_s=settings.payload_ttl_s,
+            result_ttl_s=settings.result_ttl_s,
+        )
+        code_versions = CodeVersions(run)
+        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
+        tell_every_s = min(TELL_EVERY_S, settings.result_ttl_s / 4)
+        self._loop = Loop(
+            self._state,
+            backend,
+            settings.sender_threads,
+            announce=lambda news: code_versions.see(news.spec, news.outcome),
+            chores=[
+                *chores,
+                Chore(
+                    tell_every_s, lambda: registry.register(config), is_due_at_once=True
+                ),
+                Chore(COMPARE_EVERY_S, lambda: code_versions.compare(registry)),
+            ],
+        )
+
+    def close(self) -> None:
+        """End the threads and give back the connections."""
+        self._loop.close()
+        for broker in self._brokers:
+            broker.disconnect()
+        self.store.close()
+
+    # --- what callers do ---------------------------------------------------------------
+
+    def submit(self, slots: Sequence[Slot]) -> None:
+        """Encode and send these samples in the background."""
+        with self._counting:
+            self._num_submitted += len(slots)
+        self._loop.put(ev.Submitted(slots))
+
+    def give_up(self, slots: Sequence[Slot]) -> None:
+        """Wait for these samples no more."""
+        self._loop.put(ev.SlotsGivenUp(slots))
+
+    def give_up_groups(self, split: Split, step: int, words: Mapping[Any, str]) -> None:
+        """These groups get no further member: by id, what their members are told."""
+        if words:
+            self._loop.put(ev.GroupsIncomplete(split, step, words))
+
+    def resume(self, ticket: Ticket, config: RewardConfig) -> list[Slot]:
+        """Await what a process submitted that is gone; returns its slots.
+
+        Args:
+            config: The rewards that it was made with, as they stand in its launch.
+        """
+        slots, deliveries = slots_and_deliveries(
+            ticket,
+            config,
+            self._settings.reconcile_s,
+            time.monotonic(),
+            lambda suffix: f"{self.client_id}.{uuid.uuid4().hex[:8]}.{suffix}",
+        )
+        self._loop.put(ev.TicketResumed(slots, deliveries))
+        self._wait_until_taken_up()
+        return slots
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that background threads have spent since this was asked last, by what."""
+        return self._loop.take_seconds()
+
+    @property
+    def num_unsent(self) -> int:
+        """Samples that were accepted and are not in a message yet."""
+        with self._loop.lock:
+            num_on_their_way_in = self._num_submitted - self._state.intake.num_submitted
+            return num_on_their_way_in + self._state.num_unsent
+
+    # --- waits -------------------------------------------------------------------------
+
+    def raise_if_broken(self) -> None:
+        """Raise what ended a background thread."""
+        broken = self._loop.broken
+        if broken is None and not self._loop.is_alive:
+            raise RewardError("the engine's thread is gone: this client was closed")
+        if isinstance(broken, RewardError):  # no bug: another process took this rank
+            raise broken
+        if isinstance(broken, redis.ResponseError):
+            raise RedisRefusalError(
+                f"a Redis refuses what it allowed when this client was made: {broken}; look at the rights of its user "
+                "(`ACL GETUSER`) and at its configuration, then make a new client"
+            ) from broken
+        if broken is not None:
+            raise RewardError(
+                f"a background thread ended by a bug: {broken!r}"
+            ) from broken
+
+    def wait_for_backlog(self, max_backlog: int, timeout_s: float) -> None:
+        """Wait while more than `max_backlog` samples are accepted and not yet sent. Raises `CollectTimeoutError`."""
+        if self._wait_for_unsent(max_backlog, 0.0):
+            return
+        now = time.monotonic()
+        ends_at, say_at = now + timeout_s, now + SAY_EVERY_S
+        with self._waiting():
+            while True:
+                pause_s = min(say_at, ends_at) - time.monotonic()
+                if self._wait_for_unsent(max_backlog, pause_s):
+                    return
+                because = _because(self.why_unsent())
+                if time.monotonic() >= ends_at:
+                    raise CollectTimeoutError(
+                        f"nothing was queued: {self.num_unsent} samples submitted before, more than "
+                        f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{because}",
+                        None,
+                    )
+                log.warning("submit waits num_unsent=%d%s", self.num_unsent, because)
+                say_at += SAY_EVERY_S
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything submitted has been encoded and sent. Raises `CollectTimeoutError`."""
+        with self._waiting():
+            is_sent = self._wait_for_unsent(0, timeout_s)
+        if not is_sent:
+            because = _because(self.why_unsent())
+            raise CollectTimeoutError(
+                f"{self.num_unsent} samples were not sent within {timeout_s:g} s{because}",
+                None,
+            )
+
+    def wait(
+        self,
+        slots: Sequence[Slot],
+        deadline: float,
+        progress: bool | None,
+        waiting: WaitLog | None = None,
+    ) -> bool:
+        """Wait until all slots are done or the deadline (monotonic); whether they are.
+
+        `waiting` tells the log meanwhile what is waited for.
+        """
+        names = tuple(dict.fromkeys(s.name for slot in slots for s in slot.rewards))
+        left = list(slots)
+        ask_at = time.monotonic() + NO_WORKER_AFTER_S
+        steps = frozenset(slot.step_key for slot in slots)
+        with self._waiting(steps), bars(names, len(slots), progress) as report:
+            while True:
+                left_s = deadline - time.monotonic()
+                self._wait_for(lambda: _are_done(left), min(left_s, LOOK_EVERY_S))
+                if report is not None:
+                    report({name: _count(slots, name) for name in names})
+                if not left or self._loop.broken is not None or left_s <= 0:
+                    break
+                self.raise_if_broken()
+                if waiting is not None:
+                    waiting.tell(lambda: self.what_is_missing(slots))
+                if time.monotonic() > ask_at:
+                    ask_at = float("inf")
+                    self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
+        if left:
+            self.raise_if_broken()
+        return not left
+
+    # --- why it is late ------------------------------------------------------------------
+
+    def why_late(self, slots: Sequence[Slot], timeout_s: float) -> Failure:
+        """The client's own reason for what is missing at the deadline; never stored."""
+        num_late = sum(not slot.is_done for slot in slots)
+        because = _because(self._why_missing(slots))
+        return Failure(
+            kind="timeout",
+            message=f"{num_late} of {len(slots)} samples had no answer after {timeout_s:g} s{because}",
+        )
+
+    def what_is_missing(self, slots: Sequence[Slot]) -> str:
+        """Which rewards have no answer yet, of how many samples, and why as far as is known."""
+        left = []
+        for name in dict.fromkeys(s.name for slot in slots for s in slot.rewards):
+            num = sum(not slot.is_done_for(name) for slot in slots)
+            if num:
+                left.append(f"{name} ({num} of {len(slots)} samples)")
+        return f"{', '.join(left)}{_because(self._why_missing(slots))}"
+
+    def why_unsent(self) -> str | None:
+        """What keeps samples from being sent: a Redis that is away, a full store, a queue without a worker."""
+        with self._loop.lock:
+            deliveries = list(self._state.core.deliveries.values())
+        queues = {delivery.spec.queue for delivery in deliveries}
+        return self._ask(lambda: self._ask_of_queues(queues))
+
+    def known_reasons(self) -> str | None:
+        """What is known to keep things waiting, without asking anybody; None if nothing is."""
+        with self._loop.lock:
+            return self._state.why_late.words()
+
+    def why_open(self, slot: Slot, spec: RewardSpec) -> str | None:
+        """If a slot's group is not sealed since members are missing: which are there, as far as is known."""
+        with self._loop.lock:
+            groups = self._state.groups
+            others = self._positions_seen.get(groups.shared_key_of(slot, spec.name), [])
+            return groups.why_open(slot, spec.name, others)
+
+    # --- private: why it is late -----------------------------------------------------------
+
+    def _why_missing(self, slots: Sequence[Slot]) -> str | None:
+        queues: dict[str, None] = {}
+        for slot in slots:
+            for spec in slot.rewards:
+                if not slot.is_done_for(spec.name):
+                    queues[spec.queue] = None
+        with self._loop.lock:
+            awaited = [
+                one
+                for slot in slots
+                for one in slot.awaited.values()
+                if one.outcome is None
+            ]
+            specs = [one.spec for one in awaited]
+            addresses: dict[str, None] = {}
+            for one in awaited:
+                addresses.update(dict.fromkeys(one.in_hand_addresses))
+
+        def ask() -> None:
+            self._ask_of_groups()
+            self._ask_of_queues(queues)
+            self._put(Source.LOADING, self._diagnosis.loads(specs))
+            self._put(Source.SUSPECTS, self._diagnosis.suspects(list(addresses)))
+
+        return self._ask(ask)
+
+    def _ask_of_queues(self, queues: Iterable[str]) -> str | None:
+        with self._loop.lock:
+            ended: dict[str, Note] = dict(self._state.core.ended_workers)
+        words = self._diagnosis.idle_queues(queues, ended)
+        self._put(Source.QUEUE, words)
+        return words
+
+    def _ask_of_groups(self) -> None:
+        """Which slots of incomplete groups other ranks have filled."""
+        if self._slots_over_ranks is None:
+            return
+        with self._loop.lock:
+            groups = [g for g in self._state.groups if g.awaited is None]
+        keys = [group.shared_key for group in groups]
+        positions = self._slots_over_ranks.places(keys)
+        self._positions_seen = dict(zip(keys, positions, strict=True))
+
+    def _put(self, source: Source, words: str | None) -> None:
+        with self._loop.lock:
+            self._state.why_late.put(source, words)
+
+    def _ask(self, question: Callable[[], object]) -> str | None:
+        """Let Redis say why, or say that it is away: within `ASK_S`, whatever its sockets would wait for."""
+        failures: list[str] = []
+        has_ended = threading.Event()
+
+        def ask() -> None:
+            try:
+                question()
+            except AWAY as error:
+                failures.append(why_away(error))
+            has_ended.set()
+
+        threading.Thread(target=ask, name="rewardq-ask", daemon=True).start()
+        if not has_ended.wait(ASK_S):
+            failures.append(f"Redis is away: it has not answered for {ASK_S:g} s")
+        with self._loop.lock:
+            if failures:  # what was known of workers is not known any more
+                for source in (Source.QUEUE, Source.LOADING, Source.SUSPECTS):
+                    self._state.why_late.withdraw(source)
+            words = self._state.why_late.words()
+        return words or (failures[0] if failures else None)
+
+    def _warn_of_idle_queues(self) -> None:
+        """Let the log say once which queue of what is under way has no worker."""
+        with self._loop.lock:
+            deliveries = list(self._state.core.deliveries.values())
+        words = self._ask_of_queues({d.spec.queue for d in deliveries})
+        if words:
+            self._loop.warn_once(words)
+
+    # --- private: waits ----------------------------------------------------------------------
+
+    def _wait_for(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until something is so, the engine is broken, or the time has passed; whether it is so."""
+        with self._loop.changed:
+            self._loop.changed.wait_for(
+                lambda: is_over() or self._loop.broken is not None,
+                max(0.0, timeout_s),
+            )
+            return is_over()
+
+    def _wait_for_unsent(self, num_unsent: int, timeout_s: float) -> bool:
+        """Whether at most so many samples are accepted and not yet sent, within `timeout_s`."""
+        ends_at = time.monotonic() + timeout_s
+        while True:
+            left_s = min(LOOK_EVERY_S, ends_at - time.monotonic())
+            is_below = self._wait_for(lambda: self.num_unsent <= num_unsent, left_s)
+            self.raise_if_broken()
+            if is_below or time.monotonic() >= ends_at:
+                return is_below
+
+    def _wait_until_taken_up(self) -> None:
+        """Wait until what was put before is taken up, for a short time (where Redis is away it takes longer)."""
+        is_done = threading.Event()
+        self._loop.do_once(do.Lane.UPKEEP, is_done.set)
+        is_done.wait(ASK_S)
+
+    @contextlib.contextmanager
+    def _waiting(
+        self, steps: frozenset[tuple[Split, int]] = frozenset()
+    ) -> Iterator[None]:
+        waiter = next(self._waiters)
+        self._loop.put(ev.WaitBegan(waiter, steps))
+        try:
+            yield
+        finally:
+            self._loop.put(ev.WaitEnded(waiter))
+
+
+def _are_done(left: list[Slot]) -> bool:
+    """Whether every slot has its outcomes; takes those from the end that have, so that no slot is looked at in vain.
+
+    Something changes with every sample: to look at all of them each time would take the square of their number.
+    """
+    while left and left[-1].is_done:
+        left.pop()
+    return not left
+
+
+def _count(slots: Sequence[Slot], name: str) -> tuple[int, int]:
+    """How many slots have their outcome for a reward, and how many of these have failed."""
+    num_done = sum(slot.is_done_for(name) for slot in slots)
+    num_failed = sum(slot.has_failed_for(name) for slot in slots)
+    return num_done, num_failed
+
+
+def _because(why: str | None) -> str:
+    return f": {why}" if why else ""
