@@ -91,7 +91,7 @@ def is_answer(outcome: Outcome | None, attempt: int) -> bool:
 
 
 class Outcomes:
-    """`tasks.outcomes.Outcomes`."""
+    """`tasks.outcomes.WorkerOutcomes` and `ClientOutcomes`."""
 
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
@@ -119,7 +119,7 @@ class Outcomes:
             return Claim("claimed", fields["starts"])
         if holder == token:
             return Claim("claimed", (self._keys.get(starts) or {}).get("starts", 1))
-        return Claim("busy")
+        return Claim("claimed by another")
 
     def write(self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False) -> int:
         num_new = 0
@@ -183,7 +183,7 @@ class Outcomes:
         return num_ours
 
     def take(self, queue: str, number: int) -> int:
-        key = keys.taken_number(queue)
+        key = keys.consumed_offset(queue)
         if (self._keys.get(key) or 0) < number:
             self._keys.set(key, number)
         return self._keys.now_ms()
@@ -213,6 +213,10 @@ class Outcomes:
     def look_up(self, addresses: Sequence[str]) -> list[Outcome | None]:
         return [self._keys.get(keys.outcome(a)) for a in addresses]
 
+    def put_back(self, address: str, outcome: Outcome) -> None:
+        self._write_one(address, outcome)
+        self._keys.delete(keys.starts(address))
+
     def are_there(self, addresses: Sequence[str]) -> list[bool]:
         return [self._keys.get(keys.outcome(a)) is not None for a in addresses]
 
@@ -230,7 +234,7 @@ class Outcomes:
         return [(self._keys.get(keys.starts(a)) or {}).get("starts", 0) for a in addresses]
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
-        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.taken_number(queue))
+        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.consumed_offset(queue))
         return QueueState(sent or 0, taken or 0, num_waiting)
 
     def number(self, queue: str, num_messages: int) -> int:
@@ -413,7 +417,7 @@ class GroupSlots:
     def digests(self, group_keys: Sequence[str]) -> list[str]:
         return [(self._keys.get(key) or {}).get("digest", "") for key in group_keys]
 
-    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         found = []
         for key in group_keys:
             names = self._keys.get(key) or {}

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import redis
 
-from tasks import groups, keys, outcomes, payloads
+from tasks import groups, keys, payloads
 from tasks.celery_app import COMBINE, PRIORITY_FIRST, PRIORITY_USUAL, SCORE, make_app
 from tasks.messages import Failure, Heartbeat, Note, Outcome, SampleRequest, unpack, unpack_outcome
+from tasks.outcomes import address
 from tasks.servers.connections import connect
+from tests.outcomes import Outcomes
 from tests.simulation import redis as simulated
 from tests.simulation.network import Server
 from tests.simulation.queues import Message, Queues
@@ -29,7 +31,7 @@ STEP_MS = 30_000
 NEAR_MS = 5_000
 """Times on the two clocks that differ by less are equal."""
 
-ADDRESSES = tuple(outcomes.address("run", f"f{i % 2}", f"key{i}") for i in range(5))
+ADDRESSES = tuple(address("run", f"f{i % 2}", f"key{i}") for i in range(5))
 TOKENS = ("a", "b", "c")
 REQUESTS = ("request-1", "request-2")
 NAMES = tuple(f"client.{i}" for i in range(5))
@@ -49,7 +51,7 @@ class Pair:
         self.offset_ms = 0
         self.keyspace, self.media_keyspace = simulated.Keyspace(self.now_ms), simulated.Keyspace(self.now_ms)
         self.outcomes = (
-            outcomes.Outcomes(results, CLAIM_TTL_S, RESULT_TTL_S),
+            Outcomes(results, CLAIM_TTL_S, RESULT_TTL_S),
             simulated.Outcomes(self.keyspace, CLAIM_TTL_S, RESULT_TTL_S),
         )
         self.store = (store, simulated.PayloadStore(self.media_keyspace, "identity"))
@@ -205,6 +207,7 @@ OF_WORKERS: tuple[Callable[[Pair, random.Random], None], ...] = (
 
 OF_CLIENTS: tuple[Callable[[Pair, random.Random], None], ...] = (
     lambda p, r: p.call(p.outcomes, "look_up", some(r, ADDRESSES)),
+    lambda p, r: p.call(p.outcomes, "put_back", r.choice(ADDRESSES), outcome(r)),
     lambda p, r: p.call(p.outcomes, "are_there", some(r, ADDRESSES)),
     lambda p, r: p.call(p.outcomes, "notes", some(r, REQUESTS)),
     lambda p, r: p.call(p.outcomes, "drop_notes", some(r, REQUESTS)),
@@ -258,7 +261,7 @@ OF_GROUPS: tuple[Callable[[Pair, random.Random], None], ...] = (
     score_group,
     lambda p, r: p.call(p.slots, "put_back", group_key(r), "digest", r.randint(0, 1), r.choice(TOKENS), 2),
     lambda p, r: p.call(p.slots, "digests", [group_key(r)]),
-    lambda p, r: p.call(p.slots, "places", [group_key(r)]),
+    lambda p, r: p.call(p.slots, "filled_slots", [group_key(r)]),
     lambda p, r: p.call(p.slots, "set_number", group_key(r), r.randint(1, 9)),
     lambda p, r: p.call(p.slots, "members", group_key(r)),
 )

@@ -211,7 +211,7 @@ class Backend:
         states = {q: self._outcomes.queue_state(q, 1) for q in action.queues}
         return ev.NumbersRead(
             sent={queue: state.sent for queue, state in states.items()},
-            taken={queue: state.taken for queue, state in states.items()},
+            taken={queue: state.consumed for queue, state in states.items()},
         )
 
     def _read_notes(self, action: do.ReadNotes) -> ev.Event:

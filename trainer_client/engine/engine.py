@@ -362,7 +362,7 @@ class Engine:
         with self._loop.lock:
             groups = [g for g in self._state.groups if g.awaited is None]
         keys = [group.shared_key for group in groups]
-        positions = self._slots_over_ranks.places(keys)
+        positions = self._slots_over_ranks.filled_slots(keys)
         self._positions_seen = dict(zip(keys, positions, strict=True))
 
     def _put(self, source: Source, words: str | None) -> None:
