@@ -35,7 +35,7 @@ class Template:
         system, user = _system_and_user(text)
         if needs_prompt and PROMPT not in user:
             raise ModelLoadError(
-                f"the rubric has no {PROMPT}, the place of the request that is judged"
+                f"the rubric has no {PROMPT}, the placeholder of the request that is judged"
             )
 
         parts = tuple(user.split(IMAGE))

@@ -111,7 +111,9 @@ class _OneLongLineAtATime:
         if len(batches) <= 1:
             return self._recognise(asked)
 
-        texts, scores, words = ([None] * len(lines) for _ in range(3))
+        texts: list[Any] = [None] * len(lines)
+        scores: list[Any] = [None] * len(lines)
+        words: list[Any] = [None] * len(lines)
         for batch in batches:
             some = dataclasses.replace(asked, img=[lines[i] for i in batch])
             output = self._recognise(some)
