@@ -31,7 +31,7 @@ class Server:
 
     url: str
     num_in_flight: int = 0
-    """Questions of this process that it has in hand."""
+    """Questions of this process that it has not answered yet."""
     num_asked: int = 0
     cool_down_s: float = 0.0
     """How long it cools down after its last failure; 0 while it is well."""
@@ -54,7 +54,7 @@ class Server:
 
     @property
     def way(self) -> str:
-        """What a reason says of the way to it; empty if it is asked directly."""
+        """What a reason says of the proxy to it; empty if it is asked directly."""
         return self.proxy.words if self.proxy else ""
 
     @property
@@ -66,7 +66,7 @@ class Server:
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """A question is with it meanwhile."""
+        """Within, a question is in flight to the server."""
         self.num_in_flight += 1
         self.num_asked += 1
         try:
