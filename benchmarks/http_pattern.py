@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -38,17 +39,23 @@ def is_up(port: int) -> bool:
 
 
 def score(port: int, images: Sequence[PixelsHWC], num_threads: int) -> list[float]:
-    """Rewards of images, `BATCH_SIZE` a request; each thread has one request under way."""
-    batches = [images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)]
+    """Rewards of images, `BATCH_SIZE` a request; each thread has one request in flight."""
+    batches = []
+    for start in range(0, len(images), BATCH_SIZE):
+        batches.append(images[start : start + BATCH_SIZE])
+    rewards: list[float] = []
     with ThreadPoolExecutor(num_threads) as pool:
-        return [reward for rewards in pool.map(lambda batch: _post(port, batch), batches) for reward in rewards]
+        for answer in pool.map(partial(_post, port), batches):
+            rewards += answer
+    return rewards
 
 
 def _post(port: int, images: Sequence[PixelsHWC]) -> list[float]:
-    body = json.dumps({"prompt": [""] * len(images), "image": [_to_base64(image) for image in images]})
+    request = {"prompt": [""] * len(images), "image": list(map(_to_base64, images))}
+    body, headers = json.dumps(request), {"Content-Type": "application/json"}
     connection = http.client.HTTPConnection(HOST, port, timeout=TIMEOUT_S)
     try:
-        connection.request("POST", "/compute", body, {"Content-Type": "application/json"})
+        connection.request("POST", "/compute", body, headers)
         rewards: list[float] = json.load(connection.getresponse())["rewards"]
     finally:
         connection.close()
@@ -77,7 +84,7 @@ def make_server() -> Any:
 
     @app.post("/compute")
     async def compute(request: dict[str, Any]) -> dict[str, list[float]]:
-        images = [_from_base64(text) for text in request["image"]]
+        images = list(map(_from_base64, request["image"]))
         return {"rewards": [1.0] * len(images)}
 
     return app

@@ -10,9 +10,11 @@ from PIL import Image
 
 from tasks.media import PixelsHWC
 
+LANCZOS = Image.Resampling.LANCZOS
+
 GRAIN = 1.0
-"""Standard deviation of the noise, grey levels of 255. With it the PNG of an image has the 1.4 MB that is usual for a
-generated image of 1024x1024; without it the enlarged photographs are too smooth, with pure noise PNG gives up early."""
+"""Standard deviation of the noise, grey levels of 255. With it the PNG of an image has 1.4 MB, as is usual for a
+generated image of 1024x1024. Without it the enlarged photographs are too smooth; on pure noise PNG gives up early."""
 
 
 def draw(num_images: int, size: int) -> list[PixelsHWC]:
@@ -20,17 +22,20 @@ def draw(num_images: int, size: int) -> list[PixelsHWC]:
     rng = np.random.default_rng(0)
     photos = _photos(size)
     grain = np.rint(rng.normal(0.0, GRAIN, (size, size, 3))).astype(np.int16)
-    return [
-        np.clip(photo + np.roll(grain, rng.integers(size, size=2), axis=(0, 1)), 0, 255).astype(np.uint8)
-        for photo in islice(cycle(photos), num_images)
-    ]
+    images = []
+    for photo in islice(cycle(photos), num_images):
+        own_grain = np.roll(grain, rng.integers(size, size=2), axis=(0, 1))
+        image = np.clip(photo + own_grain, 0, 255).astype(np.uint8)
+        images.append(image)
+    return images
 
 
 def _photos(size: int) -> list[PixelsHWC]:
     folder = resources.files("trainer_client.cli").joinpath("photos")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
     photos = []
-    for file in files:
-        with file.open("rb") as data, Image.open(data) as photo:
-            photos.append(np.asarray(photo.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)))
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".jpg"):
+            with file.open("rb") as data, Image.open(data) as photo:
+                resized = photo.convert("RGB").resize((size, size), LANCZOS)
+                photos.append(np.asarray(resized))
     return photos

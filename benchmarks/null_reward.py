@@ -10,7 +10,7 @@ from workers import PointwiseRewardModel, RewardModelOutput
 
 
 class NullReward(PointwiseRewardModel):
-    """1.0 for every image; its info says when it was called, on the machine's monotonic clock."""
+    """1.0 for every image; its info has the time of the call, on the machine's monotonic clock."""
 
     required_fields = ("prompt", "image")
 

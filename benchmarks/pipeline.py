@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tasks.media import PixelsHWC
@@ -16,11 +16,11 @@ BATCH_SIZE = 16
 
 COLLECT_S = 300.0
 PROMPT = "a photograph"
-STEPS = ("encode", "store", "queue", "fetch", "decode", "result")
+STAGES = ("encode", "store", "queue", "fetch", "decode", "result")
 """Encode: copy to uint8 where the sample is something else, check, hash. Fetch: read and check the hash. Result: from
-the model's call to the client's having the reward."""
+the model's call until the client has the reward."""
 
-_CLIENT_STEPS = {"encode": "encode_s", "store": "store_s"}
+_CLIENT_STAGES = {"encode": "encode_s", "store": "store_s"}
 
 _rounds = itertools.count()
 
@@ -45,8 +45,7 @@ def run(settings: Settings, queue: str, images: Sequence[PixelsHWC]) -> Round:
     held_s = 0.0
     with _client(settings, queue) as client:
         started = time.perf_counter()
-        for i in range(0, len(images), BATCH_SIZE):
-            samples = [Sample(PROMPT, image) for image in images[i : i + BATCH_SIZE]]
+        for samples in _batches(images):
             submitting = time.perf_counter()
             client.submit(samples)
             held_s += time.perf_counter() - submitting
@@ -56,38 +55,53 @@ def run(settings: Settings, queue: str, images: Sequence[PixelsHWC]) -> Round:
     return Round(len(images), total_s, held_s)
 
 
-def run_alone(settings: Settings, queue: str, images: Sequence[PixelsHWC]) -> list[dict[str, float]]:
-    """Where the time of chunks goes that travel one at a time: for each, seconds by step.
+def run_alone(
+    settings: Settings, queue: str, images: Sequence[PixelsHWC]
+) -> list[dict[str, float]]:
+    """Where the time of chunks goes that travel one at a time: for each, seconds by stage.
 
-    One thread encodes and stores, so that the steps follow one another and add up to the time from `submit()` to the
-    reward. `queue` is what is left between the measured ones: put the request together, send, take, read, and claim.
+    One thread encodes and stores, so that the stages follow one another and add up to the time from `submit()` to the
+    reward. `queue` is the time between the measured stages: put the request together, send, take, read, and claim.
     """
     chunks = []
-    with _client(settings.model_copy(update={"sender_threads": 1}), queue) as client:
-        for i in range(0, len(images), BATCH_SIZE):
+    one_thread = settings.model_copy(update={"sender_threads": 1})
+    with _client(one_thread, queue) as client:
+        for samples in _batches(images):
             submitted_at = time.monotonic()
-            client.submit([Sample(PROMPT, image) for image in images[i : i + BATCH_SIZE]])
+            client.submit(samples)
             batch = client.collect(COLLECT_S, progress=False)
-            chunks.append(_steps(batch, submitted_at))
+            chunks.append(_stages(batch, submitted_at))
     return chunks
 
 
-def _steps(batch: RewardBatch, submitted_at: float) -> dict[str, float]:
-    """Seconds by step of a batch that travelled as one chunk."""
-    client_s = {step: batch.timings[name] for step, name in _CLIENT_STEPS.items()}
+def _batches(images: Sequence[PixelsHWC]) -> Iterator[list[Sample]]:
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = images[start : start + BATCH_SIZE]
+        yield [Sample(PROMPT, image) for image in batch]
+
+
+def _stages(batch: RewardBatch, submitted_at: float) -> dict[str, float]:
+    """Seconds by stage of a batch that travelled as one chunk."""
+    seconds = {}
+    for stage, timing in _CLIENT_STAGES.items():
+        seconds[stage] = batch.timings[timing]
     info = batch.info["null"][-1]
-    worker_s = {step: info["origin"][f"{step}_s"] for step in ("fetch", "decode")}
-    result_s = submitted_at + batch.timings["span_s"] - info["called_at"]
-    known_s = {**client_s, **worker_s, "result": result_s}
-    return {**known_s, "queue": batch.timings["span_s"] - sum(known_s.values())}
+    for stage in ("fetch", "decode"):
+        seconds[stage] = info["origin"][f"{stage}_s"]
+    answered_at = submitted_at + batch.timings["span_s"]
+    seconds["result"] = answered_at - info["called_at"]
+
+    queue_s = batch.timings["span_s"] - sum(seconds.values())
+    return {**seconds, "queue": queue_s}
 
 
 def _client(settings: Settings, queue: str) -> RewardClient:
-    """A client of a run of its own, so that nothing is answered by an earlier round."""
+    """A client of a run of its own, so that no outcome of an earlier round is found."""
     reward = {
         "name": "null",
         "reward_model": "benchmarks.null_reward.NullReward",
         "batch_size": BATCH_SIZE,
         "queue": queue,
     }
-    return RewardClient.from_dict({"rewards": reward}, run=f"bench-{next(_rounds)}", settings=settings)
+    run = f"bench-{next(_rounds)}"
+    return RewardClient.from_dict({"rewards": reward}, run, settings=settings)

@@ -1,6 +1,6 @@
 """A judge that thinks for as long as its model's name says and answers Yes: `python -m benchmarks.slow_judge PORT`.
 
-`GET /times` gives when each request came in and went out, in seconds, and forgets them.
+`GET /times` returns when each request came in and was answered, in seconds, and forgets them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _times: list[tuple[float, float]] = []
 
 
 def take_times(port: int) -> list[tuple[float, float]]:
-    """When each request since the last call came in (its body read) and went out, in order of going out."""
+    """When each request since the last call came in (its body read) and was answered, in the order of answers."""
     with urllib.request.urlopen(f"http://{HOST}:{port}/times", timeout=30) as reply:
-        return [(start, end) for start, end in json.load(reply)]
+        times: list[list[float]] = json.load(reply)
+    return [(start, end) for start, end in times]
 
 
 def is_up(port: int) -> bool:
@@ -44,7 +45,8 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     if scope["path"] == "/v1/chat/completions":
         await _send(send, await _complete(receive))
     elif scope["path"] == "/v1/models":
-        await _send(send, {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]})
+        models = [{"id": name, "object": "model"} for name in MODELS]
+        await _send(send, {"object": "list", "data": models})
     else:
         await _send(send, _times)
         _times.clear()
@@ -60,14 +62,21 @@ async def _complete(receive: Any) -> dict[str, Any]:
     model = json.loads(b"".join(parts))["model"]
     await asyncio.sleep(float(model) - (time.monotonic() - started))
     _times.append((started, time.monotonic()))
-    top = [{"token": "Yes", "logprob": -0.1, "bytes": None}, {"token": "No", "logprob": -2.4, "bytes": None}]
+    yes = {"token": "Yes", "logprob": -0.1, "bytes": None}
+    no = {"token": "No", "logprob": -2.4, "bytes": None}
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": "Yes"},
         "finish_reason": "length",
-        "logprobs": {"content": [{**top[0], "top_logprobs": top}]},
+        "logprobs": {"content": [{**yes, "top_logprobs": [yes, no]}]},
     }
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [choice],
+    }
 
 
 async def _send(send: Any, body: Any) -> None:
@@ -77,4 +86,6 @@ async def _send(send: Any, body: Any) -> None:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host=HOST, port=int(sys.argv[1]), log_level="warning", lifespan="off")
+    uvicorn.run(
+        app, host=HOST, port=int(sys.argv[1]), log_level="warning", lifespan="off"
+    )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import click
@@ -19,7 +20,8 @@ from rich.table import Table
 from benchmarks import http_pattern, images, pipeline
 from tasks.media import PixelsHWC
 from tasks.settings import Settings, load_settings
-from trainer_client.cli.processes import Fleet, free_port, stop_signals
+from trainer_client.cli.commands import free_port
+from trainer_client.cli.fleet import Fleet, stop_signals
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
@@ -29,8 +31,8 @@ STORES = {"redis": "Redis", "shm": "/dev/shm"}
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way to get rewards: what runs a round of it, and the processes that serve it."""
+class Contender:
+    """One way to get rewards: what runs a round of it, and the processes that serve it."""
 
     run: Callable[[], pipeline.Round]
     pids: tuple[int, ...]
@@ -38,7 +40,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One round of a way, and the processor time that it took."""
+    """One round of a contender, and the processor time that it took."""
 
     round: pipeline.Round
     own_s: float
@@ -47,71 +49,119 @@ class Result:
 
 
 @click.command()
-@click.option("--num-images", type=click.IntRange(min=16), default=256, show_default=True, help="Images in a round.")
 @click.option(
-    "--num-http-images", type=click.IntRange(min=16), default=64, show_default=True, help="The same over HTTP."
+    "--num-images",
+    type=click.IntRange(min=16),
+    default=256,
+    show_default=True,
+    help="Images in a round.",
 )
-@click.option("--size", type=click.IntRange(min=8), default=1024, show_default=True, help="Pixels of a side.")
-@click.option("--rounds", "num_rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--num-http-images",
+    type=click.IntRange(min=16),
+    default=64,
+    show_default=True,
+    help="The same over HTTP.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=8),
+    default=1024,
+    show_default=True,
+    help="Pixels of a side.",
+)
+@click.option(
+    "--rounds",
+    "num_rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+)
 def main(num_images: int, num_http_images: int, size: int, num_rounds: int) -> None:
-    """Measure the way from `submit()` to the reward of a model that does nothing."""
+    """Measure the time from `submit()` to the reward of a model that does nothing."""
     console = Console(highlight=False)
     with console.status("drawing the images"):
         pixels = images.draw(max(num_images, num_http_images), size)
-    with stop_signals(), tempfile.TemporaryDirectory(prefix="rewardq-bench-") as logs:
-        shared = tempfile.TemporaryDirectory(prefix="rewardq-bench-", dir=SHARED_MEMORY)
-        with shared as folder, Fleet(Path(logs), console.print) as fleet, console.status("starting") as status:
-            settings, port = _start(fleet, Path(folder))
-            ways = _ways(fleet, settings, port, pixels[:num_images], pixels[:num_http_images])
-            results = _measure(ways, num_rounds, status.update)
-            status.update("one chunk at a time")
-            steps = {name: pipeline.run_alone(settings[q], q, pixels[:num_images]) for q, name in STORES.items()}
+    own_pixels, http_pixels = pixels[:num_images], pixels[:num_http_images]
+    with (
+        stop_signals(),
+        tempfile.TemporaryDirectory(prefix="rewardq-bench-") as logs,
+        tempfile.TemporaryDirectory(
+            prefix="rewardq-bench-", dir=SHARED_MEMORY
+        ) as shared,
+        Fleet(Path(logs), console.print) as fleet,
+        console.status("starting") as status,
+    ):
+        settings, port = _start(fleet, Path(shared))
+        contenders = _contenders(fleet, settings, port, own_pixels, http_pixels)
+        results = _measure(contenders, num_rounds, status.update)
+        status.update("one chunk at a time")
+        chunks = {}
+        for queue, name in STORES.items():
+            chunks[name] = pipeline.run_alone(settings[queue], queue, own_pixels)
     console.print(_table(results, size))
-    console.print(_steps_table(steps))
+    console.print(_stages_table(chunks))
 
 
 def _start(fleet: Fleet, shared: Path) -> tuple[dict[str, Settings], int]:
     """A Redis, a worker for each payload store, an HTTP server; the clients' settings by queue, the server's port."""
     url, port = fleet.start_redis(), free_port()
-    env = {**os.environ, "REWARDQ_BROKER_URL": url, "REWARDQ_MODULES": "benchmarks.null_reward"}
+    env = {
+        **os.environ,
+        "REWARDQ_BROKER_URL": url,
+        "REWARDQ_MODULES": "benchmarks.null_reward",
+    }
     settings = {
         "redis": load_settings(broker_url=url),
         "shm": load_settings(broker_url=url, payload_url=shared.as_uri()),
     }
     for queue, own in settings.items():
-        fleet.start_worker(f"worker-{queue}", queue, {**env, "REWARDQ_PAYLOAD_URL": own.payloads}, ROOT)
-    server = fleet.start("http", (sys.executable, "-m", "benchmarks.http_pattern", str(port)), cwd=ROOT, is_server=True)
+        own_env = {**env, "REWARDQ_PAYLOAD_URL": own.payloads}
+        fleet.start_worker(f"worker-{queue}", queue, own_env, ROOT)
+    command = (sys.executable, "-m", "benchmarks.http_pattern", str(port))
+    server = fleet.start("http", command, cwd=ROOT, is_server=True)
     fleet.wait_for(server, lambda: http_pattern.is_up(port))
     fleet.wait_for_workers(settings["redis"])
     return settings, port
 
 
-def _ways(
+def _contenders(
     fleet: Fleet,
     settings: Mapping[str, Settings],
     port: int,
     pixels: Sequence[PixelsHWC],
     http_pixels: Sequence[PixelsHWC],
-) -> dict[str, Way]:
-    """Every way by its name; the pattern in use today is the first, and what the others are compared with."""
+) -> dict[str, Contender]:
+    """Every contender by its name. The first is the pattern in use today, with which the others are compared."""
     pids = {child.name: child.pid for child in fleet.children}
-    ways = {f"HTTP x {n}": Way(partial(_over_http, port, http_pixels, n), (pids["http"],)) for n in HTTP_THREADS}
+    contenders = {}
+    for num_threads in HTTP_THREADS:
+        run = partial(_over_http, port, http_pixels, num_threads)
+        contenders[f"HTTP x {num_threads}"] = Contender(run, (pids["http"],))
     for queue, name in STORES.items():
+        run = partial(pipeline.run, settings[queue], queue, pixels)
         servers = (pids["redis"], pids[f"worker-{queue}"])
-        ways[f"rewardq, {name}"] = Way(partial(pipeline.run, settings[queue], queue, pixels), servers)
-    return ways
+        contenders[f"rewardq, {name}"] = Contender(run, servers)
+    return contenders
 
 
-def _measure(ways: Mapping[str, Way], num_rounds: int, say: Callable[[str], None]) -> dict[str, list[Result]]:
-    """Rounds of all ways in turn, so that whatever else the machine does meets them alike; the first is not counted."""
-    results: dict[str, list[Result]] = {name: [] for name in ways}
+def _measure(
+    contenders: Mapping[str, Contender], num_rounds: int, say: Callable[[str], None]
+) -> dict[str, list[Result]]:
+    """Rounds of all contenders in turn, so that other load on the machine meets all alike; the first is not counted."""
+    results: dict[str, list[Result]] = {name: [] for name in contenders}
     for i in range(num_rounds + 1):
-        for name, way in ways.items():
+        for name, contender in contenders.items():
             say(f"round {i} of {num_rounds}: {name}" if i else f"warming up: {name}")
-            own_s, servers_s = time.process_time(), _processor_s(way.pids)
-            done = way.run()
+            own_s, servers_s = time.process_time(), _processor_s(contender.pids)
+            done = contender.run()
+            result = Result(
+                round=done,
+                own_s=time.process_time() - own_s,
+                servers_s=_processor_s(contender.pids) - servers_s,
+            )
             if i:
-                results[name].append(Result(done, time.process_time() - own_s, _processor_s(way.pids) - servers_s))
+                results[name].append(result)
     return results
 
 
@@ -124,57 +174,85 @@ def _processor_s(pids: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _over_http(port: int, pixels: Sequence[PixelsHWC], num_threads: int) -> pipeline.Round:
+def _over_http(
+    port: int, pixels: Sequence[PixelsHWC], num_threads: int
+) -> pipeline.Round:
     """A round in which the caller waits for every request, as it does today."""
     started = time.perf_counter()
-    assert http_pattern.score(port, pixels, num_threads) == [1.0] * len(pixels)
+    rewards = http_pattern.score(port, pixels, num_threads)
     total_s = time.perf_counter() - started
+    assert rewards == [1.0] * len(pixels)
     return pipeline.Round(len(pixels), total_s, held_s=total_s)
 
 
 def _table(results: Mapping[str, Sequence[Result]], size: int) -> Table:
-    """Medians over rounds; a ratio is that of two ways in the same round."""
-    table = Table(title=f"{size}x{size} uint8 on {os.cpu_count()} cores, medians", title_justify="left", box=None)
+    """Medians over rounds; a ratio is that of two contenders in the same round."""
+    title = f"{size}x{size} uint8 on {os.cpu_count()} cores, medians"
+    table = Table(title=title, title_justify="left", box=None)
     table.add_column("")
-    columns = ("images/s", "from - to", "ratio", "held,\nms/image", "CPU: trainer,\nms/image", "servers,\nms/image")
-    for column in columns:
+    for column in (
+        "images/s",
+        "from - to",
+        "ratio",
+        "held,\nms/image",
+        "CPU: trainer,\nms/image",
+        "servers,\nms/image",
+    ):
         table.add_column(column, justify="right")
-    today = next(iter(results.values()))
+
+    today_rates = _rates(next(iter(results.values())))
     for name, own in results.items():
-        rates = [r.round.images_per_s for r in own]
-        ratios = [r.round.images_per_s / t.round.images_per_s for r, t in zip(own, today, strict=True)]
+        rates = _rates(own)
+        ratios = list(map(truediv, rates, today_rates))
         table.add_row(
             name,
             f"{statistics.median(rates):.3g}",
             f"{min(rates):.3g} - {max(rates):.3g}",
             f"{statistics.median(ratios):.3g}",
-            _ms_an_image(own, lambda r: r.round.held_s),
-            _ms_an_image(own, lambda r: r.own_s),
-            _ms_an_image(own, lambda r: r.servers_s),
+            _ms_an_image(own, lambda result: result.round.held_s),
+            _ms_an_image(own, lambda result: result.own_s),
+            _ms_an_image(own, lambda result: result.servers_s),
         )
     return table
+
+
+def _rates(results: Sequence[Result]) -> list[float]:
+    return [result.round.images_per_s for result in results]
 
 
 def _ms_an_image(results: Sequence[Result], seconds: Callable[[Result], float]) -> str:
-    return f"{statistics.median(1000 * seconds(r) / r.round.num_images for r in results):.3g}"
+    ms = [1000 * seconds(result) / result.round.num_images for result in results]
+    return f"{statistics.median(ms):.3g}"
 
 
-def _steps_table(stores: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
-    """Medians over chunks."""
+def _stages_table(stores: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
+    """Medians over chunks, by payload store."""
     title = f"\nA chunk of {pipeline.BATCH_SIZE} alone, ms/image"
-    table = Table("step", title=title, title_justify="left", box=None)
-    columns = []
+    table = Table("stage", title=title, title_justify="left", box=None)
+    medians = []
     for name, chunks in stores.items():
         table.add_column(name, justify="right")
         table.add_column("share", justify="right")
-        columns.append(
-            {s: 1000 * statistics.median(c[s] for c in chunks) / pipeline.BATCH_SIZE for s in pipeline.STEPS}
-        )
-    for step in pipeline.STEPS:
-        cells = ((f"{column[step]:.2f}", f"{column[step] / sum(column.values()):.0%}") for column in columns)
-        table.add_row(step, *(cell for pair in cells for cell in pair))
-    table.add_row("all", *(cell for column in columns for cell in (f"{sum(column.values()):.2f}", "")))
+        medians.append({stage: _median_ms(chunks, stage) for stage in pipeline.STAGES})
+
+    for stage in pipeline.STAGES:
+        cells = []
+        for of_store in medians:
+            share = of_store[stage] / sum(of_store.values())
+            cells += [f"{of_store[stage]:.2f}", f"{share:.0%}"]
+        table.add_row(stage, *cells)
+
+    totals = []
+    for of_store in medians:
+        totals += [f"{sum(of_store.values()):.2f}", ""]
+    table.add_row("all", *totals)
     return table
+
+
+def _median_ms(chunks: Sequence[Mapping[str, float]], stage: str) -> float:
+    """Milliseconds an image."""
+    seconds = statistics.median(chunk[stage] for chunk in chunks)
+    return 1000 * seconds / pipeline.BATCH_SIZE
 
 
 if __name__ == "__main__":

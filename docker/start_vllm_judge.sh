@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Serves a judge with vLLM's OpenAI-compatible API. Further arguments go to `vllm serve` as they are:
+# Serves a judge with vLLM's OpenAI-compatible API. All arguments go to `vllm serve` unchanged:
 #
 #   CUDA_VISIBLE_DEVICES=0,1 docker/start_vllm_judge.sh --max-model-len 8192
 #   MODEL_PATH=TIGER-Lab/RationalRewards-8B-Edit PORT=8001 docker/start_vllm_judge.sh
 #
+# The variables, with their defaults in parentheses:
+#
 # MODEL_PATH               checkpoint: an id on the hub or a folder (TIGER-Lab/RationalRewards-8B-T2I)
-# SERVED_MODEL_NAME        what `vlm_model` in the rewards file says (the last part of MODEL_PATH)
-# HOST, PORT               where it listens (127.0.0.1, 8000); HOST=0.0.0.0 for workers on other machines
+# SERVED_MODEL_NAME        name of the model, for `vlm_model` in the rewards file (the last part of MODEL_PATH)
+# HOST, PORT               address to listen on (127.0.0.1, 8000); HOST=0.0.0.0 for workers on other machines
 # TENSOR_PARALLEL_SIZE     GPUs that share one copy of the model (1)
-# DATA_PARALLEL_SIZE       copies of the model (as many as CUDA_VISIBLE_DEVICES has room for; 1 if that is not set)
+# DATA_PARALLEL_SIZE       copies of the model (as many as the GPUs in CUDA_VISIBLE_DEVICES hold; 1 if that is not set)
 # GPU_MEMORY_UTILIZATION   share of each GPU's memory that vLLM takes (0.9)
 # VLLM_BIN                 the vllm command (vllm)
 # VLLM_NO_USAGE_STATS      1 unless set to 0: vLLM sends no usage statistics

@@ -1,7 +1,7 @@
-"""What users import, in one place: `from rewardq import RewardClient, Sample, PointwiseRewardModel`.
+"""Everything that users import: `from rewardq import RewardClient, Sample, PointwiseRewardModel`.
 
-Each name is loaded from the package that owns it when it is first used: a trainer does not load the workers' side for
-it, a reward class does not load the trainer's, and neither loads torch.
+Each name is imported from the package that owns it when it is first used. So a trainer does not import the workers'
+side, a reward class does not import the trainer's side, and neither imports torch.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ _HOMES = {
     "tasks.settings": ("Settings",),
     "tasks.version": ("__version__",),
 }
-"""Names by the module that has them; all others are errors, of `tasks.errors`."""
+"""Names by the module that has them. All others are errors, of `tasks.errors`."""
 
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {}
+for _home, _names in _HOMES.items():
+    _HOME_OF.update(dict.fromkeys(_names, _home))
 
 
 def __getattr__(name: str) -> Any:
@@ -125,7 +127,10 @@ def __dir__() -> list[str]:
 
 
 def _check_whose(package: str) -> None:
-    """Raise ImportError if a module of the user's comes before our package of this name. It is not run for that."""
+    """Raise ImportError if a module of the user comes before our package of this name.
+
+    `find_spec` looks the module up without running it.
+    """
     ours = Path(__file__).parents[1] / package
     spec = importlib.util.find_spec(package)
     file = spec.origin if spec else None

@@ -1,4 +1,4 @@
-"""The command `rewardq`, also as `python -m rewardq`: it works beside files of the user's that have our names."""
+"""The command `rewardq`, also as `python -m rewardq`. It works beside files of the user that have our names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line, with our packages under their names whatever the folder or PYTHONPATH has."""
+    """Run the command line with our packages, even if the folder or PYTHONPATH has modules of the same names."""
     _load_tasks()
     from tasks.shadows import load_ours
 
@@ -21,12 +21,12 @@ def main() -> None:
 
 
 def _load_tasks() -> None:
-    """Import the package `tasks` that lies beside this one; a `tasks.py` of the user's may come first on the path."""
+    """Import the package `tasks` beside this package; a `tasks.py` of the user may come first on the path."""
     root = Path(__file__).parents[1]
     spec = PathFinder.find_spec("tasks", [str(root)])
     if spec is None or spec.loader is None:
         raise ImportError(
-            f"{root} has no package 'tasks'; rewardq is not installed whole, install it again"
+            f"{root} has no package 'tasks': rewardq is installed only in part; install it again"
         )
     module = module_from_spec(spec)
     sys.modules["tasks"] = module

@@ -18,7 +18,7 @@ from celery.signals import celeryd_init, import_modules
 
 from tasks.catalog import GPU
 from tasks.errors import SettingsError
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes, WorkerOutcomes
 from tasks.servers.connections import (
     CONNECT_TIMEOUT_S,
     HEALTH_CHECK_S,
@@ -99,10 +99,18 @@ def make_app(settings: Settings) -> Any:
     return app
 
 
-def outcomes_of(app: Any) -> Outcomes:
-    """The outcomes in an app's result backend."""
+def worker_outcomes(app: Any) -> WorkerOutcomes:
+    """The outcomes in an app's result backend, to claim and to write."""
     settings: Settings = app.settings
-    return Outcomes(app.backend.client, settings.claim_ttl_s, settings.result_ttl_s)
+    return WorkerOutcomes(
+        app.backend.client, settings.claim_ttl_s, settings.result_ttl_s
+    )
+
+
+def client_outcomes(app: Any) -> ClientOutcomes:
+    """The outcomes in an app's result backend, to look up."""
+    settings: Settings = app.settings
+    return ClientOutcomes(app.backend.client, settings.result_ttl_s)
 
 
 if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unless told

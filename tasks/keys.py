@@ -67,7 +67,7 @@ def ranks(run: str, launch: str) -> str:
     return f"{ROOT}ranks:{run}:{launch}"
 
 
-def judge_leases(endpoint: str) -> str:
+def judge_permits(endpoint: str) -> str:
     """Sorted set: requests in flight at a judge's endpoint, of all workers, by expiry (Redis's clock, ms)."""
     return f"{ROOT}judge:{endpoint}"
 

@@ -155,11 +155,9 @@ class GroupRequest(_Message):
     @property
     def parts(self) -> tuple[SampleRequest, ...]:
         """What is scored for this group."""
-        return (
-            self.comparisons
-            if self.how == "wins"
-            else tuple(m for m in self.members if m.failure is None)
-        )
+        if self.how == "wins":
+            return self.comparisons
+        return tuple(member for member in self.members if member.failure is None)
 
     def chunk(self) -> ScoreRequest:
         """The parts as one chunk."""
@@ -206,15 +204,14 @@ class Outcome(_Answer):
     @property
     def is_final(self) -> bool:
         """Whether it is an answer for good: a reward, or a group's whose members all have theirs."""
-        return self.reward is not None or (
-            bool(self.members) and all(m.reward is not None for m in self.members)
-        )
+        if self.members:
+            return all(member.reward is not None for member in self.members)
+        return self.reward is not None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Outcome:
-        if (self.reward is not None) + (self.failure is not None) + bool(
-            self.members
-        ) != 1:
+        given = [self.reward is not None, self.failure is not None, bool(self.members)]
+        if sum(given) != 1:
             raise ValueError(
                 "an outcome is a reward, a failure, or a group's, exactly one of them"
             )
@@ -263,9 +260,8 @@ def unpack(model: type[M], data: bytes) -> M:
         fields = msgpack.unpackb(data)
     except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"not a {model.__name__}: {error}") from None
-    wire = (
-        fields.get("wire", WIRE_VERSION) if isinstance(fields, dict) else WIRE_VERSION
-    )
+    is_mapping = isinstance(fields, dict)
+    wire = fields.get("wire", WIRE_VERSION) if is_mapping else WIRE_VERSION
     if wire != WIRE_VERSION:
         raise WireError(
             f"a {model.__name__} of wire version {wire}; this side speaks {WIRE_VERSION}"
@@ -274,9 +270,9 @@ def unpack(model: type[M], data: bytes) -> M:
         return model.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
+        field = ".".join(map(str, first["loc"]))
         raise WireError(
-            f"not a {model.__name__} of wire version {WIRE_VERSION}: {place}: {first['msg']}"
+            f"not a {model.__name__} of wire version {WIRE_VERSION}: {field}: {first['msg']}"
         ) from None
 
 

@@ -94,11 +94,11 @@ end
 return {tonumber(redis.call('GET', sum) or '0'), gone}
 """
 """KEYS: ledger, sum, then payloads, which live `ARGV[1]` ms from now and are counted so long; 0 drops them. Returns the
-sum, and the places of those that are gone.
+sum, and the indices of the payloads that are gone.
 
-Sizes are asked for where the payloads are: whoever renews or drops one need not have stored it. A server that is full
-refuses writes that need room, but none once a script has begun to write: none of those comes first here, so that the
-sum stays that of the ledger."""
+The script asks for the sizes itself: whoever renews or drops a payload need not have stored it. A server that is full
+refuses writes that need room, but none once a script has begun to write: no such write comes first here, so that the
+sum stays the ledger's."""
 
 
 class RedisStore:
@@ -110,9 +110,7 @@ class RedisStore:
 
     def identity(self) -> str:
         known = cast(bytes | None, self._redis.get(keys.STORE_IDENTITY))
-        if (
-            known is None
-        ):  # not written in vain each time: a server that is full refuses that
+        if known is None:  # read first: a server that is full refuses each write
             with self._redis.pipeline(transaction=False) as pipe:
                 pipe.set(keys.STORE_IDENTITY, secrets.token_hex(8), nx=True)
                 pipe.get(keys.STORE_IDENTITY)
@@ -131,20 +129,19 @@ class RedisStore:
     def get(self, names: Sequence[str]) -> list[bytes | None]:
         if not names:
             return []
-        with self._redis.pipeline(
-            transaction=False
-        ) as pipe:  # MGET's one reply would be put together in memory
+        # A pipeline and no MGET, whose one reply the server would put together in memory.
+        with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.get(keys.payload(name))
             return cast(list[bytes | None], pipe.execute())
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         ttl_ms = round(1000 * ttl_s)
-        return [
-            some[i]
-            for some in _some(names)
-            for i in self._count(self._redis, some, ttl_ms)[1]
-        ]
+        gone: list[str] = []
+        for some in _some(names):
+            _, indices = self._count(self._redis, some, ttl_ms)
+            gone += [some[i] for i in indices]
+        return gone
 
     def free(self, names: Sequence[str]) -> None:
         for some in _some(names):
@@ -185,14 +182,14 @@ def _flat(data: Any) -> Any:
 class FileStore:
     """Payloads as files below a folder in memory (`/dev/shm`), for workers on the trainer's host.
 
-    A file's time of modification is when it expires. Expired files are swept by whoever asks how many bytes are in use,
-    and at most every 10 s by whoever puts or asks for the identity: each worker's heartbeat does. Files of other names
-    are left alone: the folder may be one that others use too.
+    A file's time of modification is when it expires. Expired files are swept when somebody asks how many bytes are in
+    use, and at most every 10 s when somebody puts payloads or asks for the identity, as each worker's heartbeat does.
+    Files of other names are not touched: others may use the folder too.
     """
 
     SWEEP_EVERY_S = 10.0
     WRITING_S = 60.0
-    """A file that is being written is left alone for so long."""
+    """A file that is being written is not swept for so long."""
     IDENTITY = "identity"
     SUFFIX = ".payload"
     """Of all files that are swept and counted; those that are being written begin with a dot."""
@@ -226,11 +223,11 @@ class FileStore:
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         now = time.time()
-        return [
-            name
-            for name in names
-            if not self._renew(self._path(name), now, now + ttl_s)
-        ]
+        gone: list[str] = []
+        for name in names:
+            if not self._renew(self._path(name), now, now + ttl_s):
+                gone.append(name)
+        return gone
 
     def free(self, names: Sequence[str]) -> None:
         for name in names:
@@ -244,10 +241,9 @@ class FileStore:
         """Drop what has expired; returns how many files."""
         now, num_dropped = time.time(), 0
         for path, stat in self._files():
-            if (
-                stat.st_mtime + (self.WRITING_S if path.name.startswith(".") else 0.0)
-                < now
-            ):
+            is_being_written = path.name.startswith(".")
+            grace_s = self.WRITING_S if is_being_written else 0.0
+            if stat.st_mtime + grace_s < now:
                 num_dropped += self._drop(path)
         return num_dropped
 
@@ -299,7 +295,9 @@ class FileStore:
             os.utime(path, (expires_at, expires_at))
         except FileNotFoundError:
             return False
-        except PermissionError:  # another user's; it lives for as long as that one says
+        except (
+            PermissionError
+        ):  # another user's file, which lives for as long as that user says
             return True
         return True
 

@@ -131,11 +131,10 @@ class Settings(BaseSettings):
     @classmethod
     def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
         url = tidied(url)
-        is_broker, may_be_folder = (
-            info.field_name == "broker_url",
-            info.field_name == "payload_url",
-        )
-        if (not is_broker and not url) or (may_be_folder and _is_folder(url)):
+        is_broker = info.field_name == "broker_url"
+        if not url and not is_broker:
+            return url
+        if info.field_name == "payload_url" and _is_folder(url):
             return url
         if not has_known_scheme(url):
             raise ValueError(
@@ -183,32 +182,27 @@ def load_settings(**given: Any) -> Settings:
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in os.environ.items():
-        if (
-            name.startswith(PREFIX)
-            and name.upper() not in known
-            and not _is_another_ones(name, value)
-        ):
+        if not name.startswith(PREFIX) or name.upper() in known:
+            continue
+        if not _is_no_setting(name, value):
             raise SettingsError(
                 f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}"
             )
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise SettingsError("; ".join(_line(one) for one in error.errors())) from None
+        raise SettingsError("; ".join(map(_line, error.errors()))) from None
 
 
-def _is_another_ones(name: str, value: str) -> bool:
+def _is_no_setting(name: str, value: str) -> bool:
     """Whether a variable with our prefix is no setting: a judge's key, or the address of somebody's service."""
-    is_address = name.endswith("_PORT") and _ADDRESS.match(value) is not None
-    is_link = _DOCKER_LINK.fullmatch(name) is not None and (
-        not name.endswith("_NAME") or value.startswith("/")
-    )
-    return (
-        name.startswith(KEY_PREFIX)
-        or is_address
-        or is_link
-        or _SERVICE_LINK.fullmatch(name) is not None
-    )
+    if name.startswith(KEY_PREFIX) or _SERVICE_LINK.fullmatch(name):
+        return True
+    if name.endswith("_PORT") and _ADDRESS.match(value):
+        return True
+    if name.endswith("_NAME"):
+        return value.startswith("/")
+    return _DOCKER_LINK.fullmatch(name) is not None
 
 
 def _line(error: Any) -> str:
@@ -249,19 +243,14 @@ def _with_checked_certificate(url: str) -> str:
 
 def _is_folder(url: str) -> bool:
     parts = urlsplit(url)
-    return (
-        parts.scheme == "file"
-        and parts.netloc in ("", "localhost")
-        and len(parts.path) > 1
-    )
+    is_here = parts.netloc in ("", "localhost")
+    return parts.scheme == "file" and is_here and len(parts.path) > 1
 
 
 def _next_database(url: str) -> str:
     """The same server's next database: media apart from the queues, so that each can be looked at alone."""
     parts = urlsplit(url)
-    database = parts.path.strip("/")
-    if parts.scheme not in ("redis", "rediss") or not (
-        database.isdigit() or not database
-    ):
+    database = parts.path.strip("/") or "0"
+    if parts.scheme not in ("redis", "rediss") or not database.isdigit():
         return url
-    return urlunsplit(parts._replace(path=f"/{int(database or 0) + 1}"))
+    return urlunsplit(parts._replace(path=f"/{int(database) + 1}"))

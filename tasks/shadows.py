@@ -59,11 +59,10 @@ def warning(folder: Path) -> str | None:
     if not found:
         return None
     files = ", ".join(map(str, found))
-    names = " and ".join(
-        f"`import {name}`" for name in dict.fromkeys(path.stem for path in found)
-    )
+    names = dict.fromkeys(path.stem for path in found)
+    imports = " and ".join(f"`import {name}`" for name in names)
     return (
-        f"{files}: no worker imports what lies there. In a worker {names} means rewardq's own package. "
+        f"{files}: no worker imports what lies there. In a worker {imports} means rewardq's own package. "
         "If a reward class of yours needs it, rename it."
     )
 

@@ -19,9 +19,9 @@ for _ignored in (signal.SIGINT, signal.SIGHUP):  # as a job in the background of
     signal.signal(_ignored, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from tasks.outcomes import Outcomes  # noqa: E402
 from tasks.servers.connections import connect  # noqa: E402
 from tasks.settings import Settings, load_settings  # noqa: E402
+from tests.outcomes import Outcomes  # noqa: E402
 from tests.servers import RedisServer, WorkerProcess  # noqa: E402
 from trainer_client.engine.state import EngineState  # noqa: E402
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.messages import Heartbeat
 from tasks.settings import Settings
 
@@ -192,7 +192,7 @@ class WorkerProcess:
         """What it says of itself, or None."""
         app = make_app(self.settings)
         try:
-            return next((w for w in outcomes_of(app).workers() if w.pid == self.pid), None)
+            return next((w for w in client_outcomes(app).workers() if w.pid == self.pid), None)
         finally:
             app.backend.client.connection_pool.disconnect()  # else the garbage collector may come to its socket first
             app.close()

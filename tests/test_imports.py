@@ -67,7 +67,7 @@ def test_the_arrows_point_to_tasks(package, forbidden):
 
 
 def test_the_contract_imports_nothing_heavy_even_within_functions():
-    allowed = {"tasks/media/__init__.py": {"torch"}}  # gives workers tensors, where torch is there by necessity
+    allowed = {"tasks/media/decode.py": {"torch"}}  # gives workers tensors, where torch is there by necessity
     wrong = {file: names & HEAVY - allowed.get(file, set()) for file, names in packages_imported_by("tasks").items()}
     assert {file: names for file, names in wrong.items() if names} == {}
 
@@ -77,7 +77,7 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("package", ["trainer_client", "tasks", "trainer_client.cli"])
+@pytest.mark.parametrize("package", ["trainer_client", "tasks.celery_app", "trainer_client.cli"])
 def test_a_trainer_loads_nothing_heavy(package, tmp_path):
     done = run_python("-X", "importtime", "-c", f"import {package}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -183,6 +183,22 @@ def test_a_wrong_variable_is_said_at_import_in_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "unknown variable REWARDQ_BROKER (did you mean 'REWARDQ_BROKER_URL'?)" in done.stderr.splitlines()[-1]
+
+
+def test_an_error_class_is_had_without_the_app_and_whatever_the_variables_say(tmp_path):
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER": "redis://localhost"}
+    command = [sys.executable, "-c", "from tasks.errors import RewardError; import sys; print(*sorted(sys.modules))"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"celery", "pydantic", "tasks.celery_app", "tasks.settings"}.isdisjoint(done.stdout.split())
+
+
+def test_the_app_is_an_attribute_of_tasks_that_is_built_at_its_first_use(tmp_path):
+    code = "import sys, tasks; print('celery' in sys.modules, tasks.app.main, tasks.app is tasks.celery_app.app)"
+    done = run_python("-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("False rewardq True\n", "")
+    with pytest.raises(AttributeError, match="module 'tasks' has no attribute 'apps'"):
+        _ = tasks.apps
 
 
 def test_worker_modules_load_heavy_libraries_only_where_a_model_needs_them(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from tasks import app as default_app
 from tasks import media
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import (
     CollectTimeoutError,
     ConfigError,
@@ -31,7 +31,7 @@ from tasks.errors import (
 from tasks.messages import Failure
 from tasks.payloads import open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
-from tasks.samples import MEDIA_FIELDS, Sample, check
+from tasks.samples import MEDIA_FIELDS, Sample
 from tasks.servers.connections import LOST, connect, why_away
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, without_password
@@ -43,32 +43,42 @@ from trainer_client.engine.engine import ASK_S, Engine
 from trainer_client.engine.loop import Chore
 from trainer_client.engine.model import Slot
 from trainer_client.progress import is_terminal
-from trainer_client.ranks.gather import Ranks, Waits
-from trainer_client.ranks.rank_lock import KEEP_EVERY_S, Lease
+from trainer_client.ranks.gather import OnWaiting, RankGather
+from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.ranks.verdict import (
     OnFailure,
+    Verdict,
+    agree,
     check_call,
     check_max_failure_rate,
     error_for,
     error_for_rate,
-    of_all_ranks,
 )
-from trainer_client.results import RewardBatch, batch_of, step_name
-from trainer_client.runs.known import Run
+from trainer_client.results import Late, RewardBatch, batch_of, step_name
+from trainer_client.runs.registry import RunRegistry
 from trainer_client.steps.grouping import groups_of
-from trainer_client.steps.incomplete import incomplete_groups, why_in_vain
-from trainer_client.steps.open_steps import Step, Steps, check_group_size, check_groups
+from trainer_client.steps.incomplete_groups import incomplete_groups, why_not_to_wait
+from trainer_client.steps.open_steps import (
+    OpenStep,
+    OpenSteps,
+    check_group_size,
+    check_groups,
+)
+from trainer_client.steps.sample_checks import check
 from trainer_client.steps.step_log import (
-    Summary,
     TicketWarnings,
-    Waiting,
+    WaitLog,
+    tell_step,
+    warn_of_failures,
+)
+from trainer_client.steps.step_summary import (
+    StepSummary,
     group_digest,
     group_size_words,
     mixed_groups,
     summary_of,
-    tell_step,
-    warn_of_failures,
 )
+from trainer_client.texts import shorten
 from trainer_client.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -102,7 +112,7 @@ class _Wanted:
     step: int
     rewards: tuple[RewardSpec, ...]
     slots: Sequence[Slot]
-    open_step: Step | None
+    open_step: OpenStep | None
     """The open step of its split, of which a ticket's samples may be a part."""
     ticket: Ticket | None
     prompts: Mapping[Hashable, tuple[str, ...]]
@@ -138,7 +148,7 @@ class RewardClient:
     """
 
     _engine: Engine | None
-    _steps: Steps
+    _steps: OpenSteps
     _warned: set[str]
     """What was warned of once."""
     _ticket_warnings: TicketWarnings
@@ -175,9 +185,11 @@ class RewardClient:
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         _check_servers(self.settings, self.config.queues)
-        self._lease = Lease(outcomes_of(self._app).redis, run, self.launch, rank)
+        self._rank_lock = RankLock(
+            client_outcomes(self._app).redis, run, self.launch, rank
+        )
         try:
-            self._lease.take()
+            self._rank_lock.acquire()
             self._check_ranks()
         except LOST as error:
             raise RedisUnreachableError(
@@ -185,7 +197,7 @@ class RewardClient:
             ) from None
         self._start_fresh()
         _live_clients.add(self)
-        self._open_engine()  # whose watcher keeps the lease, however long the first submit() is away
+        self._open_engine()  # whose watcher extends the rank lock, however long the first submit() is away
 
     def _say_what_evaluation_lacks(self) -> None:
         """A reward that only evaluation uses does not keep a run from training."""
@@ -237,10 +249,12 @@ class RewardClient:
             engine.close()
         self._ticket_warnings.end()
         with contextlib.suppress(*LOST):
-            self._lease.leave()
+            self._rank_lock.release()
         self._ranks.close()
         # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.
-        outcomes_of(self._app).redis.connection_pool.disconnect(inuse_connections=False)
+        client_outcomes(self._app).redis.connection_pool.disconnect(
+            inuse_connections=False
+        )
 
     # --- submit ----------------------------------------------------------------------------------
 
@@ -384,7 +398,7 @@ class RewardClient:
         started = time.monotonic()
         wanted = self._wanted(split, step, ticket)
         is_told = progress is None and self.rank == 0 and not is_terminal()
-        waiting = Waiting(step_name(wanted.split, wanted.step)) if is_told else None
+        waiting = WaitLog(step_name(wanted.split, wanted.step)) if is_told else None
         bars = progress if progress is not None or self.rank == 0 else False
         late = self._wait(wanted, started, timeout_s, on_failure, bars, waiting)
         batch = self._batch(wanted, late, started)
@@ -441,7 +455,7 @@ class RewardClient:
             global_std=self.config.global_std,
             gather=gather,
             noise_floor=noise_floor,
-            look=look,
+            on_counts=look,
         )
 
     def metrics(
@@ -482,7 +496,7 @@ class RewardClient:
         if given is not None or self.world_size == 1:
             return given
         with self._lock:
-            self._open_engine()  # which keeps the lease, without which an answer does not count
+            self._open_engine()  # which extends the rank lock, without which an answer does not count
         return self._ranks.gatherer(
             f"{what} of {batch.split} step {batch.step}", timeout_s
         )
@@ -490,7 +504,7 @@ class RewardClient:
     # --- private: what is told -------------------------------------------------------------------
 
     def _tell(
-        self, wanted: _Wanted, batch: RewardBatch, summary: Summary, is_told: bool
+        self, wanted: _Wanted, batch: RewardBatch, summary: StepSummary, is_told: bool
     ) -> None:
         """What the log is to say of a ticket, or of a step that is closed; of several ranks the first says it."""
         if wanted.ticket is not None:
@@ -528,14 +542,16 @@ class RewardClient:
         """As in a new process: no threads, no connections, nothing submitted. Runs in a forked child too."""
         self._lock = threading.Lock()
         self._engine = None
-        self._steps = Steps(self.world_size)
+        self._steps = OpenSteps(self.world_size)
         self._resumed = {}
         self._warned = set()
         self._ticket_warnings = TicketWarnings()
         self._num_tickets = 0
         in_bounds = {"socket_timeout": ASK_S, "socket_connect_timeout": ASK_S}
         ranks = connect(self.settings.results, self.settings.sentinels, **in_bounds)
-        self._ranks = Ranks(ranks, self.run, self.launch, self.rank, self.world_size)
+        self._ranks = RankGather(
+            ranks, self.run, self.launch, self.rank, self.world_size
+        )
 
     def _check_ranks(self) -> None:
         """Ranks whose hosts have different files of a class of the user's are told so, before they wait for each other.
@@ -545,19 +561,21 @@ class RewardClient:
         """
         if self.world_size == 1:
             return
-        run = Run(outcomes_of(self._app).redis, self.run, self.settings.result_ttl_s)
+        registry = RunRegistry(
+            client_outcomes(self._app).redis, self.run, self.settings.result_ttl_s
+        )
         try:
-            run.check_ranks(
+            registry.check_ranks(
                 self.launch, self.rank, self.world_size, self.config, platform.node()
             )
         except ConfigError:
-            self._lease.leave()
+            self._rank_lock.release()
             raise
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
-            with contextlib.suppress(*LOST):  # else it is taken once Redis is back
-                self._lease.take()
+            with contextlib.suppress(*LOST):  # else it is acquired once Redis is back
+                self._rank_lock.acquire()
             self._engine = Engine(
                 self._app,
                 run=self.run,
@@ -565,7 +583,7 @@ class RewardClient:
                 rank=self.rank,
                 world_size=self.world_size,
                 config=self.config,
-                chores=[Chore(KEEP_EVERY_S, self._lease.keep)],
+                chores=[Chore(EXTEND_EVERY_S, self._rank_lock.extend)],
             )
         return self._engine
 
@@ -640,12 +658,12 @@ class RewardClient:
         timeout_s: float,
         on_failure: OnFailure,
         bars: bool | None,
-        waiting: Waiting | None,
+        waiting: WaitLog | None,
     ) -> Failure | None:
         """Wait for the samples; the reason of those that have no answer at the deadline, None if all have."""
         engine = wanted.engine
         incomplete = self._incomplete(wanted.open_step) if wanted.ticket is None else {}
-        in_vain = why_in_vain(incomplete, wanted.rewards, on_failure)
+        in_vain = why_not_to_wait(incomplete, wanted.rewards, on_failure)
         if in_vain is not None:
             return Failure(kind="timeout", message=in_vain)
         engine.give_up_groups(wanted.split, wanted.step, incomplete)
@@ -671,12 +689,10 @@ class RewardClient:
             "ranks_s": 0.0,
             **engine.take_seconds(),
         }
-        why_open = engine.why_open
         return batch_of(
             wanted.slots,
             wanted.rewards,
-            late,
-            why_open,
+            None if late is None else Late(late, engine.why_open),
             times,
             wanted.split,
             wanted.step,
@@ -710,8 +726,8 @@ class RewardClient:
         late: Failure | None,
         on_failure: OnFailure,
         deadline: float,
-        waiting: Waiting | None,
-    ) -> tuple[ScoringError | None, Summary]:
+        waiting: WaitLog | None,
+    ) -> tuple[ScoringError | None, StepSummary]:
         """What `collect()` raises for the failures themselves, or None, and the step in numbers; on all ranks alike."""
         error = error_for(
             batch, late, on_failure, {r.name: r.on_failure for r in wanted.rewards}
@@ -726,13 +742,15 @@ class RewardClient:
         )
         if self._is_shared(wanted):
             done_at = time.monotonic()
-            topic, waits = (
+            verdict = agree(
+                self._ranks,
                 f"{wanted.split} step {wanted.step}",
+                Verdict(error, summary),
+                batch,
+                deadline,
                 _wait_for_ranks(waiting),
             )
-            error, summary = of_all_ranks(
-                self._ranks, topic, error, batch, deadline, summary, waits
-            )
+            error, summary = verdict.error, verdict.summary
             # After the batch was made: what the error carries is to have it too.
             batch.timings["ranks_s"] = time.monotonic() - done_at
         return error, summary
@@ -763,7 +781,7 @@ class RewardClient:
             self._resumed[ticket.place] = engine.resume(copy.copy(ticket), config)
         return self._resumed[ticket.place]
 
-    def _incomplete(self, step: Step | None) -> dict[Hashable, str]:
+    def _incomplete(self, step: OpenStep | None) -> dict[Hashable, str]:
         """The groups that nobody else can complete; of several ranks another one may."""
         if step is None or self.world_size > 1:
             return {}
@@ -829,7 +847,7 @@ def _check_code(ticket: Ticket, rewards: Sequence[RewardSpec]) -> None:
             )
 
 
-def _wait_for_ranks(waiting: Waiting | None) -> Waits:
+def _wait_for_ranks(waiting: WaitLog | None) -> OnWaiting:
     """Tells the log which ranks are waited for."""
 
     def tell(missing: list[int]) -> None:
@@ -874,8 +892,7 @@ def _alone_words(name: str, num_samples: int) -> str:
 
 
 def _cut(group: Hashable) -> str:
-    words = repr(group)
-    return words if len(words) <= MAX_GROUP_CHARS else f"{words[:MAX_GROUP_CHARS]}..."
+    return shorten(repr(group), MAX_GROUP_CHARS)
 
 
 def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ FAILED_STYLE = "bold red"
 
 
 def is_terminal() -> bool:
-    """Whether standard error is one, for bars to be drawn on.
+    """Whether standard error is a terminal, on which bars can be drawn.
 
-    It may be closed, or something that a program has put in its place and that cannot say.
+    Standard error may be closed, or replaced by an object without `isatty`: then it is no terminal.
     """
     try:
         return bool(sys.stderr.isatty())
@@ -24,8 +24,8 @@ def is_terminal() -> bool:
         return False
 
 
-class _Shown:
-    """A stream whose failed writes are nobody's errors: a terminal may hang up while a step is collected."""
+class _LossyStream:
+    """A stream that ignores failed writes: a terminal may hang up while a step is collected."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -49,7 +49,14 @@ class _Shown:
 def bars(
     names: tuple[str, ...], num_samples: int, show: bool | None
 ) -> Iterator[Report | None]:
-    """Bars on standard error; none if `show` is False, or None where it is no terminal."""
+    """Bars on standard error.
+
+    Args:
+        show: Whether to show them; None shows them if standard error is a terminal.
+
+    Yields:
+        What sets the bars, or None if they are not shown.
+    """
     if show is False or (show is None and not is_terminal()):
         yield None
         return
@@ -62,10 +69,9 @@ def bars(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=_console()) as progress:
-        tasks = {
-            name: progress.add_task(name, total=num_samples, num_failed=0)
-            for name in names
-        }
+        tasks = {}
+        for name in names:
+            tasks[name] = progress.add_task(name, total=num_samples, num_failed=0)
 
         def report(counts: Mapping[str, tuple[int, int]]) -> None:
             for name, (num_done, num_failed) in counts.items():
@@ -78,7 +84,7 @@ def _console() -> Any:
     """Standard error as rich draws on it."""
     from rich.console import Console
 
-    stream: Any = _Shown(sys.stderr)
+    stream: Any = _LossyStream(sys.stderr)
     return Console(file=stream)
 
 
@@ -92,11 +98,9 @@ def _bar_column() -> Any:
 
     class Bar(BarColumn):
         def render(self, task: Any) -> Any:
-            return (
-                failing.render(task)
-                if task.fields["num_failed"]
-                else super().render(task)
-            )
+            if task.fields["num_failed"]:
+                return failing.render(task)
+            return super().render(task)
 
     return Bar()
 
@@ -110,10 +114,8 @@ def _count_column() -> Any:
         def render(self, task: Any) -> Text:
             words = f"{int(task.completed)}/{int(task.total)}"
             num_failed = task.fields["num_failed"]
-            return (
-                Text(f"{words}, {num_failed} failed", style=FAILED_STYLE)
-                if num_failed
-                else Text(words)
-            )
+            if num_failed:
+                return Text(f"{words}, {num_failed} failed", style=FAILED_STYLE)
+            return Text(words)
 
     return Count()

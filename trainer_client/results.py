@@ -1,4 +1,4 @@
-"""What `collect()` returns, made of its slots: rewards, what is valid, reasons for the rest, where the time went."""
+"""What `collect()` returns: rewards, which of them are valid, the reasons for the rest, and where the time went."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
 from tasks.rewards import ConstantOnFailure, RewardSpec, Split
 from trainer_client.engine.model import Awaited, Slot
-from trainer_client.steps.failure_words import describe, on_workers
+from trainer_client.steps.failure_reasons import describe, on_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Failed:
     attempts: int
     """How often it was tried, over all submits."""
     worker: str = ""
-    """Name of the worker (`gpu.3211@host`) that says so; empty where the trainer does: media that are unfit, a
+    """Name of the worker (`gpu.3211@host`) that reported it; empty where the trainer found it: unfit media, a
     deadline."""
 
     def __str__(self) -> str:
@@ -44,13 +44,16 @@ class Failures(tuple[Failed, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        names = dict.fromkeys(failed.reward for failed in self)
+        by_reward: dict[str, list[Failed]] = {}
+        for failed in self:
+            by_reward.setdefault(failed.reward, []).append(failed)
         return "\n".join(
-            f"{name}: {describe(f for f in self if f.reward == name)}" for name in names
+            f"{name}: {describe(failures)}" for name, failures in by_reward.items()
         )
 
     def __repr__(self) -> str:
-        return f"<{len(self)} failures>" + (f"\n{self}" if self else "")
+        count = f"<{len(self)} failures>"
+        return f"{count}\n{self}" if self else count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,20 +64,20 @@ class RewardBatch:
         rewards: By reward name, float32 `(N,)`; NaN where there is no reward.
         valid: By reward name, bool `(N,)`: whether there is a reward. A constant from `on_failure: {value: x}` is
             in `rewards` and not valid.
-        failures: Every (sample, reward) without a reward, why, and which worker says so.
-        info: By reward name, `N` mappings: what the reward model says beside the reward, and under `origin` where it
-            was computed (worker, device, versions, seconds).
-        groups: `N` group ids: as submitted; of a sample without one, a text of its prompt and condition media.
-        timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: it waited in `collect()` for these
-            rewards, and `ranks_s` after that for the other ranks; `span_s`: from the first submit to the last outcome;
-            `hidden_s`: the part of `span_s` not waited for; `encode_s`, `store_s`, `send_s`: spent by background
-            threads, summed over them.
-        num_hits: By reward name, how many were answered from what was there, without being sent.
-        num_rescored: By reward name, how many were sent more than once: since their worker or message was lost, or
-            tried again after a failure of an earlier submit.
+        failures: Every (sample, reward) without a reward, with the reason and the worker that reported it.
+        info: By reward name, `N` mappings: what the reward model returned beside the reward, and under `origin` where
+            the reward was computed (worker, device, versions, seconds).
+        groups: `N` group ids: as submitted; of a sample without `group`, a text of its prompt and condition media.
+        timings: Seconds. `submit_s`: the caller was held in `submit()`; `wait_s`: the caller waited in `collect()` for
+            these rewards, and `ranks_s` after that for the other ranks; `span_s`: from the first submit to the last
+            outcome; `hidden_s`: the part of `span_s` not waited for; `encode_s`, `store_s`, `send_s`: spent by
+            background threads, summed over them.
+        num_hits: By reward name, the number of samples whose outcome was known already, and that were not sent.
+        num_rescored: By reward name, the number of samples that were sent more than once: their worker or message was
+            lost, or they were tried again after a failure of an earlier submit.
         weights: By reward name, as configured.
         latency_s: By reward name, float32 `(N,)`: seconds from `submit()` to the outcome; NaN where there is none yet.
-        split, step: Of which step these are; ranks that compare theirs do so under this name.
+        split, step: The step of these samples. Ranks gather their metrics and advantages under this name.
     """
 
     rewards: Mapping[str, npt.NDArray[np.float32]]
@@ -91,16 +94,17 @@ class RewardBatch:
     num_rescored: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        lines = [
-            f"RewardBatch({self.name}: {len(self)} samples in {len(set(self.groups))} groups"
-        ]
-        lines += [f"  {name}: {self._describe_reward(name)}" for name in self.rewards]
-        waits = [
-            f"{key} {self.timings[key]:.1f}"
-            for key in ("wait_s", "hidden_s")
-            if key in self.timings
-        ]
-        return "\n".join([*lines, *([f"  {', '.join(waits)}"] if waits else [])]) + ")"
+        num_groups = len(set(self.groups))
+        lines = [f"RewardBatch({self.name}: {len(self)} samples in {num_groups} groups"]
+        for name in self.rewards:
+            lines.append(f"  {name}: {self._describe_reward(name)}")
+        waits = []
+        for key in ("wait_s", "hidden_s"):
+            if key in self.timings:
+                waits.append(f"{key} {self.timings[key]:.1f}")
+        if waits:
+            lines.append(f"  {', '.join(waits)}")
+        return "\n".join(lines) + ")"
 
     @property
     def name(self) -> str:
@@ -129,29 +133,28 @@ class RewardBatch:
         """Every reward with failures: how many of which kind, and the reasons, equal ones together.
 
         Args:
-            said: A reason that the text says already; only its samples are given.
+            said: A reason that the text around this one says already; only its samples are given.
         """
+        by_reward: dict[str, list[Failed]] = {name: [] for name in self.rewards}
+        for failed in self.failures:
+            by_reward[failed.reward].append(failed)
+
         lines = []
-        for name in self.rewards:
-            failures = [f for f in self.failures if f.reward == name]
+        for name, failures in by_reward.items():
             if failures:
-                kinds = ", ".join(
-                    f"{n} {kind}"
-                    for kind, n in Counter(f.kind for f in failures).most_common()
-                )
+                kinds = Counter(failed.kind for failed in failures).most_common()
+                counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
                 lines.append(
-                    f"reward {name!r}: {len(failures)} of {len(self)} samples ({kinds}): {describe(failures, said)}"
+                    f"reward {name!r}: {len(failures)} of {len(self)} samples ({counts}): {describe(failures, said)}"
                 )
         return "\n".join(lines)
 
     def _describe_reward(self, name: str) -> str:
-        valid = self.valid[name]
-        there = self.rewards[name][valid]
-        mean = f"mean {there.mean():.4g}, " if len(there) else ""
-        num_failed = int((~valid).sum())
-        return f"{mean}{len(there)} of {len(self)}" + (
-            f", {num_failed} failed" if num_failed else ""
-        )
+        rewards = self.rewards[name][self.valid[name]]
+        mean = f"mean {rewards.mean():.4g}, " if len(rewards) else ""
+        num_failed = len(self) - len(rewards)
+        failed = f", {num_failed} failed" if num_failed else ""
+        return f"{mean}{len(rewards)} of {len(self)}{failed}"
 
 
 def step_name(split: Split, step: int) -> str:
@@ -159,11 +162,20 @@ def step_name(split: Split, step: int) -> str:
     return f"step {step}" if split == "train" else f"{split} step {step}"
 
 
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Why samples have no answer at the end of `collect()`."""
+
+    failure: Failure
+    """The reason of every such sample but those whose group is open."""
+    why_open: Callable[[Slot, RewardSpec], str | None]
+    """Why the group of a slot is not complete; None if it is complete."""
+
+
 def batch_of(
     slots: Sequence[Slot],
     rewards: Sequence[RewardSpec],
-    late: Failure | None,
-    why_open: Callable[[Slot, RewardSpec], str | None],
+    late: Late | None,
     times: Mapping[str, float],
     split: Split = "train",
     step: int = 0,
@@ -171,112 +183,119 @@ def batch_of(
     """The batch of these slots, in their order.
 
     Args:
-        late: The reason of those that have no answer, at a deadline; None if all have.
-        why_open: Why the group of a slot has no entry yet, if that is so.
+        late: At a deadline, why samples have no answer; None if all have one.
         times: `timings` as far as the client knows them by itself, in seconds.
-        split, step: Of which step they are.
+        split, step: The step of these slots.
     """
-    outcomes = {
-        spec.name: [_outcome(slot, spec, late, why_open) for slot in slots]
-        for spec in rewards
-    }
-    failures = [
-        Failed(
-            i,
-            name,
-            o.failure.kind,
-            o.failure.message,
-            o.attempt,
-            str(o.origin.get("worker", "")),
-        )
-        for name, found in outcomes.items()
-        for i, o in enumerate(found)
-        if o.failure is not None
-    ]
-    entries = {
-        spec.name: [s.awaited[spec.name] for s in slots if spec.name in s.awaited]
-        for spec in rewards
-    }
+    values, valid, latency_s = {}, {}, {}
+    failures: list[Failed] = []
+    info, weights, num_hits, num_rescored = {}, {}, {}, {}
+    for spec in rewards:
+        column, name = _column(slots, spec, late), spec.name
+        values[name] = np.array(column.rewards, np.float32)
+        valid[name] = np.array(column.valid, bool)
+        latency_s[name] = np.array(column.latency_s, np.float32)
+        failures += column.failures
+        info[name] = tuple(column.info)
+        weights[name] = spec.weight
+        num_hits[name] = column.num_hits
+        num_rescored[name] = column.num_rescored
     return RewardBatch(
-        rewards={spec.name: _rewards(outcomes[spec.name], spec) for spec in rewards},
-        valid={
-            n: np.array([o.reward is not None for o in found], dtype=bool)
-            for n, found in outcomes.items()
-        },
+        rewards=values,
+        valid=valid,
         failures=Failures(failures),
-        info={
-            n: tuple({**o.info, "origin": o.origin} for o in found)
-            for n, found in outcomes.items()
-        },
-        groups=tuple(s.group for s in slots),
+        info=info,
+        groups=tuple(slot.group for slot in slots),
         timings={**times, **_span(slots, times["wait_s"])},
-        num_hits={
-            name: sum(e.is_hit for e in found) for name, found in entries.items()
-        },
-        weights={spec.name: spec.weight for spec in rewards},
-        latency_s={
-            spec.name: np.array([_latency_s(s, spec.name) for s in slots], np.float32)
-            for spec in rewards
-        },
+        num_hits=num_hits,
+        weights=weights,
+        latency_s=latency_s,
         split=split,
         step=step,
-        num_rescored={
-            name: sum(_is_rescored(e) for e in found) for name, found in entries.items()
-        },
+        num_rescored=num_rescored,
     )
 
 
-def _is_rescored(awaited: Awaited) -> bool:
-    return awaited.num_sends > 1 or awaited.attempt > 1
+@dataclass(slots=True)
+class _Column:
+    """One reward of a batch, in the order of its slots."""
+
+    rewards: list[float] = field(default_factory=list)
+    valid: list[bool] = field(default_factory=list)
+    failures: list[Failed] = field(default_factory=list)
+    info: list[dict[str, Any]] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+    num_hits: int = 0
+    num_rescored: int = 0
 
 
-def _rewards(outcomes: Sequence[Outcome], spec: RewardSpec) -> npt.NDArray[np.float32]:
-    constant = (
-        spec.on_failure.value
-        if isinstance(spec.on_failure, ConstantOnFailure)
-        else np.nan
-    )
-    return np.array(
-        [constant if o.reward is None else o.reward for o in outcomes], dtype=np.float32
+def _column(slots: Sequence[Slot], spec: RewardSpec, late: Late | None) -> _Column:
+    policy = spec.on_failure
+    constant = policy.value if isinstance(policy, ConstantOnFailure) else float("nan")
+    column = _Column()
+    for i, slot in enumerate(slots):
+        outcome = _outcome(slot, spec, late)
+        column.rewards.append(constant if outcome.reward is None else outcome.reward)
+        column.valid.append(outcome.reward is not None)
+        column.info.append({**outcome.info, "origin": outcome.origin})
+        if outcome.failure is not None:
+            column.failures.append(_failed(i, spec.name, outcome, outcome.failure))
+
+        awaited = slot.awaited.get(spec.name)
+        column.latency_s.append(_latency_s(slot, awaited))
+        if awaited is not None:
+            column.num_hits += awaited.is_hit
+            column.num_rescored += awaited.num_sends > 1 or awaited.attempt > 1
+    return column
+
+
+def _failed(sample: int, reward: str, outcome: Outcome, failure: Failure) -> Failed:
+    worker = str(outcome.origin.get("worker", ""))
+    return Failed(
+        sample, reward, failure.kind, failure.message, outcome.attempt, worker
     )
 
 
 def _span(slots: Sequence[Slot], wait_s: float) -> dict[str, float]:
-    last_answer = max(
-        (a.answered_at for s in slots for a in s.awaited.values()), default=0.0
-    )
-    span_s = (
-        max(0.0, last_answer - min(s.submitted_at for s in slots))
-        if last_answer
-        else 0.0
-    )
+    last_answer = 0.0
+    for slot in slots:
+        for awaited in slot.awaited.values():
+            last_answer = max(last_answer, awaited.answered_at)
+    span_s = 0.0
+    if last_answer:
+        first_submit = min(slot.submitted_at for slot in slots)
+        span_s = max(0.0, last_answer - first_submit)
     return {"span_s": span_s, "hidden_s": max(0.0, span_s - wait_s)}
 
 
-def _latency_s(slot: Slot, reward: str) -> float:
+def _latency_s(slot: Slot, awaited: Awaited | None) -> float:
     """Seconds from the submit to the outcome; NaN where there is none."""
-    awaited = slot.awaited.get(reward)
     if awaited is None or awaited.outcome is None:
         return float("nan")
     return awaited.answered_at - slot.submitted_at
 
 
-def _outcome(
-    slot: Slot,
-    spec: RewardSpec,
-    late: Failure | None,
-    why_open: Callable[[Slot, RewardSpec], str | None],
-) -> Outcome:
-    """The outcome of a slot for a reward as its caller sees it; of a group's, its own member's."""
+def _outcome(slot: Slot, spec: RewardSpec, late: Late | None) -> Outcome:
+    """The outcome of a slot for a reward as its caller sees it; of a group's outcome, that of this member."""
+    if slot.problem is not None:
+        return Outcome(failure=slot.problem)
+
     awaited = slot.awaited.get(spec.name)
-    own = slot.outcome_for(spec.name)
-    if own is not None:
-        whole = awaited.outcome if awaited is not None else None
-        if whole is None or not whole.members:
-            return own
-        return own.model_copy(
-            update={"attempt": whole.attempt, "origin": {**own.origin, **whole.origin}}
-        )
+    if awaited is not None and awaited.outcome is not None:
+        return _of_member(awaited.outcome, slot, spec)
+
     assert late is not None, "a complete batch has an outcome for every sample"
-    reason = why_open(slot, spec) if spec.is_groupwise and awaited is None else None
-    return Outcome(failure=Failure(kind="timeout", message=reason) if reason else late)
+    is_group_open = spec.is_groupwise and awaited is None
+    reason = late.why_open(slot, spec) if is_group_open else None
+    if reason is None:
+        return Outcome(failure=late.failure)
+    return Outcome(failure=Failure(kind="timeout", message=reason))
+
+
+def _of_member(outcome: Outcome, slot: Slot, spec: RewardSpec) -> Outcome:
+    """The slot's own part of a group's outcome; any other outcome as it is."""
+    if not outcome.members:
+        return outcome
+    own = outcome.members[slot.member_index[spec.name]]
+    origin = {**own.origin, **outcome.origin}
+    return own.model_copy(update={"attempt": outcome.attempt, "origin": origin})

@@ -10,20 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from tasks.errors import FailureKind
-
-this_call = threading.local()
-"""`clock` is this thread's call of a model under a worker's watch (`workers.process.watchdog`); `group` is the request
-of the group that it scores, if the model takes groups."""
-
-
-@contextlib.contextmanager
-def whole(group: Any) -> Iterator[None]:
-    """Within, this thread scores the members of a group: what becomes of the call becomes of the whole group."""
-    this_call.group = group
-    try:
-        yield
-    finally:
-        this_call.group = None
+from workers import deadline
 
 
 class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
@@ -170,13 +157,12 @@ class RewardModel:
 
         Under a worker `timeout_s` does not count while this is waited for.
         """
-        clock = getattr(this_call, "clock", None)
-        if clock is not None:
-            clock.pause(waits=True)
-        with self._forward_lock:
-            if clock is not None:
-                clock.restart()
+        with deadline.paused(waits_for_model=True):
+            self._forward_lock.acquire()
+        try:
             yield
+        finally:
+            self._forward_lock.release()
 
     @cached_property
     def device(self) -> Any:
@@ -187,6 +173,29 @@ class RewardModel:
     def dtype(self) -> Any:
         """`torch.dtype` that the config asks for; a class may set another, as in Flow-Factory."""
         return self.config.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The arguments of one call of a reward model; see `PointwiseRewardModel.__call__` for what each holds."""
+
+    prompt: Sequence[str]
+    image: Sequence[Any] | None
+    video: Sequence[Any] | None
+    condition_images: Sequence[Any] | None
+    condition_videos: Sequence[Any] | None
+    others: Mapping[str, Any]
+    """By name, what the call was given besides: `metadata`, `audio`, `fps`, `sample_rate`."""
+
+    def frames(self) -> list[list[Any]]:
+        """The frames of each sample: those of its video, else its one image."""
+        num_samples = len(self.prompt)
+        images = self.image or [None] * num_samples
+        videos = self.video or [None] * num_samples
+        frames = []
+        for image, video in zip(images, videos, strict=True):
+            frames.append(list(video) if video is not None else [image])
+        return frames
 
 
 class PointwiseRewardModel(RewardModel):
@@ -213,21 +222,19 @@ class PointwiseRewardModel(RewardModel):
                 None for a sample without), lists of `N`, where declared or named. A call gets only what it has an
                 argument for.
         """
+        return self.score_inputs(
+            Inputs(
+                prompt, image, video, condition_images, condition_videos, others=kwargs
+            )
+        )
+
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """The same for a class of this package, which overrides this method and leaves `__call__` as it is here."""
         raise NotImplementedError(f"{type(self).__name__} has no __call__ of its own")
 
 
 class GroupwiseRewardModel(PointwiseRewardModel):
     """Scores the samples of one prompt against each other; called once with the whole group."""
-
-
-def frames_of(
-    num_samples: int, image: Sequence[Any] | None, video: Sequence[Any] | None
-) -> list[list[Any]]:
-    """The frames of each sample: those of its video, else its one image."""
-    images, videos = image or [None] * num_samples, video or [None] * num_samples
-    return [
-        list(v) if v is not None else [i] for i, v in zip(images, videos, strict=True)
-    ]
 
 
 def _device(name: str) -> Any:

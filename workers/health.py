@@ -7,13 +7,13 @@ import sys
 
 import redis
 
-from tasks.celery_app import app, outcomes_of
+from tasks.celery_app import app, client_outcomes
 
 
 def main() -> int:
     """Say which workers of this host have a heartbeat in Redis; 1 if there is none or Redis is away."""
     try:
-        found = [w for w in outcomes_of(app).workers() if w.host == platform.node()]
+        found = [w for w in client_outcomes(app).workers() if w.host == platform.node()]
     except (redis.RedisError, OSError) as error:
         sys.stderr.write(f"Redis is away: {error}\n")
         return 1

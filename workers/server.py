@@ -8,7 +8,7 @@ It runs on Python 3.9 and needs fastapi, uvicorn, pillow and msgpack. Subclass `
                      "metadata": [{...}, ...], "fps": [number, ...]}; what is null or absent is not given
         200         {"rewards": [number, ...]}, one for each prompt
         4xx, 5xx    {"error": text, "detail": text}; with "errors": {"3": text} where the samples to blame are known,
-                    and with "rewards" if the others have theirs: null in the places of those
+                    and with "rewards" if the others have theirs: null for each sample to blame
         503         too much in hand; Retry-After says for how many seconds to stay away
     GET  /health    {"status": "ok", ...}: what bodies it takes, how many requests it has in hand
 
@@ -43,9 +43,8 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-if (
-    "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
-):  # it reads that while it is imported
+# onnxruntime reads the variable while it is imported.
+if "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ:
     log.warning(
         "onnxruntime was imported before the reward server and may send telemetry to Microsoft; import the server "
         "first, or set ORT_DISABLE_TELEMETRY=1 where the process is started"
@@ -70,10 +69,10 @@ LONGEST_PAUSE_S = 60
 """The most that a busy server asks a client to stay away."""
 
 LATE = 1.5
-"""A request whose turn has not come after so many times `max_wait_s` is given back: what calls take was misjudged."""
+"""A request whose turn has not come after so many times `max_wait_s` is answered 503: what calls take was misjudged."""
 
 SMOOTHING = 0.25
-"""What the last call took counts so much in what the next are thought to take."""
+"""Weight of the last call's time in the estimate of what the next calls take (exponential smoothing)."""
 
 
 class RewardServer:
@@ -93,7 +92,7 @@ class RewardServer:
     """Seconds that a request may have to wait for its turn, by what calls took lately; if it would be longer it is
     answered 503. Keep it and a call well below the clients' `timeout` (60), which runs meanwhile."""
     max_receive_s = 30
-    """Seconds in which a request must have arrived whole; else it is answered 408, and its place is free."""
+    """Seconds in which a request must have arrived whole; else it is answered 408 and counts as in hand no longer."""
     max_body_bytes = 1 << 30
     """A larger request is answered 413; send fewer samples at once."""
     max_pixels = 64 * 1024 * 1024
@@ -120,8 +119,8 @@ class RewardServer:
         refused. `**kwargs` takes all but metadata and fps.
 
         Returns:
-            `N` finite numbers in order: a list, an array or a tensor. In the place of a number an exception says why
-            that sample has no reward. What it raises is the reason for all samples of the call.
+            `N` finite numbers in order: a list, an array or a tensor. An exception instead of a number says why that
+            sample has no reward. An exception that is raised is the reason for all samples of the call.
         """
         raise NotImplementedError
 
@@ -148,10 +147,9 @@ class RewardServer:
         signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         before = {number: signal.signal(number, _stop) for number in signals}
         try:
-            uvicorn.Server(
-                config
-            ).run()  # when it is done it sends on the signal that stopped it
+            uvicorn.Server(config).run()
         except _Stopped:
+            # uvicorn stops at the signal, and sends it again when it has answered all.
             log.info("stopped")
         finally:
             for number, handler in before.items():
@@ -159,7 +157,7 @@ class RewardServer:
 
     def make_app(self) -> FastAPI:
         """The ASGI app, for a process that is not `run()`'s."""
-        return _Desk(self).app()
+        return _Service(self).app()
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -181,25 +179,31 @@ class _RequestError(Exception):
         self.status, self.body = status, {"error": text, "detail": text, **more}
 
 
-class _Desk:
-    """Takes requests, decodes them, has one after another computed, and answers."""
+class _Service:
+    """Takes requests, decodes them, has one after another computed, and answers.
+
+    Its counts are changed on the event loop only, so they need no lock.
+    """
 
     def __init__(self, server: RewardServer) -> None:
         self._server = server
+        if type(server).compute_reward is RewardServer.compute_reward:
+            name = type(server).__name__
+            raise TypeError(f"{name} has no compute_reward; implement it")
         self._arguments, self._needed = _declared_by(server)
         self._calls: queue.SimpleQueue[tuple[Future[Any], Mapping[str, Any]]] = (
             queue.SimpleQueue()
         )
         self._num_in_hand = 0
+        """Requests that are not answered yet."""
         self._num_calls = 0
-        """Those of them that have arrived: they are computed, or are to be."""
+        """Requests in hand that have arrived whole: they are computed, or wait for it."""
         self._compute_s: float | None = None
-        """What calls took lately."""
+        """What calls took lately; None before the first."""
         self._num_threads = server.num_threads if server.thread_safe else 1
         for _ in range(self._num_threads):
-            threading.Thread(
-                target=self._compute, name="compute_reward", daemon=True
-            ).start()
+            name = "compute_reward"
+            threading.Thread(target=self._compute, name=name, daemon=True).start()
 
     def app(self) -> FastAPI:
         app = FastAPI(title=type(self._server).__name__)
@@ -232,25 +236,24 @@ class _Desk:
         if status == 503:
             pause_s = math.ceil((self._compute_s or 0.0) / self._num_threads)
             return {"Retry-After": str(min(LONGEST_PAUSE_S, max(1, pause_s)))}
-        return (
-            {"Connection": "close"} if status == 408 else None
-        )  # what else comes there is no request
+        if status == 408:
+            # The rest of the late request would be read as the next one.
+            return {"Connection": "close"}
+        return None
 
     async def _rewards(self, request: Request) -> list[float]:
+        """The rewards of a request's samples. Raises the answer that says why there are none."""
         num_in_hand, most = self._num_in_hand, self._server.max_waiting
         if num_in_hand >= most:
             await self._received(request, 0)
-            raise _RequestError(
-                503, f"{num_in_hand} requests are in hand, the most is {most}"
-            )
+            text = f"{num_in_hand} requests are in hand, the most is {most}"
+            raise _RequestError(503, text)
         self._num_in_hand += 1
         try:
             body = await self._received(request, self._server.max_body_bytes)
             if body is None:
-                raise _RequestError(
-                    413,
-                    f"more than {self._server.max_body_bytes} bytes; send fewer samples at once",
-                )
+                text = f"more than {self._server.max_body_bytes} bytes; send fewer samples at once"
+                raise _RequestError(413, text)
             self._check_wait()
             self._num_calls += 1
             try:
@@ -261,14 +264,13 @@ class _Desk:
             self._num_in_hand -= 1
 
     async def _received(self, request: Request, max_bytes: int) -> bytes | None:
+        """The body of a request; None if it is larger."""
+        most_s = self._server.max_receive_s
         try:
-            return await asyncio.wait_for(
-                _body_of(request, max_bytes), self._server.max_receive_s
-            )
+            return await asyncio.wait_for(_body_of(request, max_bytes), most_s)
         except asyncio.TimeoutError:  # on Python 3.9 another class than TimeoutError
-            raise _RequestError(
-                408, f"not all of it came within {self._server.max_receive_s} seconds"
-            ) from None
+            text = f"not all of it came within {most_s} seconds"
+            raise _RequestError(408, text) from None
 
     def _check_wait(self) -> None:
         """Refuse a request that would wait for too long; one for which a thread is free never does."""
@@ -286,62 +288,56 @@ class _Desk:
         num_samples = len(given["prompt"])
         if not num_samples:
             return []
+
         call: Future[Any] = Future()
         self._calls.put((call, given))
-        late = asyncio.get_running_loop().call_later(
-            LATE * self._server.max_wait_s, call.cancel
-        )
+        most_s = LATE * self._server.max_wait_s
+        late = asyncio.get_running_loop().call_later(most_s, call.cancel)
         try:
             found, error = await _unless_gone(call, request)
         except asyncio.CancelledError:
             if not call.cancelled():
                 raise
-            text = f"its turn did not come within {LATE * self._server.max_wait_s:g} seconds"
-            raise _RequestError(
-                503, f"{self._num_calls} requests are in hand: {text}"
-            ) from None
+            text = f"{self._num_calls} requests are in hand: its turn did not come within {most_s:g} seconds"
+            raise _RequestError(503, text) from None
         finally:
             late.cancel()
             if call.cancelled():
-                given.clear()  # its media: the call itself stays in line until a thread comes to it
+                # Drops its media: the call itself stays in the queue until a thread comes to it.
+                given.clear()
         if error is not None:
             raise _failed(error, num_samples)
         return _checked(found, num_samples)
 
     def _decode(self, body: bytes, kind: str) -> dict[str, Any]:
         """The fields that compute_reward takes, and the prompts."""
-        fields: Any = _parsed(body, kind)
-        lacking = [
-            name for name in FIELDS if name in self._needed and fields.get(name) is None
-        ]
+        fields = _parsed(body, kind)
+        lacking = [n for n in FIELDS if n in self._needed and fields.get(n) is None]
         if lacking:
-            raise _RequestError(
-                400,
-                f"compute_reward needs {' and '.join(lacking)}, which the request has not",
-            )
-        given: dict[str, Any] = {
-            name: fields.get(name) for name in ("prompt", *self._arguments.values())
-        }
-        problems: dict[str, str] = {}
-        for name, depth in MEDIA_DEPTHS.items():
-            if given.get(name) is not None:
-                given[name] = [
-                    self._media(name, depth, i, one, problems)
-                    for i, one in enumerate(given[name])
-                ]
-        if problems:
-            raise _RequestError(422, _first(problems), errors=problems)
+            names = " and ".join(lacking)
+            text = f"compute_reward needs {names}, which the request has not"
+            raise _RequestError(400, text)
+        given: dict[str, Any] = {"prompt": fields["prompt"]}
+        for name in self._arguments.values():
+            given[name] = fields.get(name)
+        self._decode_media(given)
         return given
 
-    def _media(
-        self, name: str, depth: int, sample: int, value: Any, problems: dict[str, str]
-    ) -> Any:
-        """One sample's media of a field; what is wrong with it is noted."""
-        try:
-            return _images(value, depth, self._server.max_pixels)
-        except Exception as error:  # Pillow raises whatever its decoders do
-            problems.setdefault(str(sample), f"{name}: {_words(error)}")
-            return None
+    def _decode_media(self, given: dict[str, Any]) -> None:
+        """Put images in the place of what a request has of them. Raises the answer that says what is wrong."""
+        problems: dict[str, str] = {}
+        for name, depth in MEDIA_DEPTHS.items():
+            if given.get(name) is None:
+                continue
+            images = []
+            for i, value in enumerate(given[name]):
+                try:
+                    images.append(_images(value, depth, self._server.max_pixels))
+                except Exception as error:  # Pillow raises whatever its decoders do
+                    problems.setdefault(str(i), f"{name}: {_words(error)}")
+            given[name] = images
+        if problems:
+            raise _RequestError(422, _first(problems), errors=problems)
 
     def _compute(self) -> None:
         """Make calls one after another, for as long as the process lives."""
@@ -353,15 +349,11 @@ class _Desk:
 
     def _call(self, given: Mapping[str, Any]) -> tuple[Any, BaseException | None]:
         """What compute_reward returns and what it raises."""
-        arguments = {
-            argument: given.get(field) for argument, field in self._arguments.items()
-        }
+        arguments = {name: given.get(field) for name, field in self._arguments.items()}
         started = time.monotonic()
         try:
             return self._server.compute_reward(**arguments), None
-        except (
-            BaseException
-        ) as error:  # the user's code may raise anything, SystemExit too
+        except BaseException as error:  # user code may raise anything, SystemExit too
             log.exception("compute_reward raised")
             return None, error
         finally:
@@ -373,35 +365,32 @@ class _Desk:
             )
 
 
+_BY_KEYWORD = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
+
+
 def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
     """The arguments of compute_reward with the field that each takes, and the fields that it cannot do without."""
-    if type(server).compute_reward is RewardServer.compute_reward:
-        raise TypeError(f"{type(server).__name__} has no compute_reward; implement it")
     arguments, needed, takes_rest = {}, set(), False
     for name, parameter in inspect.signature(server.compute_reward).parameters.items():
         field = OTHER_NAMES.get(name, name)
+        is_needed = parameter.default is parameter.empty
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_rest = True
-        elif field in FIELDS and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        ):
+        elif field in FIELDS and parameter.kind in _BY_KEYWORD:
             arguments[name] = field
-            if parameter.default is parameter.empty:
+            if is_needed:
                 needed.add(field)
-        elif (
-            parameter.default is parameter.empty
-            and parameter.kind is not parameter.VAR_POSITIONAL
-        ):
+        elif is_needed and parameter.kind is not parameter.VAR_POSITIONAL:
             raise TypeError(
                 f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}"
             )
-    rest = (
-        [f for f in FIELDS if f not in arguments.values() and f not in BY_NAME]
-        if takes_rest
-        else []
-    )
-    return {**arguments, **{field: field for field in rest}}, needed
+    if takes_rest:
+        named = {*arguments.values(), *BY_NAME}
+        arguments.update({field: field for field in FIELDS if field not in named})
+    return arguments, needed
 
 
 async def _body_of(request: Request, max_bytes: int) -> bytes | None:
@@ -440,34 +429,34 @@ async def _is_gone(request: Request) -> None:
         pass
 
 
-def _parsed(body: bytes, kind: str) -> Any:
+def _parsed(body: bytes, kind: str) -> dict[str, Any]:
     """The fields of a request, each with a value for each prompt."""
     try:
         fields = msgpack.unpackb(body) if kind.startswith(MSGPACK) else json.loads(body)
     except Exception as error:  # msgpack raises many kinds
-        raise _RequestError(
-            400, f"the body cannot be read as {kind or 'JSON'}: {_words(error)}"
-        ) from None
-    prompts = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(prompts, list) or not all(
-        isinstance(prompt, str) for prompt in prompts
-    ):
+        text = f"the body cannot be read as {kind or 'JSON'}: {_words(error)}"
+        raise _RequestError(400, text) from None
+    if not isinstance(fields, dict) or not _is_list_of_texts(fields.get("prompt")):
         raise _RequestError(400, "the body needs 'prompt', a list of texts")
     for name in FIELDS:
-        value = fields.get(name)
-        if value is not None and not (
-            isinstance(value, list) and len(value) == len(prompts)
-        ):
-            found = (
-                f"{len(value)} values"
-                if isinstance(value, list)
-                else f"a {type(value).__name__}"
-            )
-            raise _RequestError(
-                400,
-                f"{name!r} has {found} for {len(prompts)} prompts; it needs a list of one for each",
-            )
+        if fields.get(name) is not None:
+            _check_length(name, fields[name], len(fields["prompt"]))
     return fields
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _check_length(name: str, value: Any, num_prompts: int) -> None:
+    if isinstance(value, list):
+        if len(value) == num_prompts:
+            return
+        found = f"{len(value)} values"
+    else:
+        found = f"a {type(value).__name__}"
+    text = f"{name!r} has {found} for {num_prompts} prompts; it needs a list of one for each"
+    raise _RequestError(400, text)
 
 
 def _images(value: Any, depth: int, max_pixels: int) -> Any:
@@ -481,12 +470,10 @@ def _images(value: Any, depth: int, max_pixels: int) -> Any:
     if isinstance(value, str):
         image = Image.open(io.BytesIO(_bytes_of(value)))
         _check_size(image.size, max_pixels)
-        if image.mode.startswith(
-            ("I", "F")
-        ):  # more than 8 bits, which Pillow would cut off at white
-            raise ValueError(
-                f"its mode {image.mode} has no exact RGB; send 8 bits a channel"
-            )
+        if image.mode.startswith(("I", "F")):
+            # More than 8 bits, which Pillow would cut off at white.
+            text = f"its mode {image.mode} has no exact RGB; send 8 bits a channel"
+            raise ValueError(text)
         return image.convert("RGB")
     if isinstance(value, dict) and {"size", "rgb"} <= value.keys():
         _check_size(value["size"], max_pixels)
@@ -518,28 +505,30 @@ def _check_size(size: Any, max_pixels: int) -> None:
 
 
 def _checked(found: Any, num_samples: int) -> list[Any]:
-    """The rewards that compute_reward returned. Raises the answer that names each sample without one."""
+    """The rewards that compute_reward returned. Raises the answer that names each sample without a reward."""
     values = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(values, (list, tuple)) or len(values) != num_samples:
-        number = (
-            len(values)
-            if isinstance(values, (list, tuple))
-            else f"a {type(found).__name__} instead of"
-        )
+        number: Any = f"a {type(found).__name__} instead of"
+        if isinstance(values, (list, tuple)):
+            number = len(values)
         text = f"compute_reward returned {number} rewards for {num_samples} samples"
         errors = {str(i): text for i in range(num_samples)}
         raise _RequestError(500, f"{_named(num_samples)}: {text}", errors=errors)
+
     rewards = [_number(value) for value in values]
-    problems = {
-        str(i): _words(value)
-        if isinstance(value, BaseException)
-        else f"compute_reward returned {value!r:.200}"
-        for i, value in enumerate(values)
-        if rewards[i] is None
-    }
+    problems = {}
+    for i, value in enumerate(values):
+        if rewards[i] is None:
+            problems[str(i)] = _why_no_reward(value)
     if problems:
         raise _RequestError(500, _first(problems), errors=problems, rewards=rewards)
     return rewards
+
+
+def _why_no_reward(value: Any) -> str:
+    if isinstance(value, BaseException):
+        return _words(value)
+    return f"compute_reward returned {value!r:.200}"
 
 
 def _number(value: Any) -> float | None:
@@ -548,12 +537,8 @@ def _number(value: Any) -> float | None:
         found = value.item() if hasattr(value, "item") else value
         is_number = isinstance(found, numbers.Real) and not isinstance(found, bool)
         return float(found) if is_number and math.isfinite(found) else None
-    except (
-        ValueError,
-        RuntimeError,
-        OverflowError,
-    ):  # of several numbers, or larger than a float
-        return None
+    except (ValueError, RuntimeError, OverflowError):
+        return None  # an array of several numbers, or a number larger than a float
 
 
 def _failed(error: BaseException, num_samples: int) -> _RequestError:
@@ -568,9 +553,8 @@ def _named(num_samples: int) -> str:
 def _first(problems: Mapping[str, str]) -> str:
     """The first of the problems, and how many there are."""
     sample, reason = next(iter(problems.items()))
-    return f"sample {sample}: {reason}" + (
-        f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    )
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"sample {sample}: {reason}{more}"
 
 
 def _words(error: BaseException) -> str:

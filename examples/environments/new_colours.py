@@ -1,4 +1,4 @@
-"""A reward that needs webcolors 24.8 or later, of which it uses a function that earlier versions do not have."""
+"""A reward that needs webcolors 24.8 or later: it calls a function that earlier versions do not have."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from webcolors import name_to_rgb, names
 from workers import PointwiseRewardModel, RewardModelOutput, Unscored
 
 
-class Place(PointwiseRewardModel):
-    """1 / the place of the colour that the prompt names among all of CSS, the nearest to the image's mean first."""
+class Nearness(PointwiseRewardModel):
+    """1 / rank of the prompt's colour among all CSS colours, ordered by their distance to the image's mean colour."""
 
     required_fields = ("prompt", "image")
 

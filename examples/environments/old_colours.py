@@ -1,4 +1,4 @@
-"""A reward that needs webcolors below 24, of which it uses a table that later versions do not have."""
+"""A reward that needs webcolors below 24: it reads a table that later versions do not have."""
 
 from __future__ import annotations
 

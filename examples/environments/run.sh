@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two environments whose packages conflict, a worker in each, and one run that asks both.
+# Makes two environments whose packages conflict, starts a worker in each, and runs one step that uses both.
 #   ./run.sh [PACKAGE]    installs PACKAGE as rewardq: this checkout unless given
 # PYTHON names the interpreter (3.11 to 3.13), REWARDQ_BROKER_URL the Redis.
 set -euo pipefail
@@ -21,4 +21,4 @@ REWARDQ_MODULES=new_colours .venvs/new/bin/rewardq worker -Q new_colours &
 workers="$workers $!"
 trap 'kill $workers; wait' EXIT
 
-.venvs/new/bin/python score.py   # a trainer needs rewardq alone; any environment that has it will do
+.venvs/new/bin/python score.py   # a trainer needs only rewardq, so any of the environments will do

@@ -1,6 +1,6 @@
-"""Flow-Factory's GRPO with its reward buffer on rewardq: no reward model is loaded in the trainer's processes.
+"""Flow-Factory's GRPO with rewardq's reward buffer: no reward model is loaded in the trainer's processes.
 
-The config is one of Flow-Factory's, its `rewards:` and `eval_rewards:` blocks unchanged.
+The config is a Flow-Factory config with its `rewards:` and `eval_rewards:` blocks unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG = sys.argv[1] if len(sys.argv) > 1 else ""
 
 @register_trainer("grpo")
 class QueuedGRPOTrainer(GRPOTrainer):
-    """Their trainer with another place where rewards come from."""
+    """Their trainer, with rewards from rewardq's workers."""
 
     def _init_reward_model(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self.client = RewardClient.from_yaml(
@@ -68,7 +68,7 @@ class QueuedGRPOTrainer(GRPOTrainer):
         super().evaluate()
         self.log_data(
             self.eval_reward_buffer.metrics(), step=self.step
-        )  # their means are NaN by a single NaN
+        )  # the means of their own metrics turn NaN by a single NaN
 
 
 def main() -> None:

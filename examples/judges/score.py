@@ -34,7 +34,7 @@ def main(
     split: Split,
     timeout_s: float,
 ) -> None:
-    """Print the rewards of IMAGES, which were all generated for PROMPT, and what the judge said."""
+    """Print the rewards of IMAGES, which were all generated for PROMPT, and the judge's replies."""
     condition_images = [Image.open(source).convert("RGB")] if source else None
     samples = [
         Sample(

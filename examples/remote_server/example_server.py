@@ -1,4 +1,4 @@
-"""A reward server: how close an image is to the colour that its prompt names. Put a model of yours in its place.
+"""A reward server that scores how close an image is to the colour that its prompt names. Replace it by your model.
 
 It needs `pip install fastapi uvicorn pillow msgpack`, and rewardq or a copy of rewardq's `workers/server.py` beside it,
 named `reward_server.py`.

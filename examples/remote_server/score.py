@@ -1,4 +1,4 @@
-"""A step of a trainer whose reward is computed by a server: flat images, and what is said of each."""
+"""A step of a trainer whose reward a server computes: prints the reward of each flat image, or the reason for none."""
 
 from __future__ import annotations
 

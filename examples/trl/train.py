@@ -1,6 +1,6 @@
 """GRPO with TRL on rewards of pictures: a language model writes the words of a sign, workers judge the drawn sign.
 
-The model is made here, untrained and tiny, so that nothing is downloaded; put your own in its place.
+The model is made here, untrained and tiny, so that nothing is downloaded. Replace it by your own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def signs(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[Sample]:
-    """Draw what the model wrote; the reward models see the picture and what was asked for."""
+    """Draw the text that the model wrote. The reward models see the picture and the text that was asked for."""
     return [
         Sample(prompt=f'a sign that says "{wanted}"', image=drawn(text))
         for text, wanted in zip(completions, columns["wanted"], strict=True)

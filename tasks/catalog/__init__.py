@@ -1,4 +1,8 @@
-"""Built-in reward models by name: where each lives, its queue, fields and options. Data only; nothing is imported."""
+"""Built-in reward models by name: where each lives, its queue, fields and options. Data only; nothing is imported.
+
+An explicit table, so that a trainer checks names and options without importing torch. A new reward model is a line here
+and an entry in one of the files beside.
+"""
 
 from __future__ import annotations
 
@@ -6,76 +10,48 @@ import difflib
 from dataclasses import replace
 from typing import Literal
 
-from tasks.catalog.clip_models import CLIPS
-from tasks.catalog.entry import GPU, IMAGE_OR_VIDEO, VLM, ModelEntry, Option
-from tasks.catalog.judges import JUDGES
-from tasks.catalog.remote import REMOTES
+from tasks.catalog.clip_models import AESTHETIC, CLIP, HPSV2, PICKSCORE
+from tasks.catalog.entry import GPU, VLM, ModelEntry, Option
+from tasks.catalog.jpeg import JPEG_COMPRESSIBILITY, JPEG_INCOMPRESSIBILITY
+from tasks.catalog.judges import (
+    PAIRWISE_JUDGE,
+    RATIONAL_EDIT,
+    RATIONAL_T2I,
+    VLLM_EVALUATE,
+)
+from tasks.catalog.ocr import OCR
+from tasks.catalog.remote import REMOTE_GROUPWISE, REMOTE_POINTWISE
 from tasks.errors import UnknownRewardError, nearest
 
-__all__ = ["ALIASES", "CATALOG", "GPU", "VLM", "ModelEntry", "Option", "find"]
+__all__ = [
+    "ALIASES",
+    "CATALOG",
+    "GPU",
+    "NOT_BUILT",
+    "VLM",
+    "ModelEntry",
+    "Option",
+    "find",
+]
 
 _POINTWISE: dict[str, ModelEntry] = {
-    "OCR": ModelEntry(
-        path="workers.models.ocr:OCR",
-        queue=GPU,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        optional=("metadata",),
-        version="2",
-        extra="ocr",
-        options={
-            "lang": Option(
-                Literal[
-                    "",
-                    "latin",
-                    "eslav",
-                    "cyrillic",
-                    "korean",
-                    "el",
-                    "th",
-                    "devanagari",
-                    "ta",
-                    "te",
-                ],
-                "",
-                "which PP-OCRv5 recognition model RapidOCR fetches; empty for the one in its wheel (Chinese, Japanese, "
-                "English and most Latin letters)",
-            ),
-            "rec_model_path": Option(
-                str,
-                "",
-                "a recognition model in ONNX on the worker, in the place of those",
-            ),
-            "rec_keys_path": Option(
-                str,
-                "",
-                "that model's characters, one a line, where the model does not have them",
-            ),
-            "several_texts": Option(
-                Literal["invalid", "mean"],
-                "invalid",
-                "what becomes of several texts in metadata: invalid, or their mean",
-            ),
-        },
-        doc="1 - edit distance / length between the quoted text of the prompt and the text read, in [0, 1]",
-    ),
-    "jpeg_compressibility": ModelEntry(
-        path="workers.models.jpeg:JpegCompressibility",
-        queue=GPU,
-        required=(IMAGE_OR_VIDEO,),
-        version="1",
-        doc="minus the kilobytes (1000 bytes) of the image as JPEG at quality 95: higher is more compressible",
-    ),
-    "jpeg_incompressibility": ModelEntry(
-        path="workers.models.jpeg:JpegIncompressibility",
-        queue=GPU,
-        required=(IMAGE_OR_VIDEO,),
-        version="1",
-        doc="kilobytes (1000 bytes) of the image as JPEG at quality 95",
-    ),
-    **CLIPS,
-    **{
-        name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how == "each"
-    },
+    "OCR": OCR,
+    "jpeg_compressibility": JPEG_COMPRESSIBILITY,
+    "jpeg_incompressibility": JPEG_INCOMPRESSIBILITY,
+    "PickScore": PICKSCORE,
+    "CLIP": CLIP,
+    "HPSv2": HPSV2,
+    "aesthetic": AESTHETIC,
+    "vllm_evaluate": VLLM_EVALUATE,
+    "rational_rewards_t2i": RATIONAL_T2I,
+    "rational_rewards_edit": RATIONAL_EDIT,
+    "RemotePointwiseRewardModel": REMOTE_POINTWISE,
+}
+"""Each has a `<name>_Rank` as well."""
+
+_GROUPWISE: dict[str, ModelEntry] = {
+    "pairwise_judge": PAIRWISE_JUDGE,
+    "RemoteGroupwiseRewardModel": REMOTE_GROUPWISE,
 }
 
 _TIES = Option(
@@ -96,13 +72,10 @@ def _rank_of(name: str, entry: ModelEntry) -> ModelEntry:
     )
 
 
-CATALOG: dict[str, ModelEntry] = {
-    **_POINTWISE,
-    **{f"{name}_Rank": _rank_of(name, entry) for name, entry in _POINTWISE.items()},
-    **{
-        name: entry for name, entry in (JUDGES | REMOTES).items() if entry.how != "each"
-    },
-}
+_RANKS = {f"{name}_Rank": _rank_of(name, entry) for name, entry in _POINTWISE.items()}
+
+CATALOG: dict[str, ModelEntry] = {**_POINTWISE, **_RANKS, **_GROUPWISE}
+"""Every built-in by its canonical name."""
 
 ALIASES: dict[str, str] = {
     "flow_factory.rewards.pick_score.PickScoreRewardModel": "PickScore",

@@ -1,4 +1,4 @@
-"""Catalog entries of the rewards made of a CLIP's embeddings: their options and defaults. Data only."""
+"""The catalog's entries of the rewards made of a CLIP's embeddings: their options and defaults. Data only."""
 
 from __future__ import annotations
 
@@ -22,108 +22,109 @@ _PREPROCESSING = Option(
 
 
 def _model(default: str, doc: str) -> Option:
+    """An option that names a model, and is not empty."""
     return Option(_Name, default, doc)
 
 
-CLIPS: dict[str, ModelEntry] = {
-    "PickScore": ModelEntry(
-        path="workers.models.pickscore:PickScore",
+def _clip(path: str, options: dict[str, Option], doc: str) -> ModelEntry:
+    """A reward that compares an image or video with its prompt."""
+    return ModelEntry(
+        path=path,
         queue=GPU,
         required=(("prompt",), IMAGE_OR_VIDEO),
         version="1",
         extra="gpu",
         uses_dtype=True,
-        options={
-            "model_name_or_path": _model(
-                "yuvalkirstain/PickScore_v1",
-                "directory on the worker, or id on the hub",
-            ),
-            "processor_name_or_path": _model(
-                "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-                "the same of its tokenizer and image processor",
-            ),
-            "revision": _REVISION,
-            "preprocessing": _PREPROCESSING,
-        },
-        doc="exp(logit_scale) * cos(text, image) / 26, about 0.6 to 1; the mean over a video's frames",
-    ),
-    "CLIP": ModelEntry(
-        path="workers.models.clip:CLIP",
-        queue=GPU,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        version="1",
-        extra="gpu",
-        uses_dtype=True,
-        options={
-            "model_name_or_path": _model(
-                "openai/clip-vit-large-patch14",
-                "directory on the worker or id on the hub; for open_clip an architecture, local-dir: or hf-hub:",
-            ),
-            "backend": Option(
-                Literal["transformers", "open_clip"],
-                "transformers",
-                "the library that has the model",
-            ),
-            "pretrained": Option(
-                str,
-                "",
-                "for an architecture of open_clip: the tag or file of its weights",
-            ),
-            "processor_name_or_path": Option(
-                str,
-                "",
-                "tokenizer and image processor, unless they are the model's own",
-            ),
-            "revision": _REVISION,
-            "frames": Option(
-                Literal["first", "mean"],
-                "first",
-                "of a video: its first frame, or the mean over all",
-            ),
-            "preprocessing": _PREPROCESSING,
-        },
-        doc="cos(text, image), in [-1, 1]; a video's first frame, or the mean over its frames",
-    ),
-    "HPSv2": ModelEntry(
-        path="workers.models.hps:HPSv2",
-        queue=GPU,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        version="1",
-        extra="gpu",
-        uses_dtype=True,
-        options={
-            "hps_version": Option(
-                Literal["v2.0", "v2.1"], "v2.1", "which of the two published scores"
-            ),
-            "checkpoint_path": _model(
-                "xswu/HPSv2", "file or directory on the worker, or id on the hub"
-            ),
-            "revision": _REVISION,
-        },
-        doc="cos(text, image) of the preference model HPS v2, 0.2 to 0.35; the mean over a video's frames",
-    ),
-    "aesthetic": ModelEntry(
-        path="workers.models.aesthetic:Aesthetic",
-        queue=GPU,
-        required=(IMAGE_OR_VIDEO,),
-        version="1",
-        extra="gpu",
-        uses_dtype=True,
-        options={
-            "model_name_or_path": _model(
-                "openai/clip-vit-large-patch14",
-                "the CLIP ViT-L/14: directory on the worker, or id on the hub",
-            ),
-            "revision": _REVISION,
-            "checkpoint_path": _model(
-                "trl-lib/ddpo-aesthetic-predictor",
-                "the head: file or directory on the worker, or id on the hub",
-            ),
-            "checkpoint_file": _model(
-                "aesthetic-model.pth", "the head's file in that directory or repository"
-            ),
-            "preprocessing": _PREPROCESSING,
-        },
-        doc="LAION's aesthetic predictor v2, ratings from 1 to 10; the mean over a video's frames",
-    ),
-}
+        options=options,
+        doc=doc,
+    )
+
+
+PICKSCORE = _clip(
+    path="workers.models.pickscore:PickScore",
+    options={
+        "model_name_or_path": _model(
+            "yuvalkirstain/PickScore_v1",
+            "directory on the worker, or id on the hub",
+        ),
+        "processor_name_or_path": _model(
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            "the same of its tokenizer and image processor",
+        ),
+        "revision": _REVISION,
+        "preprocessing": _PREPROCESSING,
+    },
+    doc="exp(logit_scale) * cos(text, image) / 26, about 0.6 to 1; the mean over a video's frames",
+)
+
+CLIP = _clip(
+    path="workers.models.clip:CLIP",
+    options={
+        "model_name_or_path": _model(
+            "openai/clip-vit-large-patch14",
+            "directory on the worker or id on the hub; for open_clip an architecture, local-dir: or hf-hub:",
+        ),
+        "backend": Option(
+            Literal["transformers", "open_clip"],
+            "transformers",
+            "the library that has the model",
+        ),
+        "pretrained": Option(
+            str,
+            "",
+            "for an architecture of open_clip: the tag or file of its weights",
+        ),
+        "processor_name_or_path": Option(
+            str,
+            "",
+            "tokenizer and image processor, unless they are the model's own",
+        ),
+        "revision": _REVISION,
+        "frames": Option(
+            Literal["first", "mean"],
+            "first",
+            "of a video: its first frame, or the mean over all",
+        ),
+        "preprocessing": _PREPROCESSING,
+    },
+    doc="cos(text, image), in [-1, 1]; a video's first frame, or the mean over its frames",
+)
+
+HPSV2 = _clip(
+    path="workers.models.hps:HPSv2",
+    options={
+        "hps_version": Option(
+            Literal["v2.0", "v2.1"], "v2.1", "which of the two published scores"
+        ),
+        "checkpoint_path": _model(
+            "xswu/HPSv2", "file or directory on the worker, or id on the hub"
+        ),
+        "revision": _REVISION,
+    },
+    doc="cos(text, image) of the preference model HPS v2, 0.2 to 0.35; the mean over a video's frames",
+)
+
+AESTHETIC = ModelEntry(
+    path="workers.models.aesthetic:Aesthetic",
+    queue=GPU,
+    required=(IMAGE_OR_VIDEO,),
+    version="1",
+    extra="gpu",
+    uses_dtype=True,
+    options={
+        "model_name_or_path": _model(
+            "openai/clip-vit-large-patch14",
+            "the CLIP ViT-L/14: directory on the worker, or id on the hub",
+        ),
+        "revision": _REVISION,
+        "checkpoint_path": _model(
+            "trl-lib/ddpo-aesthetic-predictor",
+            "the head: file or directory on the worker, or id on the hub",
+        ),
+        "checkpoint_file": _model(
+            "aesthetic-model.pth", "the head's file in that directory or repository"
+        ),
+        "preprocessing": _PREPROCESSING,
+    },
+    doc="LAION's aesthetic predictor v2, ratings from 1 to 10; the mean over a video's frames",
+)

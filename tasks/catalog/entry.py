@@ -16,6 +16,8 @@ How = Literal["each", "model", "rank", "wins"]
 """How a reward is computed: `each` sample by itself (pointwise), or groupwise: a `model` is given the whole group,
 members are put in `rank` by another reward, or a judge compares them two at a time and counts `wins`."""
 
+ImageFormat = Literal["", "png", "jpeg", "webp"]
+
 IMAGE_OR_VIDEO = ("image", "video")
 """An alternative in `ModelEntry.required`."""
 
@@ -57,7 +59,7 @@ class ModelEntry:
     batch_size: int = 16
     max_batch_size: int = 1_000_000
     """A chunk holds at most so many samples, whatever `batch_size` says."""
-    image_format: Literal["", "png", "jpeg", "webp"] = ""
+    image_format: ImageFormat = ""
     """How images reach a judge unless the config says otherwise; empty for a local model."""
     timeout_s: float = 600.0
     uses_dtype: bool = False

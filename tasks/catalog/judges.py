@@ -1,4 +1,7 @@
-"""Catalog entries of the built-in judges: their options, defaults and bounds. Data only."""
+"""The catalog's entries of the built-in judges: their options, defaults and bounds. Data only.
+
+The `version` of an entry counts our question or rubric and how its answer is read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pydantic import Field
 
 from tasks.catalog.entry import IMAGE_OR_VIDEO, VLM, ModelEntry, Option
 from tasks.servers.http_urls import DEFAULT_JUDGE_URL, ApiUrls
+from tasks.settings import Seconds
 
 T2I_ASPECTS = ("text_faithfulness", "physical_quality", "text_rendering")
 """What the rubric for generated images scores, in its order."""
@@ -24,7 +28,6 @@ _T2IAspect = Literal["text_faithfulness", "physical_quality", "text_rendering"]
 _EditAspect = Literal[
     "text_faithfulness", "image_faithfulness", "physical_quality", "text_rendering"
 ]
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Positive = Annotated[int, Field(ge=1)]
@@ -62,7 +65,7 @@ def _asking(model: str, temperature: float, timeout: float) -> dict[str, Option]
             "sampling temperature; above 0 each slot is asked anew unless cache: true",
         ),
         "timeout": Option(
-            _Seconds,
+            Seconds,
             timeout,
             "seconds for one request; timeout_s is for all of a sample",
             is_answer=False,
@@ -139,102 +142,88 @@ def _rational(aspect: Any, aspects: tuple[str, ...], model: str) -> dict[str, Op
     }
 
 
-JUDGES: dict[str, ModelEntry] = {
-    "vllm_evaluate": ModelEntry(
-        path="workers.judges.yes_no:YesNoJudge",
-        queue=VLM,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        version="3",
-        extra="judge",
-        batch_size=1,
-        max_batch_size=4,
-        image_format="jpeg",
-        timeout_s=300.0,
-        sampled="temperature",
-        options={
-            **_asking("", temperature=0.0, timeout=60.0),
-            "question": Option(
-                str,
-                "",
-                "a yes/no question, a template with {prompt}; ours unless given",
-            ),
-            "top_logprobs": Option(
-                Annotated[int, Field(ge=1, le=20)],
-                20,
-                "candidates of the first token that are looked at",
-            ),
-            "canonicalize": Option(
-                bool,
-                True,
-                "sum Yes, yes, '**YES' and the like; false takes exactly Yes and No, as Flow-Factory does",
-            ),
-            "min_answer_mass": Option(
-                _Share,
-                0.25,
-                "P(Yes) + P(No) below which a sample is unparsable; 0 takes any, as Flow-Factory does",
-            ),
-            "max_cache_size": Option(
-                _Count,
-                0,
-                "accepted for Flow-Factory's configs; not used",
-                is_answer=False,
-            ),
-        },
-        doc="P(Yes) / (P(Yes) + P(No)) of the first token of a judge's answer, in [0, 1]",
-    ),
-    "rational_rewards_t2i": ModelEntry(
-        path="workers.judges.rational:RationalT2I",
-        queue=VLM,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        version="2",
-        extra="judge",
-        batch_size=1,
-        max_batch_size=4,
-        image_format="png",
-        timeout_s=600.0,
-        sampled="temperature",
-        options=_rational(_T2IAspect, T2I_ASPECTS, "RationalRewards-8B-T2I"),
-        doc="(mean - 1) / 3 of aspect scores in [1, 4] that a judge gives an image by a rubric, in [0, 1]",
-    ),
-    "rational_rewards_edit": ModelEntry(
-        path="workers.judges.rational:RationalEdit",
-        queue=VLM,
-        required=(("prompt",), IMAGE_OR_VIDEO, ("condition_images",)),
-        version="2",
-        extra="judge",
-        batch_size=1,
-        max_batch_size=4,
-        image_format="png",
-        timeout_s=600.0,
-        sampled="temperature",
-        options=_rational(_EditAspect, EDIT_ASPECTS, "RationalRewards-8B-Edit"),
-        doc="the same for an edit: the first condition image is its source; one more aspect, image_faithfulness",
-    ),
-    "pairwise_judge": ModelEntry(
-        path="workers.judges.pairwise:PairwiseJudge",
-        queue=VLM,
-        required=(("prompt",), IMAGE_OR_VIDEO),
-        version="2",
-        extra="judge",
-        how="wins",
-        batch_size=1,
-        max_batch_size=4,
-        image_format="jpeg",
-        timeout_s=600.0,
-        sampled="temperature",
-        options={
-            **_asking("", temperature=0.0, timeout=120.0),
-            "max_tokens": Option(
-                _Positive, 512, "longest reply; one that is cut abstains"
-            ),
-            "opponents": Option(
-                Literal["all"] | _Positive,
-                "all",
-                "how many others each member is compared with, in both orders",
-            ),
-            **_rubric("instructions with {prompt} and two <image>; ours unless given"),
-        },
-        doc="share of comparisons with members of its group that a judge lets it win, tie = half, in [0, 1]",
-    ),
-}
-"""`version` counts our question or rubric and how its answer is read."""
+def _judge(**fields: Any) -> ModelEntry:
+    """A judge that sees an image or video with its prompt, unless `fields` say otherwise."""
+    usual: dict[str, Any] = {
+        "queue": VLM,
+        "required": (("prompt",), IMAGE_OR_VIDEO),
+        "extra": "judge",
+        "batch_size": 1,
+        "max_batch_size": 4,
+        "timeout_s": 600.0,
+        "sampled": "temperature",
+    }
+    return ModelEntry(**{**usual, **fields})
+
+
+VLLM_EVALUATE = _judge(
+    path="workers.judges.yes_no:YesNoJudge",
+    version="3",
+    image_format="jpeg",
+    timeout_s=300.0,
+    options={
+        **_asking("", temperature=0.0, timeout=60.0),
+        "question": Option(
+            str,
+            "",
+            "a yes/no question, a template with {prompt}; ours unless given",
+        ),
+        "top_logprobs": Option(
+            Annotated[int, Field(ge=1, le=20)],
+            20,
+            "candidates of the first token that are looked at",
+        ),
+        "canonicalize": Option(
+            bool,
+            True,
+            "sum Yes, yes, '**YES' and the like; false takes exactly Yes and No, as Flow-Factory does",
+        ),
+        "min_answer_mass": Option(
+            _Share,
+            0.25,
+            "P(Yes) + P(No) below which a sample is unparsable; 0 takes any, as Flow-Factory does",
+        ),
+        "max_cache_size": Option(
+            _Count,
+            0,
+            "accepted for Flow-Factory's configs; not used",
+            is_answer=False,
+        ),
+    },
+    doc="P(Yes) / (P(Yes) + P(No)) of the first token of a judge's answer, in [0, 1]",
+)
+
+RATIONAL_T2I = _judge(
+    path="workers.judges.rational:RationalT2I",
+    version="2",
+    image_format="png",
+    options=_rational(_T2IAspect, T2I_ASPECTS, "RationalRewards-8B-T2I"),
+    doc="(mean - 1) / 3 of aspect scores in [1, 4] that a judge gives an image by a rubric, in [0, 1]",
+)
+
+RATIONAL_EDIT = _judge(
+    path="workers.judges.rational:RationalEdit",
+    required=(("prompt",), IMAGE_OR_VIDEO, ("condition_images",)),
+    version="2",
+    image_format="png",
+    options=_rational(_EditAspect, EDIT_ASPECTS, "RationalRewards-8B-Edit"),
+    doc="the same for an edit: the first condition image is its source; one more aspect, image_faithfulness",
+)
+
+PAIRWISE_JUDGE = _judge(
+    path="workers.judges.pairwise:PairwiseJudge",
+    version="2",
+    how="wins",
+    image_format="jpeg",
+    options={
+        **_asking("", temperature=0.0, timeout=120.0),
+        "max_tokens": Option(_Positive, 512, "longest reply; one that is cut abstains"),
+        "opponents": Option(
+            Literal["all"] | _Positive,
+            "all",
+            "how many others each member is compared with, in both orders",
+        ),
+        **_rubric("instructions with {prompt} and two <image>; ours unless given"),
+    },
+    doc="share of comparisons with members of its group that a judge lets it win, tie = half, in [0, 1]",
+)

@@ -1,4 +1,4 @@
-"""Catalog entries of the rewards that a server of the user's computes: their options and defaults. Data only."""
+"""The catalog's entries of the rewards that a server of the user's computes: their options and defaults. Data only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tasks.catalog.entry import IMAGE_OR_VIDEO, VLM, How, ModelEntry, Option
 from tasks.servers.http_urls import ServerUrls
+from tasks.settings import Seconds
 
 _Field = Literal[
     "prompt",
@@ -38,7 +39,7 @@ def _remote(name: str, how: How, doc: str) -> ModelEntry:
                 is_needed=True,
             ),
             "timeout": Option(
-                Annotated[float, Field(gt=0, allow_inf_nan=False)],
+                Seconds,
                 60.0,
                 "seconds for one request; timeout_s is for all that a chunk takes",
                 is_answer=False,
@@ -59,15 +60,14 @@ def _remote(name: str, how: How, doc: str) -> ModelEntry:
     )
 
 
-REMOTES: dict[str, ModelEntry] = {
-    "RemotePointwiseRewardModel": _remote(
-        "RemotePointwiseRewardModel",
-        "each",
-        "what a reward server of yours says of each sample",
-    ),
-    "RemoteGroupwiseRewardModel": _remote(
-        "RemoteGroupwiseRewardModel",
-        "model",
-        "what a reward server of yours says of the members of a group",
-    ),
-}
+REMOTE_POINTWISE = _remote(
+    "RemotePointwiseRewardModel",
+    "each",
+    "what a reward server of yours says of each sample",
+)
+
+REMOTE_GROUPWISE = _remote(
+    "RemoteGroupwiseRewardModel",
+    "model",
+    "what a reward server of yours says of the members of a group",
+)

@@ -11,9 +11,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tasks.catalog.entry import ModelEntry, Option
 from tasks.errors import ConfigError, UnknownOptionError, nearest
-from tasks.numerals import as_numbers
-from tasks.settings import without_password
-from tasks.spelling import misspelt
+from tasks.rewards.numerals import as_numbers
+from tasks.rewards.spelling import misspelt
+from tasks.settings import KEY_PREFIX, without_password
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""
@@ -39,21 +39,20 @@ def check_options(
     Raises:
         ConfigError: An option is unknown, missing or of a wrong type, or a file cannot be read.
     """
-    checked = {
-        name: copy.copy(option.default) for name, option in builtin.options.items()
-    }
+    checked = _defaults(builtin)
     for name, value in given.items():
-        if name not in builtin.options:
-            if name in keys:
-                raise UnknownOptionError(
-                    f"{where}: {name} is a key of the reward and no option of {model}: write it beside extra_kwargs, "
-                    "not in it"
-                )
+        if name in builtin.options:
+            checked[name] = _checked(builtin.options[name], name, value, where)
+            continue
+        if name in keys:
             raise UnknownOptionError(
-                f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
-                f"its options: {', '.join(builtin.options) or 'none'}"
+                f"{where}: {name} is a key of the reward and no option of {model}: write it beside extra_kwargs, "
+                "not in it"
             )
-        checked[name] = _checked(builtin.options[name], name, value, where)
+        raise UnknownOptionError(
+            f"{where}: {model} has no option {name!r}{nearest(str(name), (*builtin.options, *keys))}; "
+            f"its options: {', '.join(builtin.options) or 'none'}"
+        )
     for name, option in builtin.options.items():
         if option.is_needed and name not in given:
             raise ConfigError(f"{where}: {model} needs {name}: {option.doc}")
@@ -76,9 +75,7 @@ def options_of_subclass(
     Raises:
         ConfigError: An option of the built-in has a wrong value, or one of the class's own is a slip of the built-in's.
     """
-    checked = {
-        name: copy.copy(option.default) for name, option in builtin.options.items()
-    }
+    checked = _defaults(builtin)
     for name, value in given.items():
         meant = None if name in builtin.options else misspelt(name, builtin.options)
         if meant is not None:
@@ -91,6 +88,11 @@ def options_of_subclass(
         )
     _check_key(checked, where)
     return checked
+
+
+def _defaults(builtin: ModelEntry) -> dict[str, Any]:
+    """A copy of each default, which whoever gets it may change."""
+    return {name: copy.copy(option.default) for name, option in builtin.options.items()}
 
 
 def _checked(option: Option, name: str, value: Any, where: str) -> Any:
@@ -110,27 +112,24 @@ def _shown(value: Any) -> Any:
         return [_shown(one) for one in value]
     if not isinstance(value, str):
         return value
-    has_scheme = "://" in value or "@" not in value
-    return (
-        without_password(value)
-        if has_scheme
-        else without_password(f"://{value}").removeprefix("://")
-    )
+    if "://" in value or "@" not in value:
+        return without_password(value)
+    return without_password(f"://{value}").removeprefix("://")
 
 
 def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options on which a reward may depend."""
-    return {
-        n: v
-        for n, v in options.items()
-        if n not in builtin.options or builtin.options[n].is_answer
-    }
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in builtin.options or builtin.options[name].is_answer:
+            found[name] = value
+    return found
 
 
 def _read_files(
     builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path
 ) -> None:
-    """Put the text of each file in the place of its name: workers may be on other hosts, and content is identity."""
+    """Replace the name of each file by its text: workers may be on other hosts, and the content is what counts."""
     for name, option in builtin.options.items():
         if not (option.reads and checked[name]):
             continue
@@ -139,19 +138,20 @@ def _read_files(
                 f"{where}: both {option.reads} and {name} are given; one of them is the text"
             )
         path = folder / Path(checked[name]).expanduser()
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ConfigError(
-                    f"{where}: option {name}: {path} is larger than {MAX_FILE_BYTES} bytes"
-                )
-            checked[option.reads] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{where}: option {name}: cannot read {path}: {error}"
-            ) from None
-        if not checked[option.reads].strip():
-            raise ConfigError(f"{where}: option {name}: {path} is empty")
+        checked[option.reads] = _text_of(path, f"{where}: option {name}")
         checked[name] = ""
+
+
+def _text_of(path: Path, where: str) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{where}: {path} is larger than {MAX_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: cannot read {path}: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"{where}: {path} is empty")
+    return text
 
 
 def _check_key(checked: Mapping[str, Any], where: str) -> None:
@@ -160,12 +160,8 @@ def _check_key(checked: Mapping[str, Any], where: str) -> None:
             f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
             "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
         )
-    key_env = checked.get("api_key_env")
-    if (
-        key_env
-        and key_env != "OPENAI_API_KEY"
-        and not key_env.startswith("REWARDQ_KEY_")
-    ):
+    key_env = checked.get("api_key_env") or "OPENAI_API_KEY"
+    if key_env != "OPENAI_API_KEY" and not key_env.startswith(KEY_PREFIX):
         raise ConfigError(
             f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}"
         )

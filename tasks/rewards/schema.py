@@ -8,16 +8,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from tasks.catalog import ALIASES, CATALOG, NOT_BUILT, ModelEntry, Option
-from tasks.numerals import EXPONENT_PATTERN
-from tasks.rewards import (
-    DTYPES,
-    JPEG,
-    RAW,
-    SAMPLE_FIELDS,
-    THEIR_NAMES,
-    RewardConfig,
-    RewardSpec,
-)
+from tasks.rewards.config import RewardConfig
+from tasks.rewards.fields import SAMPLE_FIELDS, THEIR_NAMES
+from tasks.rewards.numerals import EXPONENT_PATTERN
+from tasks.rewards.spec import DTYPES, JPEG, RAW, RewardSpec
 from tasks.rewards.yaml_keys import NOT_BUILT as KEYS_NOT_BUILT
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -33,15 +27,16 @@ _BOUNDS = {
 }
 """Bounds as pydantic leaves them where a field has a validator of its own, to their names in a schema."""
 
+_DOTTED_PATH = r"^\s*[^.\s].*\.[^.\s]+\s*$"
+
 _NUMBER = r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 
 _TEXTS = {
     ("number", False): rf"^\s*[+-]?{_NUMBER}",
     ("number", True): rf"^\s*\+?(?=[^eE]*[1-9]){_NUMBER}",
-    (
-        "integer",
-        True,
-    ): r"^\s*\+?([0-9_]*[1-9][0-9_]*(\.0*)?|[0-9]*[1-9][0-9]*(\.0*)?[eE]\+?[0-9]+)\s*$",
+    ("integer", True): (
+        r"^\s*\+?([0-9_]*[1-9][0-9_]*(\.0*)?|[0-9]*[1-9][0-9]*(\.0*)?[eE]\+?[0-9]+)\s*$"
+    ),
 }
 """Texts that are taken for a number, above 0 or any: YAML 1.1 reads 1e-3 as text."""
 
@@ -128,18 +123,18 @@ def _reward() -> dict[str, Any]:
     by_model: dict[str, Any] = {"$ref": "#/definitions/own"}
     for name in reversed(CATALOG):
         aliases = [path for path, canonical in ALIASES.items() if canonical == name]
-        is_this = {
-            "properties": {
-                "reward_model": {
-                    "pattern": "|".join(_any_case(n) for n in (name, *aliases))
-                }
-            }
-        }
+        is_this = {"reward_model": {"pattern": _any_of(name, *aliases)}}
         by_model = {
-            "if": is_this,
+            "if": {"properties": is_this},
             "then": {"$ref": f"#/definitions/{name}"},
             "else": by_model,
         }
+
+    models: list[dict[str, str]] = []
+    for name, entry in CATALOG.items():
+        models.append({"const": name, "description": entry.doc})
+    models.append({"pattern": _any_of(*CATALOG, *NOT_BUILT)})
+    models.append({"pattern": _DOTTED_PATH, "description": "a dotted path"})
     return {
         "type": "object",
         "required": ["reward_model"],
@@ -147,21 +142,7 @@ def _reward() -> dict[str, Any]:
             "reward_model": {
                 "description": _DESCRIPTIONS["reward_model"],
                 "type": "string",
-                "anyOf": [
-                    *(
-                        {"const": name, "description": entry.doc}
-                        for name, entry in CATALOG.items()
-                    ),
-                    {
-                        "pattern": "|".join(
-                            _any_case(name) for name in (*CATALOG, *NOT_BUILT)
-                        )
-                    },
-                    {
-                        "pattern": r"^\s*[^.\s].*\.[^.\s]+\s*$",
-                        "description": "a dotted path",
-                    },
-                ],
+                "anyOf": models,
             }
         },
         **by_model,
@@ -176,9 +157,7 @@ def _builtin(entry: ModelEntry) -> dict[str, Any]:
         "properties": options,
         "additionalProperties": False,
     }
-    needed = [name for name, option in entry.options.items() if option.is_needed]
-    by_itself, within = {"required": needed}, {"type": "object", "required": needed}
-    return {
+    schema: dict[str, Any] = {
         "description": entry.doc,
         "properties": {
             **not_its,
@@ -188,20 +167,17 @@ def _builtin(entry: ModelEntry) -> dict[str, Any]:
             "extra_kwargs": nested,
         },
         "additionalProperties": False,
-        **(
-            {
-                "anyOf": [
-                    by_itself,
-                    {
-                        "required": ["extra_kwargs"],
-                        "properties": {"extra_kwargs": within},
-                    },
-                ]
-            }
-            if needed
-            else {}
-        ),
     }
+
+    needed = [name for name, option in entry.options.items() if option.is_needed]
+    if needed:
+        within = {"type": "object", "required": needed}
+        in_extra_kwargs = {
+            "required": ["extra_kwargs"],
+            "properties": {"extra_kwargs": within},
+        }
+        schema["anyOf"] = [{"required": needed}, in_extra_kwargs]
+    return schema
 
 
 def _option(option: Option) -> dict[str, Any]:
@@ -211,68 +187,69 @@ def _option(option: Option) -> dict[str, Any]:
 
 def _keys(entry: ModelEntry | None) -> dict[str, Any]:
     """The keys that every reward may have, with the defaults of this model."""
-    spec = RewardSpec.model_json_schema()
-    keys = {
-        key: _plain(schema, spec)
-        for key, schema in spec["properties"].items()
-        if key not in _OWN_KEYS
-    }
+    keys = _keys_of_spec()
     for key, text in _DESCRIPTIONS.items():
         keys[key]["description"] = text
-    del keys["name"]["minLength"]  # an empty one is none
-    keys["dtype"]["anyOf"] = [
-        {
-            "enum": [
-                *DTYPES,
-                *(f"torch.{name}" for name in dict.fromkeys(DTYPES.values())),
-            ]
-        },
-        {"pattern": rf"^(torch\.)?({'|'.join(map(_letters, DTYPES))})$"},
-    ]
+    del keys["name"]["minLength"]  # an empty name counts as none
+    keys["dtype"]["anyOf"] = _dtypes()
     keys["version"]["type"] = ["string", "number"]  # YAML reads 1 as a number
-    keys["image_format"]["enum"] = (
-        ["png", "jpeg", "webp"] if entry and entry.is_judge else [RAW, JPEG]
-    )
+
+    is_judge = entry is not None and entry.is_judge
+    keys["image_format"]["enum"] = ["png", "jpeg", "webp"] if is_judge else [RAW, JPEG]
     if entry is not None:
         keys["queue"]["default"] = entry.queue
         keys["batch_size"]["default"] = entry.batch_size
         keys["timeout_s"]["default"] = entry.timeout_s
         keys["image_format"]["default"] = entry.image_format or RAW
-    return {key: _or_null(schema) for key, schema in keys.items()} | {
-        "reward_model": keys["reward_model"]
-    }
+
+    may_be_null = {key: _or_null(schema) for key, schema in keys.items()}
+    return {**may_be_null, "reward_model": keys["reward_model"]}
+
+
+def _keys_of_spec() -> dict[str, dict[str, Any]]:
+    """The fields of a `RewardSpec` that are keys of the file."""
+    spec = RewardSpec.model_json_schema()
+    keys: dict[str, dict[str, Any]] = {}
+    for key, schema in spec["properties"].items():
+        if key not in _OWN_KEYS:
+            keys[key] = _plain(schema, spec)
+    return keys
+
+
+def _dtypes() -> list[dict[str, Any]]:
+    """What `dtype` may be: first the names that an editor offers, then all that are taken."""
+    of_torch = [f"torch.{name}" for name in dict.fromkeys(DTYPES.values())]
+    in_any_case = "|".join(map(_letters, DTYPES))
+    return [
+        {"enum": [*DTYPES, *of_torch]},
+        {"pattern": rf"^(torch\.)?({in_any_case})$"},
+    ]
 
 
 def _plain(schema: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """A field's schema with references written out, without pydantic's titles and null."""
     if "$ref" in schema:
         return _plain(spec["$defs"][schema["$ref"].rsplit("/", 1)[1]], spec)
-    plain = {
-        _BOUNDS.get(key, key): value for key, value in schema.items() if key != "title"
-    }
-    if "anyOf" in plain:
-        plain["anyOf"] = [
-            _plain(one, spec) for one in plain["anyOf"] if one != {"type": "null"}
-        ]
-    if "properties" in plain:
-        plain["properties"] = {
-            key: _plain(one, spec) for key, one in plain["properties"].items()
-        }
+    plain: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "anyOf":
+            kinds = [one for one in value if one != {"type": "null"}]
+            plain["anyOf"] = [_plain(one, spec) for one in kinds]
+        elif key == "properties":
+            plain[key] = {name: _plain(one, spec) for name, one in value.items()}
+        elif key != "title":
+            plain[_BOUNDS.get(key, key)] = value
     return _or_text(plain)
 
 
 def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
     """A number or boolean, or a text that is taken for one."""
-    kind, is_bound = (
-        schema.get("type", ""),
-        "minimum" in schema or "exclusiveMinimum" in schema,
-    )
+    kind = schema.get("type", "")
+    is_bound = "minimum" in schema or "exclusiveMinimum" in schema
     described, rest = _described(schema)
     if kind == "boolean":
-        others = [
-            {"pattern": f"^({'|'.join(map(_letters, _BOOLEANS))})$", "type": "string"},
-            {"enum": [0, 1]},
-        ]
+        words = "|".join(map(_letters, _BOOLEANS))
+        others = [{"pattern": f"^({words})$", "type": "string"}, {"enum": [0, 1]}]
     elif (kind, is_bound) in _TEXTS:
         others = [{"pattern": _TEXTS[kind, is_bound], "type": "string"}]
     else:
@@ -283,17 +260,12 @@ def _or_text(schema: dict[str, Any]) -> dict[str, Any]:
 def _or_written_number(schema: dict[str, Any]) -> dict[str, Any]:
     """A number, or a text that an option takes for one; its bounds are the loader's to check."""
     if schema.get("type") == "number":
-        return {
-            "anyOf": [schema, {"type": "string", "pattern": _TEXTS["number", False]}]
-        }
-    if schema.get("type") == "integer":
-        return {
-            "anyOf": [
-                schema,
-                {"type": "string", "pattern": rf"^\s*{EXPONENT_PATTERN}\s*$"},
-            ]
-        }
-    return schema
+        pattern = _TEXTS["number", False]
+    elif schema.get("type") == "integer":
+        pattern = rf"^\s*{EXPONENT_PATTERN}\s*$"
+    else:
+        return schema
+    return {"anyOf": [schema, {"type": "string", "pattern": pattern}]}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -304,21 +276,23 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _described(schema: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a schema says to its reader, and the rest."""
-    described = {
-        key: schema[key] for key in ("description", "default") if key in schema
-    }
-    return described, {
-        key: value for key, value in schema.items() if key not in described
-    }
+    words = ("description", "default")
+    described = {key: schema[key] for key in words if key in schema}
+    rest = {key: value for key, value in schema.items() if key not in words}
+    return described, rest
 
 
-def _any_case(name: str) -> str:
-    """A pattern for `name` in upper and lower case."""
-    return rf"^\s*{_letters(name)}\s*$"
+def _any_of(*names: str) -> str:
+    """A pattern for any of these names in upper and lower case."""
+    return "|".join(rf"^\s*{_letters(name)}\s*$" for name in names)
 
 
 def _letters(name: str) -> str:
-    return "".join(
-        f"[{c.upper()}{c.lower()}]" if c.isalpha() else f"\\{c}" if c == "." else c
-        for c in name
-    )
+    """A pattern for `name` in upper and lower case; JSON schemas have no flag for that."""
+    return "".join(map(_letter, name))
+
+
+def _letter(character: str) -> str:
+    if character.isalpha():
+        return f"[{character.upper()}{character.lower()}]"
+    return r"\." if character == "." else character

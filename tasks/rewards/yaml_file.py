@@ -1,4 +1,4 @@
-"""Reads the YAML of a rewards file so that nothing in its blocks of rewards is lost, or becomes something else, unseen.
+"""Reads the YAML of a rewards file so that nothing in its blocks of rewards is lost or changed unseen.
 
 PyYAML keeps the last of two equal keys, reads `1e-1` as text, `1:30` as 90 and `version: 1.10` as 1.1. Here two equal
 keys are an error, a number in exponent form is a number as in YAML 1.2, what the two versions of YAML read differently
@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 
 from tasks import catalog
 from tasks.errors import ConfigError, UnknownRewardError
-from tasks.numerals import EXPONENT_PATTERN
-from tasks.rewards.yaml_keys import BLOCKS, TRAIN_KEYS
+from tasks.rewards.numerals import EXPONENT_PATTERN
+from tasks.rewards.yaml_keys import BLOCKS, TRAIN_KEYS, as_found
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ MERGE = "<<"
 _TAG = "tag:yaml.org,2002:"
 _RETYPED = tuple(f"{_TAG}{kind}" for kind in ("int", "float", "bool", "timestamp"))
 """What YAML makes of a text without quotes that looks like one of these."""
+
+_NUMBERS = (f"{_TAG}int", f"{_TAG}float")
 
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _BASE_8 = re.compile(r"[-+]?0[0-7_]+")
@@ -55,14 +57,7 @@ def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
     """
     where = os.fspath(path)
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
-        try:
-            root = loader.get_single_node()
-            if isinstance(root, yaml.MappingNode):
-                _check(root, where)
-            loaded = None if root is None else loader.construct_document(root)
-        finally:
-            loader.dispose()
+        loaded = _load(Path(path).read_text(encoding="utf-8"), where)
     except OSError as error:
         raise ConfigError(
             f"cannot read the rewards file {where}: {error.strerror}"
@@ -71,40 +66,55 @@ def read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
         raise
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is no YAML: {error}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a date that there is not; an anchor within itself
+    except (ValueError, RecursionError) as error:
+        # A date that does not exist; an anchor within itself.
         raise ConfigError(f"{where} cannot be read: {error}") from None
     if not isinstance(loaded, Mapping):
-        found = (
-            "nothing" if loaded is None else f"{type(loaded).__name__} {loaded!r}"[:80]
-        )
         raise ConfigError(
-            f"{where}: needs a mapping with a rewards: block, found {found}"
+            f"{where}: needs a mapping with a rewards: block, found {as_found(loaded)}"
         )
     return loaded
+
+
+def _load(text: str, where: str) -> Any:
+    """The value of a YAML text whose blocks of rewards were checked; None of an empty text."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            _check(root, where)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 def _check(root: yaml.MappingNode, where: str) -> None:
     _check_twice(root, where, (*BLOCKS, "train"))
     for key, value in root.value:
         if key.value in BLOCKS:
-            for node in _nodes_below(value):
-                if isinstance(node, yaml.MappingNode):
-                    _check_twice(node, where)
-                    _say_what_is_replaced(node, where)
-            for entry in (
-                value.value if isinstance(value, yaml.SequenceNode) else [value]
-            ):
-                _keep_texts(entry)
-            _check_numbers(value, where)
+            _check_block(value, where)
         elif key.value == "train" and isinstance(value, yaml.MappingNode):
             _check_twice(value, where, TRAIN_KEYS)
 
 
+def _check_block(block: yaml.Node, where: str) -> None:
+    """Check a block of rewards, and keep the texts in it as they were written."""
+    for node in _nodes_below(block):
+        if isinstance(node, yaml.MappingNode):
+            _check_twice(node, where)
+            _say_what_is_replaced(node, where)
+    for entry in _listed(block):
+        _keep_texts(entry)
+    _check_numbers(block, where)
+
+
+def _listed(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes of a list; a node that is no list by itself."""
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else [node]
+
+
 def _nodes_below(root: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and all below it, each once: what an anchor names stands in several places."""
+    """A node and all below it, each once: a node that has an anchor is found again wherever the anchor is named."""
     seen: set[int] = set()
     left = [root]
     while left:
@@ -114,7 +124,8 @@ def _nodes_below(root: yaml.Node) -> Iterator[yaml.Node]:
         seen.add(id(node))
         yield node
         if isinstance(node, yaml.MappingNode):
-            left += [part for pair in node.value for part in pair]
+            for key, value in node.value:
+                left += (key, value)
         elif isinstance(node, yaml.SequenceNode):
             left += node.value
 
@@ -153,12 +164,12 @@ def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
 
 def _keys_of_mappings(node: yaml.MappingNode) -> list[yaml.ScalarNode]:
     """The keys whose values are mappings, but for `<<`."""
-    keys = [
-        key
-        for key, value in node.value
-        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode)
-    ]
-    return [key for key in keys if key.value != MERGE]
+    keys: list[yaml.ScalarNode] = []
+    for key, value in node.value:
+        is_plain = isinstance(key, yaml.ScalarNode) and key.value != MERGE
+        if is_plain and isinstance(value, yaml.MappingNode):
+            keys.append(key)
+    return keys
 
 
 def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
@@ -167,14 +178,13 @@ def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
     left: list[yaml.Node] = [node]
     while left:
         current = left.pop(0)
-        if not isinstance(current, yaml.MappingNode) or any(
-            current is one for one in found
-        ):
+        is_known = any(current is one for one in found)
+        if is_known or not isinstance(current, yaml.MappingNode):
             continue
         found.append(current)
         for key, value in current.value:
             if key.value == MERGE:
-                left += value.value if isinstance(value, yaml.SequenceNode) else [value]
+                left += _listed(value)
     return found[1:]
 
 
@@ -192,37 +202,38 @@ def _keep_texts(entry: yaml.Node) -> None:
 
 def _keep_texts_of(mapping: yaml.MappingNode, texts: set[str]) -> None:
     for key, value in mapping.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag == f"{_TAG}bool":
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.tag == f"{_TAG}bool":
             key.tag = f"{_TAG}str"
-        both_are_scalars = isinstance(key, yaml.ScalarNode) and isinstance(
-            value, yaml.ScalarNode
-        )
-        if both_are_scalars and key.value in texts and value.tag in _RETYPED:
+        is_text = isinstance(value, yaml.ScalarNode) and key.value in texts
+        if is_text and value.tag in _RETYPED:
             value.tag = f"{_TAG}str"
 
 
 def _text_options(entry: yaml.MappingNode) -> set[str]:
     """The options of its built-in that are texts."""
-    model = ""
-    for mapping in (*_merged(entry), entry):
-        model = next(
-            (
-                str(value.value)
-                for key, value in mapping.value
-                if key.value == "reward_model"
-            ),
-            model,
-        )
     try:
-        found = catalog.find(model.strip())
+        found = catalog.find(_model_of(entry).strip())
     except UnknownRewardError:
         return set()
-    options = found[1].options if found else {}
-    return {
-        name
-        for name, option in options.items()
-        if _is_text(TypeAdapter(option.type).json_schema())
-    }
+    if found is None:
+        return set()
+
+    texts: set[str] = set()
+    for name, option in found[1].options.items():
+        if _is_text(TypeAdapter(option.type).json_schema()):
+            texts.add(name)
+    return texts
+
+
+def _model_of(entry: yaml.MappingNode) -> str:
+    """The reward model that an entry names itself, or that `<<` brings; empty if there is none."""
+    for mapping in (entry, *reversed(_merged(entry))):
+        for key, value in mapping.value:
+            if key.value == "reward_model":
+                return str(value.value)
+    return ""
 
 
 def _is_text(schema: Mapping[str, Any]) -> bool:
@@ -233,10 +244,7 @@ def _is_text(schema: Mapping[str, Any]) -> bool:
 def _check_numbers(block: yaml.Node, where: str) -> None:
     """Raises `ConfigError` for a number that YAML 1.1 and YAML 1.2 read differently."""
     for node in _nodes_below(block):
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in (
-            f"{_TAG}int",
-            f"{_TAG}float",
-        ):
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
             continue
         if _BASE_60.fullmatch(node.value) or _is_octal(node.value):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The keys of one entry of a `rewards:` block: which are ours, which the model's, and none lost between the two."""
+"""The keys of one entry of a `rewards:` block: which are ours, which the model's. No key is ignored."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks.errors import ConfigError, UnknownOptionError, nearest
-from tasks.numerals import in_exponent_form
+from tasks.rewards.numerals import in_exponent_form
+from tasks.rewards.spelling import misspelt
 from tasks.source.class_options import options_read_by
-from tasks.spelling import misspelt
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ NOT_BUILT: dict[str, str] = {
     "applicable_datasets": "a reward scores every sample that is submitted; leave the key out, and submit the samples "
     "of each dataset to a client that has the rewards for them",
 }
-"""Keys of Flow-Factory's that mean something which is not built here, and what to do instead."""
+"""Keys of Flow-Factory that are not built here, and what to do instead."""
 
 BLOCKS = ("rewards", "eval_rewards")
 
@@ -49,36 +49,51 @@ def split_keys(
     Raises:
         ConfigError: A key is no text, an option is given twice, or `extra_kwargs` is no mapping.
     """
+    nested = _extra_kwargs(entry, where)
+    ours: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "extra_kwargs":
+            continue
+        if key in KEYS:
+            ours[key] = value
+        elif value is not None or key not in NOT_BUILT:
+            # A key of Flow-Factory's that is not built here may stand without a value.
+            beside[key] = value
+
+    for key in beside:
+        if key in nested:
+            raise ConfigError(given_twice(key, where))
+    return ours, beside, nested
+
+
+def _extra_kwargs(entry: Mapping[Any, Any], where: str) -> dict[str, Any]:
     for key in entry:
         if not isinstance(key, str):
             raise ConfigError(
                 f"{where}: the key {key!r} is no text; put it in quotes (YAML reads on and yes as true)"
             )
     nested = entry.get("extra_kwargs")
-    nested = {} if nested is None else nested
+    if nested is None:
+        return {}
     if not isinstance(nested, Mapping):
+        found = f"{type(nested).__name__} {nested!r}"
         raise ConfigError(
-            f"{where}: extra_kwargs must be a mapping, found {type(nested).__name__} {nested!r}"[
-                :200
-            ]
+            f"{where}: extra_kwargs must be a mapping, found {found}"[:200]
         )
-    ours = {
-        key: value
-        for key, value in entry.items()
-        if key in KEYS and key != "extra_kwargs"
-    }
-    beside = {key: value for key, value in entry.items() if key not in KEYS}
-    for key in NOT_BUILT:
-        if (
-            beside.get(key, "given") is None
-        ):  # a key without a value is as if it were not there
-            del beside[key]
-    twice = [key for key in beside if key in nested]
-    if twice:
-        raise ConfigError(
-            f"{where}: {twice[0]!r} is given twice, beside extra_kwargs and in it; say it once"
-        )
-    return ours, beside, dict(nested)
+    return dict(nested)
+
+
+def given_twice(key: str, where: str) -> str:
+    """What to say of an option that is both beside `extra_kwargs` and in it."""
+    return (
+        f"{where}: {key!r} is given twice, beside extra_kwargs and in it; say it once"
+    )
+
+
+def as_found(value: Any) -> str:
+    """A value of a config, as an error says what was found."""
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:80]
 
 
 def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
@@ -93,11 +108,11 @@ def check_not_built(beside: Mapping[str, Any], model: str, where: str) -> None:
 def check_own_options(
     path: str, beside: Mapping[str, Any], nested: Mapping[str, Any], where: str
 ) -> None:
-    """Compare the options of a class of the user's with our own keys: any name is right, but not one of ours misspelt.
+    """Compare the options of a class of the user's with our own keys: any name is right unless it is ours misspelt.
 
-    Where the class's source tells all that it reads, they are compared with that too. What is odd and may be meant is
-    said in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours under `extra_kwargs`, which
-    reaches the class only, and a name that the class's code has not.
+    Where the class's source tells all options that it reads, they are compared with those too. An option that is odd
+    and may be meant is named in the log: a number that is a text (YAML 1.1 reads `1e-3` so), a key of ours under
+    `extra_kwargs`, which reaches the class only, and a name that is nowhere in the class's code.
 
     Raises:
         UnknownOptionError: An option beside our keys is a slip of one of them, or of one that the class reads; says how
@@ -157,27 +172,38 @@ def _check_against_source(path: str, beside: Mapping[str, Any], where: str) -> N
 def check_blocks(config: Mapping[Any, Any]) -> None:
     """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
     if "rewards" not in config:
-        near = next(
-            (str(key) for key in config if misspelt(str(key), ("rewards",))), None
-        )
-        hint = f"; is {near!r} meant to be 'rewards'?" if near else ""
-        raise ConfigError(
-            f"no rewards: block; found the keys {', '.join(map(str, config)) or 'none'}{hint}"
-        )
+        raise ConfigError(_no_rewards(config))
     for key, block in config.items():
-        meant = misspelt(str(key), BLOCKS) if key not in BLOCKS else None
+        meant = _meant(key, BLOCKS)
         if meant is not None and _has_rewards(block):
             raise ConfigError(
                 f"the block {key!r} has rewards in it; did you mean {meant!r}?"
             )
         _say_what_is_not_read(key, block)
+
     train = config.get("train")
     for key in train if isinstance(train, Mapping) else ():
-        meant = misspelt(str(key), TRAIN_KEYS) if key not in TRAIN_KEYS else None
+        meant = _meant(key, TRAIN_KEYS)
         if meant is not None:
             raise ConfigError(
                 f"train: {key!r} is read by nobody; did you mean {meant!r}?"
             )
+
+
+def _meant(key: Any, known: tuple[str, ...]) -> str | None:
+    """The known key that another key is a slip of, or None."""
+    return None if key in known else misspelt(str(key), known)
+
+
+def _no_rewards(config: Mapping[Any, Any]) -> str:
+    """What to say of a config without a block of rewards."""
+    keys = [str(key) for key in config]
+    hint = ""
+    for key in keys:
+        if misspelt(key, ("rewards",)):
+            hint = f"; is {key!r} meant to be 'rewards'?"
+            break
+    return f"no rewards: block; found the keys {', '.join(keys) or 'none'}{hint}"
 
 
 def _say_what_is_not_read(key: Any, block: Any) -> None:
@@ -188,12 +214,10 @@ def _say_what_is_not_read(key: Any, block: Any) -> None:
         )
     if key in BLOCKS or not EVALUATES.search(str(key)):
         return
-    within = (
-        {f"{key}.{name}": one for name, one in block.items()}
-        if isinstance(block, Mapping)
-        else {}
-    )
-    for path, one in {str(key): block, **within}.items():
+    blocks = {str(key): block}
+    if isinstance(block, Mapping):
+        blocks |= {f"{key}.{name}": one for name, one in block.items()}
+    for path, one in blocks.items():
         if _has_rewards(one):
             log.warning(
                 "rewards in the block %s are not read here; those of evaluation are eval_rewards:",
@@ -205,6 +229,8 @@ def _has_rewards(block: Any) -> bool:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple):
         return False
-    return any(
-        isinstance(entry, Mapping) and "reward_model" in entry for entry in entries
-    )
+    return any(_is_reward(entry) for entry in entries)
+
+
+def _is_reward(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "reward_model" in entry

@@ -19,7 +19,7 @@ HEALTH_CHECK_S = 10
 SENTINEL_PORT = 26379
 
 MEDIA_READ_BYTES = 256 * 1024
-"""Read from a socket at once where media come; with redis-py's 32 KiB it takes half as long again."""
+"""Bytes read from a socket at once where media come; reads of 32 KiB, as in redis-py, take half as long again."""
 
 JOINED_BYTES = 6000
 """Parts of a command up to this size are put together before they are sent, as in redis-py."""
@@ -66,7 +66,7 @@ WHY_REFUSED: dict[type[Exception], str] = {
         "BUSY"
     ]: "Redis is busy: it runs a script, and answers nothing else until that has ended",
 }
-"""In words, by the error that a server refuses with for now."""
+"""By the error with which a server refuses for now: why, in words."""
 
 REFUSED: tuple[type[Exception], ...] = tuple(WHY_REFUSED)
 
@@ -88,7 +88,7 @@ SERVES_NOT_NOW: tuple[type[Exception], ...] = (
     redis.BusyLoadingError,
     *REFUSED,
 )
-"""Those of them that a server answers with: it is there."""
+"""The errors among `LOST` with which a server answers: it is there."""
 
 READ_ONLY = "it is a replica and takes no writes; right after a failover that passes, else the URL must name its master"
 
@@ -119,33 +119,39 @@ def connect(
         "health_check_interval": HEALTH_CHECK_S,
         **options,
     }
-    if not url.startswith("sentinel://"):
-        client: redis.Redis = redis.Redis.from_url(url, **options)
-        return client
-    given = []
+    if url.startswith("sentinel://"):
+        return _connect_by_sentinels(url, sentinels, options)
+    client: redis.Redis = redis.Redis.from_url(url, **options)
+    return client
+
+
+def _connect_by_sentinels(
+    url: str, sentinels: Sentinels, options: dict[str, Any]
+) -> redis.Redis:
+    """A client of the server that the sentinels of these URLs name; the first URL has its account and database."""
+    given: list[dict[str, Any]] = []
     for one in several_urls(url):
         as_redis = one.replace("sentinel://", "redis://", 1)
         given.append(parse_url(as_redis))  # type: ignore[no-untyped-call]
+
+    addresses = [
+        (one.get("host", "localhost"), one.get("port", SENTINEL_PORT)) for one in given
+    ]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [
-            (one.get("host", "localhost"), one.get("port", SENTINEL_PORT))
-            for one in given
-        ],
-        sentinel_kwargs=for_sentinels(sentinels),
+        addresses, sentinel_kwargs=for_sentinels(sentinels)
     )
-    account = {
-        name: given[0][name]
-        for name in ("db", "username", "password")
-        if name in given[0]
-    }
+    for name in ("db", "username", "password"):
+        if name in given[0]:
+            options[name] = given[0][name]
     master: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-        sentinels.master, **options, **account
+        sentinels.master, **options
     )
     return master
 
 
 SENTINEL_TIMEOUT_S = 1.0
-"""A sentinel that is silent for so long is passed over; while the first hangs, each new connection waits for that."""
+"""A sentinel that is silent for so long is passed over. While the first sentinel hangs, each new connection waits so
+long."""
 
 
 def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
@@ -241,13 +247,11 @@ def why_away(error: BaseException) -> str:
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
-    if isinstance(
-        error, MasterNotFoundError
-    ):  # with all that it knows of each sentinel, and what each said last
+    if isinstance(error, MasterNotFoundError):
+        # Its text has all that redis-py knows of each sentinel, and what each said last.
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
-    if isinstance(
-        error, redis.AuthenticationError
-    ):  # it served this user before: else it were no outage
+    if isinstance(error, redis.AuthenticationError):
+        # The server served this user before, or this were no outage.
         return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
     if isinstance(error, redis.ReadOnlyError):
         return f"Redis is away: {READ_ONLY}"

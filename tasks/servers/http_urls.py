@@ -15,42 +15,46 @@ DEFAULT_JUDGE_URL = "http://localhost:8000/v1"
 """Where a judge is asked without `api_base_url`: on the worker's own host."""
 
 PATTERN = r"^https?://[^/\s]+"
-"""What the URL of a server begins with."""
+"""How the URL of a server begins."""
 
 _BEHIND_API = re.compile(
     r"/(?:chat/)?completions/*$|(?<=/v1)/(?:chat|models|responses|embeddings)/*$"
 )
-"""Ends of the addresses of single calls, which are often copied in the place of the API's."""
+"""Ends of the addresses of single calls, which people often copy instead of the API's address."""
 
 _BEHIND_SERVER = re.compile(r"/(?:compute|health)/*$")
 
 _SCHEME_OF_SORTS = re.compile(
     r"^(?:https?:(?!\d)/*|\w*(?:://|:/+|//+)|/+)", re.IGNORECASE
 )
-"""What stands in the place of http:// in a wrong URL."""
+"""What a wrong URL has instead of http://."""
 
 
 def whats_wrong(url: str) -> str:
-    """Why a worker could not ask a server at this URL; empty if nothing is to be seen. Passwords are not repeated."""
-    if url != "".join(url.split()):
-        return f"has white space in {without_password(url)!r}; write {without_password(''.join(url.split()))!r}"
+    """Why a worker could not ask a server at this URL; empty if nothing is wrong. Passwords are not repeated."""
+    without_space = "".join(url.split())
+    if url != without_space:
+        return f"has white space in {without_password(url)!r}; write {without_password(without_space)!r}"
     if not re.match(r"^https?://", url):
         return f"needs http:// or https:// in front: {without_password(_with_scheme(url))!r}?"
     if url.count("://") > 1:
         return "has two schemes; it needs one URL"
     if re.search(r"[<>{}$]", url):
         return "has a placeholder in it, which nothing has filled in"
+    return _wrong_parts(url)
+
+
+def _wrong_parts(url: str) -> str:
+    """What is wrong with the host, port, fragment or query of a URL; empty if nothing is."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
         return f"is no URL: {error}"
-    if not parts.hostname or port == 0:
-        return (
-            "needs a host, http://host:8000 for example"
-            if port != 0
-            else "needs a port above 0"
-        )
+    if port == 0:
+        return "needs a port above 0"
+    if not parts.hostname:
+        return "needs a host, http://host:8000 for example"
     if parts.fragment:
         return f"ends with #{parts.fragment}, which no server is sent"
     if parts.query:
@@ -76,6 +80,7 @@ def _query(url: str) -> str:
 
 
 def _call(url: str, behind: re.Pattern[str], what: str) -> str:
+    """That a URL is the address of a single call, where it should be `what`'s; empty if it is not."""
     found = behind.search(url)
     if found is None:
         return ""

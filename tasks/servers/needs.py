@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import redis
@@ -51,7 +51,8 @@ local time = redis.call('TIME')
 redis.call('SET', KEYS[1], time[1], 'PX', ARGV[1])
 return redis.call('EXISTS', KEYS[2])
 """
-"""Reads the clock and writes, which a server older than 5 refuses, with two keys, which a cluster has in two places."""
+"""Reads the clock and writes, which a server older than 5 refuses, with two keys, which a cluster has on two
+servers."""
 
 _NO_SCRIPT = "0" * 40
 """No script has this hash."""
@@ -91,9 +92,8 @@ def ask(
     missing = without_files(server)
     if missing is not None:
         raise RedisRefusalError(server.says(missing))
-    if (
-        server.url.startswith("rediss://") and knock(server) == NO_TLS
-    ):  # a connection would wait for half a minute
+    # Asked before connecting: a TLS connection to a server without TLS would wait for half a minute.
+    if server.url.startswith("rediss://") and knock(server) == NO_TLS:
         raise RedisRefusalError(server.says(no_tls(server)))
     with connect(server.url, sentinels) as client:
         try:
@@ -111,32 +111,31 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
     if server.role == QUEUES:  # a user may be allowed some names of keys only
-        then = [
-            *then,
-            *(
-                ("LLEN", queue + step)
-                for queue in queues
-                for step in ("", PRIORITY_STEP)
-            ),
-        ]
+        then = [*then, *_lengths_of(queues)]
+
     about, of_cluster, *answers = _answers(
         client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first]
     )
     if isinstance(of_cluster, dict) and of_cluster.get("cluster_enabled"):
         raise RedisRefusalError(server.says(cluster(server)))
-    may_be_full = (
-        server.role == PAYLOADS and side == "worker"
-    )  # who only reads there, as a rule
+
+    # A worker only reads payloads, as a rule: a store that is full serves it.
+    may_be_full = server.role == PAYLOADS and side == "worker"
     errors = _errors_among(answers, may_be_full)
-    if not errors:  # else the keys that the others need have no type, and what they wrote would stay
+    # Only if the first commands made their keys: the others would find no type to be refused by, and write for good.
+    if not errors:
         errors = _errors_among(_answers(client, then), may_be_full)
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
-    _judge(
-        errors,
-        server,
-        str(about.get("redis_version", "")) if isinstance(about, dict) else "",
-    )
+    version = about.get("redis_version", "") if isinstance(about, dict) else ""
+    _judge(errors, server, str(version))
+
+
+def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Commands that ask for the length of each queue, of its usual list and of a list of another priority."""
+    for queue in queues:
+        yield "LLEN", queue
+        yield "LLEN", queue + PRIORITY_STEP
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
@@ -152,15 +151,14 @@ def _answers(client: Any, commands: Commands) -> list[Any]:
 
 
 def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
-    """Without those that say that a command was let pass, or would be at another time."""
-    errors = [
-        answer
-        for answer in answers
-        if isinstance(answer, Exception) and not _is_harmless(answer)
-    ]
-    return [
-        error for error in errors if not (may_be_full and isinstance(error, REFUSED))
-    ]
+    """The errors that matter: not those that say that a command was let pass, or would be at another time."""
+    harmless_now = REFUSED if may_be_full else ()
+    errors: list[Exception] = []
+    for answer in answers:
+        is_error = isinstance(answer, Exception) and not _is_harmless(answer)
+        if is_error and not isinstance(answer, harmless_now):
+            errors.append(answer)
+    return errors
 
 
 def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
@@ -171,23 +169,23 @@ def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
     for error in errors:
         if isinstance(error, LOST):
             raise error
-    for error in errors:
-        words = (
-            words_for(error, server)
-            or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
-        )
-        if "unknown" in str(error).lower():
-            words = unknown_command(_command_in(str(error)), version)
-        raise RedisRefusalError(server.says(words))
+    if errors:
+        raise RedisRefusalError(server.says(_words_for_first(errors, server, version)))
+
+
+def _words_for_first(errors: Sequence[Exception], server: Server, version: str) -> str:
+    error = errors[0]
+    if "unknown" in str(error).lower():
+        return unknown_command(_command_in(str(error)), version)
+    words = words_for(error, server)
+    return words or f"it answers {str(error)!r} to {', '.join(error.__notes__)}"
 
 
 def _command_in(said: str) -> str:
     quoted = said.split("'")
-    return (
-        quoted[1].upper()
-        if len(quoted) > 2 and "from script" not in said
-        else "a command of a script"
-    )
+    if len(quoted) > 2 and "from script" not in said:
+        return quoted[1].upper()
+    return "a command of a script"
 
 
 def _is_harmless(error: Exception) -> bool:
@@ -328,9 +326,8 @@ def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
     try:
         client.publish(f"{prefix}{keys.PROBE}", b"")
     except redis.ResponseError as error:
-        if "channel" not in str(
-            error
-        ):  # this one is ours alone, and need not be allowed
+        # This channel is ours alone, and need not be allowed.
+        if "channel" not in str(error):
             error.add_note("PUBLISH")
             errors.append(error)
     return errors

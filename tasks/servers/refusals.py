@@ -80,12 +80,13 @@ def servers_of(settings: Settings) -> list[Server]:
         Server("Redis for results", results_by, settings.results),
     ]
     if not settings.payloads.startswith("file:"):
-        is_next = not settings.payload_url
-        servers.append(
-            Server(
-                "Redis for payloads", "REWARDQ_PAYLOAD_URL", settings.payloads, is_next
-            )
+        payloads = Server(
+            "Redis for payloads",
+            "REWARDQ_PAYLOAD_URL",
+            settings.payloads,
+            is_next_database=not settings.payload_url,
         )
+        servers.append(payloads)
     return servers
 
 
@@ -111,37 +112,45 @@ def may_be_for_good(error: BaseException) -> bool:
 
     Redis says so in many words, those of a script among them, so that this is a reason to ask it again, and no more.
     """
-    return isinstance(
-        error, redis.AuthenticationError | redis.ResponseError
-    ) and not isinstance(error, SERVES_NOT_NOW)
+    if isinstance(error, SERVES_NOT_NOW):
+        return False
+    return isinstance(error, redis.AuthenticationError | redis.ResponseError)
 
 
 def words_for_rights(errors: Iterable[BaseException], server: Server) -> str:
     """Rights that the user lacks, all in one: commands, keys, channels, and the ACL rule that gives each."""
     said = [str(error) for error in errors]
-    commands = {
-        found[1]
-        for text in said
-        if (found := re.search(r"run the '([\w|]+)' command", text))
-    }
-    lacks, rules = [], []
+    together = "; ".join(said)
+    commands = _commands_refused(said)
+    lacks: list[str] = []
+    rules: list[str] = []
     if commands:
-        names = sorted(commands)
-        lacks.append(f"run {', '.join(name.upper() for name in names)}")
-        rules += [f"+{name}" for name in names]
-    if any("channel" in text for text in said):
+        lacks.append(f"run {', '.join(commands).upper()}")
+        rules += [f"+{name}" for name in commands]
+    if "channel" in together:
         lacks.append("use channels, by which Celery's workers hear of each other")
         rules.append("allchannels")
-    if any(" key" in text for text in said):
+    if " key" in together:
         lacks.append("use keys of any name")
         rules.append("allkeys")
     if not rules:
-        return f"it refuses the user {server.user!r}: {'; '.join(said)}"
+        return f"it refuses the user {server.user!r}: {together}"
+
     or_else = ""
     if "select" in commands and server.is_next_database:
         or_else = f", or set REWARDQ_PAYLOAD_URL={_same_database(server)}, the broker's own database"
     rule = f"`ACL SETUSER {server.user} {' '.join(rules)}`"
     return f"the user {server.user!r} may not {', nor '.join(lacks)}: {rule}{or_else}"
+
+
+def _commands_refused(said: Iterable[str]) -> list[str]:
+    """The commands that a server's answers name, sorted."""
+    commands: set[str] = set()
+    for text in said:
+        found = re.search(r"run the '([\w|]+)' command", text)
+        if found is not None:
+            commands.add(found[1])
+    return sorted(commands)
 
 
 def cluster(server: Server) -> str:
@@ -161,12 +170,10 @@ def unknown_command(command: str, version: str) -> str:
 
 
 def without_files(server: Server) -> str | None:
-    """A file of a certificate or key in the URL that this host has not."""
+    """A file of a certificate or key that the URL names and this host does not have."""
     for name, value in parse_qsl(urlsplit(server.url).query):
-        if (
-            name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
-            and not Path(value).is_file()
-        ):
+        is_file_name = name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+        if is_file_name and not Path(value).is_file():
             return f"{server.variable} names {name}={value}, and this host has no such file"
     return None
 
@@ -236,11 +243,8 @@ def _no_redis(server: Server) -> str:
 
 def _other_language(said: str, server: Server) -> str | None:
     if "CERTIFICATE_VERIFY_FAILED" in said:
-        reason = (
-            said.partition("certificate verify failed")[2]
-            .partition("(_ssl")[0]
-            .strip(" :.")
-        )
+        details = said.partition("certificate verify failed")[2]
+        reason = details.partition("(_ssl")[0].strip(" :.")
         return (
             f"certificate verify failed: {reason or said}; name its authority in {server.variable}, "
             "?ssl_ca_certs=/path/ca.pem, and the host as the certificate does"
@@ -271,14 +275,13 @@ def knock(server: Server) -> str | None:
     parts = urlsplit(server.url)
     if parts.scheme not in ("redis", "rediss"):
         return None
-    place = (parts.hostname or "localhost", parts.port or 6379)
-    for speaks in (
-        (_speaks_tls, _speaks_plainly)
-        if parts.scheme == "rediss"
-        else (_speaks_plainly, _speaks_tls)
-    ):
+    address = (parts.hostname or "localhost", parts.port or 6379)
+    attempts = [_speaks_plainly, _speaks_tls]
+    if parts.scheme == "rediss":
+        attempts.reverse()
+    for speaks in attempts:
         try:
-            found = speaks(place)
+            found = speaks(address)
         except OSError:
             continue
         if found is not None:
@@ -286,20 +289,20 @@ def knock(server: Server) -> str | None:
     return None
 
 
-def _speaks_tls(place: tuple[str, int]) -> str | None:
-    """TLS, if a handshake succeeds; whose certificate it is does not matter here, nothing is said over it."""
+def _speaks_tls(address: tuple[str, int]) -> str | None:
+    """TLS, if a handshake succeeds. Whose certificate it is does not matter here: nothing is said over it."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     with (
-        socket.create_connection(place, KNOCK_TIMEOUT_S) as plain,
+        socket.create_connection(address, KNOCK_TIMEOUT_S) as plain,
         context.wrap_socket(plain),
     ):
         return TLS
 
 
-def _speaks_plainly(place: tuple[str, int]) -> str | None:
-    with socket.create_connection(place, KNOCK_TIMEOUT_S) as plain:
+def _speaks_plainly(address: tuple[str, int]) -> str | None:
+    with socket.create_connection(address, KNOCK_TIMEOUT_S) as plain:
         plain.sendall(b"PING\r\n\r\n")
         answer = plain.recv(64)
     if answer.startswith((b"+", b"-")):

@@ -32,76 +32,79 @@ def values_in(body: list[ast.stmt], named: Named) -> dict[str, Any]:
 def assignments_from_outside(module: Module, name: str) -> Iterator[ast.AST]:
     """Where a module assigns an attribute of one of its classes."""
     for node in ast.walk(module.tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr == name
-            and not isinstance(node.ctx, ast.Load)
-        ):
-            if _is_class(module, node.value):
-                yield node
-        elif (
-            isinstance(node, ast.Call)
-            and _is_call_of(node, {"setattr"})
-            and len(node.args) == 3
-        ):
-            about = node.args[1]
-            if (
-                isinstance(about, ast.Constant)
-                and about.value == name
-                and _is_class(module, node.args[0])
-            ):
-                yield node
+        if isinstance(node, ast.Attribute):
+            owner = node.value if _is_assigned(node, name) else None
+        elif isinstance(node, ast.Call):
+            owner = _owner_set(node, name)
+        else:
+            continue
+        if owner is not None and _is_class(module, owner):
+            yield node
+
+
+def _owner_set(call: ast.Call, name: str) -> ast.expr | None:
+    """Whose attribute a call sets, of `setattr(owner, name, value)`."""
+    if not _is_call_of(call, {"setattr"}) or len(call.args) != 3:
+        return None
+    owner, attribute, _ = call.args
+    is_this = isinstance(attribute, ast.Constant) and attribute.value == name
+    return owner if is_this else None
 
 
 def is_mentioned(module: Module, name: str) -> bool:
     """Whether code of the module speaks of an attribute in another way than by assigning it in the body of a class."""
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.Constant) and node.value == name:
-            return True
-        if isinstance(node, ast.keyword) and node.arg == name:
-            return True
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr == name
-            and not isinstance(node.ctx, ast.Load)
-        ):
-            return True  # of `self` too: an instance may say otherwise than its class
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            changed = node.func.value  # `Mine.required_fields.append(...)`
-            if isinstance(changed, ast.Attribute) and changed.attr == name:
-                return True
+    return any(_mentions(node, name) for node in ast.walk(module.tree))
+
+
+def _mentions(node: ast.AST, name: str) -> bool:
+    """Whether one node names an attribute as a text or an argument, assigns it, or calls a method of its value."""
+    if isinstance(node, ast.Constant):
+        return bool(node.value == name)
+    if isinstance(node, ast.keyword):
+        return node.arg == name
+    if isinstance(node, ast.Attribute):
+        # Of `self` too: an instance may say otherwise than its class.
+        return _is_assigned(node, name)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        changed = node.func.value  # `Mine.required_fields.append(...)`
+        return isinstance(changed, ast.Attribute) and changed.attr == name
     return False
+
+
+def _is_assigned(node: ast.Attribute, name: str) -> bool:
+    """Whether an attribute has this name, and is assigned or deleted here."""
+    return node.attr == name and not isinstance(node.ctx, ast.Load)
 
 
 def assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
     """The name and the value of a plain assignment."""
+    target: ast.expr | None = None
+    value: ast.expr | None = None
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target: ast.expr = statement.targets[0]
+        target, value = statement.targets[0], statement.value
     elif isinstance(statement, ast.AnnAssign):
-        target = statement.target
+        target, value = statement.target, statement.value
     elif isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
-        target = statement.target
-        if isinstance(target, ast.Name):
-            now = ast.copy_location(ast.Name(target.id, ast.Load()), target)
-            return target.id, ast.copy_location(
-                ast.BinOp(now, ast.Add(), statement.value), statement
-            )
-    else:
+        target, value = statement.target, _sum_of(statement)
+
+    if not isinstance(target, ast.Name):
         return None, None
-    return (
-        (target.id, statement.value) if isinstance(target, ast.Name) else (None, None)
-    )
+    return target.id, value
+
+
+def _sum_of(statement: ast.AugAssign) -> ast.expr:
+    """`names + more` of `names += more`."""
+    now = statement.target
+    if isinstance(now, ast.Name):
+        now = ast.copy_location(ast.Name(now.id, ast.Load()), now)
+    return ast.copy_location(ast.BinOp(now, ast.Add(), statement.value), statement)
 
 
 def last_name(base: ast.expr) -> str:
     """`PointwiseRewardModel` of `workers.PointwiseRewardModel`."""
-    return (
-        base.attr
-        if isinstance(base, ast.Attribute)
-        else base.id
-        if isinstance(base, ast.Name)
-        else ""
-    )
+    if isinstance(base, ast.Attribute):
+        return base.attr
+    return base.id if isinstance(base, ast.Name) else ""
 
 
 def _is_class(module: Module, node: ast.expr) -> bool:
@@ -146,15 +149,17 @@ def _changed_by(statement: ast.stmt, values: dict[str, Any]) -> set[str]:
     changed = bound_by(statement)
     if isinstance(statement, ast.AsyncFunctionDef | ast.ClassDef):
         return changed
-    for node in ast.walk(statement):
-        if _is_call_of(node, _RUNS_CODE):
-            changed.add(STAR)
-        is_list = isinstance(node, ast.Name) and isinstance(values.get(node.id), list)
-        if is_list and isinstance(
-            statement, ast.Expr
-        ):  # a method of a list may change it
-            changed.add(node.id)  # type: ignore[attr-defined]
+    if any(_is_call_of(node, _RUNS_CODE) for node in ast.walk(statement)):
+        changed.add(STAR)
+    if isinstance(statement, ast.Expr):
+        changed |= _lists_named_in(statement, values)
     return changed
+
+
+def _lists_named_in(statement: ast.Expr, values: dict[str, Any]) -> set[str]:
+    """Names of lists in an expression by itself, which may be a call of a method that changes the list."""
+    names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    return {name for name in names if isinstance(values.get(name), list)}
 
 
 def _is_call_of(node: ast.AST, names: set[str]) -> bool:

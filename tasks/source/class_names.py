@@ -45,20 +45,25 @@ def check_class(path: str, where: str, said: Container[str]) -> str:
         if "kind" not in said and "required_fields" not in said:
             _check_module(module, name, where)
         return ""
-    if ("kind" in said and "required_fields" in said) or hasattr(
-        sys.modules.get(module), name
-    ):
+    if "kind" in said and "required_fields" in said:
         return ""
-    file = source.path
+    if hasattr(sys.modules.get(module), name):
+        return ""
+    return _check_name(name, source.path, where)
+
+
+def _check_name(name: str, file: Path, where: str) -> str:
+    """What is wrong with a name that is no class of a file; raise if a class there has nearly this name."""
     names = _names_in(file)
     if names is None or name in names:
         return ""
+
     classes = _classes_in(file)
-    is_misspelt = any(
-        _likeness(name.lower(), known.lower()) >= NEAR for known in classes
-    )
+    likeness = [_likeness(name.lower(), known.lower()) for known in classes]
+    is_misspelt = max(likeness, default=0.0) >= NEAR
+    hint = nearest(name, classes) if is_misspelt else ""
     words = (
-        f"{where}: {file} has no class {name!r}{nearest(name, classes) if is_misspelt else ''}; reward_model is the "
+        f"{where}: {file} has no class {name!r}{hint}; reward_model is the "
         "dotted path of a class, my_rewards.MyReward. (Where workers have another file of this name, say kind: and "
         "required_fields: here)"
     )
@@ -74,11 +79,8 @@ def _check_module(module: str, name: str, where: str) -> None:
         return
     for file in _siblings(parent):
         is_near = _likeness(last, file.stem) >= NEAR
-        if (
-            is_near
-            and _without_digits(file.stem) != _without_digits(last)
-            and name in _classes_in(file)
-        ):
+        is_version = _without_digits(file.stem) == _without_digits(last)
+        if is_near and not is_version and name in _classes_in(file):
             meant = ".".join(filter(None, (parent, file.stem, name)))
             raise UnknownRewardError(
                 f"{where}: there is no module {module!r} here, but {file} has the class {name} (did you mean "
@@ -89,16 +91,14 @@ def _check_module(module: str, name: str, where: str) -> None:
 
 def _siblings(parent: str) -> list[Path]:
     """The modules of a package, or for none those of the folders that scripts are started in."""
-    folders = sys.path if parent else sys.path[:1]
-    inside = [
-        Path(folder or ".").joinpath(*parent.split("."))
-        if parent
-        else Path(folder or ".")
-        for folder in folders
-    ]
+    packages = parent.split(".") if parent else []
+    folders = [Path.cwd()]
+    folders += [Path(one or ".") for one in (sys.path if parent else sys.path[:1])]
+
     files: dict[Path, None] = {}
-    for folder in (Path.cwd().joinpath(*filter(None, parent.split("."))), *inside):
-        files |= dict.fromkeys(sorted(folder.absolute().glob("*.py")))
+    for folder in folders:
+        package = folder.joinpath(*packages).absolute()
+        files |= dict.fromkeys(sorted(package.glob("*.py")))
     return list(files)
 
 
@@ -117,11 +117,9 @@ def _may_be_found(module: str) -> bool:
         base = Path(folder).joinpath(*module.split("."))
         if base.is_dir() or any(base.parent.glob(f"{base.name}.*")):
             return True
+    top, _, rest = module.partition(".")
     try:
-        return (
-            importlib.util.find_spec(module.partition(".")[0]) is not None
-            and "." not in module
-        )
+        return importlib.util.find_spec(top) is not None and not rest
     except (ImportError, ValueError):
         return True
 
@@ -142,11 +140,9 @@ def _names_in(file: Path) -> set[str] | None:
 def _classes_in(file: Path) -> set[str]:
     """The classes that a module defines."""
     tree = _tree_of(file)
-    return (
-        {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-        if tree is not None
-        else set()
-    )
+    if tree is None:
+        return set()
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def _tree_of(file: Path) -> ast.Module | None:
@@ -172,14 +168,9 @@ def _bound_by(node: ast.AST) -> Iterable[str]:
 def _makes_names(tree: ast.Module) -> bool:
     """Whether the module calls what may define names that its source does not show."""
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in _MAKES_NAMES
-        ):
-            return True
-        if (
-            isinstance(node, ast.Attribute) and node.attr == "modules"
-        ):  # sys.modules[__name__]
-            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in _MAKES_NAMES:
+                return True
+        elif isinstance(node, ast.Attribute) and node.attr == "modules":
+            return True  # sys.modules[__name__]
     return False

@@ -51,32 +51,46 @@ def options_read_by(path: str) -> OptionsRead | None:
     """
     module, _, name = path.rpartition(".")
     first = find_source(module)
-    sources = sources_from(first) if first is not None else []
+    if first is None:
+        return None
+    sources = [source for _, source in sources_from(first)]
     try:
-        trees = [parse(source) for _, source in sources]
+        trees = [parse(source) for source in sources]
     except (SyntaxError, ValueError, RecursionError):
         return None
-    if first is None or not _is_all_there(name, trees):
+    if not _is_all_there(name, trees):
         return None
-    readings = [_Reading(tree) for tree in trees]
-    if any(reading.is_handed_on for reading in readings):
-        return None
-    names = {name for reading in readings for name in reading.names}
-    words = {
-        word
-        for _, source in sources
-        for word in re.findall(r"\w+", source.decode("utf-8", "replace"))
-    }
-    return OptionsRead(first.name, frozenset(names), frozenset(words))
+
+    names: set[str] = set()
+    for tree in trees:
+        reading = _Reading(tree)
+        if reading.is_handed_on:
+            return None
+        names |= reading.names
+    return OptionsRead(first.name, frozenset(names), _words_of(sources))
 
 
-def _is_all_there(name: str, trees: list[ast.Module]) -> bool:
-    """Whether a class and all its bases that may read options are in these modules."""
+def _words_of(sources: list[bytes]) -> frozenset[str]:
+    """All words of these sources."""
+    words: set[str] = set()
+    for source in sources:
+        words.update(re.findall(r"\w+", source.decode("utf-8", "replace")))
+    return frozenset(words)
+
+
+def _classes_in(trees: list[ast.Module]) -> dict[str, list[ast.ClassDef]]:
+    """The classes of these modules by name; several may have one name."""
     classes: dict[str, list[ast.ClassDef]] = {}
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, []).append(node)
+    return classes
+
+
+def _is_all_there(name: str, trees: list[ast.Module]) -> bool:
+    """Whether a class and all its bases that may read options are in these modules."""
+    classes = _classes_in(trees)
     left, seen = [name], set(_SAY_NOTHING)
     while left:
         current = left.pop()
@@ -85,7 +99,8 @@ def _is_all_there(name: str, trees: list[ast.Module]) -> bool:
         seen.add(current)
         if current not in classes:
             return False
-        left += [last_name(base) for node in classes[current] for base in node.bases]
+        for node in classes[current]:
+            left += map(last_name, node.bases)
     return True
 
 
@@ -105,9 +120,9 @@ class _Reading(ast.NodeVisitor):
         """`options = self.config.extra_kwargs`, also with `or {}` behind it."""
         if not isinstance(node, ast.Assign):
             return
-        value = (
-            node.value.values[0] if isinstance(node.value, ast.BoolOp) else node.value
-        )
+        value = node.value
+        if isinstance(value, ast.BoolOp):
+            value = value.values[0]
         names = [target.id for target in node.targets if isinstance(target, ast.Name)]
         if self._is_options(value) and len(names) == len(node.targets):
             self._told.add(value)
@@ -129,17 +144,10 @@ class _Reading(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """`extra_kwargs.get("name")`, `getattr(config, "name", ...)`."""
         called = node.func
-        if (
-            isinstance(called, ast.Attribute)
-            and called.attr in _READERS
-            and self._is_options(called.value)
-        ):
-            self._read(called.value, node.args[0] if node.args else None)
-        if (
-            isinstance(called, ast.Name)
-            and called.id in ("getattr", "hasattr")
-            and len(node.args) > 1
-        ):
+        if isinstance(called, ast.Attribute):
+            if called.attr in _READERS and self._is_options(called.value):
+                self._read(called.value, node.args[0] if node.args else None)
+        elif _is_call_of_getattr(node):
             self._read_attribute(node.args[0], node.args[1])
         self.generic_visit(node)
 
@@ -176,6 +184,13 @@ class _Reading(ast.NodeVisitor):
                 self.is_handed_on = True
         else:
             self.is_handed_on = True
+
+
+def _is_call_of_getattr(node: ast.Call) -> bool:
+    """`getattr(config, "name", ...)`, or `hasattr`."""
+    called = node.func
+    is_name = isinstance(called, ast.Name) and called.id in ("getattr", "hasattr")
+    return is_name and len(node.args) > 1
 
 
 def _is_config(node: ast.expr) -> bool:

@@ -17,6 +17,12 @@ from tasks.source.modules import module_of
 
 Kind = Literal["pointwise", "groupwise"]
 
+_BASE_OF_KIND: dict[Kind, str] = {
+    "groupwise": "GroupwiseRewardModel",
+    "pointwise": "PointwiseRewardModel",
+}
+"""A class that has both bases is groupwise: it comes first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Declared:
@@ -44,28 +50,42 @@ def declared_by(path: str) -> Declared | None:
         return None
     found = class_named(module, name)
     if found is None:
-        is_told = "it is not one plain class statement"
-        return Declared(
-            None, None, None, None, None, is_told if module.binds(name) else ""
-        )
+        unread = "it is not one plain class statement" if module.binds(name) else ""
+        return Declared(None, None, None, None, None, unread_queue=unread)
     return _declared(found)
 
 
 def _declared(cls: Class) -> Declared:
     queue, unread, is_assigned = None, "", False
     try:
-        found = cls.look_up("queue")
-        if isinstance(found, ast.FunctionDef):
-            raise AssignedError("it is a function")
-        if found is not ABSENT and found is not None and not isinstance(found, str):
-            raise AssignedError(f"queue = {found!r}")
-        queue = found if isinstance(found, str) else None
+        queue = _queue_of(cls)
     except UnreadableError as error:
         unread, is_assigned = str(error), isinstance(error, AssignedError)
     return Declared(
-        _kind_of(cls), _fields(cls, "required_fields"), _fields(cls, "optional_fields"), _arguments(cls), queue, unread,
-        is_assigned,
-    )  # fmt: skip
+        kind=_kind_of(cls),
+        required_fields=_fields(cls, "required_fields"),
+        optional_fields=_fields(cls, "optional_fields"),
+        arguments=_arguments(cls),
+        queue=queue,
+        unread_queue=unread,
+        is_queue_assigned=is_assigned,
+    )
+
+
+def _queue_of(cls: Class) -> str | None:
+    """The queue that a class names; None if it names none.
+
+    Raises:
+        UnreadableError: It may name one that cannot be read.
+    """
+    found = cls.look_up("queue")
+    if found is ABSENT or found is None:
+        return None
+    if isinstance(found, ast.FunctionDef):
+        raise AssignedError("it is a function")
+    if not isinstance(found, str):
+        raise AssignedError(f"queue = {found!r}")
+    return found
 
 
 def _fields(cls: Class, name: str) -> tuple[str, ...] | None:
@@ -75,11 +95,10 @@ def _fields(cls: Class, name: str) -> tuple[str, ...] | None:
         return None
     if isinstance(value, str):
         return (value,)
-    return (
-        tuple(value)
-        if isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
-        else None
-    )
+    is_list = isinstance(value, tuple | list)
+    if not is_list or not all(isinstance(name, str) for name in value):
+        return None
+    return tuple(value)
 
 
 def _arguments(cls: Class) -> frozenset[str] | None:
@@ -89,21 +108,38 @@ def _arguments(cls: Class) -> frozenset[str] | None:
         return None
     if not isinstance(call, ast.FunctionDef):
         return frozenset() if call is ABSENT else None
+    arguments = call.args
     named = {
-        a.arg for a in (*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs)
-    }
-    if call.args.kwarg is not None:
-        constants = (
-            node.value for node in ast.walk(call) if isinstance(node, ast.Constant)
+        argument.arg
+        for argument in (
+            *arguments.posonlyargs,
+            *arguments.args,
+            *arguments.kwonlyargs,
         )
-        named.update(value for value in constants if isinstance(value, str))
+    }
+    if arguments.kwarg is not None:
+        for node in ast.walk(call):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named.add(node.value)
     return frozenset(named)
 
 
 def _kind_of(cls: Class) -> Kind | None:
-    """Of its bases, by their names where they cannot be followed: the worker checks it."""
+    """By its bases; by their names where they cannot be followed: the worker checks it."""
+    ours, unread = _bases_of(cls)
+    for kind, base in _BASE_OF_KIND.items():
+        if base in ours:
+            return kind
+    for kind, base in _BASE_OF_KIND.items():
+        if any(name.endswith(base) for name in unread):
+            return kind
+    return None
+
+
+def _bases_of(cls: Class) -> tuple[set[str], set[str]]:
+    """Names of the bases that are ours, with theirs, and names of the bases that cannot be followed."""
     ours: set[str] = set()
-    named: set[str] = set()
+    unread: set[str] = set()
     left: list[Class | str] = [cls]
     for _ in range(MAX_STEPS):
         if not left:
@@ -116,13 +152,8 @@ def _kind_of(cls: Class) -> Kind | None:
             try:
                 found = current.follow(base)
             except UnreadableError:
-                named.add(last_name(base))
-            else:
-                left += [found] if found is not None else []
-    for kind in ("groupwise", "pointwise"):
-        if f"{kind.capitalize()}RewardModel" in ours:
-            return kind  # type: ignore[return-value]
-    for kind in ("groupwise", "pointwise"):
-        if any(name.endswith(f"{kind.capitalize()}RewardModel") for name in named):
-            return kind  # type: ignore[return-value]
-    return None
+                unread.add(last_name(base))
+                continue
+            if found is not None:
+                left.append(found)
+    return ours, unread

@@ -46,11 +46,9 @@ class SourceFile:
     @property
     def name(self) -> str:
         """Its path below the root, for people: `my_rewards.py`, `my_package/rewards.py`."""
-        return (
-            str(self.path.relative_to(self.root))
-            if self.path.is_relative_to(self.root)
-            else str(self.path)
-        )
+        if self.path.is_relative_to(self.root):
+            return str(self.path.relative_to(self.root))
+        return str(self.path)
 
 
 def find_source(module: str, folders: Sequence[str] | None = None) -> SourceFile | None:
@@ -81,18 +79,8 @@ def neighbour(file: SourceFile, module: str) -> SourceFile | None:
     top, *rest = module.split(".")
     if top in OURS:
         return None
-    own_top = file.module.partition(".")[0]
-    if top == own_top:
-        package = _package_folder(file)
-        found = (
-            _below(package, rest)
-            if package is not None and rest
-            else _below(file.root, [top])
-        )
-        if package is not None and not rest:
-            found = (
-                package / "__init__.py" if (package / "__init__.py").is_file() else None
-            )
+    if top == file.module.partition(".")[0]:
+        found = _in_own_package(file, top, rest)
     elif is_library(file.root):
         return None
     else:
@@ -102,10 +90,8 @@ def neighbour(file: SourceFile, module: str) -> SourceFile | None:
 
 def is_library(folder: Path) -> bool:
     """Whether packages are installed into a folder, rather than written there."""
-    return (
-        any(part in _LIBRARIES for part in folder.parts)
-        or folder.resolve() in _STANDARD
-    )
+    is_installed = any(part in _LIBRARIES for part in folder.parts)
+    return is_installed or folder.resolve() in _STANDARD
 
 
 def imports_of(file: SourceFile, source: bytes) -> frozenset[str]:
@@ -123,7 +109,7 @@ _parsing = threading.Lock()
 
 
 def _parse_in_a_child() -> None:
-    """A forked child has not the thread that may have held the lock."""
+    """A new lock: the thread that may hold the old one does not exist in a forked child."""
     global _parsing
     _parsing = threading.Lock()
 
@@ -138,9 +124,6 @@ def parse(source: str | bytes) -> ast.Module:
         return ast.parse(source)
 
 
-# --- private -------------------------------------------------------------------------------------
-
-
 def _below(folder: Path, parts: Sequence[str]) -> Path | None:
     """The file of a module below a folder: a package comes before a file of its name, as in Python."""
     base = folder.joinpath(*parts)
@@ -148,6 +131,17 @@ def _below(folder: Path, parts: Sequence[str]) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def _in_own_package(file: SourceFile, top: str, rest: list[str]) -> Path | None:
+    """The file of a module of the same top-level package or module as `file`."""
+    package = _package_folder(file)
+    if package is None:
+        return _below(file.root, [top])
+    if rest:
+        return _below(package, rest)
+    init = package / "__init__.py"
+    return init if init.is_file() else None
 
 
 def _package_folder(file: SourceFile) -> Path | None:
@@ -166,19 +160,23 @@ def _by_finders(module: str) -> SourceFile | None:
     if spec is None:
         return None
     if not rest:
-        path = (
-            Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-        )
-        if path is None or not path.is_file():
-            return None
-        return SourceFile(
-            module, path, path.parents[1] if path.name == "__init__.py" else path.parent
-        )
+        return _top_level(module, spec.origin)
     for location in spec.submodule_search_locations or ():
         found = _below(Path(location), rest)
         if found is not None:
             return SourceFile(module, found, Path(location).parent)
     return None
+
+
+def _top_level(module: str, origin: str | None) -> SourceFile | None:
+    """The file of a top-level module or package where its finder says that it is."""
+    if origin is None or not origin.endswith(".py"):
+        return None
+    path = Path(origin)
+    if not path.is_file():
+        return None
+    is_package = path.name == "__init__.py"
+    return SourceFile(module, path, path.parents[1] if is_package else path.parent)
 
 
 @lru_cache(maxsize=512)
@@ -195,18 +193,26 @@ def _imports(source: bytes, package: str, is_package: bool) -> frozenset[str]:
 
 def _imports_of_node(node: ast.AST, package: str, *, is_package: bool) -> Iterator[str]:
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
+        for alias in node.names:
+            yield alias.name
     elif isinstance(node, ast.ImportFrom):
-        base = _absolute("." * node.level + (node.module or ""), package)
-        if base is not None:
-            yield base
-            yield from (
-                f"{base}.{alias.name}" for alias in node.names if alias.name != "*"
-            )
+        yield from _imported_from(node, package)
     elif isinstance(node, ast.Call):
         yield from _import_called(node, package)
     elif isinstance(node, ast.Assign | ast.AugAssign) and is_package:
-        yield from (f"{package}.{name}" for name in _listed_in_all(node))
+        for name in _listed_in_all(node):
+            yield f"{package}.{name}"
+
+
+def _imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
+    """`from base import name`: the base, and each name, which may be a module of the base."""
+    base = _absolute("." * node.level + (node.module or ""), package)
+    if base is None:
+        return
+    yield base
+    for alias in node.names:
+        if alias.name != "*":
+            yield f"{base}.{alias.name}"
 
 
 def _import_called(node: ast.Call, package: str) -> Iterator[str]:
@@ -228,29 +234,26 @@ def _import_called(node: ast.Call, package: str) -> Iterator[str]:
 def _listed_in_all(node: ast.Assign | ast.AugAssign) -> Iterator[str]:
     """Names in a package's `__all__`: `from package import *` imports those of its modules."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    if any(
-        isinstance(target, ast.Name) and target.id == "__all__" for target in targets
-    ):
-        constants = (
-            one for one in ast.walk(node.value) if isinstance(one, ast.Constant)
-        )
-        yield from (one.value for one in constants if isinstance(one.value, str))
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    if "__all__" not in names:
+        return
+    for one in ast.walk(node.value):
+        if isinstance(one, ast.Constant) and isinstance(one.value, str):
+            yield one.value
 
 
 def _imports_by_line(source: bytes, package: str) -> Iterator[str]:
     for base, names, modules in _IMPORT_LINE.findall(source):
-        listed = [
-            word.split()[0].decode()
-            for word in (names or modules).split(b",")
-            if word.split()
-        ]
+        words = [item.split() for item in (names or modules).split(b",")]
+        listed = [name_as[0].decode() for name_as in words if name_as]
         if not base:
             yield from listed
             continue
         absolute = _absolute(base.decode(), package)
         if absolute is not None:
             yield absolute
-            yield from (f"{absolute}.{name}" for name in listed)
+            for name in listed:
+                yield f"{absolute}.{name}"
 
 
 def _absolute(name: str, package: str) -> str | None:

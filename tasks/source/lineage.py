@@ -95,14 +95,16 @@ class Class:
 
     def _own(self, name: str) -> Any:
         """What its own body says of an attribute."""
-        if name != "queue":
+        is_queue = name == "queue"
+        if not is_queue:
             self._refuse_doubts(name)
         elif any(assignments_from_outside(self.module, name)):
             raise AssignedError("it is assigned outside the body of its class")
+
         value = self._body.get(name, ABSENT)
         if isinstance(value, UnreadableError):
             raise AssignedError(str(value))
-        if ABSENT is value and STAR in self._body and name != "queue":
+        if value is ABSENT and STAR in self._body and not is_queue:
             raise UnreadableError(
                 "the body of its class runs code that may bind any name"
             )
@@ -186,13 +188,25 @@ def _linear(
     merged: list[Class | str] = [cls]
     while any(lines):
         lines = [line for line in lines if line]
-        tails = [one for line in lines for one in line[1:]]
-        following = next((line[0] for line in lines if line[0] not in tails), None)
+        following = _first_in_order(lines)
         if following is None:
             raise UnreadableError("its bases have no common order")
         merged.append(following)
-        lines = [[one for one in line if one != following] for line in lines]
+        lines = [_without(line, following) for line in lines]
     return merged
+
+
+def _first_in_order(lines: list[list[Class | str]]) -> Class | str | None:
+    """The first head of a line that comes later in no line (C3); None if there is none."""
+    for line in lines:
+        head = line[0]
+        if not any(head in other[1:] for other in lines):
+            return head
+    return None
+
+
+def _without(line: list[Class | str], cls: Class | str) -> list[Class | str]:
+    return [one for one in line if one != cls]
 
 
 def _line_of(base: Class | str, num_steps: int) -> list[Class | str]:
@@ -216,11 +230,9 @@ def _named_in(module: Module, node: ast.expr, num_steps: int = 0) -> Any:
     if isinstance(statement, ast.ImportFrom):
         source, original = _origin(module, statement, node.id)
         return _named_in(source, ast.Name(original, ast.Load()), num_steps + 1)
-    target, value = (
-        assigned(statement)
-        if isinstance(statement, ast.Assign | ast.AnnAssign)
-        else (None, None)
-    )
+    if not isinstance(statement, ast.Assign | ast.AnnAssign):
+        raise unknown
+    target, value = assigned(statement)
     if target is None or value is None:
         raise unknown
     found = value_of(value, lambda inner: _named_in(module, inner, num_steps + 1))
@@ -254,27 +266,37 @@ def _find(module: Module, node: ast.expr, num_steps: int = 0) -> Class | str | N
         return _in_module(_path_of(module, node.value), node.attr, unknown, num_steps)
     if not isinstance(node, ast.Name):
         raise unknown
+    return _find_name(module, node, unknown, num_steps)
+
+
+def _find_name(
+    module: Module, node: ast.Name, unknown: UnreadableError, num_steps: int
+) -> Class | str | None:
+    """As `_find`, of a plain name."""
     if module.name in _OUR_MODULES and node.id in OURS:
         return node.id
+
     statement = module.binder(node.id)
     if isinstance(statement, ast.ClassDef):
         return Class(module, statement)
     if isinstance(statement, ast.ImportFrom):
-        return _in_module(
-            module.imported_from(statement),
-            _original(statement, node.id),
-            unknown,
-            num_steps,
-        )
-    if isinstance(
-        statement, ast.Assign | ast.AnnAssign
-    ):  # `Base = GroupwiseRewardModel`
-        target, value = assigned(statement)
-        if target is not None and isinstance(value, ast.Name | ast.Attribute):
-            return _find(module, value, num_steps + 1)
+        path = module.imported_from(statement)
+        return _in_module(path, _original(statement, node.id), unknown, num_steps)
+    other_name = _other_name(statement)
+    if other_name is not None:
+        return _find(module, other_name, num_steps + 1)
     if node.id == "object" and not module.binds("object"):
         return None
     raise unknown
+
+
+def _other_name(statement: ast.stmt | None) -> ast.Name | ast.Attribute | None:
+    """What a class is called elsewhere, of a statement such as `Base = GroupwiseRewardModel`."""
+    if not isinstance(statement, ast.Assign | ast.AnnAssign):
+        return None
+    target, value = assigned(statement)
+    is_name = target is not None and isinstance(value, ast.Name | ast.Attribute)
+    return value if is_name else None  # type: ignore[return-value]
 
 
 def _in_module(
@@ -324,11 +346,7 @@ def _origin(module: Module, statement: ast.ImportFrom, name: str) -> tuple[Modul
 
 def _original(statement: ast.ImportFrom, name: str) -> str:
     """What the other module calls it."""
-    return next(
-        (
-            alias.name
-            for alias in statement.names
-            if (alias.asname or alias.name) == name
-        ),
-        name,
-    )
+    for alias in statement.names:
+        if name == (alias.asname or alias.name):
+            return alias.name
+    return name

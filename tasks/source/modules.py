@@ -39,11 +39,9 @@ class Module:
         if len(binders) != 1:
             return None
         stars = self._binders.get(STAR, [])
-        return (
-            None
-            if any(star.lineno > binders[0].lineno for star in stars)
-            else binders[0]
-        )
+        if any(star.lineno > binders[0].lineno for star in stars):
+            return None
+        return binders[0]
 
     def binds(self, name: str) -> bool:
         """Whether any statement binds `name`, or may."""
@@ -55,11 +53,10 @@ class Module:
             return statement.module or ""
         parts = self.name.split(".")
         package = parts[: len(parts) - statement.level + self.is_package]
-        return (
-            ".".join([*package, *([statement.module] if statement.module else [])])
-            if package
-            else ""
-        )
+        if not package:
+            return ""
+        module = [statement.module] if statement.module else []
+        return ".".join(package + module)
 
 
 def module_of(name: str) -> Module | None:
@@ -105,19 +102,24 @@ def bound_by(statement: ast.AST) -> set[str]:
 def _names_bound(node: ast.AST) -> Iterator[str]:
     if isinstance(node, _NEW_SCOPES):
         yield node.name
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Global):
-                yield from inner.names
-    elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-        yield node.id
+        yield from _globals_of(node)
+    elif isinstance(node, ast.Name):
+        if not isinstance(node.ctx, ast.Load):
+            yield node.id
     elif isinstance(node, ast.alias):
         yield node.asname or node.name.partition(".")[0]
-    elif (
-        isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name
-    ):
-        yield node.name
+    elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+        if node.name:
+            yield node.name
     elif isinstance(node, ast.MatchMapping) and node.rest:
         yield node.rest
+
+
+def _globals_of(scope: ast.AST) -> Iterator[str]:
+    """Names of the module that code within a function or class says it binds."""
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Global):
+            yield from node.names
 
 
 @lru_cache(maxsize=256)

@@ -6,12 +6,12 @@ import numpy as np
 from rich.console import Console
 
 from trainer_client import Failed, RewardBatch
-from trainer_client.cli.demo_report import Step, show_failures, show_rewards, show_times
+from trainer_client.cli.demo_report import DemoStep, show_failures, show_rewards, show_times
 
 NAN = float("nan")
 
 
-def step() -> Step:
+def step() -> DemoStep:
     batch = RewardBatch(
         rewards={"OCR": np.array([0.25, 0.75, NAN, NAN, NAN], dtype=np.float32)},
         valid={"OCR": np.array([True, True, False, False, False])},
@@ -21,7 +21,7 @@ def step() -> Step:
         timings={"submit_s": 0.001, "wait_s": 1.0, "span_s": 4.0, "hidden_s": 3.0},
         num_hits={"OCR": 0},
     )
-    return Step(1, batch, sampling_s=3.5)
+    return DemoStep(1, batch, sampling_s=3.5)
 
 
 def shown(show) -> str:

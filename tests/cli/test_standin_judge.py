@@ -10,7 +10,8 @@ import openai
 import pytest
 from PIL import Image, ImageFilter
 
-from trainer_client.cli.processes import Fleet, free_port
+from trainer_client.cli.commands import free_port
+from trainer_client.cli.fleet import Fleet
 from trainer_client.cli.standin_judge import NAME, sharpness
 
 

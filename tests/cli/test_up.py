@@ -22,7 +22,7 @@ from tests.judges.scripted import MODEL, JudgeServer, says_yes
 from tests.pipeline.conftest import assert_rewards, config_of, samples_of
 from tests.servers import ROOT, free_port
 from trainer_client import RewardClient, Sample
-from trainer_client.cli.processes import SETTLED_S
+from trainer_client.cli.fleet import SETTLED_S
 from trainer_client.cli.up import _plan
 from workers.process.watchdog import EXIT_HUNG
 

@@ -13,7 +13,7 @@ from tasks import catalog
 from tests.judges.scripted import MODEL, JudgeServer, Script, says_yes
 from workers import Accelerator, RewardArguments
 from workers.judges import client
-from workers.process.loading import reward_class
+from workers.loading.building import reward_class
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The fleet's budget: leases in Redis, alone and with three workers of which one is killed."""
+"""The fleet's budget: permits in Redis, alone and with three workers of which one is killed."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def budget(new_budget):
     return new_budget()
 
 
-def test_no_more_leases_than_the_budget(budget):
-    leases = [budget.acquire(URL, 3) for _ in range(5)]
-    assert [lease is not None for lease in leases] == [True, True, True, False, False]
+def test_no_more_permits_than_the_budget(budget):
+    permits = [budget.acquire(URL, 3) for _ in range(5)]
+    assert [permit is not None for permit in permits] == [True, True, True, False, False]
     assert not budget.has_room(URL, 3)
     assert budget.acquire("http://other/v1", 3)
-    budget.release(leases[0])
+    budget.release(permits[0])
     assert budget.has_room(URL, 3)
     assert budget.acquire(URL, 3)
 
@@ -62,20 +62,20 @@ def test_no_more_leases_than_the_budget(budget):
 def test_many_threads_and_processes_never_take_more(new_budget):
     several = [new_budget() for _ in range(3)]
     with ThreadPoolExecutor(24) as pool:
-        leases = list(pool.map(lambda i: several[i % 3].acquire(URL, 10), range(200)))
-    assert sum(lease is not None for lease in leases) == 10
+        permits = list(pool.map(lambda i: several[i % 3].acquire(URL, 10), range(200)))
+    assert sum(permit is not None for permit in permits) == 10
 
 
-def test_a_lease_lives_as_long_as_its_process_holds_it(redis, budget):
-    lease = budget.acquire(URL, 1)
-    ends_ms = redis.zscore(keys.judge_leases(URL), lease)
+def test_a_permit_lives_as_long_as_its_process_holds_it(redis, budget):
+    permit = budget.acquire(URL, 1)
+    ends_ms = redis.zscore(keys.judge_permits(URL), permit)
     for num_lives in (1, 2):
         later_ms = ends_ms + num_lives * 1000 * TTL_S
-        wait_until(lambda later_ms=later_ms: (redis.zscore(keys.judge_leases(URL), lease) or 0) > later_ms)
+        wait_until(lambda later_ms=later_ms: (redis.zscore(keys.judge_permits(URL), permit) or 0) > later_ms)
         assert budget.acquire(URL, 1) is None
 
 
-def test_leases_are_renewed_again_after_any_error(budget, redis):
+def test_permits_are_renewed_again_after_any_error(budget, redis):
     """A server whose rights were changed for a moment, for example."""
     renew, refused = budget._renew, threading.Event()
 
@@ -89,10 +89,10 @@ def test_leases_are_renewed_again_after_any_error(budget, redis):
     assert budget.acquire(URL, 1)
     assert refused.wait(TTL_S)
     time.sleep(2 * TTL_S)
-    assert redis.zcard(keys.judge_leases(URL)) == 1
+    assert redis.zcard(keys.judge_permits(URL)) == 1
 
 
-def test_a_lease_whose_process_is_gone_runs_out(new_budget, budget):
+def test_a_permit_whose_process_is_gone_runs_out(new_budget, budget):
     gone = new_budget()
     assert gone.acquire(URL, 1)
     gone.close()
@@ -100,38 +100,38 @@ def test_a_lease_whose_process_is_gone_runs_out(new_budget, budget):
     wait_until(lambda: budget.acquire(URL, 1))
 
 
-def test_a_released_lease_is_not_brought_back_by_its_renewal(redis, budget):
-    lease = budget.acquire(URL, 1)
+def test_a_released_permit_is_not_brought_back_by_its_renewal(redis, budget):
+    permit = budget.acquire(URL, 1)
     budget.close()  # its own renewals, so that they do not come between
-    budget._renew(keys=[keys.judge_leases(URL)], args=[1000, lease])
-    budget.release(lease)
-    budget._drop_released(URL, [lease])
-    assert redis.zcard(keys.judge_leases(URL)) == 0
+    budget._renew(keys=[keys.judge_permits(URL)], args=[1000, permit])
+    budget.release(permit)
+    budget._drop_released(URL, [permit])
+    assert redis.zcard(keys.judge_permits(URL)) == 0
 
 
-def test_leases_leave_nothing_behind(redis, budget):
+def test_permits_leave_nothing_behind(redis, budget):
     budget.release(budget.acquire(URL, 1))
     assert budget.acquire(URL, 1)
-    assert 0 < redis.pttl(keys.judge_leases(URL)) <= 1000 * TTL_S
+    assert 0 < redis.pttl(keys.judge_permits(URL)) <= 1000 * TTL_S
 
 
-def test_a_judge_without_a_place_is_busy_and_asks_nothing(judge_server, make_judge, picture, budget, monkeypatch):
+def test_a_judge_without_a_permit_is_busy_and_asks_nothing(judge_server, make_judge, picture, budget, monkeypatch):
     monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
     server = judge_server()
     judge = make_judge("vllm_evaluate", server, fleet_max_concurrent=1)
-    lease = budget.acquire(server.url, 1)
+    permit = budget.acquire(server.url, 1)
     with pytest.raises(BusyError, match="fleet_max_concurrent"):
         judge.admit()
     (found,) = judge(["x"], image=[picture()]).rewards
     assert isinstance(found, BusyError)
     assert not server.questions
-    budget.release(lease)
+    budget.release(permit)
     judge.admit()
     assert judge(["x", "y"], image=[picture(), picture()]).rewards == [0.75] * 2
     wait_until(lambda: budget.has_room(server.url, 1))
 
 
-def test_a_question_that_is_given_up_gives_its_place_back(judge_server, make_judge, picture, budget, monkeypatch):
+def test_a_question_that_is_given_up_gives_its_permit_back(judge_server, make_judge, picture, budget, monkeypatch):
     monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
     server = judge_server(lambda _: says_yes(0.5, delay_s=30))
     judge = make_judge("vllm_evaluate", server, fleet_max_concurrent=1, timeout_s=0.5)
@@ -139,14 +139,14 @@ def test_a_question_that_is_given_up_gives_its_place_back(judge_server, make_jud
     wait_until(lambda: budget.has_room(server.url, 1))
 
 
-def test_the_next_question_finds_the_place_of_the_one_before_however_long_its_release_takes(
+def test_the_next_question_finds_the_permit_of_the_one_before_however_long_its_release_takes(
     judge_server, make_judge, picture, budget, monkeypatch
 ):
     release = budget.release
 
-    def release_late(lease):
+    def release_late(permit):
         time.sleep(0.2)
-        release(lease)
+        release(permit)
 
     monkeypatch.setattr(budget, "release", release_late)
     monkeypatch.setattr(chat, "fleet_budget", lambda: budget)
@@ -176,7 +176,7 @@ NUM_SAMPLES = 120
 
 
 def test_three_workers_one_of_them_killed_never_pass_the_budget(settings, workers, judge_server, picture):
-    # What a killed worker had in flight goes on at this server for 0.4 s; its leases live for 2 s.
+    # What a killed worker had in flight goes on at this server for 0.4 s; its permits live for 2 s.
     server = judge_server(lambda _: says_yes(0.75, delay_s=0.4))
     fleet = workers("vlm", "vlm", "vlm", concurrency=8)
     reward = {

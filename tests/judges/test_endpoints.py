@@ -1,4 +1,4 @@
-"""Several servers for one judge: the least busy is asked, one that fails is left alone and tried again."""
+"""Several servers for one judge: the least busy is asked, one that fails cools down and is tried again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.clock import Clock
 from tests.judges.scripted import fails, says_yes
 from workers import Unscored
-from workers.remote.models import network
+from workers.network import servers as network
 
 
 def reason(output) -> Unscored:
@@ -42,7 +42,7 @@ def test_the_least_busy_server_is_asked(judge_server, make_judge, picture):
     assert len(fast.questions) > 3 * len(slow.questions) > 0
 
 
-def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
+def test_a_server_that_fails_cools_down_and_is_tried_again_with_a_real_request(
     judge_server, make_judge, picture, monkeypatch
 ):
     monkeypatch.setattr(network, "time", clock := Clock())
@@ -52,18 +52,18 @@ def test_a_server_that_fails_is_left_alone_and_tried_again_with_a_real_request(
     assert [ask(judge, picture, number=i).rewards[0] for i in range(10)] == [0.75] * 10
     assert len(sick.questions) == 1
     sick.script = lambda _: says_yes(0.25)
-    clock.now += network.FIRST_REST_S
+    clock.now += network.FIRST_COOL_DOWN_S
     found = [ask(judge, picture, number=i).rewards[0] for i in range(6)]
     assert pytest.approx(0.25) in found
     assert len(sick.questions) > 2
 
 
-def test_a_server_that_fails_again_rests_longer(judge_server, make_judge, picture, monkeypatch):
+def test_a_server_that_fails_again_cools_down_for_longer(judge_server, make_judge, picture, monkeypatch):
     monkeypatch.setattr(network, "time", clock := Clock())
     sick, well = judge_server(lambda _: fails(500, "out of memory")), judge_server()
     judge = make_judge("vllm_evaluate", sick, well)
-    for rests, tries in ((0.0, 1), (1.2, 2), (1.2, 2), (1.2, 3)):
-        clock.now += rests * network.FIRST_REST_S
+    for num_cool_downs, tries in ((0.0, 1), (1.2, 2), (1.2, 2), (1.2, 3)):
+        clock.now += num_cool_downs * network.FIRST_COOL_DOWN_S
         assert [ask(judge, picture, number=i).rewards[0] for i in range(4)] == [0.75] * 4
         assert len(sick.questions) == tries
 

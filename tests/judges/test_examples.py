@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.catalog import VLM
-from tasks.catalog.judges import JUDGES
+from tasks.catalog import CATALOG, VLM
 from tasks.rewards import RewardConfig
 from tests.judges.scripted import MODEL, fails, says_yes
 from tests.servers import run_python, worker_env
@@ -28,7 +27,7 @@ def test_an_example_loads(path):
 
 def test_there_is_one_for_each_built_in_judge_and_each_trainer():
     used = {s.reward_model for path in FILES for s in RewardConfig.from_yaml(path).rewards}
-    assert used == set(JUDGES)
+    assert used == {name for name, entry in CATALOG.items() if entry.is_judge and not entry.part}
     for trainer in ("t2i_qwen_image", "t2i_flux1", "edit_qwen_image_edit", "edit_flux1_kontext"):
         assert FOLDER / f"rational_rewards_{trainer}.yaml" in FILES
 

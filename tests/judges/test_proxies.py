@@ -13,8 +13,8 @@ import pytest
 from tasks.errors import ModelLoadError
 from tests.judges.scripted import MODEL, Answer, send
 from trainer_client import RewardClient, Sample
-from workers.remote.models import proxies
-from workers.remote.proxies import proxy_for
+from workers.network import proxies
+from workers.network.proxies import proxy_for
 
 DEAD = "127.0.0.1:9"
 NEEDS_SOCKS = r"socks5.*ALL_PROXY.*pip install socksio, or put the host into NO_PROXY"

@@ -18,7 +18,7 @@ ORDER = {"reward_model": "OrderInGroup", "version": "1"}
 def end(client):
     """As if its process were gone, and its lease too."""
     client._engine._loop.close()
-    client._lease.leave()
+    client._rank_lock.release()
 
 
 @pytest.mark.parametrize("num_answered", [8, 5])

@@ -19,8 +19,8 @@ from tasks import catalog
 from tests.remote.json_server import JsonServer, Script
 from tests.servers import READY_S, ROOT, STOP_S, clean_env, ends_with_us, free_port, wait_until
 from workers import Accelerator, RewardArguments
-from workers.process.loading import reward_class
-from workers.remote import models as remote
+from workers.loading.building import reward_class
+from workers.remote import client as remote
 from workers.server import RewardServer
 
 

@@ -21,8 +21,8 @@ from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
 from tests.servers import wait_until
 from workers import Unscored
-from workers.remote import models as remote
-from workers.remote.models import network
+from workers.network import servers as network
+from workers.remote import client as remote
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +114,13 @@ def test_our_server_gets_the_pixels_by_msgpack_and_by_json(serve, make_remote, m
 
     url = serve(compute)
     sent = []
-    send = remote.Remote._send
+    send = remote.RemoteClient._send
 
     async def spy(self, server, method, path, timeout_s, content=b"", content_type=""):
         sent.append((path, content_type))
         return await send(self, server, method, path, timeout_s, content, content_type)
 
-    monkeypatch.setattr(remote.Remote, "_send", spy)
+    monkeypatch.setattr(remote.RemoteClient, "_send", spy)
     if not has_msgpack:
         monkeypatch.setattr(remote, "terms_of", lambda *_: remote.Terms())
     images, videos = [picture(0), None], [[picture(1, 2, 3)] * 2, None]
@@ -499,7 +499,7 @@ def test_many_threads_get_all_rewards_of_a_server_that_takes_long(serve, make_re
         found = list(pool.map(lambda n: ask(model, "x" * n)[0], range(1, 49)))
     assert found == [float(n) for n in range(1, 49)]
     (place,) = remote.remote_loop()._servers.values()
-    assert place.rest_s == 0, "it is not taken for sick"
+    assert place.cool_down_s == 0, "it is not taken for sick"
 
 
 def test_of_those_that_a_busy_server_sent_away_none_is_passed_by_for_long(json_server, make_remote):
@@ -542,7 +542,7 @@ def test_a_server_that_fails_is_left_to_others_and_tried_again_later(json_server
     assert [ask(model, "abc")[0] for _ in range(4)] == [3.0] * 4
     assert len(sick.asked) == 1
     sick.script = lengths
-    clock.now += network.FIRST_REST_S
+    clock.now += network.FIRST_COOL_DOWN_S
     assert [ask(model, "abc")[0] for _ in range(4)] == [3.0] * 4
     assert len(sick.asked) > 1
 

@@ -10,7 +10,7 @@ import pytest
 from tasks.errors import ConfigError, ModelLoadError
 from tasks.rewards import RewardConfig
 from tasks.rewards.schema import rewards_schema
-from workers.process.loading import Models
+from workers.loading.cache import ModelCache
 
 POINTWISE, GROUPWISE = "RemotePointwiseRewardModel", "RemoteGroupwiseRewardModel"
 URL = "http://scores:8000"
@@ -113,17 +113,18 @@ def test_the_launch_counts_unless_a_version_is_given(model):
 
 
 def test_a_worker_without_the_http_client_says_what_to_install(settings, monkeypatch):
-    monkeypatch.delitem(sys.modules, "workers.remote.models", raising=False)
+    for name in ("models", "client", "wire"):
+        monkeypatch.delitem(sys.modules, f"workers.remote.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with (
         pytest.raises(ModelLoadError, match=r"'httpx2'.*pip install .*\[remote\]'"),
-        Models(settings).lend(spec_of().call),
+        ModelCache(settings).lend(spec_of().call),
     ):
         pass
 
 
 def test_two_ways_of_asking_have_an_instance_each(settings):
-    models = Models(settings)
+    models = ModelCache(settings)
     calls = [spec_of().call, spec_of(timeout=5).call, spec_of().call]
     instances = []
     for call in calls:

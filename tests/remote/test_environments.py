@@ -65,7 +65,7 @@ def closeness(prompt: str, colour: tuple[int, ...]) -> float:
     return 1 - float(np.abs(np.subtract(colour, NAMED[prompt])).mean()) / 255
 
 
-def place(prompt: str, colour: tuple[int, ...]) -> float:
+def nearness(prompt: str, colour: tuple[int, ...]) -> float:
     """By Pillow's table of colours, which has one of CSS 4 besides those of CSS 3."""
     known = np.array([ImageColor.getrgb(name) for name in ImageColor.colormap if name != "rebeccapurple"])
     distances = ((known - np.array(colour)) ** 2).sum(1)
@@ -81,7 +81,7 @@ def test_one_run_uses_two_environments_whose_packages_conflict(redis_url, wheel,
     assert len(lines) == len(found) == 12, said
     for (name, prompt, colour), (reward, webcolors) in found.items():
         assert (webcolors < 24) == (name == "closeness")
-        expected = closeness(prompt, colour) if name == "closeness" else place(prompt, colour)
+        expected = closeness(prompt, colour) if name == "closeness" else nearness(prompt, colour)
         assert reward == pytest.approx(expected, abs=1e-4)
     assert {colour for _, _, colour in found} == set(COLOURS)
 

@@ -8,7 +8,8 @@ import pytest
 
 from tasks import keys
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome, pack
-from tasks.outcomes import Outcomes, QueueState, address
+from tasks.outcomes import ClientOutcomes, QueueState, WorkerOutcomes, address
+from tests.outcomes import Outcomes
 from tests.servers import wait_until
 
 A, B, C = (address("run", "f" * 16, key) for key in ("a", "b", "c"))
@@ -45,7 +46,7 @@ def test_an_address_is_run_reward_and_sample():
 
 def test_what_nobody_scores_is_claimed_and_others_find_it_busy(outcomes):
     assert states(outcomes, [A, B], "mine") == ["claimed", "claimed"]
-    assert states(outcomes, [A, B, C], "yours") == ["busy", "busy", "claimed"]
+    assert states(outcomes, [A, B, C], "yours") == ["claimed by another", "claimed by another", "claimed"]
     assert outcomes.claimed([A, B, C, "run:f:none"]) == [True, True, True, False]
 
 
@@ -91,7 +92,7 @@ def test_a_claim_expires_on_redis_clock_unless_it_is_extended(outcomes, settings
         time.sleep(0.05)
     assert outcomes.extend({A: "mine"}) == 1
     wait_until(lambda: short.claimed([A, B]) == [True, False])
-    assert states(short, [A, B], "yours") == ["busy", "claimed"]
+    assert states(short, [A, B], "yours") == ["claimed by another", "claimed"]
     wait_until(lambda: short.claimed([A]) == [False])
 
 
@@ -112,7 +113,7 @@ def test_a_claim_that_expired_while_its_worker_was_stopped_is_its_own_again_unle
     outcomes.write({C: reward(1.0)}, "another's")
     assert outcomes.extend({A: "mine", B: "mine", C: "mine"}) == 1
     assert outcomes.claimed([A, B, C]) == [True, True, False]
-    assert states(outcomes, [A, B, C], "mine") == ["claimed", "busy", "answered"]
+    assert states(outcomes, [A, B, C], "mine") == ["claimed", "claimed by another", "answered"]
     assert starts(outcomes, A, "mine") == 1
 
 
@@ -374,7 +375,7 @@ def test_everything_starts_anew_after_redis_was_emptied(outcomes):
     outcomes.beat(heartbeat("gpu.1@h"), ttl_s=60)
     assert len(outcomes.workers()) == 1
     assert outcomes.extend({A: "mine"}) == 1
-    assert states(outcomes, [A], "yours") == ["busy"]
+    assert states(outcomes, [A], "yours") == ["claimed by another"]
     assert outcomes.write({A: reward(1.0)}, "mine") == 1
     assert found(outcomes, A).reward == 1.0
 
@@ -383,3 +384,26 @@ def test_an_outcome_is_small(outcomes):
     outcomes.write({A: Outcome(reward=0.5, info={"judge": "x" * 100}, origin={"worker": "gpu.1@h"})}, "one")
     assert outcomes.redis.strlen(keys.outcome(A)) < 300
     assert len(pack(heartbeat("gpu.1@h"))) < 300
+
+
+def test_a_client_puts_back_an_outcome_and_replaces_no_better_one(outcomes, settings):
+    client = ClientOutcomes(outcomes.redis, settings.result_ttl_s)
+    client.put_back(A, failure(attempt=2))
+    client.put_back(A, failure("an older one", attempt=1))
+    assert found(outcomes, A).failure.message == "bad luck"
+    client.put_back(A, reward(1.0))
+    client.put_back(A, reward(2.0))
+    assert found(outcomes, A).reward == 1.0
+    assert 0 < outcomes.redis.pttl(keys.outcome(A)) <= 1000 * settings.result_ttl_s
+
+
+def test_a_client_that_puts_an_outcome_back_ends_no_claim(outcomes, settings):
+    states(outcomes, [A], "a worker's")
+    ClientOutcomes(outcomes.redis, settings.result_ttl_s).put_back(A, reward(1.0))
+    assert outcomes.claimed([A]) == [True]
+
+
+def test_a_client_has_no_way_to_claim_or_to_write():
+    changes = {"claim", "write", "start_alone", "release", "extend", "take", "leave_note", "beat", "end_beat"}
+    assert {name for name in changes if hasattr(ClientOutcomes, name)} == set()
+    assert {name for name in changes if not hasattr(WorkerOutcomes, name)} == set()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import SettingsError
 from tasks.servers.connections import connect
 from tasks.settings import load_settings
@@ -81,7 +81,7 @@ def test_urls_that_are_usual_lead_all_three_libraries_to_the_same_server(redis_u
     settings = load_settings(broker_url=redis_url.removesuffix("/0") + more)
     app: Any = make_app(settings)
     with app.connection_for_write() as connection, connect(settings.broker_url) as ours:
-        clients = [connection.channel().client, outcomes_of(app).redis, ours]
+        clients = [connection.channel().client, client_outcomes(app).redis, ours]
         clients[0].set("written", more)
         assert [client.get("written") for client in clients] == [more.encode()] * 3
     app.backend.client.connection_pool.disconnect()

@@ -589,8 +589,8 @@ def test_a_sample_that_ends_its_process_each_time_is_given_up_after_its_time(ben
 
 
 def test_a_redis_that_is_away_for_a_while_loses_no_reward(private_redis, settings):
-    from tasks.outcomes import Outcomes
     from tasks.servers.connections import connect
+    from tests.outcomes import Outcomes
 
     server = private_redis()
     store = RedisStore(f"{settings.broker_url[:-1]}2")

@@ -20,7 +20,8 @@ from tests.pipeline.conftest import together
 from tests.reward_models import image_of
 from tests.servers import ROOT, run_python
 from trainer_client import RewardClient
-from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation, sample_of
+from trainer_client.adapters.flow_factory import QueuedRewardModel, RewardBuffer, aggregation
+from trainer_client.adapters.flow_factory_samples import sample_of
 from trainer_client.advantages.formulas import gdpo, weighted_sum
 
 CONFIG = {
@@ -268,7 +269,7 @@ def test_what_of_the_row_cannot_travel_is_said_once(caplog: pytest.LogCaptureFix
     for _ in range(3):
         sample_of(TheirSample("a duck", extra_kwargs={"metadata": {"text": "QUACK", "mask": torch.zeros(2)}}))
     (said,) = [r.getMessage() for r in caplog.records if "'mask'" in r.getMessage()]
-    assert said.startswith("the data set's 'mask' is a Tensor, which is no plain data: no reward is given it")
+    assert said.startswith("the data set's 'mask' is a Tensor, which is not plain data: no reward is given it")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.trainer.batches import (
     expected_gdpo,
     expected_sum,
 )
-from trainer_client.advantages.formulas import advantages_of, gdpo, weighted_sum
+from trainer_client.advantages import advantages_of, gdpo, weighted_sum
 
 
 @given(batches())

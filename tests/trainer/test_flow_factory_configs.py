@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-import tasks.rewards
+import tasks.rewards.parser
 from tasks.errors import ConfigError, UnknownRewardError
 from tasks.rewards import RewardConfig
 
@@ -252,7 +252,7 @@ def test_a_name_without_a_module_is_no_file_of_the_folder_one_is_in(monkeypatch:
 
 
 def test_num_workers_is_explained_once(caplog: pytest.LogCaptureFixture) -> None:
-    tasks.rewards._say_whose_concurrency.cache_clear()
+    tasks.rewards.parser._say_whose_concurrency.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             RewardConfig.from_dict({"rewards": [pick(num_workers=4), local("other", "CLIP", num_workers=2)]})

@@ -12,16 +12,15 @@ from tests.servers import ROOT, clean_env, run_python
 from tests.trainer.batches import NAN, batch_of
 from trainer_client.results import Failed
 from trainer_client.steps import step_log as steplog
-from trainer_client.steps.step_log import (
-    Summary,
-    Waiting,
+from trainer_client.steps.step_log import WaitLog, tell_step
+from trainer_client.steps.step_summary import (
+    StepSummary,
     failure_words,
     group_digest,
     group_size_words,
     joined,
     mixed_groups,
     summary_of,
-    tell_step,
 )
 
 SETUPS = {
@@ -53,7 +52,7 @@ def test_a_line_is_shown_once_unless_somebody_said_otherwise():
 def step_of_rank(rewards, failures=(), wait_s=1.0, hidden_s=2.0, prompts=None, **sizes):
     batch = batch_of(rewards, ["g"] * len(rewards["a"]), tuple(failures))
     batch.timings.update(wait_s=wait_s, hidden_s=hidden_s)
-    return Summary.of_plain(msgpack.unpackb(msgpack.packb(summary_of(batch, sizes, prompts).to_plain())))
+    return StepSummary.of_plain(msgpack.unpackb(msgpack.packb(summary_of(batch, sizes, prompts).to_plain())))
 
 
 def failure(sample, message, worker, kind="failed"):
@@ -126,8 +125,8 @@ def test_a_wait_is_told_when_it_is_due_and_asks_only_then(caplog, short_pause, m
         return "a of 2 of 8 samples"
 
     with caplog.at_level(logging.INFO, "trainer_client"):
-        Waiting("step 3").tell(why)
+        WaitLog("step 3").tell(why)
         monkeypatch.setattr(steplog, "SAY_EVERY_S", 1000.0)
-        Waiting("step 4").tell(why)
+        WaitLog("step 4").tell(why)
     assert caplog.messages == ["step 3: collect() has waited 0 s for a of 2 of 8 samples"]
     assert len(asked) == 1

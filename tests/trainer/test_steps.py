@@ -5,7 +5,7 @@ import pytest
 from tasks.errors import InvalidSampleError
 from tasks.samples import Sample
 from trainer_client.engine.model import Slot
-from trainer_client.steps.open_steps import Steps
+from trainer_client.steps.open_steps import OpenSteps
 
 
 def slots(num, step):
@@ -21,7 +21,7 @@ def submit(steps, num, number=None):
 
 
 def test_each_collect_begins_a_step():
-    steps = Steps(world_size=1)
+    steps = OpenSteps(world_size=1)
     for number in range(3):
         submitted = submit(steps, 8)
         assert steps.number("train") == number
@@ -31,7 +31,7 @@ def test_each_collect_begins_a_step():
 
 
 def test_a_step_that_tickets_have_emptied_ends_with_the_next_submit():
-    steps = Steps(world_size=1)
+    steps = OpenSteps(world_size=1)
     for number in range(3):  # the same group of 8 each time: in one step it would be too large
         submitted = submit(steps, 8)
         assert steps.number("train") == number
@@ -40,7 +40,7 @@ def test_a_step_that_tickets_have_emptied_ends_with_the_next_submit():
 
 
 def test_a_step_that_tickets_have_emptied_goes_on_under_its_number():
-    steps = Steps(world_size=2)
+    steps = OpenSteps(world_size=2)
     steps.take_out("train", submit(steps, 4, number=5))
     assert [slot.index for slot in submit(steps, 4, number=5)] == [4, 5, 6, 7]
     with pytest.raises(InvalidSampleError, match="would have 9 members"):
@@ -48,7 +48,7 @@ def test_a_step_that_tickets_have_emptied_goes_on_under_its_number():
 
 
 def test_a_step_of_which_a_ticket_took_a_part_stays_open():
-    steps = Steps(world_size=1)
+    steps = OpenSteps(world_size=1)
     first, second = submit(steps, 2), submit(steps, 3)
     steps.take_out("train", first)
     step = steps.open("train", None)
@@ -58,7 +58,7 @@ def test_a_step_of_which_a_ticket_took_a_part_stays_open():
 
 
 def test_what_was_submitted_while_a_step_was_collected_is_the_next_collects():
-    steps = Steps(world_size=1)
+    steps = OpenSteps(world_size=1)
     first = submit(steps, 2)
     second = submit(steps, 3)
     steps.close("train", first)
@@ -68,14 +68,14 @@ def test_what_was_submitted_while_a_step_was_collected_is_the_next_collects():
 
 
 def test_a_step_that_was_given_up_is_not_numbered_again():
-    steps = Steps(world_size=1)
+    steps = OpenSteps(world_size=1)
     submitted = submit(steps, 2)
     assert steps.give_up("train").slots == submitted
     assert submit(steps, 1)[0].step == 1
 
 
 def test_tickets_that_overlap_leave_nothing_behind_in_their_step():
-    step = Steps(world_size=1).open("train", None)
+    step = OpenSteps(world_size=1).open("train", None)
     waiting = []
     for number in range(6):
         new = [Slot("train", 0, number * 4 + i, "fox", Sample("fox"), {}, (), 0.0) for i in range(4)]

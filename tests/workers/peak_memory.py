@@ -16,7 +16,7 @@ from PIL import Image
 from tasks.rewards import RewardConfig
 from tasks.settings import Settings
 from workers import Unscored
-from workers.process.loading import build
+from workers.loading.building import build
 
 PROMPT = 'a sign "OPEN"'
 

@@ -12,7 +12,7 @@ from tasks.messages import MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.rewards import RewardConfig
 from tasks.settings import load_settings
 from workers import Accelerator, RewardArguments, RewardModel
-from workers.process.loading import LoadedModel
+from workers.loading.cache import LoadedModel
 from workers.scoring.runner import ModelRunner
 
 

@@ -21,8 +21,8 @@ from tasks.settings import Settings
 from tests.workers.checkpoints import ARCHITECTURE, Reference, pictures, save_clip
 from tests.workers.test_clip_models import cosines
 from workers import PointwiseRewardModel
+from workers.loading.building import build
 from workers.models.checkpoints import find_file, loading, local_or_hub, without_initialising
-from workers.process.loading import build
 
 
 def why_not(model: str, **options: str) -> str:

@@ -27,7 +27,7 @@ from tests.workers.checkpoints import (
     save_clip,
     save_head,
 )
-from workers.process.loading import build
+from workers.loading.building import build
 
 PROMPTS = ["a red cat", "two dogs on a beach", "a red cat", "Ein Haus, groß & blau!", "fog", "a red cat", "", "fog"]
 IMAGES = pictures(8)

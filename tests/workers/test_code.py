@@ -14,8 +14,8 @@ from tasks.errors import ModelLoadError, StaleCodeError
 from tasks.settings import load_settings
 from tasks.source.code import code_of, digest_of
 from tests.workers.requests import call_of
-from workers.process.code import LoadedCode
-from workers.process.loading import Models
+from workers.loading.cache import ModelCache
+from workers.loading.code import LoadedCode
 
 CLASS = """
 from workers import PointwiseRewardModel
@@ -49,11 +49,11 @@ def write(folder: Path, module: str, value: float, more: str = "") -> Path:
     return path
 
 
-def models_for(*modules: str) -> Models:
-    return Models(load_settings(modules=",".join(modules), device="cpu"))
+def models_for(*modules: str) -> ModelCache:
+    return ModelCache(load_settings(modules=",".join(modules), device="cpu"))
 
 
-def lent(models: Models, module: str, **entry):
+def lent(models: ModelCache, module: str, **entry):
     """The model of the class as this trainer would ask for it now."""
     with models.lend(call_of(reward_model=f"{module}.Mine", **entry)) as loaded:
         return loaded.model
@@ -243,7 +243,7 @@ def test_libraries_are_imported_as_ever(folder):
 
 def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp_path, monkeypatch):
     """A trainer that was upgraded, and a worker that was not, or not restarted."""
-    models, call = Models(load_settings()), call_of(reward_model="jpeg_compressibility", version="mine")
+    models, call = ModelCache(load_settings()), call_of(reward_model="jpeg_compressibility", version="mine")
     assert call.version == "1/mine"
     with models.lend(call):
         pass
@@ -252,6 +252,6 @@ def test_a_built_in_of_another_version_is_refused_and_after_an_upgrade_stale(tmp
         pass
     upgraded = tmp_path / "catalog.py"
     upgraded.write_text("")
-    monkeypatch.setattr("workers.process.code._CATALOG_AT_START", {upgraded: "0" * 16})
+    monkeypatch.setattr("workers.loading.builtin_versions._CATALOG_AT_START", {upgraded: "0" * 16})
     with pytest.raises(StaleCodeError, match="rewardq changed since this worker loaded it"), models.lend(newer):
         pass

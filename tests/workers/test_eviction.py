@@ -18,8 +18,8 @@ from tests.reward_models import image_of
 from tests.servers import wait_until
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel, RewardModelOutput
-from workers.process import loading
-from workers.process.loading import Models
+from workers.loading import cache as loading
+from workers.loading.cache import ModelCache
 
 made: list[weakref.ref[Any]] = []
 
@@ -48,8 +48,8 @@ def call_of(n: int = 0, **options: Any) -> RewardCall:
     return RewardConfig.from_dict({"rewards": entry}).rewards[0].call
 
 
-def models_of(max_models: int = 0) -> Models:
-    return Models(Settings(device="cpu", modules=__name__, max_models=max_models))
+def models_of(max_models: int = 0) -> ModelCache:
+    return ModelCache(Settings(device="cpu", modules=__name__, max_models=max_models))
 
 
 def alive() -> list[int]:
@@ -57,7 +57,7 @@ def alive() -> list[int]:
     return [m.config.n for m in (ref() for ref in made) if m is not None]
 
 
-def use(models: Models, *numbers: int) -> None:
+def use(models: ModelCache, *numbers: int) -> None:
     for n in numbers:
         with models.lend(call_of(n)) as loaded:
             assert loaded.model.config.n == n
@@ -158,7 +158,7 @@ def unversioned(launch: str, **options: Any) -> RewardCall:
     return RewardConfig.from_dict({"rewards": entry}).for_launch(launch).rewards[0].call
 
 
-def use_unversioned(models: Models, launch: str, **options: Any) -> None:
+def use_unversioned(models: ModelCache, launch: str, **options: Any) -> None:
     with models.lend(unversioned(launch, **options)):
         pass
 
@@ -201,10 +201,10 @@ def test_a_load_that_failed_keeps_nothing_of_those_who_asked_and_is_forgotten_wi
     assert [ref() for ref in asked] == [None] * 3
     monkeypatch.setattr(loading, "RETRY_LOAD_S", 0.0)
     use(models, 1)
-    assert len(models._kept) == 1
+    assert len(models._cached) == 1
 
 
-def lend_failing(models: Models) -> None:
+def lend_failing(models: ModelCache) -> None:
     with models.lend(call_of(7, fails=True)):
         raise AssertionError("it was lent")
 

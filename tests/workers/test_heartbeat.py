@@ -7,13 +7,14 @@ import time
 import pytest
 
 from tasks import keys
-from tasks.outcomes import Outcomes, address
+from tasks.outcomes import address
 from tasks.payloads import RedisStore
 from tasks.settings import load_settings
+from tests.outcomes import Outcomes
 from tests.servers import wait_until
-from workers.process.heartbeat import HeartbeatThread
-from workers.process.loading import Models
-from workers.process.startup import _hand_back
+from workers.loading.cache import ModelCache
+from workers.process.heartbeat import HeartbeatThread, WorkerState
+from workers.process.startup import release_and_end
 from workers.scoring.held_claims import HeldClaims
 
 A, B, C = (address("run", "f", key) for key in ("a", "b", "c"))
@@ -27,9 +28,10 @@ def beats_of(settings):
     made = []
 
     def make(outcomes: Outcomes, url: str = settings.payloads, claims: HeldClaims | None = None) -> HeartbeatThread:
-        store, models = RedisStore(url), Models(load_settings())
+        store, models = RedisStore(url), ModelCache(load_settings())
         claims = claims or HeldClaims(outcomes)
-        beats = HeartbeatThread("gpu.1@h", ("gpu", "mine"), outcomes, claims, store, models, TTL_S)
+        state = WorkerState("gpu.1@h", ("gpu", "mine"))
+        beats = HeartbeatThread(state, claims, outcomes, store, models, TTL_S)
         beats.start()
         made.append((beats, store))
         return beats
@@ -130,7 +132,7 @@ def test_what_an_ending_process_gives_back_is_not_claimed_again_by_an_extension_
         outcomes.claim(addresses, [1] * len(addresses), token, LATER_MS)
         claims.hold(addresses, token)
     assert is_extending.wait(10)
-    _hand_back(claims, beats)
+    release_and_end(claims, beats)
     time.sleep(0.3)
     assert outcomes.claimed([A, B, C]) == [False, False, False]
     assert not any(outcomes.redis.exists(keys.starts(a)) for a in (A, B, C))

@@ -12,9 +12,9 @@ from tasks.settings import load_settings
 from tests.reward_models import image_of
 from tests.workers.requests import call_of
 from trainer_client import RewardClient, Sample
-from workers.process import load_warnings
-from workers.process.load_warnings import MAX_SAID, MAX_SAID_CHARS, Said, in_short, listening, note
-from workers.process.loading import Models
+from workers.loading import load_warnings
+from workers.loading.cache import ModelCache
+from workers.loading.load_warnings import MAX_SAID, MAX_SAID_CHARS, Said, in_short, listening, note
 
 pytestmark = pytest.mark.filterwarnings("default")  # else Python's warnings would be raised where they are given
 
@@ -182,7 +182,7 @@ def test_what_the_import_of_a_module_warns_of_is_not_its_models(tmp_path, monkey
         "warnings.warn('of the module', UserWarning)\nclass Mine(PointwiseRewardModel):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    models = Models(load_settings(modules="rewards_that_warn"))
+    models = ModelCache(load_settings(modules="rewards_that_warn"))
     with (
         warnings.catch_warnings(record=True) as shown,
         models.lend(call_of(reward_model="rewards_that_warn.Mine")) as one,

@@ -18,22 +18,24 @@ from tests import reward_models
 from tests.servers import ROOT, clean_env
 from tests.workers.requests import call_of
 from workers import RewardArguments
-from workers.process.loading import Models, build, is_out_of_memory
+from workers.loading.building import build
+from workers.loading.cache import ModelCache
+from workers.loading.device import is_out_of_memory
 
 OURS = "tests.reward_models."
 
 
 @pytest.fixture
-def models() -> Models:
-    return Models(load_settings(modules="tests.reward_models", device="cpu"))
+def models() -> ModelCache:
+    return ModelCache(load_settings(modules="tests.reward_models", device="cpu"))
 
 
-def load(models: Models, **entry):
+def load(models: ModelCache, **entry):
     with models.lend(call_of(**entry)) as loaded:
         return loaded
 
 
-def error_of(models: Models, **entry) -> str:
+def error_of(models: ModelCache, **entry) -> str:
     with pytest.raises(ModelLoadError) as caught:
         load(models, **entry)
     return str(caught.value)
@@ -86,7 +88,7 @@ def test_the_log_says_what_a_model_that_asks_for_its_device_was_given(models, mo
 
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "JPEG_incompressibility"])
 def test_a_built_in_is_loaded_whatever_modules_are_allowed(name):
-    assert load(Models(load_settings()), reward_model=name)
+    assert load(ModelCache(load_settings()), reward_model=name)
 
 
 def test_one_computation_has_one_instance_and_another_has_its_own(models):
@@ -180,10 +182,10 @@ def test_a_load_that_failed_is_not_repeated_at_once_but_later(models, monkeypatc
         assert "disk" in error_of(models, reward_model=f"{OURS}Mends")
     assert len(made) == 1
     later = time.monotonic() + 61
-    monkeypatch.setattr("workers.process.loading.time.monotonic", lambda: later)
+    monkeypatch.setattr("workers.loading.cache.time.monotonic", lambda: later)
     assert "disk" in error_of(models, reward_model=f"{OURS}Mends")
     assert len(made) == 2
-    monkeypatch.setattr("workers.process.loading.time.monotonic", lambda: later + 61)
+    monkeypatch.setattr("workers.loading.cache.time.monotonic", lambda: later + 61)
     assert load(models, reward_model=f"{OURS}Mends")
     assert len(made) == 3
 
@@ -206,11 +208,11 @@ def test_a_module_that_is_not_allowed_is_not_imported_and_the_variable_is_named(
 
 
 def test_nothing_is_allowed_unless_named():
-    assert "REWARDQ_MODULES=tests.reward_models" in error_of(Models(load_settings()), reward_model=f"{OURS}Null")
+    assert "REWARDQ_MODULES=tests.reward_models" in error_of(ModelCache(load_settings()), reward_model=f"{OURS}Null")
 
 
 def test_what_is_below_an_allowed_package_is_allowed():
-    assert load(Models(load_settings(modules="tests")), reward_model=f"{OURS}Null")
+    assert load(ModelCache(load_settings(modules="tests")), reward_model=f"{OURS}Null")
 
 
 @pytest.mark.parametrize(
@@ -225,14 +227,14 @@ def test_what_is_below_an_allowed_package_is_allowed():
     ],
 )
 def test_what_cannot_be_found_is_named(model, words):
-    models = Models(load_settings(modules="tests.reward_models,absent_module"))
+    models = ModelCache(load_settings(modules="tests.reward_models,absent_module"))
     assert words in error_of(models, reward_model=model)
 
 
 def test_a_module_with_an_error_says_so(tmp_path, monkeypatch):
     (tmp_path / "my_broken_rewards.py").write_text("this is no Python\n")
     monkeypatch.syspath_prepend(tmp_path)
-    message = error_of(Models(load_settings(modules="my_broken_rewards")), reward_model="my_broken_rewards.Mine")
+    message = error_of(ModelCache(load_settings(modules="my_broken_rewards")), reward_model="my_broken_rewards.Mine")
     assert "SyntaxError" in message
     assert "my_broken_rewards" in message
 
@@ -242,7 +244,7 @@ def test_a_module_in_the_workers_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_of_the_folder.py").write_text(text)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     monkeypatch.chdir(tmp_path)
-    models = Models(load_settings(modules="my_rewards_of_the_folder"))
+    models = ModelCache(load_settings(modules="my_rewards_of_the_folder"))
     assert load(models, reward_model="my_rewards_of_the_folder.Mine").model.required_fields == ("prompt", "image")
 
 
@@ -258,10 +260,10 @@ sys.meta_path.insert(0, Blocker())
 from tasks.errors import ModelLoadError
 from tasks.rewards import RewardConfig
 from tasks.settings import load_settings
-from workers.process.loading import Models
+from workers.loading.cache import ModelCache
 (spec,) = RewardConfig.from_dict({"rewards": {"reward_model": sys.argv[1]}}).rewards
 try:
-    Models(load_settings()).lend(spec.call).__enter__()
+    ModelCache(load_settings()).lend(spec.call).__enter__()
 except ModelLoadError as error:
     print(error)
 """

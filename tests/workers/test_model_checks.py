@@ -20,9 +20,9 @@ from tests.workers.checkpoints import ARCHITECTURE, pictures, save_open_clip
 from tests.workers.requests import call_of
 from tests.workers.test_checkpoints import cached, empty_cache, offline  # noqa: F401  (fixtures)
 from tests.workers.test_clip_models import cosines, save_hps
+from workers.loading.cache import LoadedModel, ModelCache
+from workers.loading.load_warnings import Said
 from workers.models.refusals import refuse_other_numbers
-from workers.process.load_warnings import Said
-from workers.process.loading import LoadedModel, Models
 
 Edit = Callable[[Any], Any]
 
@@ -40,7 +40,7 @@ def _as_in_a_worker():
 def load(model: str, **options: Any) -> LoadedModel:
     """A built-in as a new worker for the CPU loads it."""
     entry = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    with Models(Settings(device="cpu")).lend(call_of(reward_model=model, dtype="float32", **entry)) as loaded:
+    with ModelCache(Settings(device="cpu")).lend(call_of(reward_model=model, dtype="float32", **entry)) as loaded:
         return loaded
 
 
@@ -115,13 +115,13 @@ CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_c
         (
             CONFIG,
             sets("text_config", num_hidden_layers=1),
-            "16 weights that the model has no place for, text_model.enc",
+            "16 weights that the model does not have, text_model.enc",
         ),
         (CONFIG, sets("vision_config", num_hidden_layers=3), "lacks 16 of the weights, vision_model.encoder.layers.2."),
         (CONFIG, sets(model_type="siglip"), "is a model of type 'siglip', and this reward needs one of type 'clip'"),
         (CONFIG, sets("text_config", eos_token_id=7), "and the model reads a text at its first token 7"),
         (CONFIG, sets("text_config", vocab_size=49_000), "49408 tokens, the model 49000"),
-        (WEIGHTS, add(classifier__weight=torch.ones(2, 32)), "no place for, classifier.weight first"),
+        (WEIGHTS, add(classifier__weight=torch.ones(2, 32)), "does not have, classifier.weight first"),
         (
             WEIGHTS,
             add(text_projection__weight=torch.ones(16, 64)),
@@ -357,7 +357,7 @@ def test_an_aesthetic_head_with_a_layer_more_or_on_another_clip_is_refused(
     weights = torch.load(head_file, weights_only=True)
     torch.save({**weights, "layers.9.weight": torch.ones(1, 1)}, tmp_path / "head.pth")
     said = why_not("aesthetic", model_name_or_path=large_clip_folder, checkpoint_path=tmp_path / "head.pth")
-    assert "1 weights that the head has no place for, layers.9.weight first" in said
+    assert "1 weights that the head does not have, layers.9.weight first" in said
     said = why_not("aesthetic", model_name_or_path=clip_folder, checkpoint_path=head_file)
     assert "makes embeddings of 32 numbers, the aesthetic head takes 768" in said
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from workers.remote.network import Once, Server, least_busy
+from workers.network.once import Once
+from workers.network.servers import Server, choose_server
 
 
 def test_of_what_a_process_has_one_threads_that_come_together_make_one():
@@ -45,14 +46,14 @@ def test_what_could_not_be_made_is_tried_again():
     assert one() == 7
 
 
-def test_of_well_servers_the_least_busy_is_asked_and_else_the_one_that_rested_longest():
+def test_of_well_servers_the_least_busy_is_asked_and_else_the_one_whose_cool_down_ends_first():
     first, second, third = (Server(f"http://{n}") for n in "abc")
     with first.asked():
-        assert least_busy([first, second]) is second
+        assert choose_server([first, second]) is second
     second.failed()
-    assert least_busy([first, second]) is first
+    assert choose_server([first, second]) is first
     first.failed()
-    assert least_busy([first, second, third]) is third
-    assert least_busy([first, second]) is second
+    assert choose_server([first, second, third]) is third
+    assert choose_server([first, second]) is second
     first.answered()
-    assert least_busy([first, second]) is first
+    assert choose_server([first, second]) is first

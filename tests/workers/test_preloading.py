@@ -15,7 +15,7 @@ from tests.reward_models import image_of
 from tests.servers import free_port, wait_until, worker_env
 from trainer_client import RewardClient, Sample
 from workers import PointwiseRewardModel
-from workers.process.loading import Models
+from workers.loading.cache import ModelCache
 from workers.process.preloading import AskServers, preload, specs_to_preload
 
 warmed: list[str] = []
@@ -84,7 +84,7 @@ def test_preloaded_models_are_in_memory_and_warm(tmp_path):
     entry = {"reward_model": f"{__name__}.Mine", "version": "3", "name": "mine"}
     (tmp_path / "rewards.yml").write_text(yaml.safe_dump({"rewards": [entry]}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yml"))
-    models = Models(settings)
+    models = ModelCache(settings)
     preload(settings, ["gpu"], models)
     assert warmed == ["mine"]
     assert models.is_loaded(RewardConfig.from_dict({"rewards": entry}).rewards[0].call)
@@ -93,9 +93,9 @@ def test_preloaded_models_are_in_memory_and_warm(tmp_path):
 def test_more_models_than_may_be_kept_are_refused():
     settings = Settings(device="cpu", preload="jpeg_compressibility,jpeg_incompressibility", max_models=1)
     with pytest.raises(SettingsError, match="2 models, more than REWARDQ_MAX_MODELS=1"):
-        preload(settings, ["gpu"], Models(settings))
+        preload(settings, ["gpu"], ModelCache(settings))
     settings = settings.model_copy(update={"max_models": 2})
-    preload(settings, ["gpu"], Models(settings))
+    preload(settings, ["gpu"], ModelCache(settings))
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error(tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match="REWARDQ_MODULES=my_rewards"):
-        preload(settings, ["gpu"], Models(settings))
+        preload(settings, ["gpu"], ModelCache(settings))
 
 
 def test_a_model_that_cannot_be_warmed_up_is_an_error(tmp_path):
@@ -111,14 +111,14 @@ def test_a_model_that_cannot_be_warmed_up_is_an_error(tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match=r"Mine cannot be warmed up: RuntimeError: CUDA out of memory"):
-        preload(settings, ["gpu"], Models(settings))
+        preload(settings, ["gpu"], ModelCache(settings))
 
 
 def test_a_class_without_a_version_is_tried_and_not_kept(tmp_path):
     entry = {"reward_model": f"{__name__}.Mine", "name": "mine"}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
-    models = Models(settings)
+    models = ModelCache(settings)
     preload(settings, ["gpu"], models)
     assert warmed == ["mine"]
     assert models.loaded == ()
@@ -145,7 +145,7 @@ def test_a_class_of_ones_own_that_asks_a_server_is_asked_again_until_it_answers(
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
     said: list[tuple[str, ...]] = []
-    servers = AskServers(preload(settings, ["gpu"], Models(settings)), said.append)
+    servers = AskServers(preload(settings, ["gpu"], ModelCache(settings)), said.append)
     servers.ask_all()
     assert said == [(f"reward 'asked' ({__name__}.AskedOnce): ConnectionError: nobody there",)]
     servers.start()
@@ -173,7 +173,7 @@ def test_servers_are_asked_at_the_same_time_so_that_those_that_hang_hold_a_worke
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entries}))
     settings = Settings(device="cpu", modules=__name__, preload=str(tmp_path / "rewards.yaml"))
     said: list[tuple[str, ...]] = []
-    AskServers(preload(settings, ["gpu"], Models(settings)), said.append).ask_all()
+    AskServers(preload(settings, ["gpu"], ModelCache(settings)), said.append).ask_all()
     assert said == [()]
 
 
@@ -186,7 +186,7 @@ def test_a_class_that_imports_a_module_of_the_users_under_our_name_says_so(tmp_p
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": entry}))
     settings = Settings(device="cpu", modules="needs_its_own", preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError, match=r"cannot import name 'helper'.*tasks\.py: no worker imports what"):
-        preload(settings, ["gpu"], Models(settings))
+        preload(settings, ["gpu"], ModelCache(settings))
 
 
 def test_each_reward_that_cannot_be_loaded_is_named(tmp_path):
@@ -195,7 +195,7 @@ def test_each_reward_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
     settings = Settings(device="cpu", preload=str(tmp_path / "rewards.yaml"))
     with pytest.raises(ModelLoadError) as error:
-        preload(settings, ["gpu"], Models(settings))
+        preload(settings, ["gpu"], ModelCache(settings))
     for name, model in names.items():
         assert f"reward '{name}' ({model}): reward model {model}: this worker may not import" in str(error.value)
 

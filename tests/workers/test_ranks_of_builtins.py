@@ -26,7 +26,7 @@ from tests.workers.checkpoints import ARCHITECTURE, Reference
 from tests.workers.test_clip_models import hps_by_hand, ratings, save_hps
 from tests.workers.test_ocr import drawn, expected
 from trainer_client import RewardBatch, RewardClient, Sample
-from workers.process.loading import reward_class
+from workers.loading.building import reward_class
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -42,7 +42,7 @@ def returning(make_output) -> type[PointwiseRewardModel]:
 
 def watched() -> tuple[ModelRunner, list]:
     """A runner, and what is under its watch at any time."""
-    runner, watching = ModelRunner(load_settings()), []
+    watching = []
 
     @contextlib.contextmanager
     def watch(samples, timeout_s):
@@ -52,8 +52,7 @@ def watched() -> tuple[ModelRunner, list]:
         finally:
             watching.pop()
 
-    runner.watch = watch
-    return runner, watching
+    return ModelRunner(load_settings(), watch=watch), watching
 
 
 def outcomes_for(requests, make_output, num: int = 3):
@@ -306,7 +305,7 @@ def test_the_devices_memory_is_freed_once_the_failed_call_holds_none_any_more(re
     import gc
     import weakref
 
-    from workers.scoring import runner as running
+    from workers.scoring import batches
 
     class Activations:
         pass
@@ -320,7 +319,7 @@ def test_the_devices_memory_is_freed_once_the_failed_call_holds_none_any_more(re
             return super().__call__(prompt, image)
 
     seen = []
-    monkeypatch.setattr(running, "free_memory", lambda: seen.append([ref() is not None for ref in alive]))
+    monkeypatch.setattr(batches, "free_memory", lambda: seen.append([ref() is not None for ref in alive]))
     gc.disable()
     try:
         run(make(Greedy, room=1), numbered(requests, 2), requests.payloads)

@@ -13,10 +13,11 @@ from PIL import Image
 
 from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardConfig
-from tasks.samples import Sample, check
+from tasks.samples import Sample
 from tests.servers import ROOT
 from tests.workers.requests import Requests, make, plain, run
 from tests.workers.test_ocr import drawn
+from trainer_client.steps.sample_checks import check
 
 GB = 10**9
 

@@ -10,7 +10,7 @@ from tasks.errors import ModelLoadError
 from tasks.messages import SampleRequest
 from tests.workers.requests import Requests, make, plain, run
 from workers import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
-from workers.scoring.arguments import taking_of
+from workers.loading.arguments import taking_of
 
 GREY = np.full((4, 5, 3), 7, np.uint8)
 VIDEO = np.full((2, 4, 5, 3), 9, np.uint8)

@@ -15,11 +15,12 @@ from PIL import Image
 
 from tasks.media import is_tensor
 from tasks.rewards import Split
-from tasks.samples import Sample, check
+from tasks.samples import Sample
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
 from trainer_client.progress import is_terminal
 from trainer_client.results import RewardBatch
 from trainer_client.steps.grouping import groups_of
+from trainer_client.steps.sample_checks import check
 
 RewardFunction = Callable[..., Any]
 """`(prompts, completions, **columns) -> list[float | None]`, or the same as a coroutine function."""
@@ -27,7 +28,8 @@ RewardFunction = Callable[..., Any]
 ToSamples = Callable[
     [Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Sample]
 ]
-"""Prompts, completions and the data set's columns, `N` of each, to `N` samples. A group may be left to us."""
+"""Prompts, completions and the data set's columns, `N` of each, to `N` samples. A sample may have no `group`: then
+`reward_functions` gives it one."""
 
 _NO_COLUMNS = (
     "completion_ids",
@@ -51,29 +53,30 @@ def reward_functions(
 ) -> list[RewardFunction]:
     """A function for each reward of the client, in its order, for `GRPOTrainer(reward_funcs=...)`.
 
-    The first one that the trainer calls for its completions submits them for all rewards and the others take theirs
-    from the same batch. The client is theirs alone: they submit and collect its steps of this split.
+    The function that the trainer calls first for its completions submits them for all rewards, and the others take
+    their reward from the same batch. Nothing else may use the client's steps of this split: the functions submit and
+    collect them.
 
     Args:
         to_samples: Makes samples of the trainer's rows; `samples_of` unless given.
         num_generations: The trainer's, for rewards that compare the completions of a prompt: a group is that many rows,
-            one after another over all ranks. On one rank, where the rows are not so, it is those with the same prompt
-            and condition media.
+            one after another over all ranks. On one rank, if the rows are not laid out so, a group is the rows with the
+            same prompt and condition media.
         num_generations_eval: The trainer's for its evaluation; `num_generations` unless given.
-        timeout_s: Of `collect()`. What is missing then is None.
+        timeout_s: Of `collect()`. A reward that is missing then is None.
         split: `eval` for the rewards of evaluation.
-        is_async: Give coroutine functions; the trainer awaits these together.
+        is_async: Return coroutine functions; the trainer awaits these together.
 
     Returns:
-        Functions that give None where there is no reward, and raise `ScoringError` for a reward whose `on_failure` is
-        `raise`, and where more of a step failed than the client's `max_failure_rate`. Where the trainer has
+        Functions that return None where there is no reward. They raise `ScoringError` for a reward whose `on_failure`
+        is `raise`, and if a larger share of a step failed than the client's `max_failure_rate`. Where the trainer has
         `log_metric`, each logs `rewards/<name>/failure_rate`. With several ranks and rewards that compare, they raise
         `ValueError` for rows that are not in groups of these sizes.
     """
     sizes = (num_generations, num_generations_eval or num_generations)
-    rounds = _Rounds(client, to_samples, sizes, timeout_s, split)
+    submissions = _Submissions(client, to_samples, sizes, timeout_s, split)
     make = _async_function if is_async else _function
-    return [make(rounds, spec.name) for spec in client.config.of(split)]
+    return [make(submissions, spec.name) for spec in client.config.of(split)]
 
 
 def reward_weights(client: RewardClient, split: Split = "train") -> list[float]:
@@ -88,61 +91,72 @@ def samples_of(
 ) -> list[Sample]:
     """A sample for each row.
 
-    The image is the completion if it is one, else that of the column `image`. The text of a completion is
+    The image is the completion if that is an image, else the value of the column `image`. The text of a completion is
     `metadata["completion"]`, for a reward model of your own that declares `metadata`. Columns `fps` and `sample_rate`
     are the sample's.
     """
     nothing = [None] * len(prompts)
-    images, fps, rates = (
-        columns.get(name, nothing) for name in ("image", "fps", "sample_rate")
+    rows = zip(
+        prompts,
+        completions,
+        columns.get("image", nothing),
+        columns.get("fps", nothing),
+        columns.get("sample_rate", nothing),
+        strict=True,
     )
     samples = []
-    for prompt, completion, image, each_fps, rate in zip(
-        prompts, completions, images, fps, rates, strict=True
-    ):
-        is_image = isinstance(completion, Image.Image | np.ndarray) or is_tensor(
-            completion
-        )
+    for prompt, completion, image, fps, sample_rate in rows:
+        is_array = isinstance(completion, Image.Image | np.ndarray)
+        is_image = is_array or is_tensor(completion)
         samples.append(
             Sample(
                 prompt=text_of(prompt),
                 image=completion if is_image else image,
                 metadata={} if is_image else {"completion": text_of(completion)},
-                fps=each_fps,
-                sample_rate=rate,
+                fps=fps,
+                sample_rate=sample_rate,
             )
         )
     return samples
 
 
 def text_of(messages: Any) -> str:
-    """The text of a prompt or completion; of a conversation, that of its messages but the system's, a line each."""
+    """The text of a prompt or completion; of a conversation, of its messages but the system's, a line for each part."""
     if isinstance(messages, str):
         return messages
-    lines = []
+    lines: list[str] = []
     for message in messages:
-        content = message.get("content") or ""
-        parts = (
-            [content]
-            if isinstance(content, str)
-            else [part.get("text") or "" for part in content]
-        )
-        lines += [part for part in parts if part and message.get("role") != "system"]
+        if message.get("role") != "system":
+            lines += filter(None, _parts_of(message.get("content") or ""))
     return "\n".join(lines)
 
 
+def _parts_of(content: Any) -> list[str]:
+    """The texts in a message's content, which is a text or a list of typed parts; empty for an image."""
+    if isinstance(content, str):
+        return [content]
+    return [part.get("text") or "" for part in content]
+
+
 @dataclass(slots=True, eq=False)
-class _Round:
-    """One call of the trainer for all its reward functions."""
+class _Submission:
+    """The completions of one step, which the trainer passes to each of its reward functions."""
 
     completions: Any
-    """Kept, so that no other list can have its identity meanwhile."""
+    """Kept alive, so that no other list gets its identity meanwhile."""
     number: int
     batch: Future[RewardBatch] = field(default_factory=Future)
     asked: set[str] = field(default_factory=set)
+    """Names of the functions that were called with these completions."""
+
+    def is_open_to(self, name: str, completions: Any) -> bool:
+        """Whether a function that is called with `completions` takes its reward from this submission."""
+        return completions is self.completions and name not in self.asked
 
 
-class _Rounds:
+class _Submissions:
+    """What the reward functions of one client share: the current submission."""
+
     def __init__(
         self,
         client: RewardClient,
@@ -159,40 +173,36 @@ class _Rounds:
         self._split: Split = split
         self._lock = threading.Lock()
         self._scoring = threading.Lock()
-        self._round: _Round | None = None
+        self._current: _Submission | None = None
 
-    def join(self, name: str, completions: Any) -> tuple[_Round, bool]:
-        """The round of these completions, and whether the caller is the first and has to score it."""
+    def join(self, name: str, completions: Any) -> tuple[_Submission, bool]:
+        """The submission of these completions, and whether the caller is the first, who has to score it.
+
+        A function that asks again for the same list begins a new submission.
+        """
         with self._lock:
-            current = self._round
-            is_new = (
-                current is None
-                or current.completions is not completions
-                or name in current.asked
-            )
-            if current is None or is_new:
-                current = self._round = _Round(
-                    completions, current.number + 1 if current else 0
-                )
-            current.asked.add(name)
-            return current, is_new
+            current = self._current
+            if current is not None and current.is_open_to(name, completions):
+                current.asked.add(name)
+                return current, False
+            number = current.number + 1 if current is not None else 0
+            self._current = _Submission(completions, number, asked={name})
+            return self._current, True
 
     def score(
-        self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]
+        self, current: _Submission, prompts: Sequence[Any], given: Mapping[str, Any]
     ) -> None:
-        """Submit, collect, and tell all who wait."""
+        """Submit and collect, and give the batch or the error to all functions that wait."""
         try:
             with self._scoring:
                 current.batch.set_result(self._scored(current, prompts, given))
-        except BaseException as error:  # whatever it is, the functions that wait for this round must hear of it
+        except BaseException as error:  # whatever it is, the functions that wait for this submission must hear of it
             current.batch.set_exception(error)
 
     def _scored(
-        self, current: _Round, prompts: Sequence[Any], given: Mapping[str, Any]
+        self, current: _Submission, prompts: Sequence[Any], given: Mapping[str, Any]
     ) -> RewardBatch:
-        columns = {
-            name: values for name, values in given.items() if name not in _NO_COLUMNS
-        }
+        columns = {name: given[name] for name in given if name not in _NO_COLUMNS}
         samples = self._to_samples(prompts, current.completions, columns)
         if len(samples) != len(prompts):
             raise ValueError(
@@ -203,7 +213,7 @@ class _Rounds:
             self._client.submit(
                 samples, group_size=group_size, split=self._split, step=current.number
             )
-            # No bars, which the trainer has; the log is told where there are none to be had.
+            # On a terminal the trainer has bars of its own. Elsewhere `collect()` tells the log how it goes.
             progress = False if is_terminal() else None
             return self._client.collect(
                 self._timeout_s,
@@ -213,9 +223,8 @@ class _Rounds:
                 max_failure_rate=self._client.max_failure_rate,
             )
         except BaseException:
-            self._client.cancel(
-                self._split
-            )  # Ctrl-C in a notebook must not leave the step open
+            # Also after Ctrl-C: in a notebook the next call must not find this step open.
+            self._client.cancel(self._split)
             raise
 
     def _group(
@@ -224,93 +233,105 @@ class _Rounds:
         prompts: Sequence[Any],
         given: Mapping[str, Any],
     ) -> int | None:
-        """Give the samples the groups they lack; returns the size of a group where ranks must know it, else None."""
-        texts = [text_of(prompt) for prompt in prompts]
+        """Give a group to each sample that has none.
+
+        Returns:
+            The size of a group where ranks must know it, else None.
+        """
+        texts = list(map(text_of, prompts))
         size, numbers = self._layout(texts, _is_evaluating(given))
-        # submit() refuses what is no Sample.
-        lacking = [
-            (one, i)
-            for i, one in enumerate(samples)
-            if isinstance(one, Sample) and one.group is None
-        ]
-        is_shared = self._client.world_size > 1 and any(
-            r.is_groupwise for r in self._client.config.of(self._split)
-        )
-        if is_shared and lacking and not numbers:
+        lacking = []
+        for i, sample in enumerate(samples):
+            # Anything that is not a Sample is left to submit(), which refuses it.
+            if isinstance(sample, Sample) and sample.group is None:
+                lacking.append((sample, i))
+
+        is_shared = self._are_groups_shared()
+        if numbers:
+            for sample, i in lacking:
+                sample.group = numbers[i]
+        elif lacking and is_shared:
             train, evaluation = self._sizes
             raise ValueError(
                 f"with several ranks the rows must be whole groups of a prompt, one after another; these {len(texts)} "
                 f"are not, with num_generations={train} and num_generations_eval={evaluation}: give both as the "
                 "trainer has them, or let to_samples say the groups"
             )
-        if numbers:
-            for sample, i in lacking:
-                sample.group = numbers[i]
         else:
             self._group_by_prompt(lacking, texts)
         return size if is_shared else None
 
+    def _are_groups_shared(self) -> bool:
+        """Whether a reward compares the samples of a group over several ranks."""
+        if self._client.world_size == 1:
+            return False
+        rewards = self._client.config.of(self._split)
+        return any(reward.is_groupwise for reward in rewards)
+
     def _group_by_prompt(
         self, lacking: Sequence[tuple[Sample, int]], texts: Sequence[str]
     ) -> None:
-        """Equal prompts of the trainer, with equal condition media, are a group, whatever prompt `to_samples` gave."""
-        rows = [replace(sample, prompt=texts[i]) for sample, i in lacking]
-        for row, (_, i) in zip(rows, lacking, strict=True):
+        """Rows with equal prompts and equal condition media are a group. The prompt is the trainer's, not a sample's:
+        `to_samples` may have given equal rows different prompts."""
+        rows = []
+        for sample, i in lacking:
+            row = replace(sample, prompt=texts[i])
             check(row, (), f"sample {i}", self._client.settings.max_pixels)
-        for (sample, _), group in zip(
-            lacking, groups_of(rows, uuid.uuid4().hex), strict=True
-        ):
+            rows.append(row)
+        groups = groups_of(rows, uuid.uuid4().hex)
+        for (sample, _), group in zip(lacking, groups, strict=True):
             sample.group = group
 
     def _layout(
         self, texts: Sequence[str], is_evaluating: bool | None
     ) -> tuple[int | None, list[int]]:
-        """The size of a group, and for each row the number of its group, over all ranks; no numbers if it does not fit.
+        """The size of a group, and for each row the number of its group over all ranks; no numbers if no size fits.
 
-        The trainer lays rows out so: rank after rank, as many on each, the completions of a prompt one after another.
+        The trainer lays rows out rank after rank, equally many on each, the completions of a prompt one after another.
         """
+        first_row = self._client.rank * len(texts)
+        num_rows = self._client.world_size * len(texts)
         sizes = self._sizes if is_evaluating is None else (self._sizes[is_evaluating],)
-        first, num_rows = (
-            self._client.rank * len(texts),
-            self._client.world_size * len(texts),
-        )
         for size in filter(None, sizes):
-            groups = [(first + i) // size for i in range(len(texts))]
-            if num_rows % size == 0 and len(
-                set(zip(groups, texts, strict=True))
-            ) == len(set(groups)):
+            groups = [(first_row + i) // size for i in range(len(texts))]
+            prompts_of_groups = set(zip(groups, texts, strict=True))
+            has_one_prompt_a_group = len(prompts_of_groups) == len(set(groups))
+            if num_rows % size == 0 and has_one_prompt_a_group:
                 return size, groups
         return sizes[0], []
 
 
 def _is_evaluating(given: Mapping[str, Any]) -> bool | None:
-    """Whether the trainer, whose method `log_metric` is, evaluates: its model's mode says so; None if it is unseen."""
+    """Whether the trainer evaluates, which its model's mode says; None if the model cannot be reached.
+
+    `log_metric` is a method of the trainer, and the only way from a reward function to it.
+    """
     model = getattr(getattr(given.get("log_metric"), "__self__", None), "model", None)
     is_training = getattr(model, "training", None)
     return None if is_training is None else not is_training
 
 
-def _function(rounds: _Rounds, name: str) -> RewardFunction:
+def _function(submissions: _Submissions, name: str) -> RewardFunction:
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], **given: Any
     ) -> list[float | None]:
-        current, is_first = rounds.join(name, completions)
+        current, is_first = submissions.join(name, completions)
         if is_first:
-            rounds.score(current, prompts, given)
+            submissions.score(current, prompts, given)
         return _answer(current.batch.result(), name, given)
 
     reward.__name__ = reward.__qualname__ = name
     return reward
 
 
-def _async_function(rounds: _Rounds, name: str) -> RewardFunction:
+def _async_function(submissions: _Submissions, name: str) -> RewardFunction:
     async def reward(
         prompts: Sequence[Any], completions: Sequence[Any], **given: Any
     ) -> list[float | None]:
-        current, is_first = rounds.join(name, completions)
+        current, is_first = submissions.join(name, completions)
         if is_first:
             asyncio.get_running_loop().run_in_executor(
-                None, rounds.score, current, prompts, given
+                None, submissions.score, current, prompts, given
             )
         batch = await asyncio.shield(asyncio.wrap_future(current.batch))
         return _answer(batch, name, given)

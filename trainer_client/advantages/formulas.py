@@ -6,19 +6,20 @@ formulas and equal its results where every sample has its rewards: standard devi
 
 - A sample without a reward (NaN, infinite, beyond float32, or not `valid`) is masked: it changes no mean and no
   deviation, and its advantage is 0.
-- A group with fewer than two members that vote says nothing: zeros.
+- A group with fewer than two members that vote says nothing: its advantages are 0.
 - A reward that differs within a group by rounding only (`max - min <= RELATIVE_NOISE * max(abs)`) counts as constant
-  there; divided by its own deviation, rounding would look like a reward of full size. `noise_floor=False` takes every
-  difference at its word, as Flow-Factory does.
+  there. Divided by its own deviation, rounding would look like a reward of full size. `noise_floor=False` counts every
+  difference, as Flow-Factory does.
 
-Over several ranks, pass `gather`: it takes this rank's object and returns those of all ranks, in the same order on
-each. The object is plain data, so that any way of sending it will do. A function that only sums arrays could not do
-this work: a group may have members on several ranks, and its id is no number, so that ranks cannot agree on places in
-an array. It is called exactly once, also on a rank whose arguments are wrong, and then all ranks raise; so no rank
-waits for one that has left. A method of one's own may call it as it likes; it is called once more when that ends.
+Over several ranks, pass `gather`: it takes this rank's object and returns the objects of all ranks, in the same order
+on each. The object is plain data, so that any way of sending it will do. A function that only sums arrays is not
+enough: a group may have members on several ranks, and its id is not a number, so ranks cannot agree on an index for it.
+`gather` is called exactly once, also on a rank whose arguments are wrong, and then all ranks raise; so no rank waits
+for a rank that has left. A method of your own may call `gather` as often as it likes; it is called once more when the
+method ends.
 
-Group ids are anything hashable on one rank. Several compare them by value, so there they are text, bytes, numbers,
-None, or tuples and frozensets of these.
+On one rank a group id is any hashable object. Several ranks compare ids by value, so there an id is text, bytes, a
+number, None, or a tuple or frozenset of these.
 
     def gather(mine):                                    # torch.distributed
         everyone = [None] * torch.distributed.get_world_size()
@@ -33,23 +34,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tasks.rewards import RewardSpec
-from trainer_client.advantages.exchange import (
-    Columns,
-    Floats,
-    Gather,
-    Table,
-    exchange,
-    exchange_plain,
-    ids,
-    tabulate,
-    to_float64,
+from trainer_client.advantages.arrays import Bools, Floats
+from trainer_client.advantages.custom_method import Aggregation, apply_custom
+from trainer_client.advantages.exchange import Gather, exchange
+from trainer_client.advantages.global_batch import (
+    GlobalBatch,
+    LocalBatch,
+    gather_batch,
 )
+from trainer_client.advantages.group_ids import hashable_ids
 from trainer_client.results import RewardBatch
 
 STD_FLOOR = 1e-6
@@ -59,27 +58,11 @@ RELATIVE_NOISE = 2.0**-20
 """Eight times the relative spacing of float32, in which rewards travel."""
 
 Advantages = npt.NDArray[np.float32]
-_Bools = npt.NDArray[np.bool_]
-
-
-class Aggregation(Protocol):
-    """A method of one's own: called as `weighted_sum` and `gdpo` are, returns `(N,)` finite numbers."""
-
-    def __call__(
-        self,
-        rewards: Mapping[str, Any],
-        groups: Sequence[Hashable],
-        weights: Mapping[str, float],
-        *,
-        gather: Gather | None = None,
-    ) -> Any:
-        """The advantages of this rank's samples."""
-
 
 Method = Literal["gdpo", "sum"] | Aggregation
 
-Look = Callable[[int, int], None]
-"""Takes how many samples and how many groups there are."""
+OnCounts = Callable[[int, int], None]
+"""Takes the number of samples and the number of groups."""
 
 
 def weighted_sum(
@@ -94,14 +77,15 @@ def weighted_sum(
 ) -> Advantages:
     """The weighted sum of a sample's rewards, minus its group's mean, over a standard deviation.
 
-    A sample votes if all its rewards with a weight other than 0 are there.
+    A sample votes if it has all its rewards with a weight other than 0.
 
     Args:
-        rewards: By name, `(N,)` numbers: arrays, tensors or lists; NaN or None where there is none.
+        rewards: By name, `(N,)` numbers: arrays, tensors or lists; NaN or None where there is no reward.
         groups: `N` group ids, see the module. Samples are compared within a group; None is an id like any other.
         weights: By name, a finite number for each of `rewards`.
-        global_std: Divide by the deviation of the sums of all voting samples, else by that of each group.
-        valid: By name, `(N,)` booleans: what votes of a reward; every finite one unless given.
+        global_std: Divide by the deviation of the sums of all voting samples, else by the deviation within each group.
+        valid: By name, `(N,)` booleans: which samples vote for a reward; unless given, every sample whose reward is
+            finite.
         gather: See the module; needed where groups or statistics span ranks.
         noise_floor: Count a reward that differs in a group by rounding only as constant.
 
@@ -112,26 +96,26 @@ def weighted_sum(
         ValueError: Lengths differ, a weight is missing, unknown or not finite, a group id is not hashable or cannot be
             compared between ranks, or ranks have other rewards or weights. With `gather`, on all ranks.
     """
-    return _weighted_sum(
-        tabulate(rewards, groups, weights, valid, gather), global_std, noise_floor
-    )
+    batch = gather_batch(rewards, groups, weights, valid, gather)
+    return _weighted_sum(batch, global_std, noise_floor)
 
 
-def _weighted_sum(table: Table, global_std: bool, noise_floor: bool) -> Advantages:
-    votes: _Bools = np.asarray(np.isfinite(table.rewards).all(axis=1))
-    deviations, totals = np.zeros(len(table)), np.zeros(len(table))
-    for weight, column in zip(table.weights, table.rewards.T, strict=True):
-        compared = _compare(column, votes, table, noise_floor)
-        deviations += weight * np.where(compared.speaks, compared.deviations, 0.0)
+def _weighted_sum(
+    batch: GlobalBatch, global_std: bool, noise_floor: bool
+) -> Advantages:
+    votes: Bools = np.asarray(np.isfinite(batch.rewards).all(axis=1))
+    deviations, totals = np.zeros(len(batch)), np.zeros(len(batch))
+    for weight, column in zip(batch.weights, batch.rewards.T, strict=True):
+        compared = _compare(column, votes, batch, noise_floor)
+        deviations += weight * np.where(compared.differs, compared.deviations, 0.0)
         totals += weight * np.where(votes, column, 0.0)
+
     if global_std:
-        std: Any = _std(totals[votes])
-    else:
-        num_votes = np.maximum(table.sum_in_groups(votes), 1)
-        std = np.maximum(
-            np.sqrt(table.sum_in_groups(deviations**2) / num_votes), STD_FLOOR
-        )[table.groups]
-    return _of_rank(deviations / std, table)
+        return _of_rank(deviations / _std(totals[votes]), batch)
+
+    num_votes = np.maximum(batch.sum_in_groups(votes), 1)
+    group_std = np.sqrt(batch.sum_in_groups(deviations**2) / num_votes)
+    return _of_rank(deviations / np.maximum(group_std, STD_FLOOR)[batch.groups], batch)
 
 
 def gdpo(
@@ -145,26 +129,25 @@ def gdpo(
 ) -> Advantages:
     """Each reward normalised in its group, times its weight, summed, then normalised over the batch.
 
-    Each reward votes where it is; a sample takes part in the last step if any of its rewards with a weight other than
-    0 is there. From GDPO: Group reward-Decoupled Normalization Policy Optimization. Arguments, result and errors are
-    those of `weighted_sum`.
+    A sample votes for each reward that it has. It takes part in the last step if it has any of its rewards with a
+    weight other than 0. From GDPO: Group reward-Decoupled Normalization Policy Optimization. Arguments, result and
+    errors are those of `weighted_sum`.
     """
-    return _gdpo(tabulate(rewards, groups, weights, valid, gather), noise_floor)
+    batch = gather_batch(rewards, groups, weights, valid, gather)
+    return _gdpo(batch, noise_floor)
 
 
-def _gdpo(table: Table, noise_floor: bool) -> Advantages:
-    combined, speaks = np.zeros(len(table)), np.zeros(len(table), bool)
-    for weight, column in zip(table.weights, table.rewards.T, strict=True):
-        compared = _compare(column, np.isfinite(column), table, noise_floor)
-        combined += weight * np.where(
-            compared.speaks, compared.deviations / compared.std, 0.0
-        )
-        speaks |= compared.speaks
-    votes = np.isfinite(table.rewards).any(axis=1)
-    mean = float(np.mean(combined[votes])) if votes.any() else 0.0
-    return _of_rank(
-        np.where(speaks, (combined - mean) / _std(combined[votes]), 0.0), table
-    )
+def _gdpo(batch: GlobalBatch, noise_floor: bool) -> Advantages:
+    combined, differs = np.zeros(len(batch)), np.zeros(len(batch), bool)
+    for weight, column in zip(batch.weights, batch.rewards.T, strict=True):
+        compared = _compare(column, np.isfinite(column), batch, noise_floor)
+        normalised = compared.deviations / compared.std
+        combined += weight * np.where(compared.differs, normalised, 0.0)
+        differs |= compared.differs
+
+    voting = combined[np.isfinite(batch.rewards).any(axis=1)]
+    mean = float(np.mean(voting)) if len(voting) else 0.0
+    return _of_rank(np.where(differs, (combined - mean) / _std(voting), 0.0), batch)
 
 
 def advantages_of(
@@ -175,132 +158,55 @@ def advantages_of(
     global_std: bool = True,
     gather: Gather | None = None,
     noise_floor: bool = True,
-    look: Look = lambda num_samples, num_groups: None,
+    on_counts: OnCounts = lambda num_samples, num_groups: None,
 ) -> Advantages:
     """The advantages of a batch, float32 `(N,)` in its order, always finite.
 
-    A sample that failed is masked, unless its reward says `on_failure: {value: x}`: then it votes with `x`, as asked.
+    A sample that failed is masked, unless its reward says `on_failure: {value: x}`: then the sample votes with `x`, as
+    asked.
 
     Args:
         weights: By reward name, or the rewards as configured; those of the batch unless given.
         method: `gdpo`, `sum` (`weighted_sum`), or a function called as these: `(rewards, groups, weights, gather=)`.
         global_std: For `sum`.
         gather: As for `weighted_sum`.
-        noise_floor: As for `weighted_sum`; a function of one's own does not get it.
-        look: Told how many samples and groups there are, over all ranks; of one's own method only on a single rank.
+        noise_floor: As for `weighted_sum`; a function of your own does not get it.
+        on_counts: Called with the number of samples and of groups, over all ranks; for a function of your own only
+            on a single rank, since what such a function gathers is unknown.
 
     Raises:
-        ValueError: As `weighted_sum`; or the method is unknown; or one's own returns another shape, NaN or infinity.
-            What one's own raises by itself: with `gather`, a `ValueError` on all ranks that says what and where.
+        ValueError: As `weighted_sum`; or the method is unknown; or a function of your own returns another shape, NaN
+            or infinity. With `gather`, any error of such a function becomes a `ValueError` on all ranks, which says
+            what was raised and where.
     """
-    chosen = batch.weights if weights is None else weights
-    by_name = (
-        chosen
-        if isinstance(chosen, Mapping)
-        else {spec.name: spec.weight for spec in chosen}
-    )
+    by_name = _weights_by_name(batch.weights if weights is None else weights)
     if method == "gdpo" or method == "sum":
-        table = tabulate(batch.rewards, batch.groups, by_name, None, gather)
-        look(len(table), table.num_groups)
-        return (
-            _gdpo(table, noise_floor)
-            if method == "gdpo"
-            else _weighted_sum(table, global_std, noise_floor)
-        )
+        everyone = gather_batch(batch.rewards, batch.groups, by_name, None, gather)
+        on_counts(len(everyone), everyone.num_groups)
+        if method == "gdpo":
+            return _gdpo(everyone, noise_floor)
+        return _weighted_sum(everyone, global_std, noise_floor)
+
     if not callable(method):
-        exchange(Columns, lambda: _refuse(method), gather)
+        # Through an exchange, since other ranks may know their method and gather.
+        exchange(LocalBatch, lambda: _refuse(method), gather)
     if gather is None:
-        look(len(batch), len(set(ids(batch.groups))))
-    return _by_own(method, batch, by_name, gather)
+        on_counts(len(batch), len(set(hashable_ids(batch.groups))))
+    return apply_custom(method, batch, by_name, gather)
 
 
-def _refuse(method: Any) -> Columns:
+def _weights_by_name(
+    weights: Mapping[str, float] | Iterable[RewardSpec],
+) -> Mapping[str, float]:
+    if isinstance(weights, Mapping):
+        return weights
+    return {spec.name: spec.weight for spec in weights}
+
+
+def _refuse(method: Any) -> LocalBatch:
     raise ValueError(
         f"the advantage method must be 'gdpo', 'sum' or a function, found {method!r}"
     )
-
-
-def _by_own(
-    method: Aggregation,
-    batch: RewardBatch,
-    weights: Mapping[str, float],
-    gather: Gather | None,
-) -> Advantages:
-    if gather is None:
-        return _checked(
-            method,
-            method(batch.rewards, batch.groups, weights, gather=None),
-            len(batch),
-        )
-    rounds = _Rounds(gather)
-    found, failed = np.zeros(0, np.float32), None
-    try:
-        found = _checked(
-            method,
-            method(batch.rewards, batch.groups, weights, gather=rounds),
-            len(batch),
-        )
-    except Exception as error:  # a function of the user's may raise anything, and the other ranks must hear of it
-        failed = error
-    rounds.end(failed)
-    return found
-
-
-def _checked(method: Aggregation, values: Any, num_samples: int) -> Advantages:
-    found = to_float64(values).astype(np.float32)
-    if found.shape != (num_samples,):
-        raise ValueError(
-            f"{method!r} must return ({num_samples},) advantages, found the shape {found.shape}"
-        )
-    if not np.isfinite(found).all():
-        raise ValueError(
-            f"{method!r} returned {int((~np.isfinite(found)).sum())} advantages that are NaN or infinite"
-        )
-    return found
-
-
-class _Rounds:
-    """The `gather` of a method of one's own. Ranks tell each other in each round whether their call has ended.
-
-    So the first round in which one has, is the last for all: they have all ended well, or all raise.
-    """
-
-    def __init__(self, gather: Gather) -> None:
-        self._gather = gather
-        self._error: Exception | None = None
-        """Raised by a round; there is no other after it."""
-
-    def __call__(self, mine: Any) -> list[Any]:
-        """What the method gathers."""
-        return self._round(lambda: [False, mine])
-
-    def end(self, failed: Exception | None) -> None:
-        """The method has returned, or `failed`.
-
-        Raises:
-            ValueError: It failed on any rank, or called `gather` more often on one than on another; on all ranks.
-        """
-        if self._error is not None:
-            raise self._error
-        self._round(lambda: _ended(failed))
-
-    def _round(self, make: Callable[[], list[Any]]) -> list[Any]:
-        try:
-            found, _ = exchange_plain(make, self._gather)
-            if len({bool(has_ended) for has_ended, _ in found}) > 1:
-                raise ValueError(
-                    "an advantage method must call gather equally often on all ranks"
-                )
-        except Exception as error:  # to be raised again even if the method catches it
-            self._error = error
-            raise
-        return [what for _, what in found]
-
-
-def _ended(failed: Exception | None) -> list[Any]:
-    if failed is not None:
-        raise failed
-    return [True, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,36 +216,50 @@ class _Compared:
     deviations: Floats
     std: Floats
     """Of the sample's group, at least `STD_FLOOR`."""
-    speaks: _Bools
-    """The sample votes, in a group of at least two that do, and they differ by more than rounding."""
+    differs: Bools
+    """Whether the sample votes in a group of at least two voting members whose rewards differ (with a noise floor: by
+    more than rounding)."""
 
 
 def _compare(
-    values: Floats, votes: _Bools, table: Table, noise_floor: bool
+    values: Floats, votes: Bools, batch: GlobalBatch, noise_floor: bool
 ) -> _Compared:
-    num_votes = table.sum_in_groups(votes)
-    low, high = np.full(table.num_groups, np.inf), np.full(table.num_groups, -np.inf)
-    np.minimum.at(low, table.groups[votes], values[votes])
-    np.maximum.at(high, table.groups[votes], values[votes])
-    low, high = np.where(num_votes, low, 0.0), np.where(num_votes, high, 0.0)
-    above = np.where(
-        votes, values - low[table.groups], 0.0
-    )  # equal rewards differ from their mean by exactly 0
-    means = table.sum_in_groups(above) / np.maximum(num_votes, 1)
-    deviations = np.where(votes, above - means[table.groups], 0.0)
-    std = np.maximum(
-        np.sqrt(table.sum_in_groups(deviations**2) / np.maximum(num_votes, 1)),
-        STD_FLOOR,
-    )
-    speaks = num_votes >= 2
+    num_votes = batch.sum_in_groups(votes)
+    divisors = np.maximum(num_votes, 1)
+    low, high = _extremes(values, votes, num_votes > 0, batch)
+
+    # Measured from the group's lowest, so that equal rewards differ from their mean by exactly 0.
+    above = np.where(votes, values - low[batch.groups], 0.0)
+    means = batch.sum_in_groups(above) / divisors
+    deviations = np.where(votes, above - means[batch.groups], 0.0)
+    std = np.sqrt(batch.sum_in_groups(deviations**2) / divisors)
+
+    differs = num_votes >= 2
     if noise_floor:
-        speaks &= high - low > RELATIVE_NOISE * np.maximum(np.abs(low), np.abs(high))
-    return _Compared(deviations, std[table.groups], votes & speaks[table.groups])
+        largest = np.maximum(np.abs(low), np.abs(high))
+        differs &= high - low > RELATIVE_NOISE * largest
+    return _Compared(
+        deviations=deviations,
+        std=np.maximum(std, STD_FLOOR)[batch.groups],
+        differs=votes & differs[batch.groups],
+    )
+
+
+def _extremes(
+    values: Floats, votes: Bools, has_votes: Bools, batch: GlobalBatch
+) -> tuple[Floats, Floats]:
+    """The lowest and the highest value of each group's votes, `(num_groups,)` each; 0 where nobody votes."""
+    low = np.full(batch.num_groups, np.inf)
+    high = np.full(batch.num_groups, -np.inf)
+    np.minimum.at(low, batch.groups[votes], values[votes])
+    np.maximum.at(high, batch.groups[votes], values[votes])
+    return np.where(has_votes, low, 0.0), np.where(has_votes, high, 0.0)
 
 
 def _std(values: Floats) -> float:
     return max(float(np.std(values)), STD_FLOOR) if len(values) else STD_FLOOR
 
 
-def _of_rank(values: Floats, table: Table) -> Advantages:
-    return np.asarray(values[table.mine], dtype=np.float32)
+def _of_rank(values: Floats, batch: GlobalBatch) -> Advantages:
+    """This rank's part of `(N,)` values."""
+    return np.asarray(values[batch.own], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The command line, `rewardq`: start what a config needs on this machine, or see it all at work."""
+"""The command line, `rewardq`: starts what a config needs on this machine, or shows everything at work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Refused(click.ClickException):
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what this pipeline raises becomes one line for the user."""
+        """Run a command; an error of this pipeline becomes one line for the user."""
         try:
             return super().invoke(ctx)
         except RewardError as error:

@@ -1,4 +1,4 @@
-"""`rewardq demo`: everything at work on this machine, with posters in the place of a generator's samples."""
+"""`rewardq demo`: everything at work on this machine, with posters instead of a generator's samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,17 @@ from tasks.catalog import GPU, VLM
 from tasks.errors import MissingExtraError
 from tasks.settings import Settings, load_settings
 from trainer_client import RewardClient, Sample
-from trainer_client.cli.demo_report import Step, show_failures, show_rewards, show_times
-from trainer_client.cli.posters import SUBJECTS, Subject, draw_group
-from trainer_client.cli.processes import (
-    LOOPBACK,
-    Child,
-    Fleet,
-    free_port,
-    stop_signals,
-    worker_command,
+from trainer_client.cli.child import Child
+from trainer_client.cli.commands import LOOPBACK, free_port, worker_command
+from trainer_client.cli.demo_report import (
+    DemoStep,
+    show_failures,
+    show_rewards,
+    show_times,
 )
+from trainer_client.cli.fleet import Fleet, stop_signals
+from trainer_client.cli.lines import print_line
+from trainer_client.cli.posters import SUBJECTS, Subject, draw_group
 
 PROMPTS_A_STEP = 2
 GROUP_SIZE = 8
@@ -50,7 +52,7 @@ SAMPLING_BATCH = 4
 
 COLLECT_S = 120.0
 GRACE_S = 3.0
-"""Nothing of a demo needs finishing."""
+"""Short, since no work of a demo has to be finished."""
 
 NEEDED = ("rapidocr", "onnxruntime", "rapidfuzz", "openai")
 NEEDED_BY_STANDIN = ("fastapi", "uvicorn")
@@ -95,10 +97,7 @@ def demo(
         )
     _check_installed(NEEDED if judge_url else (*NEEDED, *NEEDED_BY_STANDIN))
     console = Console(highlight=False)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
-
+    say = partial(print_line, console)
     try:
         with (
             stop_signals(),
@@ -120,30 +119,25 @@ def _run(
     num_steps: int,
     judge_url: str | None,
     vlm_model: str | None,
-) -> list[Step]:
+) -> list[DemoStep]:
+    """Start everything, and train."""
     with console.status("starting"):
         settings = _settings(fleet.start_redis())
         env = _worker_env(settings)
         for queue in (GPU, VLM):
             fleet.start_worker(f"worker-{queue}", queue, env, fleet.log_dir)
         is_standin = judge_url is None
-        judge_url, vlm_model = (
-            judge_url or _start_standin(fleet),
-            vlm_model or STANDIN_MODEL,
-        )
+        judge_url = judge_url or _start_standin(fleet)
+        vlm_model = vlm_model or STANDIN_MODEL
         fleet.wait_for_workers(settings)
-    lines = [
-        f"{f'worker for {queue}':15}{' '.join(worker_command(queue))}"
-        for queue in (GPU, VLM)
-    ]
+
+    for queue in (GPU, VLM):
+        _print_row(console, f"worker for {queue}", " ".join(worker_command(queue)))
+    _print_row(console, "Redis", f"{settings.broker_url}, empty, for this demo only")
     what = "a stand-in that only measures sharpness," if is_standin else vlm_model
-    lines += [
-        f"{'Redis':15}{settings.broker_url}, empty, for this demo only",
-        f"{'judge':15}{what} {judge_url}",
-        "",
-    ]
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+    _print_row(console, "judge", f"{what} {judge_url}")
+    print_line(console, "")
+
     rewards = [
         {"reward_model": "OCR", "batch_size": SAMPLING_BATCH},
         {"reward_model": "jpeg_compressibility"},
@@ -156,31 +150,43 @@ def _run(
     return _train(console, {"rewards": rewards}, settings, num_steps)
 
 
+def _print_row(console: Console, name: str, text: str) -> None:
+    print_line(console, f"{name:15}{text}")
+
+
 def _train(
     console: Console, rewards: dict[str, Any], settings: Settings, num_steps: int
-) -> list[Step]:
+) -> list[DemoStep]:
     """Sample, submit and collect, step by step, as a trainer does."""
     steps = []
     with RewardClient.from_dict(rewards, run="demo", settings=settings) as client:
         for number in range(1, num_steps + 1):
-            sampling_s = 0.0
             with _sampling_bar(console, number) as advance:
-                for subject in _subjects(number):
-                    for images in _sample(subject, number):
-                        started = time.monotonic()
-                        for _ in images:
-                            time.sleep(SAMPLING_S)
-                            advance()
-                        sampling_s += time.monotonic() - started
-                        group = f"{number}: {subject.words}"
-                        samples = [
-                            Sample(prompt=subject.prompt, image=image, group=group)
-                            for image in images
-                        ]
-                        client.submit(samples, group_size=GROUP_SIZE)
+                sampling_s = _sample_and_submit(client, number, advance)
             batch = client.collect(timeout_s=COLLECT_S, on_failure="nan", progress=True)
-            steps.append(Step(number, batch, sampling_s))
+            steps.append(DemoStep(number, batch, sampling_s))
     return steps
+
+
+def _sample_and_submit(
+    client: RewardClient, step: int, advance: Callable[[], None]
+) -> float:
+    """Make the images of a step and submit each batch at once; returns the seconds spent on sampling."""
+    sampling_s = 0.0
+    for subject in _subjects(step):
+        group = f"{step}: {subject.words}"
+        for images in _sample(subject, step):
+            started = time.monotonic()
+            for _ in images:
+                time.sleep(SAMPLING_S)
+                advance()
+            sampling_s += time.monotonic() - started
+
+            samples = []
+            for image in images:
+                samples.append(Sample(subject.prompt, image, group=group))
+            client.submit(samples, group_size=GROUP_SIZE)
+    return sampling_s
 
 
 def _subjects(step: int) -> list[Subject]:
@@ -188,16 +194,16 @@ def _subjects(step: int) -> list[Subject]:
     return [SUBJECTS[(first + i) % len(SUBJECTS)] for i in range(PROMPTS_A_STEP)]
 
 
-def _sample(subject: Subject, step: int) -> list[list[Image.Image]]:
+def _sample(subject: Subject, step: int) -> Iterator[list[Image.Image]]:
     """A group of images, in batches as a generator makes them."""
     images = draw_group(subject, GROUP_SIZE, seed=step)
-    return [
-        images[i : i + SAMPLING_BATCH] for i in range(0, GROUP_SIZE, SAMPLING_BATCH)
-    ]
+    for start in range(0, GROUP_SIZE, SAMPLING_BATCH):
+        yield images[start : start + SAMPLING_BATCH]
 
 
 @contextmanager
-def _sampling_bar(console: Console, step: int) -> Iterator[Any]:
+def _sampling_bar(console: Console, step: int) -> Iterator[Callable[[], None]]:
+    """A bar of the images of a step; gives what advances it by one."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,7 +217,7 @@ def _sampling_bar(console: Console, step: int) -> Iterator[Any]:
         yield lambda: progress.advance(bar)
 
 
-def _report(console: Console, steps: list[Step]) -> None:
+def _report(console: Console, steps: list[DemoStep]) -> None:
     console.print()
     show_rewards(console, steps)
     show_failures(console, steps)
@@ -220,16 +226,15 @@ def _report(console: Console, steps: list[Step]) -> None:
 
 
 def _settings(url: str) -> Settings:
-    """Ours only: a `REWARDQ_*` variable of the user's does not lead the demo to servers in use."""
+    """The demo's own servers only: a `REWARDQ_*` variable of the user's must not lead it to servers in use."""
     return load_settings(broker_url=url, result_url="", payload_url="")
 
 
 def _worker_env(settings: Settings) -> dict[str, str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("REWARDQ_")
-    }
+    env = {}
+    for name, value in os.environ.items():
+        if not name.startswith("REWARDQ_"):
+            env[name] = value
     env["REWARDQ_BROKER_URL"] = settings.broker_url
     direct = [env[name] for name in ("NO_PROXY", "no_proxy") if env.get(name)]
     env["NO_PROXY"] = env["no_proxy"] = ",".join([*direct, LOOPBACK])
@@ -238,13 +243,8 @@ def _worker_env(settings: Settings) -> dict[str, str]:
 
 def _start_standin(fleet: Fleet) -> str:
     port = free_port()
-    command = (
-        sys.executable,
-        "-m",
-        "trainer_client.cli.standin_judge",
-        "--port",
-        str(port),
-    )
+    module = ("-m", "trainer_client.cli.standin_judge")
+    command = (sys.executable, *module, "--port", str(port))
     judge = fleet.start("judge", command, is_server=True)
     url = f"http://{LOOPBACK}:{port}/v1"
     _wait_for_answer(fleet, judge, f"{url}/models")
@@ -265,7 +265,7 @@ def _wait_for_answer(fleet: Fleet, child: Child, url: str) -> None:
 
 
 @contextmanager
-def _log_dir(keep: bool, say: Any) -> Iterator[Path]:
+def _log_dir(keep: bool, say: Callable[[str], None]) -> Iterator[Path]:
     """A folder for logs; it stays if asked for, or if something went wrong."""
     path = Path(tempfile.mkdtemp(prefix="rewardq-demo-"))
     try:

@@ -11,13 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from trainer_client.cli.lines import print_line
+
 REASONS_SHOWN = 10
 
 UNITS = {"OCR": "[0, 1]", "jpeg_compressibility": "-kB", "vllm_evaluate": "[0, 1]"}
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DemoStep:
     """One step of the demo's trainer."""
 
     number: int
@@ -47,11 +49,11 @@ class Step:
 
     @property
     def num_failed(self) -> int:
-        """Outcomes that are no rewards."""
+        """Outcomes that are failures."""
         return len(self.batch.failures)
 
 
-def show_rewards(console: Console, steps: Sequence[Step]) -> None:
+def show_rewards(console: Console, steps: Sequence[DemoStep]) -> None:
     """A row for each group, a column for each reward."""
     names = list(steps[0].batch.rewards)
     table = Table(
@@ -68,38 +70,35 @@ def show_rewards(console: Console, steps: Sequence[Step]) -> None:
         groups = np.array([str(group) for group in step.batch.groups])
         for group in dict.fromkeys(groups.tolist()):
             is_member = groups == group
-            cells = [
-                _spread(np.asarray(step.batch.rewards[name])[is_member])
-                for name in names
-            ]
+            cells = []
+            for name in names:
+                rewards = np.asarray(step.batch.rewards[name])
+                cells.append(_spread(rewards[is_member]))
             words = group.partition(": ")[2]
-            table.add_row(
-                str(step.number), f"{words}\n{is_member.sum()} images", *cells
-            )
+            shown = f"{words}\n{is_member.sum()} images"
+            table.add_row(str(step.number), shown, *cells)
         table.add_section()
     console.print(table)
 
 
-def show_failures(console: Console, steps: Sequence[Step]) -> None:
+def show_failures(console: Console, steps: Sequence[DemoStep]) -> None:
     """How many outcomes failed, and why."""
-    num_outcomes = sum(
-        np.asarray(rewards).size
-        for step in steps
-        for rewards in step.batch.rewards.values()
-    )
-    failures = [failed for step in steps for failed in step.batch.failures]
-    reasons = Counter((f.reward, f.kind, f.message) for f in failures)
-    lines = [
-        f"  {num} x {reward}: {kind}: {message}"
-        for (reward, kind, message), num in reasons.most_common()
-    ]
-    if len(lines) > REASONS_SHOWN:
-        lines[REASONS_SHOWN:] = [f"  and {len(lines) - REASONS_SHOWN} other reasons"]
-    for line in (f"Failures: {len(failures)} of {num_outcomes} outcomes", *lines):
-        console.print(line, markup=False, soft_wrap=True)
+    num_outcomes = num_failed = 0
+    reasons: Counter[tuple[str, str, str]] = Counter()
+    for step in steps:
+        num_outcomes += len(step.batch) * len(step.batch.rewards)
+        num_failed += step.num_failed
+        for failed in step.batch.failures:
+            reasons[failed.reward, failed.kind, failed.message] += 1
+
+    print_line(console, f"Failures: {num_failed} of {num_outcomes} outcomes")
+    for (reward, kind, message), num in reasons.most_common(REASONS_SHOWN):
+        print_line(console, f"  {num} x {reward}: {kind}: {message}")
+    if len(reasons) > REASONS_SHOWN:
+        print_line(console, f"  and {len(reasons) - REASONS_SHOWN} other reasons")
 
 
-def show_times(console: Console, steps: Sequence[Step]) -> None:
+def show_times(console: Console, steps: Sequence[DemoStep]) -> None:
     """Where the trainer's time went, and how much of the scoring it did not feel."""
     table = Table(title="Where the time went, seconds", title_justify="left")
     for column in (
@@ -124,11 +123,14 @@ def show_times(console: Console, steps: Sequence[Step]) -> None:
     )
 
 
-def _seconds(steps: Sequence[Step]) -> list[str]:
-    sampling, submit, wait, scoring, hidden = (
-        sum(getattr(step, name) for step in steps)
-        for name in ("sampling_s", "submit_s", "wait_s", "scoring_s", "hidden_s")
-    )
+def _seconds(steps: Sequence[DemoStep]) -> list[str]:
+    sampling = submit = wait = scoring = hidden = 0.0
+    for step in steps:
+        sampling += step.sampling_s
+        submit += step.submit_s
+        wait += step.wait_s
+        scoring += step.scoring_s
+        hidden += step.hidden_s
     share = f" ({hidden / scoring:.0%})" if scoring else ""
     return [
         f"{sampling:.1f}",
@@ -141,7 +143,8 @@ def _seconds(steps: Sequence[Step]) -> list[str]:
 
 def _spread(rewards: Any) -> str:
     """`0.71 ± 0.20` over `0.33 .. 1.00`; NaNs are left out."""
-    there = rewards[~np.isnan(rewards)]
-    if not there.size:
+    known = rewards[~np.isnan(rewards)]
+    if not known.size:
         return "none"
-    return f"{there.mean():.2f} ± {there.std():.2f}\n{there.min():.2f} .. {there.max():.2f}"
+    mean = f"{known.mean():.2f} ± {known.std():.2f}"
+    return f"{mean}\n{known.min():.2f} .. {known.max():.2f}"

@@ -43,7 +43,7 @@ SUBJECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Flaws:
-    """What is wrong with one poster; a perfect one has zeros."""
+    """What is wrong with one poster; a perfect poster has zeros."""
 
     blur: float = 0.0
     """Radius of the Gaussian blur, pixels."""
@@ -65,15 +65,17 @@ def draw_group(subject: Subject, num_posters: int, seed: int) -> list[Image.Imag
         `num_posters` RGB images of `SIZE x SIZE`.
     """
     rng = np.random.default_rng([seed, *subject.prompt.encode()])
-    badness = rng.permutation(np.linspace(0.0, 1.0, num_posters))
-    return [draw(subject, draw_flaws(float(b), rng), rng) for b in badness]
+    posters = []
+    for badness in rng.permutation(np.linspace(0.0, 1.0, num_posters)).tolist():
+        flaws = draw_flaws(badness, rng)
+        posters.append(draw(subject, flaws, rng))
+    return posters
 
 
 def draw_flaws(badness: float, rng: np.random.Generator) -> Flaws:
     """Flaws of a poster that is `badness` bad in [0, 1]: two kinds at full strength, the others at a third."""
-    blur, noise, faintness, spelling = (
-        badness * rng.permutation([1.0, 1.0, 0.3, 0.3])
-    ).tolist()
+    strengths = badness * rng.permutation([1.0, 1.0, 0.3, 0.3])
+    blur, noise, faintness, spelling = strengths.tolist()
     return Flaws(
         blur=WORST.blur * blur,
         noise=WORST.noise * noise,
@@ -85,28 +87,25 @@ def draw_flaws(badness: float, rng: np.random.Generator) -> Flaws:
 def draw(subject: Subject, flaws: Flaws, rng: np.random.Generator) -> Image.Image:
     """One poster."""
     image = _photo(subject.photo).copy()
-    _write(
-        image,
-        _misspelt(subject.words, flaws.num_wrong_letters, rng),
-        round(255 * (1.0 - flaws.faintness)),
-        rng,
-    )
+    words = _misspelt(subject.words, flaws.num_wrong_letters, rng)
+    opacity = round(255 * (1.0 - flaws.faintness))
+    _write(image, words, opacity, rng)
+
     if flaws.blur:
         image = image.filter(ImageFilter.GaussianBlur(flaws.blur))
     if flaws.noise:
         pixels_HWC = np.asarray(image, dtype=np.float32)
-        noisy = pixels_HWC + rng.normal(0.0, flaws.noise, pixels_HWC.shape).astype(
-            np.float32
-        )
-        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        noise_HWC = rng.normal(0.0, flaws.noise, pixels_HWC.shape).astype(np.float32)
+        noisy_HWC = (pixels_HWC + noise_HWC).clip(0, 255)
+        image = Image.fromarray(noisy_HWC.astype(np.uint8))
     return image
 
 
 def _misspelt(words: str, num_wrong: int, rng: np.random.Generator) -> str:
     """`words` with some letters missing and some replaced."""
     letters = list(words)
-    places = [i for i, letter in enumerate(letters) if letter != " "]
-    for i in rng.choice(places, size=min(num_wrong, len(places)), replace=False):
+    indices = [i for i, letter in enumerate(letters) if letter != " "]
+    for i in rng.choice(indices, size=min(num_wrong, len(indices)), replace=False):
         others = [letter for letter in LETTERS if letter != letters[i]]
         letters[i] = "" if rng.random() < 0.5 else str(rng.choice(others))
     return "".join(letters)
@@ -115,12 +114,13 @@ def _misspelt(words: str, num_wrong: int, rng: np.random.Generator) -> str:
 def _write(
     image: Image.Image, words: str, opacity: int, rng: np.random.Generator
 ) -> None:
-    """Draw the words into `image`, one line each two words, with an outline."""
+    """Draw the words into `image`, two words a line, with an outline."""
     lines = _lines(words)
+    text = "\n".join(lines)
     font = ImageFont.load_default(size=_font_size(lines))
+
     layer = Image.new("RGBA", image.size)
     pen = ImageDraw.Draw(layer)
-    text = "\n".join(lines)
     x = image.width / 2 + rng.uniform(-8, 8)
     y = image.height * rng.uniform(0.35, 0.65)
     pen.multiline_text(
@@ -150,10 +150,9 @@ def _font_size(lines: list[str]) -> float:
 
 @cache
 def _photo(name: str) -> Image.Image:
+    photos = resources.files("trainer_client.cli").joinpath("photos")
     with (
-        resources.files("trainer_client.cli")
-        .joinpath("photos", f"{name}.jpg")
-        .open("rb") as file,
+        photos.joinpath(f"{name}.jpg").open("rb") as file,
         Image.open(file) as photo,
     ):
         return photo.convert("RGB")

@@ -1,33 +1,38 @@
 """When `rewardq up` is ready: each worker has loaded its rewards, and the judges and reward servers answer.
 
-Later, which worker that was started again is ready again.
+Later it tells which worker is ready again after a restart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from tasks.celery_app import make_app, outcomes_of
+from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import StartError
 from tasks.messages import Heartbeat
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.rewards import RewardConfig
 from tasks.servers.connections import LOST
 from tasks.settings import Settings
-from trainer_client.cli.processes import WORKER_START_S, Child, Fleet, last_words
+from trainer_client.cli.child import Child
+from trainer_client.cli.fleet import WORKER_START_S, Fleet
 
 POLL_S = 0.3
 SAY_EVERY_S = 30.0
 """How often the same is said again."""
 
+QUIET_S = SAY_EVERY_S / 3
+"""Every start takes some seconds: before this, nothing is said of workers that load."""
+
 
 @dataclass(slots=True)
-class Lines:
-    """What is waited for, told when it changes and every half minute."""
+class WaitLines:
+    """Tells the user what is waited for: when that changes, and every half minute."""
 
     say: Callable[[str], None]
     started_at: float = field(default_factory=time.monotonic)
@@ -37,10 +42,12 @@ class Lines:
     def tell(self, waiting: Sequence[str]) -> None:
         """Say each of these lines, unless they were said lately."""
         now = time.monotonic()
-        if not waiting or (tuple(waiting) == self._last and now < self._say_at):
+        lines = tuple(waiting)
+        was_said = lines == self._last and now < self._say_at
+        if not lines or was_said:
             return
-        self._last, self._say_at = tuple(waiting), now + SAY_EVERY_S
-        for line in waiting:
+        self._last, self._say_at = lines, now + SAY_EVERY_S
+        for line in lines:
             self.say(f"waiting ({now - self.started_at:.0f} s): {line}")
 
 
@@ -60,15 +67,16 @@ def wait_until_ready(
         servers: Whether to wait for judges and reward servers.
 
     Returns:
-        What is to be said of servers that were not waited for.
+        The servers that do not answer and were not waited for, a line each.
 
     Raises:
-        StartError: A worker ended, or has not come up, or not all is ready in time; says which reward and why.
+        StartError: A worker ended or did not come up, or not everything is ready in time; says which reward and why.
     """
     app = make_app(settings)
     try:
+        lines = WaitLines(say)
         return _wait(
-            fleet, outcomes_of(app), _names(config), Lines(say), wait_s, servers
+            fleet, client_outcomes(app), _names(config), lines, wait_s, servers
         )
     finally:
         app.close()
@@ -77,20 +85,22 @@ def wait_until_ready(
 def tell_who_is_back(
     fleet: Fleet, settings: Settings, say: Callable[[str], None]
 ) -> NoReturn:
-    """Say of each worker that was started again when it serves again; goes on until it is interrupted."""
+    """Say when a worker that was started again serves again; goes on until it is interrupted."""
     app = make_app(settings)
     try:
-        outcomes = outcomes_of(app)
-        ready = {child.name: child.pid for child in _workers(fleet)}
+        outcomes = client_outcomes(app)
+        ready_pids = {child.name: child.pid for child in _workers(fleet)}
         while True:
             time.sleep(POLL_S)
-            others = [
-                child for child in _workers(fleet) if child.pid != ready[child.name]
-            ]
-            beats = _beats(outcomes) if others else {}
-            for child in others:
-                if _serves(beats.get((child.pid, platform.node()))):
-                    ready[child.name] = child.pid
+            restarted = []
+            for child in _workers(fleet):
+                if child.pid != ready_pids[child.name]:
+                    restarted.append(child)
+
+            beats = _beats(outcomes, restarted) if restarted else {}
+            for child in restarted:
+                if _serves(beats[child.name]):
+                    ready_pids[child.name] = child.pid
                     say(f"{child.name} is ready again (pid {child.pid})")
     finally:
         app.close()
@@ -102,87 +112,79 @@ def _workers(fleet: Fleet) -> list[Child]:
 
 def _wait(
     fleet: Fleet,
-    outcomes: Outcomes,
+    outcomes: ClientOutcomes,
     names: Mapping[str, str],
-    lines: Lines,
+    lines: WaitLines,
     wait_s: float,
     servers: bool,
 ) -> tuple[str, ...]:
     deadline = lines.started_at + wait_s
     while True:
-        beats = _beats(outcomes)
         workers = _workers(fleet)
-        found = {
-            child.name: beats.get((child.pid, platform.node())) for child in workers
-        }
-        _check_alive(workers, found, lines.started_at)
-        for child in workers:
-            beat = found[child.name]
-            child.is_watched = child.is_watched or (
-                beat is not None and beat.state == "ready"
-            )
-        loading = [
-            f"{name}: {_what_it_does(beat, names)}"
-            for name, beat in found.items()
-            if not _serves(beat)
-        ]
-        unanswered = [
-            f"{name}: {words}"
-            for name, beat in found.items()
-            if beat
-            for words in beat.unanswered
-        ]
+        beats = _beats(outcomes, workers)
+        _check_started(workers, beats, lines.started_at)
+        loading, unanswered = _left(beats, names)
         if not loading and not (servers and unanswered):
             return tuple(unanswered)
+
         if time.monotonic() > deadline:
             raise StartError(
                 f"not ready within {wait_s:g} s: {'; '.join([*loading, *unanswered])}. Longer waits: --wait SECONDS"
             )
-        lines.tell(
-            unanswered
-            if not loading
-            else [*unanswered, *_after_a_while(loading, lines)]
-        )
+        is_quiet = time.monotonic() - lines.started_at <= QUIET_S
+        lines.tell(unanswered if is_quiet else [*unanswered, *loading])
         time.sleep(POLL_S)
 
 
-def _beats(outcomes: Outcomes) -> dict[tuple[int, str], Heartbeat]:
-    """The workers by process and host; none while Redis is away."""
-    try:
-        return {(beat.pid, beat.host): beat for beat in outcomes.workers()}
-    except LOST:
-        return {}
+def _beats(
+    outcomes: ClientOutcomes, workers: Sequence[Child]
+) -> dict[str, Heartbeat | None]:
+    """The heartbeat of each worker by its name; None if it has none yet, or while Redis is away."""
+    found: dict[tuple[int, str], Heartbeat] = {}
+    with contextlib.suppress(*LOST):
+        for beat in outcomes.workers():
+            found[beat.pid, beat.host] = beat
+    host = platform.node()
+    return {child.name: found.get((child.pid, host)) for child in workers}
 
 
-def _after_a_while(loading: Sequence[str], lines: Lines) -> Sequence[str]:
-    """Every start takes some seconds: nothing is said of those."""
-    return loading if time.monotonic() - lines.started_at > SAY_EVERY_S / 3 else []
-
-
-def _check_alive(
-    workers: Sequence[Child], found: Mapping[str, Heartbeat | None], started_at: float
+def _check_started(
+    workers: Sequence[Child], beats: Mapping[str, Heartbeat | None], started_at: float
 ) -> None:
     """Raise `StartError` for workers that ended while they started, or have no heartbeat for too long."""
-    ended = [
-        child for child in workers if not child.is_watched and child.ended is not None
-    ]
-    if ended:
-        raise StartError(
-            "; ".join(
-                f"{child.name} did not start ({child.ended}); {last_words(child)}"
-                for child in ended
+    starting = [child for child in workers if not child.is_watched]
+    ended = []
+    for child in starting:
+        if child.ended is not None:
+            ended.append(
+                f"{child.name} did not start ({child.ended}); {child.last_log_line()}"
             )
-        )
+    if ended:
+        raise StartError("; ".join(ended))
+
     is_late = time.monotonic() - started_at > WORKER_START_S
-    silent = [
-        child
-        for child in workers
-        if is_late and not child.is_watched and found[child.name] is None
-    ]
-    if silent:
-        raise StartError(
-            f"{silent[0].name} was not ready within {WORKER_START_S:g} s; {last_words(silent[0])}"
-        )
+    for child in starting:
+        beat = beats[child.name]
+        if beat is None and is_late:
+            raise StartError(
+                f"{child.name} was not ready within {WORKER_START_S:g} s; {child.last_log_line()}"
+            )
+        # From now on it is started again when it ends.
+        child.is_watched = _serves(beat)
+
+
+def _left(
+    beats: Mapping[str, Heartbeat | None], names: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """What the workers still load, and which judges and reward servers do not answer them, a line each."""
+    loading, unanswered = [], []
+    for worker, beat in beats.items():
+        if not _serves(beat):
+            loading.append(f"{worker}: {_what_it_does(beat, names)}")
+        if beat is not None:
+            for server in beat.unanswered:
+                unanswered.append(f"{worker}: {server}")
+    return loading, unanswered
 
 
 def _serves(beat: Heartbeat | None) -> bool:
@@ -198,7 +200,7 @@ def _what_it_does(beat: Heartbeat | None, names: Mapping[str, str]) -> str:
 
 def _names(config: RewardConfig) -> dict[str, str]:
     """Names of reward models by fingerprint."""
-    return {
-        spec.part.fingerprint: spec.part.reward_model
-        for spec in (*config.rewards, *config.eval_rewards)
-    }
+    names = {}
+    for spec in (*config.rewards, *config.eval_rewards):
+        names[spec.part.fingerprint] = spec.part.reward_model
+    return names

@@ -9,7 +9,6 @@ reward on a machine without a VLM. It judges nothing: for rewards to train on, p
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import click
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tasks.errors import MissingExtraError
 
@@ -35,11 +34,11 @@ NAME = "sharpness-standin"
 """The model it calls itself."""
 
 SHARP = 600.0
-"""Sharpness at which it is undecided: a poster of the demo with no flaw has 700 to 2000, a blurred one 300.
-Noise, which is sharp too, has 20,000: it measures no more than it says."""
+"""Sharpness at which it is undecided: a poster of the demo with no flaw has 700 to 2000, a blurred poster 300. Noise
+has 20,000, since noise is sharp: this measures sharpness and nothing else."""
 
 SURE = 0.001
-"""P(Yes) keeps this far from 0 and 1: a log probability is finite."""
+"""P(Yes) stays this far from 0 and 1, so that its log probability is finite."""
 
 app = FastAPI(title="Stand-in judge: measures sharpness, judges nothing")
 
@@ -119,33 +118,27 @@ def _candidate(token: str, probability: float) -> dict[str, Any]:
 
 def _first_image(body: dict[str, Any]) -> Image.Image:
     try:
-        parts = [
-            p
-            for m in body["messages"]
-            if isinstance(m["content"], list)
-            for p in m["content"]
-        ]
-        url: str = next(
-            p["image_url"]["url"] for p in parts if p["type"] == "image_url"
-        )
-        header, _, data = url.partition(",")
+        header, _, data = _first_image_url(body).partition(",")
         if not header.startswith("data:image/") or not header.endswith(";base64"):
             raise ValueError("not a data URL")
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         image.load()
         return image
-    except (
-        KeyError,
-        TypeError,
-        StopIteration,
-        ValueError,
-        binascii.Error,
-        UnidentifiedImageError,
-        OSError,
-    ) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise NoImageError(
             f"needs an image as a base64 data URL in a message: {error or type(error).__name__}"
         ) from None
+
+
+def _first_image_url(body: dict[str, Any]) -> str:
+    for message in body["messages"]:
+        if not isinstance(message["content"], list):
+            continue  # a text, as the system's message
+        for part in message["content"]:
+            if part["type"] == "image_url":
+                url: str = part["image_url"]["url"]
+                return url
+    raise ValueError("no message has an image")
 
 
 @click.command()

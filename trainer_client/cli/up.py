@@ -1,4 +1,4 @@
-"""`rewardq up`: what a rewards file needs on this machine, started, watched, and stopped again."""
+"""`rewardq up`: starts what a rewards file needs on this machine, watches it, and stops it again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -20,7 +21,9 @@ from tasks.rewards import RewardConfig, RewardSpec
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
 from tasks.shadows import warning
-from trainer_client.cli.processes import PRELOAD, Fleet, stop_signals, worker_command
+from trainer_client.cli.commands import worker_command
+from trainer_client.cli.fleet import PRELOAD, Fleet, stop_signals
+from trainer_client.cli.lines import print_line
 from trainer_client.cli.readiness import tell_who_is_back, wait_until_ready
 
 BROKER_URL, MODULES = "REWARDQ_BROKER_URL", "REWARDQ_MODULES"
@@ -32,13 +35,13 @@ WAIT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is started for a rewards file, and what is to be said of it."""
+    """What is started for a rewards file, and what the user is told of it."""
 
     config: RewardConfig
     queues: tuple[str, ...]
     gpu_workers: int
     env: Mapping[str, str]
-    """Of the workers, but for the Redis and the GPU of each."""
+    """Environment of the workers, without the Redis and the GPU of each."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -80,15 +83,12 @@ def up(
 ) -> None:
     """Start what REWARDS_YAML needs on this machine.
 
-    That is a Redis if none is given, and a worker for each of its queues, which loads the rewards of the file. Ready is
-    said when each of them can be scored. Workers run in the current directory with this environment, and may import
-    the modules of the file's own classes. Ctrl-C stops everything.
+    That is a Redis if none is given, and a worker for each of its queues, which loads the rewards of the file. It says
+    Ready when each of the rewards can be scored. Workers run in the current directory with this environment, and may
+    import the modules of the file's own classes. Ctrl-C stops everything.
     """
     console = Console(highlight=False)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
-
+    say = partial(print_line, console)
     given_url = redis_url or os.environ.get(BROKER_URL)
     settings = load_settings(**({"broker_url": given_url} if given_url else {}))
     plan = _plan(rewards_yaml, settings, gpu_workers)
@@ -119,13 +119,15 @@ def _plan(rewards_yaml: Path, settings: Settings, gpu_workers: int) -> Plan:
     """
     config = RewardConfig.from_yaml(rewards_yaml)
     config.of("train")
-    rewards = (*config.rewards, *config.eval_rewards)
-    notes = [
-        f"{r.name}: {r.reward_model} is not built here: it cannot be scored"
-        for r in rewards
-        if not r.is_built
-    ]
-    built = [reward for reward in rewards if reward.is_built]
+    built, notes = [], []
+    for reward in (*config.rewards, *config.eval_rewards):
+        if reward.is_built:
+            built.append(reward)
+        else:
+            notes.append(
+                f"{reward.name}: {reward.reward_model} is not built here: it cannot be scored"
+            )
+
     env = dict(os.environ)
     modules = _modules(built, settings)
     if modules:
@@ -133,58 +135,62 @@ def _plan(rewards_yaml: Path, settings: Settings, gpu_workers: int) -> Plan:
         notes.append(
             f"{MODULES}={env[MODULES]} ({', '.join(modules)} as {rewards_yaml.name} names it)"
         )
-    too_many = _more_than_fit(built, settings)
-    if too_many:
-        notes.append(f"not preloaded, and so not tried: {too_many}")
-        env.pop(PRELOAD, None)
-    else:
-        if env.get(PRELOAD):
-            notes.append(
-                f"{PRELOAD}={env[PRELOAD]} is not used: the rewards file is preloaded"
-            )
-        env[PRELOAD] = str(rewards_yaml.resolve())
+    notes += _set_preload(env, rewards_yaml, _more_than_fit(built, settings))
     shadow = warning(Path.cwd())
     if shadow:
         notes.append(shadow)
-    return Plan(
-        config,
-        tuple(dict.fromkeys(reward.queue for reward in built)),
-        gpu_workers,
-        env,
-        notes,
-    )
+
+    queues = tuple(dict.fromkeys(reward.queue for reward in built))
+    return Plan(config, queues, gpu_workers, env, notes)
+
+
+def _set_preload(
+    env: dict[str, str], rewards_yaml: Path, too_many: str | None
+) -> list[str]:
+    """Have workers preload the file unless it has `too_many` models; returns what the user is told."""
+    if too_many:
+        env.pop(PRELOAD, None)
+        return [f"not preloaded, and so not tried: {too_many}"]
+    replaced = env.get(PRELOAD)
+    env[PRELOAD] = str(rewards_yaml.resolve())
+    if replaced:
+        return [f"{PRELOAD}={replaced} is not used: the rewards file is preloaded"]
+    return []
 
 
 def _modules(rewards: list[RewardSpec], settings: Settings) -> list[str]:
     """The modules of the file's own classes that workers may not import yet."""
-    found: list[str] = []
+    allowed = list(settings.allowed_modules)
+    missing = []
     for reward in rewards:
         module = reward.reward_model.rpartition(".")[0]
-        known = (*settings.allowed_modules, *found)
-        if not reward.is_builtin and not any(
-            module == m or module.startswith(f"{m}.") for m in known
-        ):
-            found.append(module)
-    return found
+        is_allowed = any(_is_within(module, known) for known in allowed)
+        if not reward.is_builtin and not is_allowed:
+            allowed.append(module)
+            missing.append(module)
+    return missing
+
+
+def _is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def _more_than_fit(rewards: list[RewardSpec], settings: Settings) -> str | None:
     """Which queue has more models than a worker may keep."""
-    for queue in dict.fromkeys(reward.queue for reward in rewards):
-        models = {
-            r.part.fingerprint
-            for r in rewards
-            if r.queue == queue and r.is_local and not r.counts_launch
-        }
+    models_of: dict[str, set[str]] = {}
+    for reward in rewards:
+        models = models_of.setdefault(reward.queue, set())
+        if reward.is_local and not reward.counts_launch:
+            models.add(reward.part.fingerprint)
+    for queue, models in models_of.items():
         if settings.max_models and len(models) > settings.max_models:
             return f"queue {queue} has {len(models)} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
     return None
 
 
 def _check_redis(settings: Settings, queues: tuple[str, ...]) -> None:
-    check_servers(
-        settings, "worker", queues
-    )  # as the workers that are started here will
+    # As the workers that are started here will check it: what they lack is said before anything is started.
+    check_servers(settings, "worker", queues)
 
 
 def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
@@ -199,9 +205,7 @@ def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
 def _wait(
     console: Console, fleet: Fleet, plan: Plan, url: str, wait_s: float, no_wait: bool
 ) -> None:
-    def say(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
-
+    say = partial(print_line, console)
     settings = load_settings(broker_url=url)
     with console.status("waiting until each reward can be scored"):
         unanswered = wait_until_ready(
@@ -212,13 +216,12 @@ def _wait(
     masked = " (with its password)" if without_password(url) != url else ""
     say(f"\nFor the trainer{masked}:")
     say(f"  export {BROKER_URL}={shlex.quote(without_password(url))}")
-    say(
-        f"\n{'Ready but for what is above.' if unanswered else 'Ready.'} Ctrl-C stops everything."
-    )
+    ready = "Ready but for what is above." if unanswered else "Ready."
+    say(f"\n{ready} Ctrl-C stops everything.")
 
 
 def _gpus() -> list[str]:
-    """The GPUs that workers here may use: those that the environment names, else all that there are."""
+    """The GPUs that workers here may use: those that `CUDA_VISIBLE_DEVICES` names, else all of the machine."""
     given = os.environ.get(GPUS)
     if given is not None:
         return [gpu for gpu in given.split(",") if gpu]
@@ -251,9 +254,9 @@ def _show(
                 child.log_path.name,
             )
     kept = " (started here; empty again when stopped)" if started_redis else ""
-    console.print(f"Redis: {without_password(url)}{kept}", markup=False, soft_wrap=True)
-    console.print(f"logs: {fleet.log_dir}", markup=False, soft_wrap=True)
+    print_line(console, f"Redis: {without_password(url)}{kept}")
+    print_line(console, f"logs: {fleet.log_dir}")
     for note in plan.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        print_line(console, note)
     console.print()
     console.print(table)

@@ -1,4 +1,4 @@
-"""`rewardq worker`: the Celery worker of the documented command, with our `tasks` whatever the folder has."""
+"""`rewardq worker`: the documented Celery worker, with our package `tasks` even if the folder has a `tasks.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from celery.__main__ import main as celery_command
 from tasks.shadows import warning
 
 CELERY_WORKER = ("celery", "-A", "tasks", "worker")
-"""The documented command; what it is told about `tasks` holds here too, since ours is imported already."""
+"""The documented command. Its `-A tasks` finds our package, since that is imported already."""
 
 
 @click.command(
@@ -22,8 +22,7 @@ def worker(celery_options: tuple[str, ...]) -> None:
     """Start a worker: rewardq worker -Q gpu [CELERY_OPTIONS].
 
     The same as `celery -A tasks worker` with these options, also in a folder that has a tasks.py, workers/ or
-    trainer_client/ of its own. It is this process that becomes the worker: its signals and exit status are the
-    worker's.
+    trainer_client/ of its own. This process becomes the worker: its signals and exit status are the worker's.
     """
     said = warning(Path.cwd())
     if said:

@@ -73,9 +73,12 @@ class Accumulator:
         """
         chunks = []
         for batch in list(self._batches.values()):
-            due = self._due(batch, released)
             has_lingered = now >= batch.last_added + LINGER_S
-            while len(due) >= batch.size or (due and (is_flushing or has_lingered)):
+            may_be_small = is_flushing or has_lingered
+            if len(batch.awaited) < batch.size and not may_be_small:
+                continue
+            due = self._due(batch, released)
+            while len(due) >= batch.size or (due and may_be_small):
                 chunks.append(due[: batch.size])
                 due = due[batch.size :]
         for chunk in chunks:

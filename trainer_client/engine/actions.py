@@ -1,4 +1,4 @@
-"""What the engine asks for. `EngineState.apply` returns actions, `Backend.perform` carries each out, and its result is an event.
+"""What the engine asks for: `EngineState.apply` returns actions, `Backend.perform` performs them, events result.
 
 A call that fails since a server is away is made again, with growing pauses: every action may run twice.
 """
@@ -18,8 +18,8 @@ from trainer_client.engine.model import Awaited, Delivery, Member, RankIndex, Sl
 class Lane(Enum):
     """The threads that perform actions. Actions of one lane but the pool's are performed one by one, in order.
 
-    Each lane is one thread, so that a server that hangs holds up what needs it and little else: while the broker is away
-    outcomes are still read, and while the payload store is away the rank lock is still extended.
+    Each lane is one thread, so that a server that hangs holds up what needs it and little else: while the broker is
+    away outcomes are still read, and while the payload store is away the rank lock is still extended.
     """
 
     POOL = "pool"
@@ -144,7 +144,10 @@ class InspectDeliveries:
 
 @dataclass(frozen=True, slots=True)
 class MeasureStore:
-    """Ask how many bytes are in the payload store, and whether any of `queues` has messages. Result: `StoreMeasured`."""
+    """Ask how many bytes are in the payload store, and whether any of `queues` has messages.
+
+    Result: `StoreMeasured`.
+    """
 
     lane: ClassVar[Lane] = Lane.UPKEEP
     queues: Sequence[str]

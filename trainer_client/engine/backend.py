@@ -1,7 +1,7 @@
 """The I/O of the engine: carries out one action, and returns the event that is its result.
 
-It decides nothing and remembers nothing but connections. Whatever a server raises goes to its caller, who makes the call
-again: each may run twice.
+It decides nothing and remembers nothing but connections. Whatever a server raises goes to the caller, who makes the
+call again: each may run twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.messages import (
     ScoreRequest,
     unpack,
 )
-from tasks.outcomes import Outcomes, QueueState, key_of
+from tasks.outcomes import ClientOutcomes, QueueState, key_of
 from tasks.payloads import PayloadStore
 from tasks.samples import Sample
 from trainer_client.engine import actions as do
@@ -53,7 +53,7 @@ class Backend:
     def __init__(
         self,
         *,
-        outcomes: Outcomes,
+        outcomes: ClientOutcomes,
         store: PayloadStore,
         groups: GroupSlots | None,
         publisher: Broker,
@@ -348,7 +348,7 @@ class Backend:
         lost = []
         for group, is_there, found in zip(groups, are_there, digests, strict=True):
             if not is_there:
-                self._outcomes.write({group.address: group.outcome}, self._client_id)
+                self._outcomes.put_back(group.address, group.outcome)
             if not found:
                 self._groups.put_back(
                     group.shared_key,

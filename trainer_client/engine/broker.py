@@ -13,6 +13,9 @@ from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
 from tasks.messages import WIRE_VERSION
 from trainer_client.engine.requests import Message
 
+DISCONNECT_S = 1.0
+"""How long a call under way is waited for before its connection is given back."""
+
 MESSAGES_A_BATCH = 200
 """Messages handed to Redis in one transaction."""
 
@@ -21,7 +24,7 @@ class Broker(Protocol):
     """The queues. Safe between threads; a message that is published twice is scored once."""
 
     def publish(self, messages: Sequence[Message], store_id: str) -> None:
-        """Put messages into their queues; `store_id` is the identity of the payload store that their requests are in."""
+        """Put messages into their queues; `store_id` is the identity of the payload store that has their requests."""
 
     def num_waiting(self, queue: str) -> int:
         """How many messages wait in a queue."""
@@ -64,9 +67,12 @@ class CeleryBroker:
             return int(declared.message_count)
 
     def disconnect(self) -> None:
-        """See `Broker`."""
-        with self._lock:
-            self._disconnect()
+        """See `Broker`. A call that hangs keeps its connection."""
+        if self._lock.acquire(timeout=DISCONNECT_S):
+            try:
+                self._disconnect()
+            finally:
+                self._lock.release()
 
     def _connect(self) -> Any:
         if self._connection is None:

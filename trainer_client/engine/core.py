@@ -1,4 +1,4 @@
-"""What a transition is: the only code that changes the state of an awaited outcome, and the indexes that say where it is."""
+"""Transitions: the only code that changes the state of an awaited outcome, and the indexes that say where it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trainer_client.engine.model import (
     Delivery,
     PayloadUser,
     Slot,
+    StepKey,
 )
 from trainer_client.engine.payloads import PayloadLedger
 from trainer_client.engine.states import (
@@ -34,7 +35,7 @@ class Core:
     def __init__(self, client_id: str, why_late: WhyLate) -> None:
         self._client_id = client_id
         self._num_names = 0
-        self._why_late = why_late
+        self.why_late = why_late
         self.payloads = PayloadLedger(self.new_name)
         self.awaited: dict[str, Awaited] = {}
         """By address, all that are not ended."""
@@ -50,6 +51,12 @@ class Core:
         self._num_groups_looked_up = 0
         self._num_of: Counter[str] = Counter()
         """By fingerprint, how many are awaited."""
+        self.now = 0.0
+        """When the event at hand happened."""
+        self.waits: dict[int, frozenset[StepKey]] = {}
+        """By the number of whoever waits, the steps that it collects."""
+        self.num_group_calls = 0
+        """Calls under way that may seal a group."""
         self._actions: list[do.Action] = []
         self._is_freeing = False
 
@@ -85,6 +92,25 @@ class Core:
         """A name in the payload store that was never used before."""
         self._num_names += 1
         return f"{self._client_id}.{self._num_names}.{suffix}"
+
+    # --- waits ---------------------------------------------------------------------
+
+    @property
+    def has_waits(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self.waits)
+
+    @property
+    def released(self) -> frozenset[StepKey]:
+        """Steps that somebody collects."""
+        return frozenset().union(*self.waits.values())
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is on its way that could still fill a chunk."""
+        if self.num_unsettled or self.num_group_calls:
+            return False
+        return not self.num_in(State.LOOKING_UP, State.RESTORING)
 
     # --- counts ----------------------------------------------------------------------
 
@@ -222,7 +248,7 @@ class Core:
         self._num_of[fingerprint] -= 1
         if not self._num_of[fingerprint]:
             del self._num_of[fingerprint]
-            self._why_late.withdraw(Source.NOTE, fingerprint)
+            self.why_late.withdraw(Source.NOTE, fingerprint)
 
     # --- deliveries ------------------------------------------------------------------
 
@@ -317,7 +343,8 @@ class Core:
         counted: Counter[State] = Counter()
         for address, awaited in self.awaited.items():
             assert awaited.address == address
-            assert awaited.state is not None and awaited.state not in ENDED, address
+            assert awaited.state is not None, address
+            assert awaited.state not in ENDED, address
             assert awaited.outcome is None, address
             assert awaited.slots, address
             counted[awaited.state] += 1
@@ -332,7 +359,8 @@ class Core:
         for state, num in self._num_in.items():
             assert num == counted[state], (state, num, counted[state])
         for request, delivery in self.deliveries.items():
-            assert delivery.request == request and delivery.awaited, request
+            assert delivery.request == request
+            assert delivery.awaited, request
             for awaited in delivery.awaited:
                 assert awaited.delivery is delivery, (request, awaited.address)
                 if awaited.state in IN_DELIVERY:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tasks.catalog import VLM
 from tasks.messages import WIRE_VERSION, Heartbeat, Note
-from tasks.outcomes import USUAL_STARTS, Outcomes
+from tasks.outcomes import USUAL_STARTS, ClientOutcomes
 from tasks.payloads import PayloadStore
 from tasks.rewards import RewardSpec
 from tasks.servers.connections import FULL, is_nearly_full
@@ -16,7 +16,7 @@ from trainer_client.engine.losses import loaders_of
 class Diagnosis:
     """Asks on behalf of whoever waits. Each call may raise what Redis does; none changes anything."""
 
-    def __init__(self, outcomes: Outcomes, store: PayloadStore) -> None:
+    def __init__(self, outcomes: ClientOutcomes, store: PayloadStore) -> None:
         self._outcomes, self._store = outcomes, store
 
     def idle_queues(

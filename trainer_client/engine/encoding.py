@@ -1,4 +1,4 @@
-"""A sample's media as they travel: checked arrays, their digests, the bytes of each transport, the keys of the sample."""
+"""Samples as they travel: media as checked arrays, their digests, the bytes of each transport, the sample's keys."""
 
 from __future__ import annotations
 

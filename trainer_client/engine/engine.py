@@ -14,11 +14,11 @@ from typing import Any
 
 import redis
 
-from tasks.celery_app import COMBINE, GROUP, SCORE, outcomes_of
+from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
 from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
-from tasks.outcomes import Outcomes
+from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore, open_store
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.servers.connections import why_away
@@ -36,9 +36,9 @@ from trainer_client.engine.resume import slots_and_deliveries
 from trainer_client.engine.state import EngineConfig, EngineState
 from trainer_client.engine.why_late import Source
 from trainer_client.progress import bars
-from trainer_client.runs.answerers import Answerers
-from trainer_client.runs.known import Run
-from trainer_client.steps.step_log import Waiting
+from trainer_client.runs.code_versions import CodeVersions
+from trainer_client.runs.registry import RunRegistry
+from trainer_client.steps.step_log import WaitLog
 from trainer_client.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Engine:
         settings: Settings = app.settings
         self.pid = os.getpid()
         self.client_id = uuid.uuid4().hex[:12]
-        self.outcomes: Outcomes = outcomes_of(app)
+        self.outcomes: ClientOutcomes = client_outcomes(app)
         self.store: PayloadStore = open_store(settings)
         self._settings = settings
         self._slots_over_ranks: GroupSlots | None = None
@@ -128,18 +128,20 @@ class Engine:
             payload_ttl_s=settings.payload_ttl_s,
             result_ttl_s=settings.result_ttl_s,
         )
-        answerers = Answerers(run)
-        known = Run(self.outcomes.redis, run, settings.result_ttl_s)
+        code_versions = CodeVersions(run)
+        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
         tell_every_s = min(TELL_EVERY_S, settings.result_ttl_s / 4)
         self._loop = Loop(
             self._state,
             backend,
             settings.sender_threads,
-            announce=lambda news: answerers.see(news.spec, news.outcome),
+            announce=lambda news: code_versions.see(news.spec, news.outcome),
             chores=[
                 *chores,
-                Chore(tell_every_s, lambda: known.tell(config), is_due_at_once=True),
-                Chore(COMPARE_EVERY_S, lambda: answerers.compare(known)),
+                Chore(
+                    tell_every_s, lambda: registry.register(config), is_due_at_once=True
+                ),
+                Chore(COMPARE_EVERY_S, lambda: code_versions.compare(registry)),
             ],
         )
 
@@ -192,7 +194,7 @@ class Engine:
     def num_unsent(self) -> int:
         """Samples that were accepted and are not in a message yet."""
         with self._loop.lock:
-            num_on_their_way_in = self._num_submitted - self._state.num_submitted
+            num_on_their_way_in = self._num_submitted - self._state.intake.num_submitted
             return num_on_their_way_in + self._state.num_unsent
 
     # --- waits -------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class Engine:
         slots: Sequence[Slot],
         deadline: float,
         progress: bool | None,
-        waiting: Waiting | None = None,
+        waiting: WaitLog | None = None,
     ) -> bool:
         """Wait until all slots are done or the deadline (monotonic); whether they are.
 
@@ -419,7 +421,7 @@ class Engine:
                 return is_below
 
     def _wait_until_taken_up(self) -> None:
-        """Wait until what was put before is taken up, for a short time: where Redis is away it is done once it is back."""
+        """Wait until what was put before is taken up, for a short time (where Redis is away it takes longer)."""
         is_done = threading.Event()
         self._loop.do_once(do.Lane.UPKEEP, is_done.set)
         is_done.wait(ASK_S)

@@ -1,4 +1,4 @@
-"""What the engine is told. Each event is made by the loop, by a caller's thread, or by the backend as an action's result.
+"""What the engine is told: by the loop, by callers' threads, or by the backend as the result of an action.
 
 `EngineState.apply` takes one at a time.
 """

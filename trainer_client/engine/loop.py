@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,9 +140,9 @@ class Loop:
         self._numbers = itertools.count()
         self._failing: dict[do.Lane, _Call] = {}
         """By lane, a call whose server is away."""
-        self._say_at = dict.fromkeys(do.Lane, 0.0)
+        self._say_at: dict[do.Lane, float] = {}
         self._warned: set[str] = set()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._chores = [_started(chore) for chore in chores]
         self._is_closing = threading.Event()
         self._workers: dict[do.Lane, list[threading.Thread]] = {}
@@ -177,7 +177,7 @@ class Loop:
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent by the lanes since this was asked last, summed over threads, by name."""
         with self.lock:
-            seconds, self._seconds = self._seconds, Counter()
+            seconds, self._seconds = self._seconds, defaultdict(float)
         return {name: seconds[name] for name in ("encode_s", "store_s", "send_s")}
 
     def do_once(self, lane: do.Lane, do_it: Callable[[], object]) -> None:
@@ -309,7 +309,7 @@ class Loop:
         self._failing[call.lane] = call
         source = Source.SENDING if is_sent else Source.POLLING
         self.state.why_late.set(source, _why_it_waits(call, error), call.lane.value)
-        if now >= self._say_at[call.lane]:
+        if now >= self._say_at.get(call.lane, 0.0):
             self._say_at[call.lane] = now + SAY_EVERY_S
             what = "sending" if is_sent else "polling"
             log.warning("%s waits for redis error=%s", what, type(error).__name__)

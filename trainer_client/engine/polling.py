@@ -59,9 +59,10 @@ class Polling:
 
     def take_due(self, now: float) -> Due:
         """What is due; counts as asked."""
+        is_poll_due = not self._is_polling and now >= self._poll_at
         due = Due(
-            numbers=not self._is_polling and now >= self._poll_at,
-            digests=not self._is_reading_digests and now >= self._poll_at,
+            numbers=is_poll_due,
+            digests=is_poll_due and not self._is_reading_digests,
             notes=not self._is_reading_notes and now >= self._notes_at,
             inspect=not self._is_inspecting and now >= self._inspect_at,
             everything=now >= self._everything_at,

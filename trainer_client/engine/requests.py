@@ -49,8 +49,10 @@ class RequestWriter:
     def compose(
         self, delivery: Delivery, times: Times
     ) -> tuple[Message, dict[str, bytes]]:
-        """The message of a delivery, and the requests to store for it, by name. A group that is larger than a chunk is a
-        chord: its parts in the header, what combines them in the body."""
+        """The message of a delivery, and the requests to store for it, by name.
+
+        A group that is larger than a chunk is a chord: its parts in the header, what combines them in the body.
+        """
         first, spec = delivery.awaited_when_sent[0], delivery.spec
         if first.group is None or spec.how not in ("rank", "wins"):
             samples = tuple(sample_request(a) for a in delivery.awaited_when_sent)

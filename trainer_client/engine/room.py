@@ -40,7 +40,10 @@ class Room:
         self.is_measuring = False
 
     def admit(self, num_bytes: int) -> bool:
-        """Whether so many bytes may be stored, and if so count them. A single payload always fits into an empty store."""
+        """Whether so many bytes may be stored, and if so count them.
+
+        A single payload always fits into an empty store.
+        """
         if self._num_bytes is None:
             return False
         if self._num_bytes and self._num_bytes + num_bytes > self._max_bytes:

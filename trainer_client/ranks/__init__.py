@@ -1,1 +1,1 @@
-"""Several ranks of one trainer: one process for each, what they gather, the verdict they come to."""
+"""Several ranks of one trainer: the lock of each rank, what ranks gather, the verdict on which they agree."""

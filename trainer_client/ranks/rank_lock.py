@@ -1,4 +1,4 @@
-"""One live trainer process for each (run, launch, rank), so that two never mix their steps."""
+"""The rank lock: one live trainer process for each (run, launch, rank), so that two never mix their steps."""
 
 from __future__ import annotations
 
@@ -11,70 +11,73 @@ from typing import Any
 from tasks import keys
 from tasks.errors import RankTakenError
 
-LEASE_TTL_S = 10.0
-"""After a trainer is killed, its successor waits at most this long for its place."""
+LOCK_TTL_S = 10.0
+"""After a trainer is killed, its successor waits at most this long for the lock."""
 
-KEEP_EVERY_S = LEASE_TTL_S / 4
-"""How often the holder extends its lease."""
+EXTEND_EVERY_S = LOCK_TTL_S / 4
+"""How often the holder extends its lock."""
 
-LOOK_EVERY_S = 0.25
+TRY_EVERY_S = 0.25
+"""How often a process that waits for the lock tries to get it."""
 
-_TAKE = """
-local held = redis.call('GET', KEYS[1])
-if held and held ~= ARGV[1] then return {held, redis.call('PTTL', KEYS[1])} end
+_ACQUIRE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return {holder, redis.call('PTTL', KEYS[1])} end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return false
 """
-"""KEYS: the lease. ARGV: who we are, ms. Nothing if it is ours now, else who holds it and for how long."""
+"""KEYS: the lock. ARGV: this process, ms. Nothing if the lock is ours now, else its holder and the ms it has left."""
 
-_LEAVE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+_RELEASE = (
+    "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+)
 
 
-class Lease:
-    """The place of one rank. A forked child keeps its parent's; only the process that made it gives it back."""
+class RankLock:
+    """The lock of one rank. A forked child holds its parent's; only the process that made it may release it."""
 
     def __init__(self, redis: Any, run: str, launch: str, rank: int) -> None:
         self._key = keys.trainer(run, launch, rank)
-        self._words = f"run {run!r}, launch {launch!r}, rank {rank}"
-        self._holder = (
-            f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(4)})"
-        )
+        self._rank_text = f"run {run!r}, launch {launch!r}, rank {rank}"
         self._pid = os.getpid()
-        self._redis = redis
-        self._take_script = redis.register_script(_TAKE)
-        self._leave_script = redis.register_script(_LEAVE)
+        self._holder = (
+            f"process {self._pid} on {platform.node()} ({secrets.token_hex(4)})"
+        )
+        self._acquire_script = redis.register_script(_ACQUIRE)
+        self._release_script = redis.register_script(_RELEASE)
 
-    def take(self) -> None:
-        """Take the place, waiting for the lease of a process that is gone.
+    def acquire(self) -> None:
+        """Get the lock, waiting until the lock of a process that is gone has expired.
 
         Raises:
-            RankTakenError: Its holder lives: it extended its lease while we looked. Names its host and process.
+            RankTakenError: The holder lives: it extended its lock while we waited. Names its host and process.
         """
         last_left_ms: int | None = None
         while (held := self._try()) is not None:
             holder, left_ms = held
+            # Only a live process makes the time to live grow.
             if last_left_ms is not None and left_ms > last_left_ms:
-                raise RankTakenError(self._words, holder)
+                raise RankTakenError(self._rank_text, holder)
             last_left_ms = left_ms
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(TRY_EVERY_S)
 
-    def keep(self) -> None:
-        """Extend the lease. One that was lost (a Redis that was emptied) is taken again unless another has it.
+    def extend(self) -> None:
+        """Extend the lock. A lock that was lost (a Redis that was emptied) is acquired again unless another has it.
 
         Raises:
             RankTakenError: Another process has it: this one was stopped, or away from Redis, for too long.
         """
         held = self._try()
         if held is not None:
-            raise RankTakenError(self._words, held[0])
+            raise RankTakenError(self._rank_text, held[0])
 
-    def leave(self) -> None:
-        """Give the place back, if this process is the one that took it."""
+    def release(self) -> None:
+        """Give the lock back, if this process is the one that made it."""
         if self._pid == os.getpid():
-            self._leave_script(keys=[self._key], args=[self._holder])
+            self._release_script(keys=[self._key], args=[self._holder])
 
     def _try(self) -> tuple[str, int] | None:
-        held = self._take_script(
-            keys=[self._key], args=[self._holder, round(1000 * LEASE_TTL_S)]
-        )
+        """None if the lock is ours now, else its holder and the milliseconds it has left."""
+        ttl_ms = round(1000 * LOCK_TTL_S)
+        held = self._acquire_script(keys=[self._key], args=[self._holder, ttl_ms])
         return (held[0].decode(), int(held[1])) if held else None

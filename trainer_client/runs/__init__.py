@@ -1,1 +1,1 @@
-"""What Redis keeps of a run besides its outcomes."""
+"""What Redis keeps of a run besides its outcomes: its rewards, and the code versions that answered them."""

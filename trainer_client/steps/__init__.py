@@ -1,1 +1,1 @@
-"""The steps of a trainer: what is open, its groups, what is said of it."""
+"""The steps of a trainer: which are open, their groups, and what the log tells of them."""

@@ -1,6 +1,8 @@
-"""How many requests all workers together may have in flight at one endpoint: leases in Redis, on its clock.
+"""How many requests all workers together may have in flight at one endpoint: each holds a permit in Redis.
 
-A lease is kept alive by its process and released when its request ends; that of a worker that died runs out.
+A permit is a member of a sorted set whose score is when the permit expires, on Redis's clock, since the clocks of hosts
+differ. The process that holds a permit renews it, and releases it when the request ends. The permit of a process that
+died expires.
 """
 
 from __future__ import annotations
@@ -12,21 +14,21 @@ from typing import Any
 
 from tasks import keys
 from tasks.servers.connections import LOST
-from workers.remote.network import Once
+from workers.network.once import Once
 
 log = logging.getLogger(__name__)
 
 RENEWALS_A_TTL = 4
-"""So many times within its life a lease is renewed."""
+"""How many times a permit is renewed within its life, so that a renewal or two may fail."""
 
-_CLOCK = """
+_DROP_EXPIRED = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
 """
 
 _ACQUIRE = (
-    _CLOCK
+    _DROP_EXPIRED
     + """
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[1], now_ms + ARGV[3], ARGV[1])
@@ -34,27 +36,28 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 )
-"""KEYS: the endpoint's leases. ARGV: lease, most leases, ms. Whether there was room; may be repeated."""
+"""KEYS: the endpoint's permits. ARGV: permit, most permits, ms. 1 if there was room. The call may be repeated."""
 
 _RENEW = (
-    _CLOCK
+    _DROP_EXPIRED
     + """
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], now_ms + ARGV[1], ARGV[i]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 """
 )
-"""KEYS: the endpoint's leases. ARGV: ms, then leases. One that ran out is entered again: its request is in flight."""
+"""KEYS: the endpoint's permits. ARGV: ms, then permits. A permit that expired is added again: its request is in flight,
+so the set has to count it even if that is one too many."""
 
-_COUNT = f"{_CLOCK} return redis.call('ZCARD', KEYS[1])"
-"""KEYS: the endpoint's leases. How many there are."""
+_COUNT = f"{_DROP_EXPIRED} return redis.call('ZCARD', KEYS[1])"
+"""KEYS: the endpoint's permits. How many there are."""
 
 
 class FleetBudget:
-    """Leases of this process and their renewal. Safe between threads.
+    """The permits of this process and their renewal. Safe between threads.
 
     Args:
         redis: The result backend's client.
-        ttl_s: How long a lease lives without its process.
+        ttl_s: How long a permit lives without its process.
     """
 
     def __init__(self, redis: Any, ttl_s: float) -> None:
@@ -63,73 +66,85 @@ class FleetBudget:
         self._renew = redis.register_script(_RENEW)
         self._count = redis.register_script(_COUNT)
         self._redis = redis
+
         self._lock = threading.Lock()
-        self._held: dict[str, str] = {}
-        self._has_leases = threading.Event()
+        self._held: dict[str, str] = {}  # permit to endpoint
+        self._has_permits = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(
-            target=self._keep_alive, name="rewardq-leases", daemon=True
+            target=self._keep_alive, name="rewardq-permits", daemon=True
         )
         self._thread.start()
 
     def acquire(self, endpoint: str, most: int) -> str | None:
-        """A lease for one request at `endpoint`, or None if all workers together have `most` of them."""
-        lease = uuid.uuid4().hex
-        if not self._acquire(
-            keys=[keys.judge_leases(endpoint)], args=[lease, most, self._ttl_ms]
-        ):
+        """A permit for one request at `endpoint`, or None if all workers together hold `most` permits."""
+        permit = uuid.uuid4().hex
+        has_room = self._acquire(
+            keys=[keys.judge_permits(endpoint)], args=[permit, most, self._ttl_ms]
+        )
+        if not has_room:
             return None
-        with self._lock:
-            self._held[lease] = endpoint
-        self._has_leases.set()
-        return lease
 
-    def release(self, lease: str) -> None:
-        """Give a lease back; if Redis is away it runs out by itself."""
         with self._lock:
-            endpoint = self._held.pop(lease)
+            self._held[permit] = endpoint
+        self._has_permits.set()
+        return permit
+
+    def release(self, permit: str) -> None:
+        """Give a permit back; if Redis is away the permit expires by itself."""
+        with self._lock:
+            endpoint = self._held.pop(permit)
         try:
-            self._redis.zrem(keys.judge_leases(endpoint), lease)
+            self._redis.zrem(keys.judge_permits(endpoint), permit)
         except LOST as error:
-            log.warning("lease not released error=%s", type(error).__name__)
+            log.warning("permit not released error=%s", type(error).__name__)
 
     def has_room(self, endpoint: str, most: int) -> bool:
-        """Whether a lease could be had now."""
-        return int(self._count(keys=[keys.judge_leases(endpoint)])) < most
+        """Whether a permit could be had now."""
+        return int(self._count(keys=[keys.judge_permits(endpoint)])) < most
 
     def close(self) -> None:
-        """Renew nothing any more."""
-        with self._lock:  # else the thread may forget at this moment that there is something to wake up for
+        """End the renewals and wait for their thread."""
+        with self._lock:  # else the thread could clear the event after it is set here, and wait for ever
             self._ended.set()
-            self._has_leases.set()
+            self._has_permits.set()
         self._thread.join()
 
     def _keep_alive(self) -> None:
-        while self._has_leases.wait() and not self._ended.wait(
-            self._ttl_s / RENEWALS_A_TTL
-        ):
-            with self._lock:
-                held = dict(self._held)
-                if not held and not self._ended.is_set():
-                    self._has_leases.clear()
+        pause_s = self._ttl_s / RENEWALS_A_TTL
+        while self._has_permits.wait() and not self._ended.wait(pause_s):
+            held = self._held_now()
             try:
-                for endpoint in set(held.values()):
-                    leases = [lease for lease, at in held.items() if at == endpoint]
-                    self._renew(
-                        keys=[keys.judge_leases(endpoint)], args=[self._ttl_ms, *leases]
-                    )
-                    self._drop_released(endpoint, leases)
+                self._renew_all(held)
             except LOST as error:
-                log.warning("leases not renewed error=%s", type(error).__name__)
-            except Exception:  # without this thread every lease runs out, and the budget bounds nothing any more
-                log.exception("leases not renewed")
+                log.warning("permits not renewed error=%s", type(error).__name__)
+            except Exception:  # if this thread ended, every permit would expire and the budget would bound nothing
+                log.exception("permits not renewed")
 
-    def _drop_released(self, endpoint: str, leases: list[str]) -> None:
-        """What was released while it was renewed is gone for good."""
+    def _held_now(self) -> dict[str, str]:
+        """The endpoint of each permit that is held; if none is, the thread sleeps until the next one."""
         with self._lock:
-            released = [lease for lease in leases if lease not in self._held]
+            if not self._held and not self._ended.is_set():
+                self._has_permits.clear()
+            return dict(self._held)
+
+    def _renew_all(self, held: dict[str, str]) -> None:
+        permits_at: dict[str, list[str]] = {}
+        for permit, endpoint in held.items():
+            permits_at.setdefault(endpoint, []).append(permit)
+
+        for endpoint, permits in permits_at.items():
+            self._renew(
+                keys=[keys.judge_permits(endpoint)], args=[self._ttl_ms, *permits]
+            )
+            self._drop_released(endpoint, permits)
+
+    def _drop_released(self, endpoint: str, permits: list[str]) -> None:
+        """Remove the permits that were released during their renewal, which has added them again."""
+        with self._lock:
+            released = [permit for permit in permits if permit not in self._held]
         if released:
-            self._redis.zrem(keys.judge_leases(endpoint), *released)
+            self._redis.zrem(keys.judge_permits(endpoint), *released)
 
 
 @Once

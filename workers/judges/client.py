@@ -16,8 +16,9 @@ from tasks.servers.http_urls import whats_wrong_with_api
 from tasks.settings import Settings, load_settings
 from workers.judges.endpoints import Endpoint
 from workers.judges.inner_errors import MARK, inner_error
-from workers.remote.network import NetworkLoop, Once
-from workers.remote.proxies import proxy_for, trusted_certificates
+from workers.network.loop import NetworkLoop
+from workers.network.once import Once
+from workers.network.proxies import proxy_for, trusted_certificates
 
 OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"

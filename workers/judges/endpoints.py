@@ -17,7 +17,7 @@ import openai
 
 from workers.base import Unscored
 from workers.judges.inner_errors import words_of
-from workers.remote.network import Server
+from workers.network.servers import Server
 
 log = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 from tasks import catalog
 from tasks.errors import BusyError, ConfigError, ModelLoadError
 from tasks.rewards.options import options_of_subclass
+from workers import deadline
 from workers.base import (
     Accelerator,
+    Inputs,
     PointwiseRewardModel,
     RewardArguments,
     RewardModelOutput,
     Unscored,
-    frames_of,
 )
 from workers.judges.chat import Chat
 from workers.judges.images import DATA_URLS, evenly_spaced
 from workers.judges.reply import Reply
-from workers.remote.network import its_own_deadline
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
 """The reward of a sample or why there is none, and what to keep beside it."""
@@ -77,30 +77,25 @@ class Judge(PointwiseRewardModel):
         """The reward in a reply, and what to keep. Raises `Unscored`."""
         raise NotImplementedError
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
         """Rewards `(N,)` in [0, 1], one request after another unless `max_concurrent` is given."""
-        all_frames = frames_of(len(prompt), image, video)
+        num_samples = len(inputs.prompt)
         samples = zip(
-            prompt, all_frames, condition_images or [()] * len(prompt), strict=True
+            inputs.prompt,
+            inputs.frames(),
+            inputs.condition_images or [()] * num_samples,
+            strict=True,
         )
         answers: list[Answer] = []
-        with its_own_deadline():
+        with deadline.paused():  # requests keep timeout_s by themselves
             while some := list(itertools.islice(samples, self.chat.at_once)):
-                chats = [
-                    self.messages(p, evenly_spaced(f, self.options["frames"]), c or ())
-                    for p, f, c in some
-                ]
-                answers += [
-                    self._answer(reply) for reply in self.chat.ask(chats, **self.params)
-                ]
+                chats = []
+                for prompt, frames, condition_images in some:
+                    shown = evenly_spaced(frames, self.options["frames"])
+                    chats.append(self.messages(prompt, shown, condition_images or ()))
+
+                for reply in self.chat.ask(chats, **self.params):
+                    answers.append(self._answer(reply))
         return RewardModelOutput(
             rewards=[reward for reward, _ in answers],
             extra_info={"judge": [info for _, info in answers]},

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tasks.errors import BusyError
-from workers.base import Accelerator, RewardArguments, RewardModelOutput, Unscored
+from workers import deadline
+from workers.base import (
+    Accelerator,
+    Inputs,
+    RewardArguments,
+    RewardModelOutput,
+    Unscored,
+)
 from workers.judges import rubrics
 from workers.judges.images import evenly_spaced
 from workers.judges.inner_errors import cut
@@ -16,7 +23,6 @@ from workers.judges.judge import Judge
 from workers.judges.rational import rubric_of
 from workers.judges.reply import Reply
 from workers.judges.template import Template
-from workers.remote.network import its_own_deadline
 
 Verdict = Literal["first", "second", "tie"]
 Answered = Reply | Unscored | BusyError
@@ -106,40 +112,41 @@ class PairwiseJudge(Judge):
             for images in ([one, other], [other, one])
         ]
         replies: list[Answered] = []
-        with its_own_deadline():
+        with deadline.paused():  # requests keep timeout_s by themselves
             for some in [chats] if self.chat.at_once > 1 else [chats[:1], chats[1:]]:
                 replies += self.chat.ask(some, **self.params)
         return comparison_of(*replies)
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
-        """Points `(N,)` of `N` comparisons, one after another; `image` (or `video`) has those of both members."""
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """Points `(N,)` of `N` comparisons, one after another; `image` (or `video`) holds both members of each."""
         rewards: list[float | Unscored | BusyError] = []
         info: list[dict[str, Any]] = []
-        for i, text in enumerate(prompt):
-            videos = video[i] if video is not None else None
-            images = image[i] if image is not None else None
-            first, second = (
-                videos if videos is not None else ([one] for one in images or ())
-            )
+        for i, prompt in enumerate(inputs.prompt):
+            first, second = _both_members(inputs, i)
             try:
-                found = self.compare(text, first, second)
+                found = self.compare(prompt, first, second)
             except BusyError as error:
                 rewards.append(error)
                 info.append({})
                 continue
-            rewards.append(
-                found.points if found.points is not None else _abstained(found)
-            )
+
+            if found.points is None:
+                rewards.append(_abstained(found))
+            else:
+                rewards.append(found.points)
             info.append(found.info)
         return RewardModelOutput(rewards=rewards, extra_info={"judge": info})
+
+
+def _both_members(inputs: Inputs, i: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The frames of the two members that comparison `i` is about; an image is one frame."""
+    if inputs.video is not None and inputs.video[i] is not None:
+        first, second = inputs.video[i]
+        return first, second
+
+    images = inputs.image[i] if inputs.image is not None else None
+    first, second = images or []
+    return [first], [second]
 
 
 def comparison_of(as_given: Answered, swapped: Answered) -> Comparison:

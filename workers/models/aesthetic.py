@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import transformers_checks
 from workers.models.checkpoints import find_file, loading
+from workers.models.clip_rewards import FrameReward
 from workers.models.clip_towers import (
-    FrameReward,
     load_preprocessing,
     load_transformers,
     pooled,
@@ -20,7 +20,7 @@ from workers.models.clip_towers import (
 
 HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
 HEAD_LAYERS = (0, 2, 4, 6, 7)
-"""Where the head's five affine layers are in its checkpoint; dropout, which does nothing here, is between them."""
+"""Indices of the head's five affine layers in its checkpoint; between them is dropout, which inference leaves out."""
 
 
 class Aesthetic(FrameReward):
@@ -83,29 +83,40 @@ def load_head(path: str) -> torch.nn.Module:
     """The head in a checkpoint of keys `layers.0.weight` to `layers.7.bias`.
 
     Raises:
-        ModelLoadError: Its layers are others.
+        ModelLoadError: The checkpoint has other layers, or layers of other sizes.
     """
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    known = {f"layers.{at}.{part}" for at in HEAD_LAYERS for part in ("weight", "bias")}
+    _check_no_other_weights(path, weights)
+    layers = []
+    for i, wide, narrow in zip(HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False):
+        layers.append(_affine_layer(path, weights, i, wide, narrow))
+    return torch.nn.Sequential(*layers).eval()
+
+
+def _check_no_other_weights(path: str, weights: Mapping[str, Any]) -> None:
+    known = set()
+    for i in HEAD_LAYERS:
+        known |= {f"layers.{i}.weight", f"layers.{i}.bias"}
     others = sorted(set(weights) - known)
     if others:
         raise ModelLoadError(
-            f"{path} is no LAION aesthetic head: it has {len(others)} weights that the head has no place for, "
+            f"{path} is no LAION aesthetic head: it has {len(others)} weights that the head does not have, "
             f"{others[0]} first"
         )
-    layers = []
-    for at, wide, narrow in zip(
-        HEAD_LAYERS, HEAD_WIDTHS, HEAD_WIDTHS[1:], strict=False
-    ):
-        weight, bias = (
-            weights.get(f"layers.{at}.{part}") for part in ("weight", "bias")
+
+
+def _affine_layer(
+    path: str, weights: Mapping[str, Any], i: int, wide: int, narrow: int
+) -> torch.nn.Linear:
+    """Layer `i` of the checkpoint, from `wide` numbers to `narrow` numbers."""
+    weight = weights.get(f"layers.{i}.weight")
+    bias = weights.get(f"layers.{i}.bias")
+    shape = tuple(weight.shape) if weight is not None else None
+    if bias is None or shape != (narrow, wide):
+        raise ModelLoadError(
+            f"{path} is no LAION aesthetic head: layers.{i} needs a weight ({narrow}, {wide}) and a bias, "
+            f"found {'none' if shape is None else shape}"
         )
-        if weight is None or bias is None or tuple(weight.shape) != (narrow, wide):
-            raise ModelLoadError(
-                f"{path} is no LAION aesthetic head: layers.{at} needs a weight ({narrow}, {wide}) and a bias, "
-                f"found {'none' if weight is None else tuple(weight.shape)}"
-            )
-        layer = torch.nn.Linear(wide, narrow)
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        layers.append(layer)
-    return torch.nn.Sequential(*layers).eval()
+    layer = torch.nn.Linear(wide, narrow)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint, a path or an id on the Hugging Face hub, to its files, or to what is to be done."""
+"""From the name of a checkpoint, a path or an id on the Hugging Face hub, to its files; errors say what to do."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from huggingface_hub import constants
 from torch.overrides import TorchFunctionMode
 
 from tasks.errors import ModelLoadError
+from workers.loading.load_warnings import Said, listening
 from workers.models.refusals import refuse_other_numbers
-from workers.process.load_warnings import Said, listening
 
-_one_load = threading.Lock()
+_load_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def loading(option: str, name: str, revision: str = "") -> Iterator[list[Said]]:
-    """Held around what reads a checkpoint; whatever goes wrong becomes an error that says what to do.
+    """Held around code that reads a checkpoint; every failure becomes an error that says what to do.
 
-    One thread at a time: while they build a model, transformers and open_clip change what is global in the process.
-    What they warn of within is in the list, and a warning that means other numbers is something that went wrong; a
-    caller that has looked for itself at what is warned of takes it out.
+    One thread at a time: transformers and open_clip change globals of the process while they build a model. The list
+    gets the warnings of these libraries. At the end, a warning that means other numbers counts as a failure. A caller
+    that has checked by itself what a warning is about removes the warning from the list.
 
     Args:
         option: The reward's option that names the checkpoint.
-        name: What it says, for the message.
+        name: The option's value.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        ModelLoadError: Names the option, the checkpoint and, for one on the hub, HF_HUB_OFFLINE.
+        ModelLoadError: Names the option, the checkpoint and, if it is on the hub, HF_HUB_OFFLINE.
     """
-    with _one_load, listening() as heard:
+    with _load_lock, listening() as heard:
         try:
             yield heard
             refuse_other_numbers(option, name, heard)
         except ModelLoadError:
             raise
-        except Exception as error:  # the libraries have no tree: OSError, ValueError, RuntimeError, errors of their own
+        except Exception as error:  # the libraries raise OSError, ValueError, RuntimeError and errors of their own
             raise ModelLoadError(_what_to_do(option, name, revision, error)) from error
 
 
 def local_or_hub(option: str, name: str) -> str:
-    """An existing path, made absolute, or an id on the hub as it is.
+    """The absolute path of a checkpoint that exists here, else the name, which then is an id on the hub.
 
     Raises:
-        ModelLoadError: A path that does not exist.
+        ModelLoadError: The name can only be a path, and there is nothing at that path.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -65,28 +65,36 @@ def local_or_hub(option: str, name: str) -> str:
 
 
 def find_file(option: str, name: str, file: str, revision: str = "") -> str:
-    """Path of a checkpoint's one file: `name` is that file, a directory that holds `file`, or a repository on the hub.
+    """Path of a checkpoint that is one file.
+
+    Args:
+        option: The reward's option that names the checkpoint.
+        name: The file, a directory that holds `file`, or a repository on the hub that holds `file`.
+        file: The file's name in a directory or repository.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
-        ModelLoadError: There is none.
+        ModelLoadError: There is no such file.
     """
     found = Path(local_or_hub(option, name))
     if found.is_file():
         return str(found)
+
     if found.is_dir():
         if not (found / file).is_file():
             raise ModelLoadError(
                 f"{option}: the directory {str(found)!r} on this worker holds no {file!r}"
             )
         return str(found / file)
+
     with loading(option, name, revision):
         return huggingface_hub.hf_hub_download(name, file, revision=revision or None)
 
 
 def without_initialising() -> TorchFunctionMode:
-    """Within this context a thread's new layers keep the memory as they find it: a checkpoint overwrites all of it.
+    """Within this context, layers that this thread makes are not initialised: a checkpoint overwrites their weights.
 
-    To draw the random weights of a ViT-H/14 takes 19 s.
+    Drawing the random weights of a ViT-H/14 takes 19 s.
     """
     return _NothingDrawn()
 
@@ -108,38 +116,39 @@ class _NothingDrawn(TorchFunctionMode):  # type: ignore[misc]
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWING:
-            return (
-                args[0]
-                if args and isinstance(args[0], torch.Tensor)
-                else kwargs["tensor"]
-            )
-        return func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in _DRAWING:
+            return func(*args, **kwargs)
+        is_positional = args and isinstance(args[0], torch.Tensor)
+        return args[0] if is_positional else kwargs["tensor"]
 
 
 def _what_to_do(option: str, name: str, revision: str, error: Exception) -> str:
     at = f" at revision {revision!r}" if revision else ""
-    said = next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), ""
-    ).rstrip(".")
+    said = _first_line(str(error)).rstrip(".")
     failed = f"{option}: {name!r}{at} cannot be loaded ({type(error).__name__}: {said})"
     if Path(name).exists():
         return f"{failed}; it is a path on this worker: are its files complete, and of this kind of model?"
+
+    command = _download_command(name, revision)
     if constants.HF_HUB_OFFLINE:
         return (
             f"{failed}; HF_HUB_OFFLINE is set on this worker, so it is looked for in {constants.HF_HUB_CACHE} only: "
-            f"download it there with HF_HUB_OFFLINE=0{_by_command(name, revision)}, or give a path on this worker"
+            f"download it there with HF_HUB_OFFLINE=0{command}, or give a path on this worker"
         )
     return (
-        f"{failed}; are the name and revision right, and does this worker reach the Hugging Face hub? Without it, put "
-        f"the files into its cache{_by_command(name, revision)} and set HF_HUB_OFFLINE=1, or give a path on this worker"
+        f"{failed}; are the name and revision right, and does this worker reach the Hugging Face hub? Without the hub, "
+        f"put the files into its cache{command} and set HF_HUB_OFFLINE=1, or give a path on this worker"
     )
 
 
-def _by_command(name: str, revision: str) -> str:
-    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    return (
-        f" (`hf download {name}{f' --revision {revision}' if revision else ''}`)"
-        if is_repository
-        else ""
-    )
+def _first_line(text: str) -> str:
+    """The first line that is not blank, without white space around it."""
+    return next(iter(text.strip().splitlines()), "").strip()
+
+
+def _download_command(name: str, revision: str) -> str:
+    """The command that fetches a repository, in brackets; empty if the name is no repository's."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+        return ""
+    at = f" --revision {revision}" if revision else ""
+    return f" (`hf download {name}{at}`)"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
-from workers.models.clip_towers import (
-    OpenClipTowers,
-    TextImageReward,
-    TransformersTowers,
-)
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import OpenClipTowers, TransformersTowers
 
 
 class CLIP(TextImageReward):
@@ -16,18 +13,16 @@ class CLIP(TextImageReward):
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The weights are any
     transformers CLIP's (`backend: transformers`) or any open_clip model's (`backend: open_clip`). Text is padded and
-    cut at the model's context length, 77. A video is judged by its first frame, as in Flow-Factory, or by the mean over
-    its frames (`frames: mean`). Version 1.
+    cut at the model's context length, 77. A video's reward is that of its first frame, as in Flow-Factory, or the mean
+    over its frames (`frames: mean`). Version 1.
     """
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self.first_frame_only = config.extra_kwargs["frames"] == "first"
-        self.tower = (
-            self._open_clip()
-            if config.extra_kwargs["backend"] == "open_clip"
-            else self._transformers()
-        )
+        options = config.extra_kwargs
+        self.first_frame_only = options["frames"] == "first"
+        is_open_clip = options["backend"] == "open_clip"
+        self.tower = self._open_clip() if is_open_clip else self._transformers()
 
     def _transformers(self) -> TransformersTowers:
         options = self.config.extra_kwargs

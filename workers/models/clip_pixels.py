@@ -1,4 +1,4 @@
-"""How a CLIP sees an image: resized, cut or padded to its square, normalised; by PIL on the CPU, or on the device."""
+"""How a CLIP sees an image: resized, cut or padded to a square, normalised; by PIL on the CPU, or on the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from PIL import Image
 
 Backend = Literal["pil", "tensor"]
 """Who resizes. `pil`: Pillow on the CPU, the reference of CLIP. `tensor`: torch on the model's device, antialiased, in
-float32 rounded once, as torchvision does on CUDA; 0.15 of 256 levels a pixel apart, a few where colours saturate."""
+float32 and rounded once, as torchvision does on CUDA. The two differ by 0.15 of 256 levels a pixel, and by a few levels
+where colours saturate."""
 
 MOST_PROPORTION = 256
-"""An image more than so many times as long as wide has no score: a CLIP sees a sliver of it, or nothing."""
+"""An image more than so many times as long as wide gets no score: a CLIP sees a sliver of it, or nothing."""
 
 MOST_RESIZED_PIXELS = 2**24
-"""Nor has one that would be larger than this between its resize and its cut (64 MiB as PIL has it)."""
+"""An image that would have more pixels than this between resize and cut (64 MiB in PIL) gets no score either."""
 
 _PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -28,13 +29,13 @@ _PIL_FILTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """One way from an RGB image to the `(3, H, W)` a tower was trained on.
+    """One way from an RGB image to the `(3, H, W)` that a tower was trained on.
 
     Attributes:
-        fit: `shortest` makes the shorter edge `edge` and `longest` the longer one, both keep the shape;
-            `squash` makes both edges so long; None leaves the size.
-        edge: `(height, width)` to resize to; equal unless squashed.
-        size: `(height, width)` that the middle is cut to, or padded to with black.
+        fit: `shortest` makes the shorter edge as long as `edge` and `longest` the longer edge; both keep the
+            proportions. `squash` makes both edges as long as `edge`. None does not resize.
+        edge: `(height, width)` to resize to; equal unless `fit` is `squash`.
+        size: `(height, width)` to which the middle is cut, or padded with black.
         halves: Half of an odd margin is rounded `down` (transformers), or to the `nearest`, ties to even (torchvision).
         to_levels: Whether the tensor backend rounds to 256 levels as an image file would.
     """
@@ -55,17 +56,14 @@ class Preprocessing:
             return torch.stack(
                 [self._resized_tensor(image, device) for image in images]
             )
-        levels_NHWC = np.stack(
-            [np.asarray(self._resized_image(image)) for image in images]
-        )
+        levels_HWC = [np.asarray(self._resized_image(image)) for image in images]
+        levels_NHWC = np.stack(levels_HWC)
         return torch.from_numpy(levels_NHWC).permute(0, 3, 1, 2)
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """What a tower takes: `(pixels / 255 - mean) / std`, float32."""
-        mean, std = (
-            pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1)
-            for v in (self.mean, self.std)
-        )
+        mean = pixels.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
+        std = pixels.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1)
         return (pixels.float() / 255.0 - mean) / std
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
@@ -77,18 +75,19 @@ class Preprocessing:
         if self.fit == "longest":
             scale = self.edge[0] / max(height, width)
             return round(height * scale), round(width * scale)
+
         short, long = sorted((height, width))
         scaled = int(self.edge[0] * long / short)
         return (self.edge[0], scaled) if height <= width else (scaled, self.edge[0])
 
     def most_proportion(self) -> int:
-        """How many times as long as wide an image may be: what bounds the memory that its shape takes."""
+        """How many times as long as wide an image may be. This bounds the memory that a resized image takes."""
         if self.fit != "shortest":
             return MOST_PROPORTION
         return min(MOST_PROPORTION, MOST_RESIZED_PIXELS // self.edge[0] ** 2)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, bottom, right of the middle in a resized image; outside of it where it is to be padded."""
+        """Top, left, bottom, right of the middle in a resized image; outside of the image where padding is needed."""
         top, left = self._half(height - self.size[0]), self._half(width - self.size[1])
         return top, left, top + self.size[0], left + self.size[1]
 
@@ -106,24 +105,24 @@ class Preprocessing:
         return image.crop((left, top, right, bottom))
 
     def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
-        levels = (
-            torch.from_numpy(np.array(_rgb(image))).to(device).permute(2, 0, 1).float()
-        )
+        levels_HWC = torch.from_numpy(np.array(_rgb(image))).to(device)
+        levels = levels_HWC.permute(2, 0, 1).float()
         height, width = self.resized_size(image.height, image.width)
-        if (height, width) != (image.height, image.width):
-            resized = torch.nn.functional.interpolate(
-                levels[None],
-                (height, width),
-                mode=self.interpolation,
-                antialias=True,
-                align_corners=False,
-            )[0]
-            cut = self._cut(resized)
-            return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
-        return self._cut(levels)
+        if (height, width) == (image.height, image.width):
+            return self._cut(levels)
+
+        resized = torch.nn.functional.interpolate(
+            levels[None],
+            (height, width),
+            mode=self.interpolation,
+            antialias=True,
+            align_corners=False,
+        )[0]
+        cut = self._cut(resized)
+        return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
 
     def _cut(self, levels: torch.Tensor) -> torch.Tensor:
-        """The middle of a resized image `(3, H, W)`, padded with black where that is outside of it."""
+        """The middle of a resized image `(3, H, W)`, padded with black where the image is smaller."""
         height, width = levels.shape[-2:]
         top, left, bottom, right = self.box(height, width)
         return torch.nn.functional.pad(
@@ -132,23 +131,20 @@ class Preprocessing:
 
 
 def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
-    """The preprocessing that a transformers CLIP image processor describes. Raises ValueError for another kind."""
+    """The preprocessing that a transformers CLIP image processor describes.
+
+    Raises:
+        ValueError: The processor preprocesses in a way that is unknown here.
+    """
     size, cut = _sizes(processor.size), _sizes(processor.crop_size)
-    fit: Any = None
-    edge = (0, 0)
-    if processor.do_resize:
-        fit = "shortest" if "shortest_edge" in size else "squash"
-        edge = (
-            (size["shortest_edge"],) * 2
-            if fit == "shortest"
-            else (size["height"], size["width"])
-        )
+    fit, edge = _fit_of(processor.do_resize, size)
     if not processor.do_center_crop and fit != "squash":
         raise ValueError(
             f"the image processor neither crops nor resizes to one size: {size}"
         )
     if not (processor.do_rescale and processor.do_normalize):
         raise ValueError("the image processor does not rescale and normalise")
+
     filters = {int(pil): name for name, pil in _PIL_FILTERS.items()}
     if int(processor.resample) not in filters:
         raise ValueError(
@@ -165,8 +161,23 @@ def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
     )
 
 
+def _fit_of(
+    is_resized: bool, size: Mapping[str, int]
+) -> tuple[Literal["shortest", "squash"] | None, tuple[int, int]]:
+    """How an image is resized, and to which `(height, width)`."""
+    if not is_resized:
+        return None, (0, 0)
+    if "shortest_edge" in size:
+        return "shortest", (size["shortest_edge"], size["shortest_edge"])
+    return "squash", (size["height"], size["width"])
+
+
 def of_open_clip(config: Mapping[str, Any], backend: Backend) -> Preprocessing:
-    """The preprocessing in an open_clip model's `preprocess_cfg`. Raises ValueError for another kind."""
+    """The preprocessing that an open_clip model's `preprocess_cfg` describes.
+
+    Raises:
+        ValueError: It preprocesses in a way that is unknown here.
+    """
     size = config["size"]
     edge = (size, size) if isinstance(size, int) else (size[0], size[1])
     if config["interpolation"] not in _PIL_FILTERS or config.get("fill_color"):
@@ -190,7 +201,7 @@ def of_open_clip(config: Mapping[str, Any], backend: Backend) -> Preprocessing:
 
 
 def as_hps(preprocessing: Preprocessing) -> Preprocessing:
-    """The same as the package `hpsv2` does it: the whole image on black, resized as a float tensor, never rounded."""
+    """The preprocessing of the package `hpsv2`: the whole image on black, resized as a float tensor, never rounded."""
     return replace(preprocessing, fit="longest", backend="tensor", to_levels=False)
 
 

@@ -8,19 +8,20 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import clip_pixels
 from workers.models.checkpoints import find_file
-from workers.models.clip_towers import OpenClipTowers, TextImageReward
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import OpenClipTowers
 
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
-"""Files of `xswu/HPSv2` on the hub, by the score's version."""
+"""By version of the score, the file of `xswu/HPSv2` on the hub."""
 
 
 class HPSv2(TextImageReward):
     """`cos(text, image)`, in [-1, 1]; 0.2 to 0.35 for generated images.
 
     Wu et al., "Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image
-    Synthesis" (2023): open_clip's ViT-H-14 with the weights of `xswu/HPSv2`, v2.0 or v2.1. The image is seen as by the
-    package `hpsv2` 1.2 on torchvision 0.17 or later: whole, its longer edge 224, on black, resized as a float tensor. A
-    video's reward is the mean over its frames. Version 1.
+    Synthesis" (2023): open_clip's ViT-H-14 with the weights of `xswu/HPSv2`, v2.0 or v2.1. The image is preprocessed as
+    in the package `hpsv2` 1.2 on torchvision 0.17 or later: the whole image, its longer edge 224, on black, resized as
+    a float tensor. A video's reward is the mean over its frames. Version 1.
     """
 
     architecture = "ViT-H-14"
@@ -44,7 +45,7 @@ class HPSv2(TextImageReward):
 
 
 def _check_version(checkpoint: str, version: str) -> None:
-    """A file that is named by itself may be that of the other score."""
+    """Refuse a file whose name is that of the other version's file."""
     for other, file in HPS_FILES.items():
         if other != version and Path(checkpoint).name == file:
             raise ModelLoadError(

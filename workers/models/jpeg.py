@@ -1,20 +1,19 @@
 """How well an image compresses: the two toy rewards of DDPO, which need no prompt.
 
 Black et al., "Training Diffusion Models with Reinforcement Learning" (2023): the size of the image as JPEG at quality
-95, in kilobytes of 1000 bytes; its negative rewards compressibility. A 1024x1024 photograph is around 300.
+95, in kilobytes of 1000 bytes. The negative size rewards compressibility. A 1024x1024 photograph has around 300.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tasks.media import JPEG_QUALITY, too_long_for
-from workers.base import PointwiseRewardModel, RewardModelOutput, Unscored, frames_of
+from workers.base import Inputs, PointwiseRewardModel, RewardModelOutput, Unscored
 
 
 class JpegIncompressibility(PointwiseRewardModel):
@@ -27,22 +26,12 @@ class JpegIncompressibility(PointwiseRewardModel):
     optional_fields = ("image", "video")
     sign = 1.0
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
         """Rewards `(N,)`, float64; unit kilobytes."""
-        return RewardModelOutput(
-            [self._reward(frames) for frames in frames_of(len(prompt), image, video)]
-        )
+        return RewardModelOutput([self._reward(frames) for frames in inputs.frames()])
 
     def _reward(self, frames: Sequence[Image.Image]) -> float | Unscored:
-        """The mean over a sample's frames, which are of one size."""
+        """The mean over a sample's frames, which are all of one size."""
         why = too_long_for("jpeg", frames[0].height, frames[0].width)
         if why is not None:
             return Unscored("invalid", why)
@@ -50,7 +39,7 @@ class JpegIncompressibility(PointwiseRewardModel):
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the kilobytes: the higher, the easier to compress. Version 1."""
+    """Minus the kilobytes, so that an image which compresses well has a high reward. Version 1."""
 
     sign = -1.0
 

@@ -10,11 +10,11 @@ import onnxruntime  # type: ignore[import-untyped]  # noqa: F401  (RapidOCR look
 
 from workers.base import (
     Accelerator,
+    Inputs,
     PointwiseRewardModel,
     RewardArguments,
     RewardModelOutput,
     Unscored,
-    frames_of,
 )
 from workers.models.ocr_reader import Reader
 from workers.models.ocr_texts import (
@@ -36,22 +36,24 @@ LANGUAGE_OF_SCRIPT = {
     "TELUGU": "te",
     "LATIN": "latin",
 }
-"""Values of the option `lang` by the script that its model reads."""
+"""By script, the value of the option `lang` whose model reads it."""
 
 MOST_SHOWN = 8
-"""Characters that a reason lists."""
+"""How many characters a reason lists."""
 
 
 class OCR(PointwiseRewardModel):
     """Text rendering as in Flow-GRPO: `1 - min(d, n) / n`, in [0, 1].
 
     `d` is the Levenshtein distance between the text asked for and the text that RapidOCR reads (its lines in reading
-    order), `n` the length of the text asked for, both NFKC-normalised and case-folded, typographic signs as the plain
-    ones, without white space; 1 where the text read contains the text asked for. The target is `metadata["text"]`
-    (text, a number, or a list of one), else what the prompt quotes first (`workers.models.quotations`); without one the
-    sample is `invalid`, and so is a target with a character that the loaded recognition model cannot write. Several
-    texts are `invalid`, or with `several_texts: mean` the mean over them. A video's reward is the mean over its frames.
-    Version 2.
+    order), and `n` the length of the text asked for. Both texts are NFKC-normalised, case-folded and stripped of all
+    white space, and typographic signs count as the plain ones. The reward is 1 if the text read contains the text asked
+    for. The text asked for is `metadata["text"]` (text, a number, or a list of one of these), else what the prompt
+    quotes first (`workers.models.quotations`).
+
+    A sample is `invalid` if no text is asked for, or if the text has a character that the loaded recognition model
+    cannot write. Several texts are `invalid` too, unless `several_texts: mean` asks for the mean over them. A video's
+    reward is the mean over its frames. Version 2.
     """
 
     required_fields = ("prompt",)
@@ -62,46 +64,31 @@ class OCR(PointwiseRewardModel):
         options = config.extra_kwargs
         self._takes_several = options.get("several_texts") == "mean"
         self._reader = Reader(
-            **{
-                name: options.get(name, "")
-                for name in ("lang", "rec_model_path", "rec_keys_path")
-            }
+            lang=options.get("lang", ""),
+            rec_model_path=options.get("rec_model_path", ""),
+            rec_keys_path=options.get("rec_keys_path", ""),
         )
 
-    def __call__(
-        self,
-        prompt: Sequence[str],
-        image: Sequence[Any] | None = None,
-        video: Sequence[Any] | None = None,
-        condition_images: Sequence[Any] | None = None,
-        condition_videos: Sequence[Any] | None = None,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> RewardModelOutput:
-        """Rewards `(N,)` in [0, 1]; `extra_info` has the target (a list where there are several) and the texts read."""
+    def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
+        """Rewards `(N,)` in [0, 1]; `extra_info` has the target (a list if there are several) and the texts read."""
+        num_samples = len(inputs.prompt)
+        metadata = inputs.others.get("metadata") or [{}] * num_samples
         rewards: list[float | Unscored] = []
         info: dict[str, list[Any]] = {"target": [], "read": []}
-        for text, about, frames in zip(
-            prompt,
-            metadata or [{}] * len(prompt),
-            frames_of(len(prompt), image, video),
-            strict=True,
+
+        for prompt, about, frames in zip(
+            inputs.prompt, metadata, inputs.frames(), strict=True
         ):
             try:
-                targets = self._targets(text, about)
+                targets = self._targets(prompt, about)
             except Unscored as reason:
                 rewards.append(reason)
                 info["target"].append(None)
                 info["read"].append([])
                 continue
+
             read = [self._reader.read(frame) for frame in frames]
-            rewards.append(
-                float(
-                    np.mean(
-                        [similarity(target, one) for one in read for target in targets]
-                    )
-                )
-            )
+            rewards.append(_mean_similarity(targets, read))
             info["target"].append(targets[0] if len(targets) == 1 else targets)
             info["read"].append(read)
         return RewardModelOutput(rewards, info)
@@ -134,20 +121,29 @@ class OCR(PointwiseRewardModel):
             raise Unscored("invalid", _what_is_missing(target, missing))
 
 
+def _mean_similarity(targets: Sequence[str], read: Sequence[str]) -> float:
+    """The mean over each text that was read from a frame and each text to look for."""
+    similarities = []
+    for text in read:
+        for target in targets:
+            similarities.append(similarity(target, text))
+    return float(np.mean(similarities))
+
+
 def _what_is_missing(target: str, missing: Sequence[str]) -> str:
     """Why a text with these characters cannot be read, and which options name a model that reads them."""
-    shown = " ".join(missing[:MOST_SHOWN]) + (
-        " ..." if len(missing) > MOST_SHOWN else ""
-    )
+    shown = " ".join(missing[:MOST_SHOWN])
+    if len(missing) > MOST_SHOWN:
+        shown += " ..."
+
     scripts = scripts_of(missing)
-    of_scripts = (
-        f" ({', '.join(script.title() for script in scripts)})" if scripts else ""
-    )
-    options = [
-        f"lang: {LANGUAGE_OF_SCRIPT[script]}"
-        for script in scripts
-        if script in LANGUAGE_OF_SCRIPT
-    ]
+    titles = ", ".join(script.title() for script in scripts)
+    of_scripts = f" ({titles})" if scripts else ""
+
+    options = []
+    for script in scripts:
+        if script in LANGUAGE_OF_SCRIPT:
+            options.append(f"lang: {LANGUAGE_OF_SCRIPT[script]}")
     options.append("rec_model_path: (a file on the worker)")
     return (
         f"{target!r} cannot be read, however well it is drawn: the recognition model has no {shown}{of_scripts}; "

@@ -1,4 +1,4 @@
-"""RapidOCR as the reward OCR uses it: which models it reads with, what they can write, what shapes they are given."""
+"""RapidOCR as the reward OCR uses it: which models read, which characters they write, which shapes they get."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from rapidocr import LangRec, ModelType, OCRVersion, RapidOCR
 from tasks.errors import ModelLoadError
 
 LONGEST_EDGE = 2000
-"""RapidOCR makes larger images so small before it reads them."""
+"""RapidOCR shrinks larger images to this edge, in pixels, before it reads them."""
 
 TALL = 8
-"""An image more than so many times as tall as wide is padded, as RapidOCR pads wide ones: its text detector brings the
-shorter edge to 736 pixels, whatever the longer one becomes."""
+"""An image more than so many times as tall as wide is padded, as RapidOCR pads wide ones: its text detector scales the
+shorter edge to 736 pixels, and the longer edge would become as large as the proportions make it."""
 
 WIDE = 100
-"""Of a wider image RapidOCR would first bring the height to 30 pixels, whatever the width becomes."""
+"""An image more than so many times as wide as tall is padded too: RapidOCR scales its height to 30 pixels first, and
+the width would become as large as the proportions make it."""
 
 PADDED = 4
-"""A padded image is so many times as long as wide; RapidOCR's own padding comes to that too."""
+"""A padded image is so many times as long as wide, as after RapidOCR's own padding."""
 
 LEAST_EDGE = 60
-"""No padded edge is shorter, in pixels; RapidOCR's own padding again."""
+"""No padded edge is shorter, in pixels, as after RapidOCR's own padding."""
 
 LONG_LINE = 80
-"""A line of text more than so many times as long as high is recognised alone: in a batch, which is padded to its
-longest, it would make each of the others as long."""
+"""A line of text more than so many times as long as high is recognised alone: RapidOCR pads a batch to its longest
+line, so each of the other lines would become as long."""
 
 
 class Reader:
@@ -40,13 +41,13 @@ class Reader:
     Args:
         lang: Language of one of RapidOCR's recognition models of PP-OCRv5; "" for the model in its wheel.
         rec_model_path: ONNX file of a recognition model on this worker, instead.
-        rec_keys_path: File with that model's characters, one a line, where they are not in the model.
+        rec_keys_path: File with that model's characters, one a line, if the model does not contain them.
 
     Attributes:
         alphabet: Every character that the recognition model can write.
 
     Raises:
-        ModelLoadError: A file is not there, is no recognition model, or its characters are another model's.
+        ModelLoadError: A file does not exist, is no recognition model, or lists the characters of another model.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Reader:
         }
         self._engine = RapidOCR(params=params)
         try:
-            self.read(_sign())  # it loads its models when it first sees text
+            # RapidOCR loads its recognition model at the first image with text.
+            self.read(_sign())
         except (
             Exception
-        ) as error:  # RapidOCR, onnxruntime and requests each raise their own
+        ) as error:  # RapidOCR, onnxruntime and requests each raise errors of their own
             raise ModelLoadError(_what_to_do(lang, rec_model_path, error)) from error
         self.alphabet = _alphabet(self._engine.text_rec, rec_model_path)
         self._engine.text_rec = _OneLongLineAtATime(self._engine.text_rec)
@@ -69,22 +71,23 @@ class Reader:
     def read(self, image: Image.Image) -> str:
         """The lines read, in reading order, with a space between them."""
         image = bounded(image)
-        pixels_BGR = np.frombuffer(image.tobytes("raw", "BGR"), np.uint8).reshape(
-            image.height, image.width, 3
-        )
-        lines: Sequence[str] | None = self._engine(pixels_BGR).txts
+        levels = np.frombuffer(image.tobytes("raw", "BGR"), np.uint8)
+        pixels_HWC = levels.reshape(image.height, image.width, 3)
+        lines: Sequence[str] | None = self._engine(pixels_HWC).txts
         return " ".join(lines or ())
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The image as it is, or, of extreme proportions, in the middle of black, so that its shape makes nothing large."""
+    """The image as it is; one of extreme proportions in the middle of black, so that RapidOCR's memory is bounded."""
     width, height = image.size
     if height <= TALL * width and width <= WIDE * height:
         return image
+
     scale = min(1.0, LONGEST_EDGE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+
     least = max(LEAST_EDGE, max(size) // PADDED)
     padded = Image.new("RGB", (max(size[0], least), max(size[1], least)))
     padded.paste(image, ((padded.width - size[0]) // 2, (padded.height - size[1]) // 2))
@@ -92,7 +95,7 @@ def bounded(image: Image.Image) -> Image.Image:
 
 
 class _OneLongLineAtATime:
-    """RapidOCR's recogniser, with a bound on what one batch of lines takes."""
+    """RapidOCR's recogniser, which is given long lines one at a time to bound the memory of a batch."""
 
     def __init__(self, recognise: Any) -> None:
         self._recognise = recognise
@@ -104,24 +107,18 @@ class _OneLongLineAtATime:
         lines: list[Any] = (
             [asked.img] if isinstance(asked.img, np.ndarray) else list(asked.img)
         )
-        is_long = [line.shape[1] > LONG_LINE * line.shape[0] for line in lines]
-        if not any(is_long):
+        batches = _batches(lines)
+        if len(batches) <= 1:
             return self._recognise(asked)
-        usual = [at for at, long in enumerate(is_long) if not long]
-        batches = [[at] for at, long in enumerate(is_long) if long] + (
-            [usual] if usual else []
-        )
+
         texts, scores, words = ([None] * len(lines) for _ in range(3))
         for batch in batches:
-            output = self._recognise(
-                dataclasses.replace(asked, img=[lines[at] for at in batch])
-            )
-            for place, at in enumerate(batch):
-                texts[at], scores[at], words[at] = (
-                    output.txts[place],
-                    output.scores[place],
-                    output.word_results[place],
-                )
+            some = dataclasses.replace(asked, img=[lines[i] for i in batch])
+            output = self._recognise(some)
+            for position, i in enumerate(batch):
+                texts[i] = output.txts[position]
+                scores[i] = output.scores[position]
+                words[i] = output.word_results[position]
         return dataclasses.replace(
             output,
             imgs=lines,
@@ -129,6 +126,21 @@ class _OneLongLineAtATime:
             scores=tuple(scores),
             word_results=tuple(words),
         )
+
+
+def _batches(lines: Sequence[Any]) -> list[list[int]]:
+    """The indices of lines that are recognised together: each long line alone, then all others."""
+    batches: list[list[int]] = []
+    others: list[int] = []
+    for i, line in enumerate(lines):
+        height, width = line.shape[:2]
+        if width > LONG_LINE * height:
+            batches.append([i])
+        else:
+            others.append(i)
+    if others:
+        batches.append(others)
+    return batches
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -152,18 +164,21 @@ def _recognition(
             "Rec.ocr_version": OCRVersion.PPOCRV5,
             "Rec.model_type": ModelType.MOBILE,
         }
-    files = {"rec_model_path": rec_model_path, "rec_keys_path": rec_keys_path}
-    missing = [
-        f"{option}: {path!r}"
-        for option, path in files.items()
-        if path and not _on_disk(path).is_file()
-    ]
+
+    params, missing = {}, []
+    for option, key, path in (
+        ("rec_model_path", "Rec.model_path", rec_model_path),
+        ("rec_keys_path", "Rec.rec_keys_path", rec_keys_path),
+    ):
+        if path:
+            params[key] = str(_on_disk(path))
+            if not _on_disk(path).is_file():
+                missing.append(f"{option}: {path!r}")
     if missing:
         raise ModelLoadError(
             f"{' and '.join(missing)}: there is no such file on this worker"
         )
-    keys = {"rec_model_path": "Rec.model_path", "rec_keys_path": "Rec.rec_keys_path"}
-    return {keys[option]: str(_on_disk(path)) for option, path in files.items() if path}
+    return params
 
 
 def _on_disk(path: str) -> Path:
@@ -171,7 +186,7 @@ def _on_disk(path: str) -> Path:
 
 
 def _alphabet(recognise: Any, rec_model_path: str) -> frozenset[str]:
-    """What the loaded model can write, from its own list of characters: CTC's blank first, white space last."""
+    """The characters that the loaded model can write, from its own list without the first, which is CTC's blank."""
     if recognise is None:
         raise ModelLoadError(
             "RapidOCR found no text on a sign that reads READY: its models are not what they should be"
@@ -187,9 +202,7 @@ def _alphabet(recognise: Any, rec_model_path: str) -> frozenset[str]:
 
 
 def _what_to_do(lang: str, rec_model_path: str, error: Exception) -> str:
-    said = next(
-        (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), ""
-    )
+    said = _last_line(str(error))
     failed = f"OCR's models cannot be loaded ({type(error).__name__}: {said})"
     if rec_model_path:
         return f"{failed}; is rec_model_path {rec_model_path!r} an ONNX recognition model of RapidOCR's?"
@@ -199,6 +212,12 @@ def _what_to_do(lang: str, rec_model_path: str, error: Exception) -> str:
             "www.modelscope.cn? Without it, put the model's file on the worker and give it as rec_model_path"
         )
     return failed
+
+
+def _last_line(text: str) -> str:
+    """The last line that is not blank, without white space around it."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
 
 
 def _sign() -> Image.Image:

@@ -1,12 +1,13 @@
-"""PickScore: how people who choose between two images for a prompt would choose."""
+"""PickScore: which of two images for a prompt people would choose."""
 
 from __future__ import annotations
 
 from workers.base import Accelerator, RewardArguments
-from workers.models.clip_towers import TextImageReward, TransformersTowers
+from workers.models.clip_rewards import TextImageReward
+from workers.models.clip_towers import TransformersTowers
 
 PICKSCORE_SCALE = 26.0
-"""Brings PickScore, logits of 15 to 26, to about 1; as in Flow-GRPO and Flow-Factory."""
+"""Divides PickScore, which is a logit of 15 to 26, so that it is about 1, as in Flow-GRPO and Flow-Factory."""
 
 
 class PickScore(TextImageReward):

@@ -1,7 +1,7 @@
 """Which warnings of transformers, open_clip and torch mean that a model gives other numbers, and what to write instead.
 
-The net beneath the checks in `transformers_checks` and `open_clip_checks`, which look at the model itself: those hold
-whatever the libraries say, in whatever words.
+A second line of defence behind `transformers_checks` and `open_clip_checks`: they check the model itself, and do not
+depend on the words of a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from tasks.errors import ModelLoadError
-from workers.process.load_warnings import Said, one_line
+from workers.loading.load_warnings import Said, one_line
 
 _OTHER_WEIGHTS = (
     "name a checkpoint that has all the weights of this kind of model, and no others"
@@ -62,7 +62,7 @@ OTHER_NUMBERS: tuple[tuple[str, str], ...] = (
         "name an image processor that resizes by bicubic or bilinear",
     ),
 )
-"""Patterns of warnings, and the advice that is given with each; any other warning is recorded and not refused."""
+"""Patterns of warnings with the advice for each; any other warning is recorded with the outcome, and not refused."""
 
 
 def refuse_other_numbers(option: str, name: str, heard: Sequence[Said]) -> None:
@@ -70,14 +70,16 @@ def refuse_other_numbers(option: str, name: str, heard: Sequence[Said]) -> None:
 
     Args:
         option: The reward's option that names the checkpoint.
-        name: What it says.
-        heard: What the libraries warned of.
+        name: The option's value.
+        heard: The warnings of the libraries.
 
     Raises:
-        ModelLoadError: Says the warning, and what to write instead.
+        ModelLoadError: Repeats the warning, and says what to write instead.
     """
     for said in heard:
-        if said.source == "rewardq":  # a remark of ours: it is no reason to refuse
+        if (
+            said.source == "rewardq"
+        ):  # a remark of ours, recorded by note() and no reason to refuse
             continue
         for pattern, advice in OTHER_NUMBERS:
             if re.search(pattern, said.text):

@@ -1,6 +1,7 @@
 """Whether a CLIP of transformers is the one that its files describe: weights, configuration, tokenizer, processor.
 
-transformers warns of some of it, in words that change, and is silent on the rest; here the model is looked at.
+transformers warns of some mismatches, in words that change between versions, and is silent about others. A mismatch
+gives plausible and wrong rewards, so the model itself is checked here.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from tasks.errors import ModelLoadError
+from workers.loading.load_warnings import note
 from workers.models.clip_pixels import Preprocessing
-from workers.process.load_warnings import note
 
 KINDS_OF_PROCESSOR = (
     "CLIPImageProcessor",
@@ -22,7 +23,7 @@ KINDS_OF_PROCESSOR = (
     "CLIPImageProcessorPil",
     "CLIPFeatureExtractor",
 )
-"""Names of CLIP's image processor in versions of transformers; others have other defaults for what is not said."""
+"""Names of CLIP's image processor in versions of transformers; other processors have other defaults."""
 
 _NUMBERS_DEPEND_ON = (
     *("hidden_act", "num_attention_heads", "layer_norm_eps", "num_hidden_layers"),
@@ -35,16 +36,15 @@ _PROBE = "a photo of a cat"
 
 
 def check_config(option: str, path: str, revision: str) -> Mapping[str, Any]:
-    """The text of a model's config.json, if it is a CLIP's.
+    """The content of a CLIP's config.json.
 
     Raises:
-        ModelLoadError: It is another model's, or an adapter's that would be left out.
+        ModelLoadError: It is the config of another kind of model, or there is an adapter, which would be left out.
     """
     if Path(path, "adapter_config.json").is_file():
         raise ModelLoadError(
             f"{option}: {path!r} holds an adapter (adapter_config.json) beside or instead of a model; merge it into "
-            f"the "
-            "model (peft: `merge_and_unload()`) and save that"
+            "the model (peft: `merge_and_unload()`) and save that"
         )
     found, _ = CLIPConfig.get_config_dict(path, revision=revision or "main")
     config: Mapping[str, Any] = found
@@ -62,16 +62,16 @@ def check_config(option: str, path: str, revision: str) -> Mapping[str, Any]:
 
 
 def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
-    """Whether a checkpoint has a CLIPModel's weights, all of them and no others.
+    """Check that a checkpoint has all weights of a CLIPModel and no others.
 
     Args:
         option: The option that names the checkpoint.
-        name: What it says.
-        found: transformers' loading info.
+        name: The option's value.
+        found: The loading info of transformers.
 
     Raises:
-        ModelLoadError: Weights are missing or of another shape (they would be random), or are left over (the checkpoint
-            has layers or heads that the model has not).
+        ModelLoadError: Weights are missing or of another shape, and would be random; or the checkpoint has layers or
+            heads that the model does not have.
     """
     advice = (
         "Are the weights those of the model that its config.json describes, "
@@ -91,24 +91,26 @@ def check_weights(option: str, name: str, found: Mapping[str, Any]) -> None:
             f"{what}: {len(of_other_shape)} weights have another shape in its checkpoint than in the model, "
             f"{key} first ({sizes}). {advice}"
         )
+    # old checkpoints contain the buffer position_ids, which is no weight
     left = sorted(
         key for key in found["unexpected_keys"] if not key.endswith("position_ids")
-    )  # a buffer of old CLIPs
+    )
     if left:
         raise ModelLoadError(
-            f"{what}: its checkpoint has {len(left)} weights that the model has no place for, {left[0]} first. {advice}"
+            f"{what}: its checkpoint has {len(left)} weights that the model does not have, {left[0]} first. {advice}"
         )
 
 
 def note_what_is_said_twice(said: Mapping[str, Any], built: Any) -> None:
-    """Note where a config.json says two things of one, and which of them counts.
+    """Note each setting for which a config.json gives two values, and which value counts.
 
-    Old ones have `text_config_dict` beside `text_config`: transformers takes the former, and its defaults for what that
-    does not say, such as the activation, without a warning. The reward is that of everybody who uses transformers.
+    An old config.json has `text_config_dict` beside `text_config`. transformers silently takes the former, with its
+    defaults for what is missing there, such as the activation. We do the same, so that the reward is that of everybody
+    who uses transformers.
 
     Args:
         said: The content of config.json.
-        built: The configuration that the model was built by.
+        built: The configuration with which the model was built.
     """
     for tower in ("text_config", "vision_config"):
         given = said.get(tower) or {}
@@ -123,18 +125,18 @@ def note_what_is_said_twice(said: Mapping[str, Any], built: Any) -> None:
 def check_tokenizer(
     option: str, name: str, tokenizer: Any, tokens: Any, text_config: Any
 ) -> None:
-    """Whether a tokenizer is the one that a model's text tower was trained with, as far as a probe tells.
+    """Check that a tokenizer is the one with which a model's text tower was trained, as far as a probe tells.
 
     Args:
         option: The option that names the tokenizer.
-        name: What it says.
+        name: The option's value.
         tokenizer: Of transformers.
-        tokens: What it makes of `probe()`, padded.
-        text_config: The tower's.
+        tokens: What the tokenizer makes of `probe()`, padded.
+        text_config: The configuration of the text tower.
 
     Raises:
-        ModelLoadError: It has more tokens than the model, ends texts otherwise than the model reads them, or does not
-            make whole words of its own vocabulary.
+        ModelLoadError: The tokenizer has more tokens than the model, ends texts with another token than the model reads
+            them at, or splits words that its own vocabulary has as one token.
     """
     cure = "name, as processor_name_or_path, the model that this one was trained from"
     if len(tokenizer) > text_config.vocab_size:
@@ -142,14 +144,15 @@ def check_tokenizer(
             f"{option}: the tokenizer of {name!r} has {len(tokenizer)} tokens, the model {text_config.vocab_size}; "
             f"{cure}"
         )
+
     ids = tokens["input_ids"][0]
     last = int(tokens["attention_mask"][0].sum()) - 1
     if _read_at(ids, text_config.eos_token_id) != last:
         raise ModelLoadError(
             f"{option}: the tokenizer of {name!r} ends a text with token {int(ids[last])}, and the model reads a text "
-            f"at "
-            f"its first token {text_config.eos_token_id}; {cure}"
+            f"at its first token {text_config.eos_token_id}; {cure}"
         )
+
     vocabulary = tokenizer.get_vocab()
     for word in _PROBE.split():
         whole = vocabulary.get(f"{word}</w>")
@@ -162,21 +165,39 @@ def check_tokenizer(
 
 
 def probe() -> list[str]:
-    """What `check_tokenizer` has the tokenizer read."""
+    """The texts whose tokens `check_tokenizer` takes."""
     return [_PROBE]
 
 
 def check_image_processor(
     option: str, path: str, revision: str, processor: CLIPImageProcessor
 ) -> None:
-    """Whether an image processor is a CLIP's, and does nothing that `clip_pixels` leaves out.
+    """Check that an image processor is a CLIP's, and does nothing that `clip_pixels` leaves out.
 
     Raises:
-        ModelLoadError: It is of another kind, whose defaults are others, or scales otherwise.
+        ModelLoadError: It is of another kind, whose defaults are others, or it scales otherwise.
     """
     said, _ = CLIPImageProcessor.get_image_processor_dict(
         path, revision=revision or "main"
     )
+    _check_kind(option, path, said)
+    unsaid = [key for key in _PREPROCESSED_BY if said.get(key) is None]
+    if unsaid:
+        note(
+            f"the image processor's file does not say {', '.join(unsaid)}; CLIP's own are taken"
+        )
+
+    factor = float(getattr(processor, "rescale_factor", 1 / 255))
+    scales_otherwise = abs(255 * factor - 1) > 1e-6
+    if scales_otherwise or getattr(processor, "do_pad", None):
+        raise ModelLoadError(
+            f"{option}: the image processor of {path!r} scales by {factor:g} instead of 1/255, or pads, which is "
+            "unknown here; name another as processor_name_or_path, or score by a class of your own"
+        )
+
+
+def _check_kind(option: str, path: str, said: Mapping[str, Any]) -> None:
+    """Refuse an image processor whose file names another kind than CLIP's."""
     kind = said.get("image_processor_type") or said.get("feature_extractor_type")
     if kind is None:
         note("the image processor's file does not say its kind; CLIP's is taken")
@@ -186,24 +207,16 @@ def check_image_processor(
             f"CLIPImageProcessor does, whose defaults are others; name, as processor_name_or_path, a model with that "
             f"one"
         )
-    unsaid = [key for key in _PREPROCESSED_BY if said.get(key) is None]
-    if unsaid:
-        note(
-            f"the image processor's file does not say {', '.join(unsaid)}; CLIP's own are taken"
-        )
-    factor = float(getattr(processor, "rescale_factor", 1 / 255))
-    if abs(255 * factor - 1) > 1e-6 or getattr(processor, "do_pad", None):
-        raise ModelLoadError(
-            f"{option}: the image processor of {path!r} scales by {factor:g} instead of 1/255, or pads, which is "
-            f"unknown "
-            "here; name another as processor_name_or_path, or score by a class of your own"
-        )
 
 
 def check_sizes(
     option: str, name: str, preprocessing: Preprocessing, vision_config: Any
 ) -> None:
-    """Whether images are made as large as the model sees them. Raises `ModelLoadError`."""
+    """Check that preprocessed images have the size that the model sees.
+
+    Raises:
+        ModelLoadError: They have another size.
+    """
     needed = (vision_config.image_size,) * 2
     if preprocessing.size != needed:
         raise ModelLoadError(
@@ -216,7 +229,7 @@ def check_sizes(
 
 
 def _read_at(ids: torch.Tensor, eos_token_id: int) -> int:
-    """Where transformers' CLIP reads a text: under the legacy `eos_token_id: 2` at the largest id."""
+    """The index at which transformers' CLIP reads a text: under the legacy `eos_token_id: 2` that of the largest id."""
     if eos_token_id == 2:
         return int(ids.argmax())
     return int((ids == eos_token_id).int().argmax())

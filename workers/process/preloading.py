@@ -12,16 +12,18 @@ from tasks.errors import ModelLoadError, SettingsError
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings
 from workers.base import RewardModel
-from workers.process.loading import Models, free_memory
-from workers.scoring.tracebacks import place_in, tracebacks, words_of
+from workers.loading.cache import ModelCache
+from workers.loading.device import free_memory
+from workers.loading.tracebacks import tracebacks, user_line, words_of
+from workers.texts import cut
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0
 """Pause before servers that did not answer are asked again. A judge takes minutes to start."""
 
-MAX_CHARS = 1000
-"""Of what is said of one reward in the heartbeat."""
+MAX_REASON_CHARS = 1000
+"""Of what the heartbeat says of one reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,10 @@ class ServedReward:
         try:
             self.model.warm_up()
         except Exception as error:  # whatever a client meets on the network
-            words = (
-                str(error)
-                if isinstance(error, ModelLoadError)
-                else f"{type(error).__name__}: {error}"
-            )
-            return f"{_name(self.spec)}: {words}"[:MAX_CHARS]
+            words = str(error)
+            if not isinstance(error, ModelLoadError):
+                words = f"{type(error).__name__}: {error}"
+            return cut(f"{_name(self.spec)}: {words}", MAX_REASON_CHARS)
         return None
 
 
@@ -89,19 +89,20 @@ def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
     def ask(i: int) -> None:
         found[i] = rewards[i].why_unanswered()
 
-    threads = [
-        threading.Thread(target=ask, args=(i,), name="rewardq-ask", daemon=True)
-        for i in range(len(rewards))
-    ]
-    for thread in threads:
+    threads = []
+    for i in range(len(rewards)):
+        thread = threading.Thread(
+            target=ask, args=(i,), name="rewardq-ask", daemon=True
+        )
         thread.start()
+        threads.append(thread)
     for thread in threads:
         thread.join()
     return found
 
 
 def preload(
-    settings: Settings, queues: Sequence[str], models: Models
+    settings: Settings, queues: Sequence[str], models: ModelCache
 ) -> list[ServedReward]:
     """Load and warm up what a worker for `queues` is told to.
 
@@ -116,15 +117,15 @@ def preload(
         ModelLoadError: Some cannot be loaded, or their first call raises; names each of them.
     """
     kept, tried = _split(_computations(settings.preload, queues))
-    num_local = sum(s.is_local for s in kept)
-    if settings.max_models and num_local > settings.max_models:
+    num_local, most = sum(spec.is_local for spec in kept), settings.max_models
+    if most and num_local > most:
         raise SettingsError(
-            f"it names {num_local} models, more than REWARDQ_MAX_MODELS={settings.max_models}"
+            f"it names {num_local} models, more than REWARDQ_MAX_MODELS={most}"
         )
     errors: list[str] = []
     served: list[ServedReward] = []
     for spec in tried:
-        _load(spec, Models(settings), served, errors)
+        _load(spec, ModelCache(settings), served, errors)
         free_memory()
     for spec in kept:
         _load(spec, models, served, errors)
@@ -134,7 +135,7 @@ def preload(
 
 
 def _load(
-    spec: RewardSpec, models: Models, served: list[ServedReward], errors: list[str]
+    spec: RewardSpec, models: ModelCache, served: list[ServedReward], errors: list[str]
 ) -> None:
     """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
     try:
@@ -152,19 +153,17 @@ def _warm_up(spec: RewardSpec, model: RewardModel) -> None:
         model.warm_up()
     except Exception as error:  # a reward model may be the user's code
         tracebacks.write("warm-up failed", spec.reward_model, error)
-        place = "" if spec.is_builtin else place_in(error, spec.reward_model)
+        line = user_line(error, spec.reward_model)
         raise ModelLoadError(
-            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{place}"
+            f"reward model {spec.reward_model} cannot be warmed up: {words_of(error)}{line}"
         ) from error
 
 
 def _name(spec: RewardSpec) -> str:
     """A reward for people."""
-    return (
-        f"reward {spec.name!r}"
-        if spec.name == spec.reward_model
-        else f"reward {spec.name!r} ({spec.reward_model})"
-    )
+    if spec.name == spec.reward_model:
+        return f"reward {spec.name!r}"
+    return f"reward {spec.name!r} ({spec.reward_model})"
 
 
 def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
@@ -194,25 +193,26 @@ def _computations(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
     """Each computation once, under the name of the first reward that needs it."""
     if not preload.strip():
         return []
-    if preload.endswith((".yaml", ".yml")) or os.path.isfile(preload):
-        config = RewardConfig.from_yaml(preload)
-    else:
-        names = dict.fromkeys(
-            name.strip() for name in preload.split(",") if name.strip()
-        )
-        config = RewardConfig.from_dict(
-            {"rewards": [{"name": name, "reward_model": name} for name in names]}
-        )
+    config = _config_of(preload)
     found: dict[str, RewardSpec] = {}
     for reward in (*config.rewards, *config.eval_rewards):
-        if reward.queue in queues and not reward.is_built:
+        if reward.queue not in queues:
+            continue
+        if not reward.is_built:
             log.warning(
                 "not preloaded reward=%s reason=it is not built here",
                 reward.reward_model,
             )
-        elif reward.queue in queues:
-            found.setdefault(
-                reward.part.fingerprint,
-                reward.part.model_copy(update={"name": reward.name}),
-            )
+        elif reward.part.fingerprint not in found:
+            spec = reward.part.model_copy(update={"name": reward.name})
+            found[spec.fingerprint] = spec
     return list(found.values())
+
+
+def _config_of(preload: str) -> RewardConfig:
+    """The rewards that REWARDQ_PRELOAD names, as names or as a YAML file."""
+    if preload.endswith((".yaml", ".yml")) or os.path.isfile(preload):
+        return RewardConfig.from_yaml(preload)
+    names = dict.fromkeys(name.strip() for name in preload.split(","))
+    rewards = [{"name": name, "reward_model": name} for name in names if name]
+    return RewardConfig.from_dict({"rewards": rewards})

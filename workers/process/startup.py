@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from celery.exceptions import CPendingDeprecationWarning
 from celery.signals import (
     after_setup_logger,
     celeryd_after_setup,
@@ -16,25 +19,24 @@ from celery.signals import (
 )
 from PIL import Image
 
-from tasks.celery_app import outcomes_of
+from tasks.celery_app import worker_outcomes
 from tasks.errors import RewardError, SettingsError
-from tasks.messages import Failure, Outcome, SampleRequest
-from tasks.outcomes import Outcomes
 from tasks.payloads import open_store
 from tasks.settings import Settings
-from workers.process.heartbeat import TROUBLE, HeartbeatThread
-from workers.process.lifetime import (
+from workers.loading.cache import ModelCache
+from workers.process.consumer_steps import (
     AwaitRedis,
-    KeepSecret,
-    Refusals,
-    TakeForGood,
+    HideSentinelPassword,
+    KeepTakenMessages,
+)
+from workers.process.heartbeat import REDIS_ERRORS, HeartbeatThread, WorkerState
+from workers.process.lifetime import (
     end_in_time,
     end_to_start_anew,
     end_without_device,
-    hush_known_warnings,
-    refuse_early,
 )
 from workers.process.preloading import AskServers, preload
+from workers.process.redis_refusals import RedisRefusals, refuse_early
 from workers.process.terminal import (
     RedisLog,
     ScoreLog,
@@ -46,6 +48,7 @@ from workers.process.watchdog import Watchdog
 from workers.scoring.context import ScoringContext, set_context
 from workers.scoring.held_claims import HeldClaims
 from workers.scoring.runner import ModelRunner
+from workers.scoring.timeouts import write_timeouts
 
 log = logging.getLogger(__name__)
 
@@ -55,25 +58,27 @@ fresh memory takes three times as long."""
 
 
 @after_setup_logger.connect  # type: ignore[untyped-decorator]
-def _say_what_we_do(**_: Any) -> None:
+def show_our_lines(**_: Any) -> None:
     """Our own lines (a model loaded, a worker that ends) are shown at Celery's default level too, which is WARNING."""
     for name in ("workers", "tasks"):
         logging.getLogger(name).setLevel(logging.INFO)
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]
-def _add_steps(sender: Any, **_: Any) -> None:
-    sender.app.steps["consumer"] |= {AwaitRedis, KeepSecret, TakeForGood}
+def add_consumer_steps(sender: Any, **_: Any) -> None:
+    """Add our steps to those of Celery's consumer."""
+    steps = {AwaitRedis, HideSentinelPassword, KeepTakenMessages}
+    sender.app.steps["consumer"] |= steps
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
-def open_worker(sender: str, instance: Any, **_: Any) -> None:
+def prepare_or_end(sender: str, instance: Any, **_: Any) -> None:
     """Make this process ready to score, before it takes its first task, or end it.
 
     Celery would log what is raised here and go on: a worker that loses every message that it takes.
     """
     try:
-        _open_worker(sender, instance.app)
+        _prepare(sender, instance.app)
         show_urls_as_written(instance, instance.app.settings)
     except SettingsError as error:  # a supervisor is not to try again
         log.critical("worker cannot start: %s", error)
@@ -82,93 +87,98 @@ def open_worker(sender: str, instance: Any, **_: Any) -> None:
         raise SystemExit(f"worker cannot start: {error}") from None
     except Exception as error:
         log.exception("worker cannot start")
-        raise SystemExit(
-            f"worker cannot start: {type(error).__name__}: {error}"
-        ) from None
+        words = f"worker cannot start: {type(error).__name__}: {error}"
+        raise SystemExit(words) from None
 
 
-def _open_worker(node: str, app: Any) -> None:
-    if "PILLOW_BLOCKS_MAX" not in os.environ:
-        Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
+def _prepare(node: str, app: Any) -> None:
+    """Make a worker's parts, start its threads, and load what it is told to."""
     settings: Settings = app.settings
-    app.redis_log = redis_log = RedisLog()
     queues = tuple(app.amqp.queues.consume_from)
+    _keep_pillow_memory()
     refuse_early(settings, queues)
-    outcomes, store = outcomes_of(app), open_store(settings)
-    claims, runner = HeldClaims(outcomes), ModelRunner(settings)
-    app.refusals = refusals = Refusals(settings, queues)
-    beats = HeartbeatThread(
-        node,
-        queues,
-        outcomes,
+    app.redis_log = redis_log = RedisLog()
+    app.refusals = refusals = RedisRefusals(settings, queues)
+
+    outcomes, store = worker_outcomes(app), open_store(settings)
+    claims = HeldClaims(outcomes)
+    watchdog = Watchdog(
+        time_out=functools.partial(write_timeouts, outcomes, claims),
+        num_claimed=lambda: len(claims.tokens),
+        release_claims=lambda: release_and_end(claims, heartbeat),
+    )
+    runner = ModelRunner(
+        settings, watchdog.watch, end_without_device, end_to_start_anew
+    )
+    state = WorkerState(node, queues, is_preloading=bool(settings.preload.strip()))
+    heartbeat = HeartbeatThread(
+        state,
         claims,
+        outcomes,
         store,
         runner.models,
         settings.claim_ttl_s,
         redis_log,
         refusals.refusal,
     )
-    watchdog = Watchdog(
-        time_out=lambda samples, message: _time_out(outcomes, claims, samples, message),
-        num_busy=lambda: len(claims.tokens),
-        hand_back=lambda: _hand_back(claims, beats),
-    )
-    runner.watch, runner.lose_device = watchdog.calling, end_without_device
-    runner.start_anew = end_to_start_anew
     context = ScoringContext(
         node, outcomes, store, claims, runner, refusal=refusals.refusal
     )
     set_context(app, context)
+
     quiet_celery(redis_log, settings)
     score_log = ScoreLog(context.tally)
-    score_log.start()
+    for thread in (score_log, heartbeat, watchdog):
+        thread.start()
     atexit.register(score_log.end)
-    beats.is_preloading = bool(settings.preload.strip())
-    beats.start()
-    watchdog.start()
-    atexit.register(beats.end)
-    hush_known_warnings()
-    end_in_time(lambda: _hand_back(claims, beats), settings.stop_grace_s)
+    atexit.register(heartbeat.end)
+    _hush_known_warnings()
+    end_in_time(lambda: release_and_end(claims, heartbeat), settings.stop_grace_s)
+    _preload(settings, state, runner.models)
+    _say_when_ready(settings, queues, runner.models)
+
+
+def _preload(settings: Settings, state: WorkerState, models: ModelCache) -> None:
+    """Load what REWARDQ_PRELOAD names and begin to ask its servers. Ends the process if a model does not load."""
     try:
-        rewards = preload(settings, queues, runner.models)
+        served = preload(settings, state.queues, models)
     except RewardError as error:
-        raise SystemExit(
-            f"REWARDQ_PRELOAD={settings.preload}: {' '.join(str(error).split())}"
-        ) from None
-    servers = AskServers(rewards, say=lambda words: setattr(beats, "unanswered", words))
+        words = " ".join(str(error).split())
+        raise SystemExit(f"REWARDQ_PRELOAD={settings.preload}: {words}") from None
+
+    def say(unanswered: tuple[str, ...]) -> None:
+        state.unanswered = unanswered
+
+    servers = AskServers(served, say)
     servers.ask_all()
     servers.start()
-    beats.is_preloading = False
+    state.is_preloading = False
 
+
+def _say_when_ready(
+    settings: Settings, queues: Sequence[str], models: ModelCache
+) -> None:
     def ready(sender: Any, **_: Any) -> None:
-        say_ready(settings, queues, runner.models.names, sender.controller.concurrency)
+        say_ready(settings, queues, models.names, sender.controller.concurrency)
 
     worker_ready.connect(ready, weak=False)
 
 
-def _time_out(
-    outcomes: Outcomes,
-    claims: HeldClaims,
-    samples: Sequence[SampleRequest],
-    message: str,
-) -> None:
-    """Write the reason for samples whose model hangs, in the place of their task."""
-    tokens = claims.tokens
-    claims.drop(sample.address for sample in samples)
-    for sample in samples:
-        if sample.address in tokens:
-            failure = Failure(kind="timeout", message=message)
-            outcome = Outcome(failure=failure, attempt=sample.attempt)
-            # A process that was stopped (SIGSTOP) for as long looks the same; by now another may score its samples.
-            outcomes.write(
-                {sample.address: outcome}, tokens[sample.address], only_claimed=True
-            )
+def _keep_pillow_memory() -> None:
+    if "PILLOW_BLOCKS_MAX" not in os.environ:
+        Image.core.set_blocks_max(KEPT_BLOCKS)  # type: ignore[attr-defined]
 
 
-def _hand_back(claims: HeldClaims, beats: HeartbeatThread) -> None:
-    """Give back the claims of a process that ends with tasks unfinished."""
+def _hush_known_warnings() -> None:
+    """Running tasks go on when the connection to the broker is lost, whatever Celery 6 will do; claims guard them."""
+    known = r"\s*In Celery 5.1 we introduced an optional"
+    warnings.filterwarnings("ignore", known, CPendingDeprecationWarning)
+
+
+def release_and_end(claims: HeldClaims, heartbeat: HeartbeatThread) -> None:
+    """Give back the claims of a process that ends with tasks unfinished, and take it off the list of workers."""
     try:
         claims.release_all()
-    except TROUBLE as error:
+    except REDIS_ERRORS as error:
         log.warning("claims not given back error=%s", error)
-    beats.end()
+    heartbeat.end()

@@ -20,10 +20,14 @@ from workers.scoring.tally import Tally
 
 log = logging.getLogger(__name__)
 
-SAY_SCORES_EVERY_S = 60.0
+LOG_SCORES_EVERY_S = 60.0
 
-NO_PASSWORD = "://:**@"
+PASSWORD_MARK = "://:**@"
 """What kombu writes where a URL has neither user nor password."""
+
+CONSUMER = "celery.worker.consumer.consumer"
+CONNECTION = "celery.worker.consumer.connection"
+BOOTSTEPS = "celery.bootsteps"
 
 
 class RedisLog:
@@ -66,39 +70,39 @@ class RedisLog:
 
 
 class ScoreLog(threading.Thread):
-    """Says once a minute what was scored and what failed in it, if anything, and at the end what is left."""
+    """Logs once a minute what was scored and what failed in that minute, if anything, and at the end what is left."""
 
-    def __init__(self, tally: Tally, every_s: float = SAY_SCORES_EVERY_S) -> None:
+    def __init__(self, tally: Tally, every_s: float = LOG_SCORES_EVERY_S) -> None:
         super().__init__(name="rewardq-score-log", daemon=True)
         self._tally, self._every_s = tally, every_s
-        self._said_at = time.monotonic()
+        self._logged_at_s = time.monotonic()
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Say it until `end`."""
+        """Log until `end`."""
         while not self._ended.wait(self._every_s):
-            self._say()
+            self._log_scores()
 
     def end(self) -> None:
-        """Say what was counted since the last line."""
+        """Log what was counted since the last line."""
         self._ended.set()
-        self._say()
+        self._log_scores()
 
-    def _say(self) -> None:
-        now = time.monotonic()
+    def _log_scores(self) -> None:
+        now_s = time.monotonic()
         words = self._tally.take()
         if words:
-            log.info("in %.0f s: %s", now - self._said_at, words)
-        self._said_at = now
+            log.info("in %.0f s: %s", now_s - self._logged_at_s, words)
+        self._logged_at_s = now_s
 
 
 def say_ready(
     settings: Settings, queues: Sequence[str], models: Sequence[str], threads: int
 ) -> None:
     """One line when a worker begins to take tasks."""
-    results = (
-        f", results {without_password(settings.results)}" if settings.result_url else ""
-    )
+    results = ""
+    if settings.result_url:
+        results = f", results {without_password(settings.results)}"
     log.info(
         "ready: queues %s (%d at once); models %s; Redis %s%s; payloads %s",
         ", ".join(queues),
@@ -112,37 +116,27 @@ def say_ready(
 
 def quiet_celery(redis_log: RedisLog, settings: Settings) -> None:
     """Let our own lines stand for Celery's on lost connections, and show URLs as they are written."""
+    broker = servers_of(settings)[0]
+    for name in (CONSUMER, BOOTSTEPS):
+        logging.getLogger(name).addFilter(_LostConnections(redis_log, broker))
     has_password = without_password(settings.broker_url) != settings.broker_url
-    for name in ("celery.worker.consumer.consumer", "celery.bootsteps"):
-        logging.getLogger(name).addFilter(
-            _LostConnections(redis_log, servers_of(settings)[0])
-        )
     if not has_password:
-        for name in (
-            "celery.worker.consumer.connection",
-            "celery.worker.consumer.consumer",
-        ):
-            logging.getLogger(name).addFilter(_without_marks)
+        for name in (CONNECTION, CONSUMER):
+            logging.getLogger(name).addFilter(_without_password_marks)
 
 
 def show_urls_as_written(worker: Any, settings: Settings) -> None:
-    """In Celery's banner."""
+    """Show the URLs of Redis in Celery's banner as they are in the settings."""
     startup_info = worker.startup_info
 
     def shown(artlines: bool = True) -> str:
         text: str = startup_info(artlines=artlines)
-        transport, results = (
-            worker.app.connection().as_uri(),
-            worker.app.backend.as_uri(),
-        )
-        text = text.replace(
-            f"transport:   {transport}",
-            f"transport:   {without_password(settings.broker_url)}",
-        )
-        return text.replace(
-            f"results:     {results}",
-            f"results:     {without_password(settings.results)}",
-        )
+        transport = f"transport:   {worker.app.connection().as_uri()}"
+        results = f"results:     {worker.app.backend.as_uri()}"
+        ours = f"transport:   {without_password(settings.broker_url)}"
+        text = text.replace(transport, ours)
+        ours = f"results:     {without_password(settings.results)}"
+        return text.replace(results, ours)
 
     worker.startup_info = shown
 
@@ -158,41 +152,48 @@ class _LostConnections(logging.Filter):
         """Whether a record is shown; one of restarts that are frequent is shown without its traceback."""
         text = record.getMessage()
         if "Connection to broker lost" in text or "Cannot connect to" in text:
-            return self._is_another(record)
-        is_without = self._redis_log.is_gone or self._redis_log.refusal is not None
-        if (
-            text.startswith("Error on ") and is_without
-        ):  # a step that cannot say goodbye to a server
-            return False
+            return not self._is_said_by_us(record)
+        is_without_redis = (
+            self._redis_log.is_gone or self._redis_log.refusal is not None
+        )
+        if text.startswith("Error on ") and is_without_redis:
+            return False  # a step that cannot say goodbye to a server
         if "Frequent restarts detected" in text:
             record.exc_info = None
         return True
 
-    def _is_another(self, record: logging.LogRecord) -> bool:
-        """Whether a record is about something else than a server that is lost or refuses; that one is said."""
-        errors = [arg for arg in record.args or () if isinstance(arg, BaseException)]
-        for error in errors:
-            for one in (error, error.__cause__):
-                is_answer = isinstance(
-                    one, redis.ResponseError | redis.AuthenticationError
-                )
-                if (
-                    one is not None
-                    and is_answer
-                    and words_for(one, self._broker) is not None
-                ):
-                    self._redis_log.refusal = one
-                    return False
+    def _is_said_by_us(self, record: logging.LogRecord) -> bool:
+        """Whether a record is about a server that refuses, which is noted, or is lost, which `RedisLog` says."""
+        for error in record.args or ():
+            if not isinstance(error, BaseException):
+                continue
+            refusal = self._refusal_in(error)
+            if refusal is not None:
+                self._redis_log.refusal = refusal
+                return True
             if isinstance(error, LOST) or isinstance(error.__cause__, LOST):
                 self._redis_log.gone("consumer", error)
-                return False
-        return True
+                return True
+        return False
+
+    def _refusal_in(self, error: BaseException) -> BaseException | None:
+        """An answer by which the broker refuses us, if that is the error or its cause."""
+        for one in (error, error.__cause__):
+            if not isinstance(one, redis.ResponseError | redis.AuthenticationError):
+                continue
+            if words_for(one, self._broker) is not None:
+                return one
+        return None
 
 
-def _without_marks(record: logging.LogRecord) -> bool:
+def _without_password_marks(record: logging.LogRecord) -> bool:
+    """Take kombu's marks of passwords from a record's URLs, which have none."""
     if isinstance(record.args, tuple):
-        record.args = tuple(
-            a.replace(NO_PASSWORD, "://") if isinstance(a, str) else a
-            for a in record.args
-        )
+        args: list[object] = []
+        for arg in record.args:
+            if isinstance(arg, str):
+                args.append(arg.replace(PASSWORD_MARK, "://"))
+            else:
+                args.append(arg)
+        record.args = tuple(args)
     return True

@@ -1,4 +1,7 @@
-"""Ends a worker whose model hangs: its samples time out, healthy tasks finish, the process exits for its supervisor."""
+"""Ends a worker whose model hangs: its samples time out, healthy tasks finish, the process exits for its supervisor.
+
+A thread that is in a call of a model cannot be cancelled, and would hold one of the worker's few slots for good.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from celery.worker import state as worker_state
 
 from tasks.messages import SampleRequest
-from workers.base import this_call
+from workers.deadline import Deadline, set_for_call
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +33,13 @@ IDLE_LOOKS = 2
 """No healthy call at so many looks: whatever is still claimed waits for what hangs."""
 
 
-class Call:
-    """A call of a model with these samples (or this group) that may take `timeout_s`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class WatchedCall:
+    """A call of a model that the watchdog watches."""
 
-    def __init__(self, samples: Sequence[SampleRequest], timeout_s: float) -> None:
-        self.samples = samples
-        self.timeout_s = timeout_s
-        self.restart()
-
-    def pause(self, *, waits: bool = False) -> None:
-        """From now on its time does not count; `waits` says that another thread holds it up."""
-        self.deadline, self.waits = float("inf"), waits
-
-    def restart(self) -> None:
-        """It computes from now on."""
-        self.deadline, self.waits = time.monotonic() + self.timeout_s, False
+    samples: Sequence[SampleRequest]
+    """Who gets the reason if the call is late."""
+    deadline: Deadline
 
 
 class Watchdog(threading.Thread):
@@ -51,36 +47,36 @@ class Watchdog(threading.Thread):
 
     Args:
         time_out: Writes the outcome `timeout` for samples, with this message.
-        num_busy: How many samples of this process are claimed and unanswered.
-        hand_back: Gives back what is left, as at a clean shutdown.
+        num_claimed: How many samples of this process are claimed and unanswered.
+        release_claims: Gives back what is left, as at a clean shutdown.
     """
 
     def __init__(
         self,
         time_out: Callable[[Sequence[SampleRequest], str], None],
-        num_busy: Callable[[], int],
-        hand_back: Callable[[], None],
+        num_claimed: Callable[[], int],
+        release_claims: Callable[[], None],
     ) -> None:
         super().__init__(name="rewardq-watchdog", daemon=True)
-        self._time_out, self._num_busy, self._hand_back = time_out, num_busy, hand_back
+        self._time_out = time_out
+        self._num_claimed = num_claimed
+        self._release_claims = release_claims
         self._lock = threading.Lock()
-        self._calls: set[Call] = set()
+        self._calls: set[WatchedCall] = set()
 
     @contextlib.contextmanager
-    def calling(
+    def watch(
         self, samples: Sequence[SampleRequest], timeout_s: float
     ) -> Iterator[None]:
-        """This thread calls a model with these samples; it may take `timeout_s` for each."""
-        group = getattr(this_call, "group", None)
-        call = this_call.clock = Call(
-            samples if group is None else [group], timeout_s * len(samples)
-        )
+        """Within, this thread calls a model for these samples, which may take `timeout_s` in all."""
+        deadline = Deadline(timeout_s)
+        call = WatchedCall(samples, deadline)
         with self._lock:
             self._calls.add(call)
         try:
-            yield
+            with set_for_call(deadline):
+                yield
         finally:
-            this_call.clock = None
             with self._lock:
                 self._calls.discard(call)
 
@@ -92,42 +88,48 @@ class Watchdog(threading.Thread):
             if late:
                 self._end_process(late)
 
-    def _late(self) -> list[Call]:
-        now = time.monotonic()
+    def _late(self) -> list[WatchedCall]:
+        now_s = time.monotonic()
         with self._lock:
-            return [call for call in self._calls if call.deadline < now]
+            return [call for call in self._calls if call.deadline.is_late(now_s)]
 
-    def _healthy(self) -> list[Call]:
-        """Calls that are in time and wait for no other."""
-        now = time.monotonic()
+    def _has_healthy(self) -> bool:
+        """Whether a call is in time and does not wait for another one's model."""
+        now_s = time.monotonic()
         with self._lock:
-            return [
-                call for call in self._calls if call.deadline >= now and not call.waits
-            ]
+            for call in self._calls:
+                deadline = call.deadline
+                if not deadline.is_late(now_s) and not deadline.waits_for_model:
+                    return True
+        return False
 
-    def _end_process(self, late: Sequence[Call]) -> None:
+    def _end_process(self, late: Sequence[WatchedCall]) -> None:
         try:
             worker_state.should_stop = os.EX_OK  # no further task is taken
             for call in late:
-                log.error(
-                    "model hangs num_samples=%d timeout_s=%g",
-                    len(call.samples),
-                    call.timeout_s,
-                )
-                self._time_out(
-                    call.samples,
-                    f"the model's call did not return within {call.timeout_s:g} s (timeout_s for each of its samples); "
-                    "its worker was ended",
-                )
-            ends_at, num_idle_looks = time.monotonic() + GRACE_S, 0
-            while (
-                self._num_busy()
-                and num_idle_looks < IDLE_LOOKS
-                and time.monotonic() < ends_at
-            ):
-                time.sleep(LOOK_EVERY_S)
-                num_idle_looks = 0 if self._healthy() else num_idle_looks + 1
-            self._hand_back()
+                self._write_reason(call)
+            self._wait_for_healthy()
+            self._release_claims()
         finally:
             log.error("worker ends status=%d", EXIT_HUNG)
             os._exit(EXIT_HUNG)
+
+    def _write_reason(self, call: WatchedCall) -> None:
+        timeout_s = call.deadline.timeout_s
+        log.error(
+            "model hangs num_samples=%d timeout_s=%g", len(call.samples), timeout_s
+        )
+        message = (
+            f"the model's call did not return within {timeout_s:g} s (timeout_s for each of its samples); "
+            "its worker was ended"
+        )
+        self._time_out(call.samples, message)
+
+    def _wait_for_healthy(self) -> None:
+        """Wait until no call makes progress any more, or all are done, or the grace is over."""
+        ends_at_s, num_idle_looks = time.monotonic() + GRACE_S, 0
+        while self._num_claimed() and num_idle_looks < IDLE_LOOKS:
+            if time.monotonic() >= ends_at_s:
+                return
+            time.sleep(LOOK_EVERY_S)
+            num_idle_looks = 0 if self._has_healthy() else num_idle_looks + 1

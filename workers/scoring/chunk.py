@@ -88,25 +88,34 @@ class ChunkScorer:
         claimed = self._claim()
         if not claimed:
             return "answered or claimed already"
-
-        usual = [sample for sample, starts in claimed if starts <= USUAL_STARTS]
-        suspects = [sample for sample, starts in claimed if starts > USUAL_STARTS]
         self.left = {sample.address for sample, _ in claimed}
         self.context.claims.hold(self.left, self.token)
         try:
-            if not usual and self.context.quarantine.locked():
-                return "suspects, sent back: another is being scored alone"
-            payloads = self._fetch([sample for sample, _ in claimed])
-            self._run(model, usual, payloads)
-            for suspect in suspects:
-                self._run_suspect(model, suspect, payloads)
+            return self._score_claimed(model, claimed)
         finally:
-            self.context.claims.drop(self.left, self.token)
-            if self.left:
-                self.context.retry(
-                    lambda: self.context.outcomes.release(self.left, self.token)
-                )
+            self._release_left()
+
+    def _score_claimed(
+        self, model: Any, claimed: Sequence[tuple[SampleRequest, int]]
+    ) -> str:
+        """Score claimed samples, given with their starts: the usual ones together, then each suspect alone."""
+        usual = [sample for sample, starts in claimed if starts <= USUAL_STARTS]
+        suspects = [sample for sample, starts in claimed if starts > USUAL_STARTS]
+        if not usual and self.context.quarantine.locked():
+            return "suspects, sent back: another is being scored alone"
+        payloads = self._fetch([*usual, *suspects])
+        self._run(model, usual, payloads)
+        for suspect in suspects:
+            self._run_suspect(model, suspect, payloads)
         return self._words()
+
+    def _release_left(self) -> None:
+        """Release the claims of samples that are not answered."""
+        self.context.claims.drop(self.left, self.token)
+        if self.left:
+            self.context.retry(
+                lambda: self.context.outcomes.release(self.left, self.token)
+            )
 
     def _run(
         self,

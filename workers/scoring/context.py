@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from workers.scoring.held_claims import HeldClaims
 from workers.scoring.retry import Clock, retry
@@ -34,7 +34,7 @@ class ScoringContext:
 
     node: str
     """The worker's name, as Celery has it."""
-    outcomes: Outcomes
+    outcomes: WorkerOutcomes
     store: PayloadStore
     claims: HeldClaims
     runner: ModelRunner

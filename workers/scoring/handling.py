@@ -13,6 +13,7 @@ from tasks.messages import WIRE_VERSION, GroupRequest, Note, ScoreRequest, unpac
 from tasks.servers.connections import LOST, why_away
 from workers.scoring.context import ScoringContext
 from workers.scoring.task_message import TaskMessage
+from workers.texts import cut
 
 MAX_ERROR_CHARS = 1000
 """Of an error's words, as a note carries them to the client."""
@@ -110,7 +111,8 @@ def _note_error(
 ) -> None:
     """Note an error, so that the client can say why it waits: a task that raises each time is sent again each time."""
     words = why or f"the task raised {type(error).__name__}: {error}"
-    note = Note(reason="error", worker=context.node, detail=words[:MAX_ERROR_CHARS])
+    detail = cut(words, MAX_ERROR_CHARS)
+    note = Note(reason="error", worker=context.node, detail=detail)
     # The error may be that Redis is away; then the note cannot be left either.
     with contextlib.suppress(redis.RedisError, OSError):
         context.outcomes.leave_note(message.request_id, note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from tasks.outcomes import Outcomes
+from tasks.outcomes import WorkerOutcomes
 
 
 class HeldClaims:
@@ -15,7 +15,7 @@ class HeldClaims:
     does.
     """
 
-    def __init__(self, outcomes: Outcomes) -> None:
+    def __init__(self, outcomes: WorkerOutcomes) -> None:
         self._outcomes = outcomes
         self._lock = threading.Lock()
         self._extending = threading.Lock()

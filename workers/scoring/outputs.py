@@ -12,7 +12,8 @@ from tasks import media
 from tasks.errors import BusyError
 from tasks.messages import Failure, Outcome
 from workers.base import Unscored
-from workers.scoring.tracebacks import words_of
+from workers.loading.tracebacks import words_of
+from workers.texts import cut, encodable
 
 MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
@@ -31,49 +32,40 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
     """Outcomes of what a model returned for `num_samples` samples.
 
     A tensor, an array or a list of `num_samples` finite numbers are rewards. Any other length or shape is a reason for
-    all, a NaN, an infinity, None or no number a reason for its sample. A `BusyError` in a list stays what it is.
+    all samples. A NaN, an infinity, None or no number is a reason for its sample. A `BusyError` in a list stays.
     """
     rewards, extra = _read(output)
     values = _listed(rewards)
     if values is None or len(values) != num_samples:
-        found = f"{len(values)}" if values is not None else _shape_of(rewards)
-        reason = Failure(
-            kind="failed",
-            message=f"the model returned {found} rewards for {num_samples} samples",
-        )
+        found = _shape_of(rewards) if values is None else str(len(values))
+        message = f"the model returned {found} rewards for {num_samples} samples"
+        reason = Failure(kind="failed", message=message)
         return [Outcome(failure=reason)] * num_samples
-    return [
-        v if isinstance(v, BusyError) else _outcome(v, _info_of(extra, i, num_samples))
-        for i, v in enumerate(values)
-    ]
+
+    outcomes: list[Scored] = []
+    for i, value in enumerate(values):
+        if isinstance(value, BusyError):
+            outcomes.append(value)
+        else:
+            outcomes.append(_outcome(value, _info_of(extra, i, num_samples)))
+    return outcomes
 
 
-def outcome_of(error: BaseException, place: str = "") -> Outcome:
-    """The reason in what a model raised, and where in the user's code it did."""
+def outcome_of(error: BaseException, line: str = "") -> Outcome:
+    """The reason in what a model raised, and the line of the user's code that raised it."""
     if isinstance(error, Unscored):
-        return Outcome(
-            failure=Failure(kind=error.kind, message=cut(error.message)),
-            info=_plain(error.info),
-        )
+        return failed(error.message, error.kind, _plain(error.info))
     kind = "timeout" if isinstance(error, TimeoutError) else "failed"
-    return failed(
-        cut(words_of(error), MAX_MESSAGE_CHARS - 200 - len(place)) + place, kind
-    )
+    words = cut(words_of(error), MAX_MESSAGE_CHARS - len(line))
+    return failed(words + line, kind)
 
 
 def failed(
     message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None
 ) -> Outcome:
     """A failure with this reason."""
-    return Outcome(
-        failure=Failure(kind=kind, message=cut(message)), info=dict(info or {})
-    )
-
-
-def cut(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
-    """Text that can be encoded, of so many characters at most."""
-    text = _text(text)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+    failure = Failure(kind=kind, message=cut(message, MAX_MESSAGE_CHARS))
+    return Outcome(failure=failure, info=dict(info or {}))
 
 
 def _read(output: Any) -> tuple[Any, Any]:
@@ -94,88 +86,92 @@ def _listed(rewards: Any) -> list[Any] | None:
 
 def _shape_of(rewards: Any) -> str:
     shape = getattr(rewards, "shape", None)
-    return (
-        f"shape {tuple(shape)}"
-        if shape is not None
-        else f"a {type(rewards).__name__} of"
-    )
+    if shape is None:
+        return f"a {type(rewards).__name__} of"
+    return f"shape {tuple(shape)}"
 
 
 def _outcome(value: Any, info: dict[str, Any]) -> Outcome:
+    """The outcome of a value that stands for a reward."""
     if isinstance(value, Unscored):
         return outcome_of(value)
-    if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):
-        found = (
-            np.asarray(value.detach().cpu().tolist())
-            if media.is_tensor(value)
-            else np.asarray(value)
-        )
-        if found.size != 1:
-            return failed(
-                f"the model returned shape {found.shape} where a number is needed",
-                info=info,
-            )
-        value = found.item()
+    array = _as_array(value)
+    if array is not None:
+        if array.size != 1:
+            found = f"shape {array.shape}"
+            return failed(_not_a_number(found), info=info)
+        value = array.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return failed(
-            f"the model returned {type(value).__name__} where a number is needed",
-            info=info,
-        )
+        return failed(_not_a_number(type(value).__name__), info=info)
     if not -LARGEST_REWARD <= value <= LARGEST_REWARD:
-        words = (
-            ""
-            if isinstance(value, float) and not math.isfinite(value)
-            else ", more than float32 holds"
-        )
-        return failed(f"the model returned {_short(value)}{words}", info=info)
+        is_finite = isinstance(value, int) or math.isfinite(value)
+        why = ", more than float32 holds" if is_finite else ""
+        return failed(f"the model returned {_short(value)}{why}", info=info)
     return Outcome(reward=float(value), info=info)
+
+
+def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
+    """A tensor, an array or a number of numpy's as an array; None for anything else."""
+    if media.is_tensor(value):
+        return np.asarray(value.detach().cpu().tolist())
+    if isinstance(value, np.generic | np.ndarray):
+        return np.asarray(value)
+    return None
+
+
+def _not_a_number(found: str) -> str:
+    return f"the model returned {found} where a number is needed"
 
 
 def _info_of(extra: Any, i: int, num_samples: int) -> dict[str, Any]:
     """What `extra_info` says of sample `i`."""
+    if extra is None:
+        return {}
     if not isinstance(extra, Mapping):
-        return {} if extra is None else {"extra_info": _plain(extra)}
-    return {
-        _text(name): _plain(_of_sample(values, i, num_samples))
-        for name, values in extra.items()
-    }
+        return {"extra_info": _plain(extra)}
+    info = {}
+    for name, values in extra.items():
+        info[encodable(name)] = _plain(_of_sample(values, i, num_samples))
+    return info
 
 
 def _of_sample(values: Any, i: int, num_samples: int) -> Any:
-    """The value of sample `i` where there is one for each."""
-    num_values = (
-        len(values)
-        if isinstance(values, list | tuple)
-        else (getattr(values, "shape", None) or (-1,))[0]
-    )
+    """The value of sample `i` where there is one for each sample; else what is for all."""
+    if isinstance(values, list | tuple):
+        num_values = len(values)
+    else:
+        shape = getattr(values, "shape", None) or (-1,)
+        num_values = shape[0]
     return values[i] if num_values == num_samples else values
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """`value` as msgpack carries it."""
-    if value is None or isinstance(value, bool | bytes | float):
-        return float(value) if isinstance(value, float) else value
+    if value is None or isinstance(value, bool | bytes):
+        return value
+    if isinstance(value, float):
+        return float(value)  # of a subclass, such as numpy's
     if isinstance(value, str):
-        return _text(value)
+        return encodable(value)
     if isinstance(value, int):
         return int(value) if -(2**63) <= value < 2**64 else _short(value)
     if depth < MAX_INFO_DEPTH:
-        if isinstance(value, Mapping):
-            return {_text(k): _plain(v, depth + 1) for k, v in value.items()}
-        if isinstance(value, list | tuple | set | frozenset):
-            return [_plain(v, depth + 1) for v in value]
-        if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):
-            return _plain(value.tolist(), depth + 1)
+        return _plain_container(value, depth + 1)
     return _short(value)
 
 
-def _text(value: Any) -> str:
-    """Text that can be encoded; lone surrogates are replaced."""
-    return str(value).encode("utf-8", "replace").decode()
+def _plain_container(value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping):
+        return {encodable(k): _plain(v, depth) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one, depth) for one in value]
+    if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist(), depth)
+    return _short(value)
 
 
 def _short(value: Any) -> str:
     try:
-        return cut(repr(value))
+        return cut(repr(value), MAX_MESSAGE_CHARS)
     except Exception:  # a model's object is the user's code; an integer of thousands of digits raises too
         return f"a {type(value).__name__}"

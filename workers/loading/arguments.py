@@ -1,4 +1,4 @@
-"""What a loaded reward model takes of a sample, whether it was sent, and how it is called: a worker has the class."""
+"""What a loaded reward model takes of a sample, whether it was sent, and how the model is called."""
 
 from __future__ import annotations
 
@@ -14,8 +14,28 @@ from tasks.messages import Failure, SampleRequest
 from tasks.rewards import BY_NAME, GENERATED, SAMPLE_FIELDS, THEIR_NAMES, no_such_field
 from tasks.samples import MEDIA_FIELDS
 from workers.base import RewardModel
+from workers.texts import cut
 
 log = logging.getLogger(__name__)
+
+MAX_DECLARATION_CHARS = 400
+"""Of a declaration that is no list of fields, as its error says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What the `__call__` of a model has arguments for."""
+
+    has_default: Mapping[str, bool]
+    """The arguments that can be given by name, and whether each has a default."""
+    takes_rest: bool
+    """Whether it has `**kwargs`."""
+    looked_up: frozenset[str]
+    """Names of fields that its code has as texts where it has `**kwargs`: `kwargs.get("metadata")`."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a call has a use for an argument of this name."""
+        return name in self.has_default or name in self.looked_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +47,8 @@ class Taking:
     words: Mapping[str, str]
     """By declared field, what the class calls it."""
     fields: tuple[str, ...]
-    """Those, and the small ones that its `__call__` names."""
-    arguments: Mapping[str, bool]
-    """Arguments that its `__call__` names, and whether each has a default."""
-    takes_rest: bool
-    """Whether it has `**kwargs`."""
-    looked_up: frozenset[str]
-    """Names of fields that its code has as texts where it has `**kwargs`: `kwargs.get("metadata")`."""
+    """The declared fields, and the small ones that its `__call__` names."""
+    arguments: Arguments
 
     def call_with(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """The arguments for a call with these values of each field; None for a field that no sample has.
@@ -42,26 +57,26 @@ class Taking:
         """
         given: dict[str, Any] = {}
         for field, column in columns.items():
-            value = (
-                None
-                if field != "prompt" and all(one is None for one in column)
-                else column
-            )
-            names = [
-                name for name in (field, *_their_names(field)) if name in self.arguments
-            ]
-            for name in names:
-                has_default = self.arguments[name]
-                if value is not None or not has_default:
+            is_absent = field != "prompt" and all(one is None for one in column)
+            value = None if is_absent else column
+            named = self._arguments_of(field)
+            for name in named:
+                if value is not None or not self.arguments.has_default[name]:
                     given[name] = value
-            if not names and self.takes_rest:
-                looked_up = [
-                    name for name in _their_names(field) if name in self.looked_up
-                ]
-                given |= dict.fromkeys(
-                    (self.words.get(field, field), *looked_up), value
-                )
+            if not named and self.arguments.takes_rest:
+                given |= dict.fromkeys(self._keywords_of(field), value)
         return given
+
+    def _arguments_of(self, field: str) -> list[str]:
+        """The named arguments that mean a field."""
+        names = (field, *_their_names(field))
+        return [name for name in names if name in self.arguments.has_default]
+
+    def _keywords_of(self, field: str) -> list[str]:
+        """The names that a field has in `**kwargs`."""
+        looked_up = self.arguments.looked_up
+        names = [name for name in _their_names(field) if name in looked_up]
+        return [self.words.get(field, field), *names]
 
 
 def taking_of(model: RewardModel) -> Taking:
@@ -72,27 +87,15 @@ def taking_of(model: RewardModel) -> Taking:
     """
     named = _declared(model, "required_fields") + _declared(model, "optional_fields")
     words = {THEIR_NAMES.get(name, name): name for name in named}
-    declared = tuple(words)
-    unknown = [name for name in declared if name not in SAMPLE_FIELDS]
-    if unknown:
-        raise ModelLoadError(
-            f"{type(model).__name__} declares what is none: {no_such_field(unknown[0])}"
-        )
-    arguments, takes_rest = _arguments(model)
-    looked_up = _looked_up(model) if takes_rest else frozenset()
-    by_name = [
-        THEIR_NAMES.get(name, name)
-        for name in BY_NAME
-        if name in arguments or name in looked_up
-    ]
-    return Taking(
-        declared,
-        words,
-        tuple(dict.fromkeys((*declared, *by_name))),
-        arguments,
-        takes_rest,
-        looked_up,
-    )
+    for name in words:
+        if name not in SAMPLE_FIELDS:
+            raise ModelLoadError(
+                f"{type(model).__name__} declares what is none: {no_such_field(name)}"
+            )
+    arguments = _arguments(model)
+    by_name = [THEIR_NAMES.get(name, name) for name in BY_NAME if name in arguments]
+    fields = dict.fromkeys((*words, *by_name))
+    return Taking(tuple(words), words, tuple(fields), arguments)
 
 
 def unsent(
@@ -100,12 +103,14 @@ def unsent(
 ) -> Failure | None:
     """Why these samples cannot be scored if the model takes a field that they have and that was not sent.
 
-    To the model it would look like a sample without: a number that is plausible and wrong.
+    To the model such a sample would look like a sample without the field: a number that is plausible and wrong.
 
     Args:
         name: Of the reward model, as the config has it.
     """
-    withheld = {field for sample in samples for field in sample.withheld}
+    withheld: set[str] = set()
+    for sample in samples:
+        withheld.update(sample.withheld)
     missing = [field for field in taking.fields if field in withheld]
     if not missing:
         _warn_of_named(name, taking, withheld)
@@ -121,12 +126,11 @@ def unsent(
 def lacks_all_media(taking: Taking, sample: SampleRequest) -> str:
     """The media fields that a model declares, if it scores media and the sample has none of them; else empty."""
     media = [field for field in taking.declared if field in MEDIA_FIELDS]
-    is_there = any(sample.media.get(field) not in (None, ()) for field in media)
-    return (
-        ""
-        if is_there or not any(field in GENERATED for field in media)
-        else " or ".join(media)
-    )
+    if set(media).isdisjoint(GENERATED):
+        return ""
+    if any(sample.media.get(field) not in (None, ()) for field in media):
+        return ""
+    return " or ".join(media)
 
 
 def is_ours(model: RewardModel) -> bool:
@@ -141,58 +145,56 @@ def _declared(model: RewardModel, attribute: str) -> tuple[str, ...]:
         value = value()
     if value is None:
         return ()
-    names = (
-        (value,)
-        if isinstance(value, str)
-        else tuple(value)
-        if isinstance(value, Iterable)
-        else (value,)
-    )
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        names: tuple[Any, ...] = (value,)
+    else:
+        names = tuple(value)
     if not all(isinstance(name, str) for name in names):
+        found = cut(repr(value), MAX_DECLARATION_CHARS)
         raise ModelLoadError(
-            f"{type(model).__name__}.{attribute} must name fields of a sample, found {value!r}"[
-                :500
-            ]
+            f"{type(model).__name__}.{attribute} must name fields of a sample, found {found}"
         )
     return names
 
 
-def _arguments(model: RewardModel) -> tuple[dict[str, bool], bool]:
-    """The arguments that a call takes by name, each with whether it has a default, and whether it takes any other."""
+def _arguments(model: RewardModel) -> Arguments:
     try:
-        parameters = inspect.signature(model.__call__).parameters.values()  # type: ignore[operator]
+        signature = inspect.signature(model.__call__)  # type: ignore[operator]
     except (TypeError, ValueError):  # not a function of Python
-        return {}, True
-    by_name = [
-        p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return {p.name: p.default is not p.empty for p in by_name}, takes_rest
+        return Arguments({}, takes_rest=True, looked_up=_looked_up(model))
+    has_default, takes_rest = {}, False
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            has_default[parameter.name] = parameter.default is not parameter.empty
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            takes_rest = True
+    looked_up = _looked_up(model) if takes_rest else frozenset()
+    return Arguments(has_default, takes_rest, looked_up)
 
 
 def _looked_up(model: RewardModel) -> frozenset[str]:
     """The names of fields that the code of a call has as texts, in functions within it too."""
+    function = inspect.unwrap(type(model).__call__)  # type: ignore[operator]
     found: set[str] = set()
-    waiting: list[Any] = [
-        getattr(inspect.unwrap(type(model).__call__), "__code__", None)
-    ]  # type: ignore[operator]
-    while waiting:
-        constants = getattr(waiting.pop(), "co_consts", ())
-        found |= {one for one in constants if isinstance(one, str)}
-        waiting += [one for one in constants if inspect.iscode(one)]
+    unread: list[Any] = [getattr(function, "__code__", None)]
+    while unread:
+        for constant in getattr(unread.pop(), "co_consts", ()):
+            if isinstance(constant, str):
+                found.add(constant)
+            elif inspect.iscode(constant):
+                unread.append(constant)
     return frozenset(found.intersection((*SAMPLE_FIELDS, *THEIR_NAMES)))
 
 
 def _their_names(field: str) -> list[str]:
+    """What else Flow-Factory calls a field."""
     return [theirs for theirs, ours in THEIR_NAMES.items() if ours == field]
 
 
 def _warn_of_named(name: str, taking: Taking, withheld: set[str]) -> None:
     """Say which media a class has an argument for, or looks up, without declaring them: they do not travel."""
     for field in MEDIA_FIELDS:
-        if field in withheld and (
-            field in taking.arguments or field in taking.looked_up
-        ):
+        if field in withheld and field in taking.arguments:
             _warn_once(name, field)
 
 
@@ -201,5 +203,6 @@ def _warn_once(name: str, field: str) -> None:
     log.warning(
         "not sent reward=%s field=%s reason=its __call__ names it, but its required_fields do not declare it; "
         "declare it if the reward depends on it",
-        name, field,
-    )  # fmt: skip
+        name,
+        field,
+    )

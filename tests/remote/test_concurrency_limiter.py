@@ -1,17 +1,17 @@
-"""The gate before a server: who may ask it, and when."""
+"""The concurrency limiter of a server: which request may go out, and when."""
 
 from __future__ import annotations
 
 import asyncio
 
-from workers.remote.network import Gate
+from workers.network.limiter import ConcurrencyLimiter
 
 
 class Asking:
     """Requests that stay at a server until they are told to leave; `order` is that in which they came in."""
 
-    def __init__(self, gate):
-        self.gate, self.order, self.leave = gate, [], {}
+    def __init__(self, limiter):
+        self.limiter, self.order, self.leave = limiter, [], {}
         self.tasks = {}
 
     def start(self, name, ends_at):
@@ -19,7 +19,7 @@ class Asking:
         self.tasks[name] = asyncio.ensure_future(self._ask(name, ends_at))
 
     async def _ask(self, name, ends_at):
-        async with self.gate.entered(ends_at):
+        async with self.limiter.entered(ends_at):
             self.order.append(name)
             await self.leave[name].wait()
 
@@ -37,7 +37,7 @@ async def settled():
 
 def test_all_may_ask_a_server_that_refused_nobody():
     async def run():
-        asking = Asking(Gate())
+        asking = Asking(ConcurrencyLimiter())
         for i in range(50):
             asking.start(i, ends_at=0)
         await settled()
@@ -49,13 +49,13 @@ def test_all_may_ask_a_server_that_refused_nobody():
 
 def test_after_a_refusal_fewer_may_and_those_whose_time_ends_first():
     async def run():
-        gate = Gate()
-        asking = Asking(gate)
+        limiter = ConcurrencyLimiter()
+        asking = Asking(limiter)
         for name in "abc":
             asking.start(name, ends_at=0)
         await settled()
-        gate.refused()
-        assert gate.limit == 2
+        limiter.refused()
+        assert limiter.limit == 2
         await asking.end("a")
         for name, ends_at in (("later", 9), ("first", 1), ("soon", 5)):
             asking.start(name, ends_at)
@@ -66,31 +66,31 @@ def test_after_a_refusal_fewer_may_and_those_whose_time_ends_first():
         await asking.end("first")
         assert asking.order[5:] == ["later"]
         await asking.end("soon", "later")
-        assert gate.num_inside == 0
+        assert limiter.num_inside == 0
 
     asyncio.run(run())
 
 
 def test_a_server_that_answers_is_asked_by_more_again():
-    gate = Gate()
-    gate.limit = 1
+    limiter = ConcurrencyLimiter()
+    limiter.limit = 1
     for _ in range(3):
-        gate.answered()
-    assert gate.limit > 2
+        limiter.answered()
+    assert limiter.limit > 2
 
 
 def test_one_always_may():
-    gate = Gate()
+    limiter = ConcurrencyLimiter()
     for _ in range(3):
-        gate.refused()
-    assert gate.limit == 1
+        limiter.refused()
+    assert limiter.limit == 1
 
 
 def test_who_gives_up_while_waiting_or_inside_leaves_no_place_taken():
     async def run():
-        gate = Gate()
-        gate.limit = 1
-        asking = Asking(gate)
+        limiter = ConcurrencyLimiter()
+        limiter.limit = 1
+        asking = Asking(limiter)
         for name in "abc":
             asking.start(name, ends_at=0)
         await settled()
@@ -104,6 +104,6 @@ def test_who_gives_up_while_waiting_or_inside_leaves_no_place_taken():
         await asyncio.sleep(0)  # now it leaves, and d is let in
         asking.tasks["d"].cancel()  # before it has noticed
         await settled()
-        assert gate.num_inside == 0
+        assert limiter.num_inside == 0
 
     asyncio.run(run())

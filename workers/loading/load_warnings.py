@@ -18,16 +18,18 @@ MAX_SAID_CHARS = 240
 """A longer warning is cut: it stands in every outcome of the model."""
 
 LIBRARIES = (
-    *(
-        "transformers",
-        "huggingface_hub",
-        "open_clip",
-        "timm",
-        "tokenizers",
-        "torch",
-        "py.warnings",
-    ),
-    *("diffusers", "accelerate", "peft", "safetensors", "RapidOCR"),
+    "transformers",
+    "huggingface_hub",
+    "open_clip",
+    "timm",
+    "tokenizers",
+    "torch",
+    "py.warnings",
+    "diffusers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "RapidOCR",
 )
 """Loggers that may keep what they say to themselves (`propagate = False`), as transformers' does, or be told to be
 quieter than a warning (TRANSFORMERS_VERBOSITY=error)."""
@@ -74,13 +76,11 @@ def note(text: str) -> None:
 
 def in_short(heard: Iterable[Said]) -> tuple[str, ...]:
     """What was heard, each once, in short, for an outcome's origin."""
-    texts = list(dict.fromkeys(one_line(said.text) for said in heard))
-    more = len(texts) - MAX_SAID
-    return (
-        (*texts[:MAX_SAID], f"and {more} more, in the worker's log")
-        if more > 0
-        else tuple(texts)
-    )
+    texts = tuple(dict.fromkeys(one_line(said.text) for said in heard))
+    num_more = len(texts) - MAX_SAID
+    if num_more <= 0:
+        return texts
+    return (*texts[:MAX_SAID], f"and {num_more} more, in the worker's log")
 
 
 def one_line(text: str) -> str:
@@ -107,11 +107,9 @@ class _Hearing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stack = _stack()
-        if (
-            not stack
-            or record.name == PRINTED
-            or getattr(record, "rewardq_heard", False)
-        ):
+        if not stack or record.name == PRINTED:
+            return
+        if getattr(record, "rewardq_heard", False):
             return
         record.rewardq_heard = True
         stack[-1].append(Said(record.name, record.getMessage()))
@@ -193,7 +191,8 @@ class _Ears:
         """Take down a warning of a thread that listens, pass on one of another."""
         stack = _stack()
         if stack:
-            stack[-1].append(Said(warning[1].__name__, str(warning[0])))
+            message, category = warning[:2]
+            stack[-1].append(Said(category.__name__, str(message)))
         else:
             self._show(*warning)
 
@@ -215,13 +214,11 @@ def _show(
 
 def _loggers() -> list[logging.Logger]:
     """Where what is logged may be heard: the root, known libraries, and every logger that keeps it from the root."""
-    known = [logging.getLogger(name) for name in LIBRARIES]
-    others = [
-        at
-        for at in list(logging.root.manager.loggerDict.values())
-        if isinstance(at, logging.Logger)
-    ]
-    return [logging.getLogger(), *known, *(at for at in others if not at.propagate)]
+    loggers = [logging.getLogger(), *map(logging.getLogger, LIBRARIES)]
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and not logger.propagate:
+            loggers.append(logger)
+    return loggers
 
 
 def _forget_what_was_said_once() -> None:

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from trainer_client.results import Failed
 
 REASONS_SHOWN = 5
-"""So many different reasons of a reward are written out."""
+"""So many different reasons of a reward are written out; the others are counted."""
 
 WORKERS_SHOWN = 3
 RANGES_SHOWN = 8
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
-_OWN_NUMBER = re.compile(r"sample \d+: ")
-"""How a reason of the trainer's own begins, where it names its sample."""
+_OWN_SAMPLE = re.compile(r"sample \d+: ")
+"""How a reason that the trainer gives begins where it names its sample."""
 
 
 @dataclass(slots=True)
 class Reason:
-    """One reason, and the samples that it is the reason of."""
+    """One reason, and the samples that failed for it."""
 
     kind: str
     words: str
@@ -32,18 +32,18 @@ class Reason:
     workers: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        what = f"{self.kind}{on_workers(self.workers)}" + (
-            f": {self.words}" if self.words else ""
-        )
+        what = f"{self.kind}{on_workers(self.workers)}"
+        if self.words:
+            what += f": {self.words}"
         if len(self.samples) == 1:
             return f"sample {self.samples[0]}: {what}"
         return f"{len(self.samples)} x {what}: samples {ranges(self.samples)}"
 
 
 def reasons_of(failures: Iterable[Failed]) -> list[Reason]:
-    """The different reasons, the most frequent first; one that names its own sample is as any other's.
+    """The different reasons, the most frequent first. The number of the failed sample makes no difference.
 
-    Where they are more than are shown, those that differ in their numbers only (the range of each image) are one.
+    If there are more than `REASONS_SHOWN`, reasons that differ only in their numbers (the range of each image) are one.
     """
     reasons = _equal_reasons(failures)
     if len(reasons) > REASONS_SHOWN:
@@ -54,11 +54,8 @@ def reasons_of(failures: Iterable[Failed]) -> list[Reason]:
 def _equal_reasons(failures: Iterable[Failed]) -> list[Reason]:
     by_words: dict[tuple[str, str], Reason] = {}
     for failed in failures:
-        words = (
-            _OWN_NUMBER.sub("", failed.message, count=1)
-            if _OWN_NUMBER.match(failed.message)
-            else failed.message
-        )
+        named = _OWN_SAMPLE.match(failed.message)
+        words = failed.message[named.end() :] if named else failed.message
         reason = by_words.setdefault((failed.kind, words), Reason(failed.kind, words))
         reason.samples.append(failed.sample)
         if failed.worker and failed.worker not in reason.workers:
@@ -69,35 +66,35 @@ def _equal_reasons(failures: Iterable[Failed]) -> list[Reason]:
 def _alike_reasons(reasons: Sequence[Reason]) -> list[Reason]:
     by_words: dict[tuple[str, str], list[Reason]] = {}
     for reason in reasons:
-        by_words.setdefault((reason.kind, _NUMBER.sub("0", reason.words)), []).append(
-            reason
-        )
-    return [
-        _merged(alike) if len(alike) > 1 else alike[0] for alike in by_words.values()
-    ]
+        without_numbers = _NUMBER.sub("0", reason.words)
+        by_words.setdefault((reason.kind, without_numbers), []).append(reason)
+    return list(map(_merged, by_words.values()))
 
 
 def _merged(alike: Sequence[Reason]) -> Reason:
+    if len(alike) == 1:
+        return alike[0]
     most = max(alike, key=lambda reason: len(reason.samples))
-    return Reason(
-        kind=most.kind,
-        words=f"{most.words} (and with other numbers)",
-        samples=[sample for reason in alike for sample in reason.samples],
-        workers=list(
-            dict.fromkeys(worker for reason in alike for worker in reason.workers)
-        ),
-    )
+    merged = Reason(most.kind, f"{most.words} (and with other numbers)")
+    for reason in alike:
+        merged.samples += reason.samples
+        for worker in reason.workers:
+            if worker not in merged.workers:
+                merged.workers.append(worker)
+    return merged
 
 
 def describe(failures: Iterable[Failed], said: str | None = None) -> str:
-    """The reasons of one reward's failures, in one line each of them but for those beyond `REASONS_SHOWN`.
+    """The reasons of one reward's failures in one line; those beyond `REASONS_SHOWN` are counted.
 
     Args:
-        said: A reason that the text says already; only its samples are given.
+        said: A reason that the text around this line says already; only its samples are given.
     """
     reasons = reasons_of(failures)
     for reason in reasons:
-        reason.words = "" if reason.words == said else reason.words
+        if reason.words == said:
+            reason.words = ""
+
     shown = "; ".join(map(str, reasons[:REASONS_SHOWN]))
     left = reasons[REASONS_SHOWN:]
     if not left:
@@ -107,14 +104,11 @@ def describe(failures: Iterable[Failed], said: str | None = None) -> str:
 
 
 def on_workers(workers: Sequence[str]) -> str:
-    """` on gpu.7@host`, or nothing where no worker is known: then it is the trainer's own reason."""
+    """` on gpu.7@host`, or nothing where no worker is known: then the trainer itself gives the reason."""
     if not workers:
         return ""
-    more = (
-        f" and {len(workers) - WORKERS_SHOWN} more"
-        if len(workers) > WORKERS_SHOWN
-        else ""
-    )
+    num_more = len(workers) - WORKERS_SHOWN
+    more = f" and {num_more} more" if num_more > 0 else ""
     return f" on {', '.join(workers[:WORKERS_SHOWN])}{more}"
 
 
@@ -126,8 +120,10 @@ def ranges(numbers: Sequence[int]) -> str:
             spans[-1] = (spans[-1][0], number)
         else:
             spans.append((number, number))
-    shown = [
-        str(first) if first == last else f"{first}-{last}"
-        for first, last in spans[:RANGES_SHOWN]
-    ]
-    return ", ".join(shown) + (", ..." if len(spans) > RANGES_SHOWN else "")
+
+    shown = []
+    for first, last in spans[:RANGES_SHOWN]:
+        shown.append(str(first) if first == last else f"{first}-{last}")
+    if len(spans) > RANGES_SHOWN:
+        shown.append("...")
+    return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""What a reward class raised, for people: the place in the user's own code, and a traceback in the worker's log."""
+"""What a reward class raised, for people: the line in the user's own code, and a traceback in the worker's log."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from tasks.catalog import CATALOG
+from workers.texts import cut_middle, encodable
+
 log = logging.getLogger(__name__)
 
 REPEAT_S = 60.0
@@ -26,42 +29,41 @@ MAX_CHARS = 20_000
 MAX_KEPT = 1000
 """Distinct errors that are remembered."""
 
-_ROOTS = {Path(__file__).parents[2], Path(__file__).resolve().parents[2]}
-"""Where this package lies, and the folder of links by which an editable install imports it: frames have either."""
-_OURS = tuple(
-    f"{root / package}/" for root in _ROOTS for package in ("tasks", "workers")
-)
-_ON_THE_WAY = (
-    *(
-        str(root / "workers" / name)
-        for root in _ROOTS
-        for name in (
-            "scoring/runner.py",
-            "process/loading.py",
-            "process/preloading.py",
-            "process/code.py",
-        )
-    ),
+
+def _folders(*names: str) -> Iterator[str]:
+    """Files and folders of this package as frames name them: where it lies, or by an editable install's links."""
+    file = Path(__file__)
+    for root in {file.parents[2], file.resolve().parents[2]}:
+        for name in names:
+            yield f"{root}/{name}"
+
+
+_OURS = tuple(_folders("tasks/", "workers/"))
+_CALLERS = (
+    *_folders("workers/loading/"),
+    *_folders("workers/scoring/batches.py", "workers/process/preloading.py"),
     str(Path(importlib.__file__).parent),
     "<frozen importlib",
 )
 """What calls models and imports modules: in a traceback it says nothing to the user."""
-_LIBRARIES = tuple(
-    f"{Path(folder).resolve()}/"
-    for folder in {
-        *(
-            sysconfig.get_paths()[name]
-            for name in ("stdlib", "platstdlib", "purelib", "platlib")
-        ),
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    }
-)
+
+
+def _library_folders() -> Iterator[str]:
+    """Folders whose code is a library's, or Python's own."""
+    paths = sysconfig.get_paths()
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [paths[name] for name in names]
+    folders += [*site.getsitepackages(), site.getusersitepackages()]
+    for folder in dict.fromkeys(folders):
+        yield f"{Path(folder).resolve()}/"
+
+
+_LIBRARIES = tuple(_library_folders())
 
 
 @dataclass(slots=True)
 class _Seen:
-    logged_at: float
+    logged_at_s: float
     num_since: int = 0
 
 
@@ -73,41 +75,40 @@ class TracebackLog:
         self._seen: dict[tuple[object, ...], _Seen] = {}
 
     def write(self, event: str, reward: str, error: BaseException) -> None:
-        """Log the traceback of an error, unless the same was logged lately: of one type, raised at one place.
+        """Log the traceback of an error, unless the same was logged lately: of one type, raised at the same lines.
 
         Args:
             event: What happened, `raised` or `load failed`.
             reward: The reward model.
         """
         trace = _of_the_model(error.__traceback__)
-        places = tuple(
-            (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)
-        )
-        num_before = self._count((event, reward, type(error), places))
+        lines = []
+        for frame, line in traceback.walk_tb(trace):
+            lines.append((frame.f_code.co_filename, line))
+        num_before = self._count((event, reward, type(error), *lines))
         if num_before is None:
             return
         again = f" num_since_last_logged={num_before}" if num_before else ""
-        text = _text_of(error, trace)
         log.error(
             "%s reward=%s error=%s%s\n%s",
             event,
             reward,
             type(error).__name__,
             again,
-            text,
+            _text_of(error, trace),
         )
 
     def _count(self, key: tuple[object, ...]) -> int | None:
         """How often the error came since it was logged last; None if it is not to be logged now."""
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
             seen = self._seen.get(key)
-            if seen is not None and now - seen.logged_at < REPEAT_S:
+            if seen is not None and now_s - seen.logged_at_s < REPEAT_S:
                 seen.num_since += 1
                 return None
             if seen is None and len(self._seen) >= MAX_KEPT:
                 self._seen.pop(next(iter(self._seen)))
-            self._seen[key] = _Seen(now)
+            self._seen[key] = _Seen(now_s)
             return seen.num_since if seen is not None else 0
 
 
@@ -115,28 +116,33 @@ tracebacks = TracebackLog()
 """The one of this process."""
 
 
-def place_in(error: BaseException, reward: str) -> str:
+def user_line(error: BaseException, reward: str) -> str:
     """` (my_rewards.py:9 in helper)`: the innermost line of the user's own code that an error came by; else empty.
 
-    That is code of the class's own package or folder; where none is on the way, any that is no library's.
+    Code of the class's own package or folder is the user's; where none is on the way, any that is no library's. Of a
+    built-in the line says nothing to the user, and is empty.
 
     Args:
-        reward: The dotted path of the user's class.
+        reward: The dotted path of the user's class, or the name of a built-in.
     """
-    home, folder = _home_of(reward)
-    places = {"home": "", "elsewhere": ""}
+    if reward in CATALOG:
+        return ""
+    package, folder = _package_of(reward)
+    in_package = elsewhere = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         if file.startswith(("<", *_OURS)):
             continue
-        is_home = bool(home) and file.startswith(home)
-        is_library = not is_home and _is_library(file)
-        if not is_library:
-            is_home = is_home or bool(folder and file.startswith(folder))
-            places["home" if is_home else "elsewhere"] = (
-                f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
-            )
-    return places["home"] or places["elsewhere"]
+        words = f" ({Path(file).name}:{line} in {frame.f_code.co_name})"
+        if package and file.startswith(package):
+            in_package = words
+        elif _is_library(file):
+            continue
+        elif folder and file.startswith(folder):
+            in_package = words
+        else:
+            elsewhere = words
+    return in_package or elsewhere
 
 
 def words_of(error: BaseException) -> str:
@@ -154,42 +160,32 @@ def _text_of(error: BaseException, trace: TracebackType | None) -> str:
         text = "".join(traceback.format_exception(type(error), error, trace)).rstrip()
     except Exception:  # an error of the user's is the user's code
         text = "".join([*traceback.format_tb(trace), words_of(error)])
-    text = text.encode("utf-8", "replace").decode()
-    half = MAX_CHARS // 2
-    return (
-        text
-        if len(text) <= MAX_CHARS
-        else f"{text[:half]}\n... ({len(text)} characters) ...\n{text[-half:]}"
-    )
+    return cut_middle(encodable(text), MAX_CHARS)
 
 
 def _of_the_model(trace: TracebackType | None) -> TracebackType | None:
     """A traceback from where a model or its module begins; None where that is never come to (a SyntaxError)."""
-    for part in _parts(trace):
-        if not part.tb_frame.f_code.co_filename.startswith(_ON_THE_WAY):
-            return part
-    return None
-
-
-def _parts(trace: TracebackType | None) -> Iterator[TracebackType]:
     while trace is not None:
-        yield trace
+        if not trace.tb_frame.f_code.co_filename.startswith(_CALLERS):
+            return trace
         trace = trace.tb_next
+    return None
 
 
 def _is_library(file: str) -> bool:
     path = Path(file).resolve()
-    return bool({"site-packages", "dist-packages"} & set(path.parts)) or str(
-        path
-    ).startswith(_LIBRARIES)
+    if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return True
+    return str(path).startswith(_LIBRARIES)
 
 
-def _home_of(reward: str) -> tuple[str, str]:
+def _package_of(reward: str) -> tuple[str, str]:
     """The package's folder or the module's file that a dotted path is in, and the folder around; empty if unknown."""
     module = sys.modules.get(reward.partition(".")[0]) if "." in reward else None
     file = getattr(module, "__file__", None)
     if not file:
         return "", ""
     path = Path(file)
-    home = path.parent if path.name == "__init__.py" else path
-    return f"{home}/" if home != path else str(path), f"{home.parent}/"
+    if path.name == "__init__.py":
+        return f"{path.parent}/", f"{path.parent.parent}/"
+    return str(path), f"{path.parent}/"

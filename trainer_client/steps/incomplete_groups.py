@@ -7,15 +7,15 @@ from typing import Any
 
 from tasks.rewards import RewardSpec
 from trainer_client.ranks.verdict import OnFailure
-from trainer_client.steps.open_steps import Step
+from trainer_client.steps.open_steps import OpenStep
 
 GROUPS_SHOWN = 3
-"""So many of them are named."""
+"""So many incomplete groups are named in an error."""
 
 WHAT_TO_DO = "submit() what is missing before collect(), or give the group_size= that the groups have"
 
 
-def incomplete_groups(step: Step) -> dict[Hashable, str]:
+def incomplete_groups(step: OpenStep) -> dict[Hashable, str]:
     """The groups of a step with fewer members than their `group_size`, and what to say of each."""
     found: dict[Hashable, str] = {}
     for group, size in step.group_sizes.items():
@@ -26,21 +26,22 @@ def incomplete_groups(step: Step) -> dict[Hashable, str]:
     return found
 
 
-def why_in_vain(
+def why_not_to_wait(
     incomplete: Mapping[Any, str], rewards: Sequence[RewardSpec], on_failure: OnFailure
 ) -> str | None:
-    """What `collect()` raises at once: a groupwise reward whose failures raise cannot be had. None if it need not."""
-    raising = [
-        r.name
-        for r in rewards
-        if r.is_groupwise and (r.on_failure or on_failure) == "raise"
-    ]
+    """What `collect()` raises at once, without a wait; None if it has to wait.
+
+    It need not wait if it will raise in any case: a groupwise reward of an incomplete group fails, and its failures
+    raise.
+    """
+    raising = []
+    for reward in rewards:
+        if reward.is_groupwise and (reward.on_failure or on_failure) == "raise":
+            raising.append(reward.name)
     if not incomplete or not raising or on_failure != "raise":
         return None
+
     shown = list(incomplete.values())[:GROUPS_SHOWN]
-    more = (
-        f"; and {len(incomplete) - len(shown)} more groups"
-        if len(incomplete) > len(shown)
-        else ""
-    )
+    num_more = len(incomplete) - len(shown)
+    more = f"; and {num_more} more groups" if num_more else ""
     return f"not waited for: {'; '.join(shown)}{more}; {WHAT_TO_DO} ({', '.join(raising)} needs whole groups)"

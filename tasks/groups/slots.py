@@ -1,0 +1,174 @@
+"""The slots of groups that several trainer ranks fill together, in Redis: a full group is sealed under its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tasks import keys
+from tasks.messages import SampleRequest, pack, unpack
+
+_REGISTER = """
+local slot, key, size, outcomes = ARGV[1], ARGV[2], tonumber(ARGV[4]), ARGV[6]
+local other = redis.call('HGET', KEYS[1], 'size')
+if other and other ~= ARGV[4] then return {'size', '', tonumber(other), 0} end
+local old = redis.call('HGET', KEYS[1], 'k' .. slot)
+local sealed = redis.call('HGET', KEYS[1], 'digest')
+if old and old ~= key then
+  if sealed and redis.call('EXISTS', outcomes .. sealed) == 1 then return {'scored', sealed, 0, 0} end
+  redis.call('HDEL', KEYS[1], 'digest', 'number', 'attempt')
+elseif not old and sealed then
+  return {'full', sealed, 0, 0}
+end
+redis.call('HSET', KEYS[1], 'k' .. slot, key, 'b' .. slot, ARGV[3], 'size', ARGV[4])
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+local slots = {}
+for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.sub(name, 1, 1) == 'k' then slots[#slots + 1] = name end
+end
+if #slots > size then
+  redis.call('HDEL', KEYS[1], 'k' .. slot, 'b' .. slot)
+  return {'full', '', #slots - 1, 0}
+end
+if #slots < size then return {'open', '', #slots, 0} end
+local found = redis.call('HGET', KEYS[1], 'digest')
+if found then return {'sealed', found, #slots, 0} end
+table.sort(slots)
+found = redis.sha1hex(table.concat(redis.call('HMGET', KEYS[1], unpack(slots))))
+redis.call('HSET', KEYS[1], 'digest', found)
+return {'sealed', found, #slots, 1}
+"""
+"""KEYS: the group. ARGV: slot, member's key, member, group size, ms, prefix of outcomes. Returns what became of it
+(open, sealed, full, scored, size), the digest, how many slots there are, and whether this call completed the group."""
+
+_ASK = """
+local digest, attempt = ARGV[2], ARGV[4]
+if redis.call('HGET', KEYS[1], 'digest') ~= digest then return {tonumber(attempt), 0} end
+local asker, mine = 'asked' .. ARGV[1], ARGV[3] .. ' ' .. digest .. ' '
+local asked = redis.call('HGET', KEYS[1], 'attempt')
+if not asked or redis.call('HGET', KEYS[1], asker) == mine .. asked then
+  redis.call('HSET', KEYS[1], 'attempt', attempt)
+  redis.call('HDEL', KEYS[1], 'number')
+  asked = attempt
+end
+redis.call('HSET', KEYS[1], asker, mine .. asked)
+return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
+"""
+"""KEYS: the group. ARGV: rank, digest, client, attempt. Returns the attempt that this rank asks for and the number of
+the message sent for it (0: none)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What became of registering a member.
+
+    `open`: others are missing. `sealed`: the group is complete under `digest`; `is_completed_now` for one caller.
+    `full`: there are `group_size` other members. `scored`: another sample was in this slot when the group was scored.
+    `size`: another rank said that the group has `num_members`.
+    """
+
+    state: Literal["open", "sealed", "full", "scored", "size"]
+    digest: str
+    num_members: int
+    is_completed_now: bool
+
+
+class GroupSlots:
+    """The slots of groups that several trainer ranks fill together, in Redis."""
+
+    def __init__(self, redis: Any, run: str, launch: str, ttl_s: float) -> None:
+        self._redis, self._run, self._launch = redis, run, launch
+        self._ttl_ms = round(1000 * ttl_s)
+        self._register = redis.register_script(_REGISTER)
+        self._ask = redis.register_script(_ASK)
+
+    def key(self, split: str, step: int, fingerprint: str, group: str) -> str:
+        """The Redis key of a group's slots."""
+        return keys.group(self._run, self._launch, split, step, fingerprint, group)
+
+    def register(
+        self,
+        key: str,
+        slot: tuple[int, int],
+        member_key: str,
+        member: SampleRequest,
+        size: int,
+        fingerprint: str,
+    ) -> Registered:
+        """Put a member into its slot; the last member seals the group. To put the same member again changes nothing."""
+        outcomes = keys.outcome(f"{self._run}:{fingerprint}:")
+        member_args = [_slot_name(slot), member_key, pack(member)]
+        state, found, num_members, is_now = self._register(
+            keys=[key], args=[*member_args, size, self._ttl_ms, outcomes]
+        )
+        return Registered(
+            state.decode(), found.decode(), int(num_members), bool(is_now)
+        )
+
+    def ask(
+        self, key: str, digest: str, rank: int, client: str, attempt: int
+    ) -> tuple[int, int]:
+        """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
+
+        It is the attempt that another rank asked for before, so that a group has one outcome on all ranks also where
+        a part of it failed. It is `attempt` where no rank has asked, or this client has had the other rank's already.
+        """
+        found = self._ask(keys=[key], args=[rank, digest, client, attempt])
+        return int(found[0]), int(found[1])
+
+    def put_back(
+        self, key: str, digest: str, rank: int, client: str, attempt: int
+    ) -> None:
+        """Note in an emptied Redis that this rank has had this attempt; its members are registered anew after it."""
+        fields = {"attempt": attempt, f"asked{rank}": f"{client} {digest} {attempt}"}
+        with self._redis.pipeline() as pipe:
+            pipe.hset(key, mapping=fields).pexpire(key, self._ttl_ms)
+            pipe.execute()
+
+    def digests(self, group_keys: Sequence[str]) -> list[str]:
+        """Of each group its digest; empty while it is open."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in group_keys:
+                pipe.hget(key, "digest")
+            return [(found or b"").decode() for found in pipe.execute()]
+
+    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Of each group the slots (rank, index) that are filled, in order."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in group_keys:
+                pipe.hkeys(key)
+            return [_slots_among(names) for names in pipe.execute()]
+
+    def set_number(self, key: str, number: int) -> None:
+        """Tell the other ranks which message was sent for the group."""
+        # With a TTL: in a Redis that was emptied meanwhile, this field makes the key anew, and would stay for ever.
+        with self._redis.pipeline() as pipe:
+            pipe.hset(key, "number", number).pexpire(key, self._ttl_ms)
+            pipe.execute()
+
+    def members(self, key: str) -> dict[tuple[int, int], tuple[str, SampleRequest]]:
+        """The members in slot order, with their keys."""
+        found = self._redis.hgetall(key)
+        members: dict[tuple[int, int], tuple[str, SampleRequest]] = {}
+        for slot in _slots_among(found):
+            name = _slot_name(slot).encode()
+            member = unpack(SampleRequest, found[b"b" + name])
+            members[slot] = (found[b"k" + name].decode(), member)
+        return members
+
+
+def _slot_name(slot: tuple[int, int]) -> str:
+    """A name whose order as text is the order of slots."""
+    rank, index = slot
+    return f"{rank:08d}:{index:010d}"
+
+
+def _slots_among(names: Iterable[bytes]) -> list[tuple[int, int]]:
+    """The slots that have a member, in order, of the fields of a group's hash (`k<slot>` is a member's key)."""
+    return sorted(_slot_of(name[1:]) for name in names if name[:1] == b"k")
+
+
+def _slot_of(name: bytes) -> tuple[int, int]:
+    rank, _, index = name.decode().partition(":")
+    return int(rank), int(index)

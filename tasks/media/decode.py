@@ -1,0 +1,47 @@
+"""Stored media back to arrays, PIL images and tensors, as a worker gives them to a reward model."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tasks.media.arrays import PixelsHWC
+
+
+def from_jpeg(data: bytes) -> PixelsHWC:
+    """Pixels of JPEG bytes that `to_jpeg` made."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def split_frames(data: bytes) -> list[bytes]:
+    """The files that `join_frames` put together."""
+    frames, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        frames.append(data[at + 4 : at + 4 + size])
+        at += 4 + size
+    return frames
+
+
+def to_pil(pixels_HWC: PixelsHWC) -> Image.Image:
+    """A PIL image of the same pixels."""
+    return Image.fromarray(pixels_HWC)
+
+
+def to_tensor(pixels: npt.NDArray[np.uint8]) -> Any:
+    """A float32 torch tensor in [0, 1]: `(3, H, W)` of an image, `(T, 3, H, W)` of a video."""
+    import torch
+
+    channels_first = np.moveaxis(pixels, -1, -3)
+    return torch.from_numpy(np.array(channels_first, order="C")).float().div_(255.0)
+
+
+def to_waveform(audio: npt.NDArray[np.float32]) -> Any:
+    """A float32 torch tensor `(C, T)` of its own."""
+    import torch
+
+    return torch.from_numpy(audio.copy())

@@ -1,0 +1,141 @@
+"""The outcomes as a client uses them: it looks outcomes, notes, claims, queues and workers up, and numbers messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from tasks import keys
+from tasks.errors import WireError
+from tasks.messages import Heartbeat, Note, Outcome, unpack
+from tasks.outcomes.shared import SharedOutcomes
+
+NO_TOKEN = ""
+"""A client claims nothing: no claim has this token."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """How far a queue's messages have come. A message is in the backlog while its number is above `taken` and
+    the queue is not empty; `sent` below a number that was given out says that Redis was emptied since."""
+
+    sent: int
+    taken: int
+    num_waiting: int
+
+    def holds(self, number: int) -> bool:
+        """Whether the message of this number still waits in the queue, as far as anyone can know."""
+        return self.num_waiting > 0 and self.taken < number <= self.sent
+
+
+class ClientOutcomes(SharedOutcomes):
+    """The outcomes, claims, notes and heartbeats in one Redis, for a client, which scores nothing.
+
+    Args:
+        redis: The result backend's client.
+        result_ttl_s: Seconds for which an outcome lives.
+    """
+
+    def put_back(self, address: str, outcome: Outcome) -> None:
+        """Write an outcome that this client has read before into a Redis that was emptied since.
+
+        The only outcome that a client writes. It is for a group over several ranks: another rank may not have read the
+        group's outcome yet, and the group cannot be scored anew, because the ranks that have read it freed their media.
+        A better outcome that is there already stays.
+        """
+        self._write_each({address: outcome}, NO_TOKEN, only_claimed=False)
+
+    def are_there(self, addresses: Sequence[str]) -> list[bool]:
+        """Which addresses have an outcome, whatever it is."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for address in addresses:
+                pipe.exists(keys.outcome(address))
+            return [bool(found) for found in pipe.execute()]
+
+    def notes(self, request_ids: Sequence[str]) -> list[Note | None]:
+        """Notes of workers on these requests, in order."""
+        found = self._mget([keys.note(i) for i in request_ids])
+        return [_note(value) if value else None for value in found]
+
+    def drop_notes(self, request_ids: Sequence[str]) -> None:
+        """Forget notes that were acted upon."""
+        if request_ids:
+            self.redis.unlink(*(keys.note(i) for i in request_ids))
+
+    def num_starts(self, addresses: Sequence[str]) -> list[int]:
+        """How often each sample was started without an answer so far."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for address in addresses:
+                pipe.hget(keys.starts(address), "starts")
+            return [int(n or 0) for n in pipe.execute()]
+
+    def queue_state(self, queue: str, num_waiting: int) -> QueueState:
+        """How far a queue's messages have come; `num_waiting` is its length, which the broker knows."""
+        sent, taken = self.redis.mget(keys.sent_number(queue), keys.taken_number(queue))
+        return QueueState(int(sent or 0), int(taken or 0), num_waiting)
+
+    def number(self, queue: str, num_messages: int) -> int:
+        """Reserve numbers for messages about to be sent; returns the first."""
+        last = int(self.redis.incrby(keys.sent_number(queue), num_messages))
+        return last - num_messages + 1
+
+    def check_room(self) -> None:
+        """Write a key that means nothing; raises what a server that is full raises."""
+        self.redis.set(keys.ROOM, b"", px=1000)
+
+    def now_ms(self) -> int:
+        """Redis's clock."""
+        seconds, microseconds = self.redis.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    def workers(self) -> list[Heartbeat]:
+        """Every live worker. A worker of another wire version is listed with its version, whatever else it says."""
+        alive = self.redis.zrangebyscore(keys.WORKERS, self.now_ms(), "+inf")
+        nodes = [node.decode() for node in alive]
+
+        found: list[Heartbeat] = []
+        values = self._mget([keys.worker(node) for node in nodes])
+        for node, value in zip(nodes, values, strict=True):
+            if value is not None:
+                found.append(_heartbeat(node, value))
+        return found
+
+
+def _note(value: bytes) -> Note:
+    try:
+        return unpack(Note, value)
+    except WireError as error:
+        return Note(reason="wire", worker="a worker", detail=str(error))
+
+
+def _heartbeat(node: str, value: bytes) -> Heartbeat:
+    """A worker's heartbeat, also of another wire version: then with what can be read of it."""
+    try:
+        return unpack(Heartbeat, value)
+    except WireError:
+        said = _mapping(value)
+
+    fields: dict[str, Any] = {
+        "wire": 0,
+        "node": node,
+        "queues": (),
+        "host": "",
+        "pid": 0,
+        "store": "",
+        "state": "ready",
+    }
+    for name, one in said.items():
+        if name in Heartbeat.model_fields:
+            fields[name] = tuple(one) if isinstance(one, list) else one
+    return Heartbeat.model_construct(**fields)
+
+
+def _mapping(value: bytes) -> dict[str, Any]:
+    try:
+        said = msgpack.unpackb(value)
+    except (ValueError, msgpack.UnpackException):
+        return {}
+    return said if isinstance(said, dict) else {}

@@ -1,0 +1,142 @@
+"""Turns the samples of a chunk into what a model is called with: fields decoded, media as PIL images or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tasks import media
+from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
+from tasks.samples import MEDIA_FIELDS, NUMBER_FIELDS
+from workers.base import GroupwiseRewardModel, RewardModel
+from workers.loading.arguments import (
+    Taking,
+    is_ours,
+    lacks_all_media,
+    taking_of,
+    unsent,
+)
+from workers.loading.tracebacks import user_line
+from workers.scoring.outputs import failed, outcome_of
+
+Inputs = dict[str, Any]
+"""The fields of one sample, decoded."""
+
+
+def inputs_of(
+    model: RewardModel,
+    call: RewardCall,
+    samples: Sequence[SampleRequest],
+    payloads: Mapping[str, bytes],
+) -> list[Inputs | Outcome]:
+    """What the model is called with for each sample, or why it cannot be.
+
+    A group of which one member cannot be given to the model as it is has no reward at all: among the others each member
+    would have another reward.
+    """
+    try:
+        taking = taking_of(model)
+    except Exception as error:  # a property of a class is the user's code
+        return [outcome_of(error, user_line(error, call.model))] * len(samples)
+    if isinstance(model, GroupwiseRewardModel):
+        failure = unsent(call.model, taking, samples)
+        if failure is not None:
+            return [Outcome(failure=failure)] * len(samples)
+    inputs: list[Inputs | Outcome] = []
+    for sample in samples:
+        failure = _lacks(model, taking, call, sample)
+        if failure is not None:
+            inputs.append(Outcome(failure=failure))
+        else:
+            inputs.append(_decode_or_failure(model, taking, sample, payloads))
+    return inputs
+
+
+def _lacks(
+    model: RewardModel, taking: Taking, call: RewardCall, sample: SampleRequest
+) -> Failure | None:
+    """Why a sample cannot be given to a model: it has not what the model needs."""
+    failure = unsent(call.model, taking, [sample])
+    if failure is not None:
+        return failure
+    if is_ours(model):
+        missing = []
+        for name in model.required_fields:
+            if name in MEDIA_FIELDS and sample.media.get(name) in (None, ()):
+                missing.append(name)
+        lacking = " and ".join(missing)
+    else:
+        lacking = lacks_all_media(taking, sample)
+    if not lacking:
+        return None
+    message = f"{call.model} needs {lacking}, which the sample has not"
+    return Failure(kind="invalid", message=message)
+
+
+def _decode_or_failure(
+    model: RewardModel,
+    taking: Taking,
+    sample: SampleRequest,
+    payloads: Mapping[str, bytes],
+) -> Inputs | Outcome:
+    try:
+        return _decode_sample(taking, sample, payloads, model.use_tensor_inputs)
+    except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
+        return failed(f"its media cannot be decoded: {type(error).__name__}: {error}")
+
+
+def _decode_sample(
+    taking: Taking,
+    sample: SampleRequest,
+    payloads: Mapping[str, bytes],
+    as_tensor: bool,
+) -> Inputs:
+    """The fields that a model takes, media as PIL images or tensors; None where the sample has none."""
+    inputs: Inputs = {"prompt": sample.prompt}
+    for name in taking.fields:
+        if name in MEDIA_FIELDS:
+            inputs[name] = _decode_field(sample.media.get(name), payloads, as_tensor)
+        elif name in ("metadata", *NUMBER_FIELDS):
+            inputs[name] = getattr(sample, name)
+    return inputs
+
+
+def _decode_field(
+    refs: MediaRef | tuple[MediaRef, ...] | None,
+    payloads: Mapping[str, bytes],
+    as_tensor: bool,
+) -> Any:
+    if refs is None:
+        return None
+    if isinstance(refs, MediaRef):
+        return _decode_media(refs, payloads, as_tensor)
+    many = [_decode_media(ref, payloads, as_tensor) for ref in refs]
+    if as_tensor and len({tuple(one.shape) for one in many}) == 1:
+        import torch
+
+        return torch.stack(many)
+    return many
+
+
+def _decode_media(ref: MediaRef, payloads: Mapping[str, bytes], as_tensor: bool) -> Any:
+    """One image, video or waveform, as a model takes it."""
+    array = _array(ref, payloads[ref.name])
+    if ref.format == "float32":
+        return media.to_waveform(array) if as_tensor else array
+    if as_tensor:
+        return media.to_tensor(array)
+    if array.ndim == 3:
+        return media.to_pil(array)
+    return [media.to_pil(frame) for frame in array]
+
+
+def _array(ref: MediaRef, data: bytes) -> Any:
+    """The bytes of a payload as an array: float32 `(C, T)`, uint8 `(H, W, 3)` or `(T, H, W, 3)`."""
+    if ref.format == "float32":
+        return np.frombuffer(data, np.float32).reshape(ref.shape)
+    if ref.format == "raw":
+        return np.frombuffer(data, np.uint8).reshape(ref.shape)
+    frames = [media.from_jpeg(frame) for frame in media.split_frames(data)]
+    return np.stack(frames).reshape(ref.shape)
