@@ -172,7 +172,7 @@ class Groups:
         """Outcomes whose group does not get full: they go by themselves."""
         taken: list[Awaited] = []
         for group in self:
-            if now <= group.opened_at + OVERDUE_S:
+            if now < group.opened_at + OVERDUE_S:
                 continue
             for member in group.members.values():
                 taken += member.carried

@@ -126,7 +126,7 @@ class EngineState:
             self.polling.wake_at(),
             self.intake.wake_at,
         ]
-        if self.core.has_waits:
+        if self.core.released and self.core.is_quiet:
             times.append(self.groups.overdue_at())
         return min(times)
 
