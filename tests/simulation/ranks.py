@@ -149,8 +149,8 @@ class Rank:
         return slots
 
     def _may_resume(self, ticket: bytes, step: int) -> bool:
-        """Whether the samples of a ticket are not to be submitted anew. A group waits for ever for a member that was not
-        sent, and other ranks also for one whose media are gone with its process."""
+        """Whether the samples of a ticket are not to be submitted anew. A group waits for ever for a member that was
+        not sent, and other ranks also for one whose media are gone with its process."""
         if self.settings.world_size > 1:
             return not self.may_lose_payloads and self.client.is_sent(ticket)
         is_submitted = all((step, number) in self.tickets for number in range(len(self.plan.steps[step].submits)))

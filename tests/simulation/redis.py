@@ -17,6 +17,8 @@ from tasks.groups import Registered
 from tasks.messages import Heartbeat, Note, Outcome, SampleRequest
 from tasks.outcomes import Claim, QueueState
 
+NO_TOKEN = ""
+
 BEATS_KEPT = 60
 """The list of workers lives so many times as long as one heartbeat."""
 
@@ -91,7 +93,7 @@ def is_answer(outcome: Outcome | None, attempt: int) -> bool:
 
 
 class Outcomes:
-    """`tasks.outcomes.Outcomes`."""
+    """`tasks.outcomes.WorkerOutcomes` and `ClientOutcomes`, of which each uses its half."""
 
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
@@ -119,7 +121,7 @@ class Outcomes:
             return Claim("claimed", fields["starts"])
         if holder == token:
             return Claim("claimed", (self._keys.get(starts) or {}).get("starts", 1))
-        return Claim("busy")
+        return Claim("claimed by another")
 
     def write(self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False) -> int:
         num_new = 0
@@ -209,6 +211,9 @@ class Outcomes:
         self._keys.delete(keys.worker(node))
 
     # --- for clients -------------------------------------------------------------------------------------------------
+
+    def put_back(self, address: str, outcome: Outcome) -> None:
+        self.write({address: outcome}, NO_TOKEN)
 
     def look_up(self, addresses: Sequence[str]) -> list[Outcome | None]:
         return [self._keys.get(keys.outcome(a)) for a in addresses]
