@@ -17,6 +17,8 @@ from tasks.groups import Registered
 from tasks.messages import Heartbeat, Note, Outcome, SampleRequest
 from tasks.outcomes import Claim, QueueState
 
+NO_TOKEN = ""
+
 BEATS_KEPT = 60
 """The list of workers lives so many times as long as one heartbeat."""
 
@@ -91,7 +93,7 @@ def is_answer(outcome: Outcome | None, attempt: int) -> bool:
 
 
 class Outcomes:
-    """`tasks.outcomes.WorkerOutcomes` and `ClientOutcomes`."""
+    """`tasks.outcomes.WorkerOutcomes` and `ClientOutcomes`, of which each uses its half."""
 
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
@@ -183,7 +185,7 @@ class Outcomes:
         return num_ours
 
     def take(self, queue: str, number: int) -> int:
-        key = keys.consumed_offset(queue)
+        key = keys.taken_number(queue)
         if (self._keys.get(key) or 0) < number:
             self._keys.set(key, number)
         return self._keys.now_ms()
@@ -210,12 +212,11 @@ class Outcomes:
 
     # --- for clients -------------------------------------------------------------------------------------------------
 
+    def put_back(self, address: str, outcome: Outcome) -> None:
+        self.write({address: outcome}, NO_TOKEN)
+
     def look_up(self, addresses: Sequence[str]) -> list[Outcome | None]:
         return [self._keys.get(keys.outcome(a)) for a in addresses]
-
-    def put_back(self, address: str, outcome: Outcome) -> None:
-        self._write_one(address, outcome)
-        self._keys.delete(keys.starts(address))
 
     def are_there(self, addresses: Sequence[str]) -> list[bool]:
         return [self._keys.get(keys.outcome(a)) is not None for a in addresses]
@@ -234,7 +235,7 @@ class Outcomes:
         return [(self._keys.get(keys.starts(a)) or {}).get("starts", 0) for a in addresses]
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
-        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.consumed_offset(queue))
+        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.taken_number(queue))
         return QueueState(sent or 0, taken or 0, num_waiting)
 
     def number(self, queue: str, num_messages: int) -> int:
@@ -417,7 +418,7 @@ class GroupSlots:
     def digests(self, group_keys: Sequence[str]) -> list[str]:
         return [(self._keys.get(key) or {}).get("digest", "") for key in group_keys]
 
-    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         found = []
         for key in group_keys:
             names = self._keys.get(key) or {}

@@ -19,7 +19,6 @@ from tests.simulation.queues import Chords, Message, Queues
 from tests.simulation.redis import GroupSlots, Outcomes, PayloadStore
 from tests.simulation.world import Clock, Lock, Signal, World
 from workers.process.heartbeat import BEATS_A_TTL, REDIS_ERRORS
-from workers.process.startup import release_and_end
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
 from workers.scoring.group import score_and_combine, wait_and_combine
@@ -286,7 +285,9 @@ class WorkerProcess:
         handed_back = Signal(self.world)
 
         def hand_back() -> None:
-            release_and_end(self.claims, self)  # type: ignore[arg-type]
+            with contextlib.suppress(*REDIS_ERRORS):
+                self.claims.release_all()
+            self.end()
             handed_back.notify()
 
         self.process.spawn(hand_back, "hand back")
