@@ -53,6 +53,7 @@ class Sealing:
         slot = member.slot
         if slot.is_given_up:
             self._core.payloads.release(member)
+            self._sending.go_alone(member.carried)  # others may await them too
             return
         member.request = self._member_request(member)
         reason = self._groups.why_given_up(slot)

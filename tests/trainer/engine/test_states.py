@@ -1,0 +1,701 @@
+"""The table of transitions: each is made by a scenario, no other is allowed; and `check()` sees what must not be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from tasks.groups import Registered, digest
+from tasks.messages import Note, Outcome
+from tests.trainer.engine.by_hand import (
+    HELD,
+    HELD_RANKED,
+    OUR_STORE,
+    POINT,
+    RANKED,
+    RECONCILE_S,
+    EngineByHand,
+    rewards_of,
+)
+from trainer_client.engine import actions as do
+from trainer_client.engine import events as ev
+from trainer_client.engine.groups import OVERDUE_S
+from trainer_client.engine.model import Awaited, Delivery, Slot
+from trainer_client.engine.states import ENDED, IN_DELIVERY, TRANSITIONS, PayloadStage, SentBy, State
+
+S = State
+Transition = tuple[State | None, State]
+
+BOTH = (POINT, RANKED)
+SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
+
+
+class Recorded(EngineByHand):
+    """Knows which transitions were made."""
+
+    def __init__(self, *rewards, is_shared=False):
+        super().__init__(rewards, is_shared=is_shared)
+        self.moved: dict[Awaited, None] = {}
+        self.transitions: set[Transition] = set()
+        self.slots: list[Slot] = []
+        core = self.state.core
+        move = core.move
+
+        def record(awaited, state):
+            self.moved[awaited] = None
+            self.transitions.add((awaited.state, state))
+            move(awaited, state)
+
+        core.move = record
+
+    def submit(self, *args, **kwargs):
+        slot = super().submit(*args, **kwargs)
+        self.slots.append(slot)
+        return slot
+
+    def all_transitions(self) -> set[Transition]:
+        """Also those of outcomes that were made in the state in which they are."""
+        made_as_they_are = set()
+        for slot in self.slots:
+            made_as_they_are |= {(None, a.state) for a in slot.awaited.values() if a not in self.moved}
+        return self.transitions | made_as_they_are
+
+
+# --- how far a sample is: each brings one there, and leaves the engine so -------------------------
+
+
+def looking_up(*rewards):
+    engine = Recorded(*(rewards or (POINT,)))
+    slot = engine.submit(1)
+    engine.run(but=[do.LookUp])
+    return engine, slot
+
+
+def storing(*rewards):
+    engine = Recorded(*(rewards or (POINT,)))
+    slot = engine.submit(1)
+    engine.run(but=[do.Store])
+    return engine, slot
+
+
+def with_group():
+    engine = Recorded(*BOTH)
+    slot = engine.submit(1, "g", size=2)
+    engine.run()
+    return engine, slot
+
+
+def held():
+    engine = Recorded(HELD)
+    slot = engine.submit(1)
+    engine.run()
+    return engine, slot
+
+
+def lingering():
+    engine = Recorded(POINT)
+    slot = engine.submit(1)
+    engine.run()
+    return engine, slot
+
+
+def publishing():
+    engine = Recorded(*SINGLE)
+    slot = engine.submit(1)
+    engine.run(but=[do.Publish])
+    return engine, slot
+
+
+def in_flight():
+    engine = Recorded(*SINGLE)
+    slot = engine.submit(1)
+    engine.run()
+    return engine, slot
+
+
+def group_in_flight():
+    """Two samples whose group's message carries their own outcomes."""
+    engine = Recorded(*BOTH)
+    slot = engine.submit(1, "g", size=2)
+    engine.submit(2, "g", size=2)
+    engine.wait(1.0)
+    return engine, slot
+
+
+def throttled():
+    engine, slot = in_flight()
+    engine.note(slot, "busy")
+    return engine, slot
+
+
+def restoring():
+    engine, slot = in_flight()
+    engine.note(slot, "gone")
+    return engine, slot
+
+
+def group_looking_up(*rewards, is_shared=False):
+    engine = Recorded(*(rewards or (RANKED,)), is_shared=is_shared)
+    engine.submit(1, "g", size=2)
+    slot = engine.submit(2, "g", size=2)
+    engine.run(but=[do.LookUpGroup])
+    return engine, slot
+
+
+# --- the scenarios --------------------------------------------------------------------------------
+
+SCENARIOS: dict[Transition, Callable[[], EngineByHand]] = {}
+
+
+def makes(*transition):
+    def remember(scenario):
+        assert transition not in SCENARIOS
+        SCENARIOS[transition] = scenario
+        return scenario
+
+    return remember
+
+
+@makes(None, S.LOOKING_UP)
+def a_sample_is_encoded():
+    return looking_up()[0]
+
+
+@makes(None, S.IN_FLIGHT)
+def a_ticket_is_resumed():
+    before, slot = in_flight()
+    after = Recorded(*SINGLE)
+    after.resume(before.ticket(slot))
+    return after
+
+
+@makes(None, S.ANSWERED)
+def a_member_is_refused_by_its_group():
+    engine = Recorded(RANKED, is_shared=True)
+    engine.registered = Registered("full", "", 2, False)
+    engine.submit(1, "g", size=2)
+    engine.run()
+    return engine
+
+
+@makes(S.LOOKING_UP, S.STORING)
+def no_outcome_is_there():
+    return storing()[0]
+
+
+@makes(S.LOOKING_UP, S.HELD)
+def no_outcome_of_a_group_is_there_that_waits_for_collect():
+    engine, _ = group_looking_up(HELD_RANKED)
+    engine.run()
+    return engine
+
+
+@makes(S.LOOKING_UP, S.LINGERING)
+def no_outcome_of_a_group_is_there():
+    engine, _ = group_looking_up()
+    engine.run(but=[do.Publish])
+    return engine
+
+
+@makes(S.LOOKING_UP, S.IN_FLIGHT)
+def another_rank_has_sent_the_group():
+    return group_of_two_ranks()[0]
+
+
+def group_of_two_ranks():
+    """The other rank has sent it."""
+    engine = Recorded(RANKED, is_shared=True)
+    slot = engine.submit(1, "g", size=2)
+    engine.run()
+    seal(engine)
+    engine.other_ranks_number = 7
+    engine.wait(1.0)
+    return engine, slot
+
+
+def seal(engine):
+    """The only member of this rank is all that the group has."""
+    (group,) = engine.state.groups
+    engine.digests[group.shared_key] = digest([key for key, _ in engine.members.values()])
+
+
+@makes(S.LOOKING_UP, S.ANSWERED)
+def the_outcome_is_there():
+    engine, slot = looking_up()
+    engine.outcomes[engine.awaited(slot).address] = Outcome(reward=1.0)
+    engine.run()
+    return engine
+
+
+@makes(S.LOOKING_UP, S.GIVEN_UP)
+def a_sample_is_given_up_while_it_is_looked_up():
+    engine, slot = looking_up()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.STORING, S.WITH_GROUP)
+def the_media_of_a_member_are_stored():
+    return with_group()[0]
+
+
+@makes(S.STORING, S.HELD)
+def the_media_are_stored_of_what_waits_for_collect():
+    return held()[0]
+
+
+@makes(S.STORING, S.LINGERING)
+def the_media_are_stored():
+    return lingering()[0]
+
+
+@makes(S.STORING, S.ANSWERED)
+def an_answer_comes_while_media_are_stored():
+    engine, slot = storing()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.STORING, S.GIVEN_UP)
+def a_sample_is_given_up_while_its_media_are_stored():
+    engine, slot = storing()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.WITH_GROUP, S.PUBLISHING)
+def the_group_is_sent():
+    return group_in_flight()[0]
+
+
+@makes(S.WITH_GROUP, S.LINGERING)
+def the_group_does_not_get_full_while_somebody_waits():
+    engine, _ = with_group()
+    engine.collect(0)
+    engine.wait(OVERDUE_S, but=[do.Publish])
+    return engine
+
+
+@makes(S.WITH_GROUP, S.ANSWERED)
+def an_answer_comes_while_the_group_fills():
+    engine, slot = with_group()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.WITH_GROUP, S.GIVEN_UP)
+def a_member_is_given_up():
+    engine, slot = with_group()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.HELD, S.PUBLISHING)
+def somebody_collects():
+    engine, _ = held()
+    engine.collect(0)
+    return engine
+
+
+@makes(S.HELD, S.ANSWERED)
+def an_answer_comes_before_somebody_collects():
+    engine, slot = held()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.HELD, S.GIVEN_UP)
+def what_is_held_is_given_up():
+    engine, slot = held()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.LINGERING, S.PUBLISHING)
+def the_chunk_is_full():
+    engine, _ = lingering()
+    engine.submit(2)
+    engine.run(but=[do.Publish])
+    return engine
+
+
+@makes(S.LINGERING, S.ANSWERED)
+def an_answer_comes_before_the_chunk_is_full():
+    engine, slot = lingering()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.LINGERING, S.GIVEN_UP)
+def what_lingers_is_given_up():
+    engine, slot = lingering()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.PUBLISHING, S.IN_FLIGHT)
+def the_message_is_in_its_queue():
+    return in_flight()[0]
+
+
+@makes(S.PUBLISHING, S.ANSWERED)
+def an_answer_comes_before_the_publisher_has_heard():
+    engine, slot = publishing()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.PUBLISHING, S.GIVEN_UP)
+def a_sample_is_given_up_while_its_message_goes():
+    engine, slot = publishing()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.IN_FLIGHT, S.THROTTLED)
+def a_judge_has_no_permit():
+    return throttled()[0]
+
+
+@makes(S.IN_FLIGHT, S.RESTORING)
+def a_message_is_lost():
+    return restoring()[0]
+
+
+@makes(S.IN_FLIGHT, S.WITH_GROUP)
+def a_group_is_lost_with_what_it_carries():
+    engine, slot = group_in_flight()
+    engine.note(slot, "gone", of=RANKED)
+    return engine
+
+
+@makes(S.IN_FLIGHT, S.ANSWERED)
+def a_worker_answers():
+    engine, slot = in_flight()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.IN_FLIGHT, S.GIVEN_UP)
+def what_is_in_flight_is_given_up():
+    engine, slot = in_flight()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.THROTTLED, S.IN_FLIGHT)
+def a_permit_may_be_free():
+    engine, _ = throttled()
+    engine.wait(0.5)
+    return engine
+
+
+@makes(S.THROTTLED, S.RESTORING)
+def media_are_gone_of_what_waits_for_a_permit():
+    engine, slot = throttled()
+    engine.note(slot, "gone")
+    return engine
+
+
+@makes(S.THROTTLED, S.WITH_GROUP)
+def media_are_gone_of_a_group_that_waits_for_a_permit():
+    engine, slot = group_in_flight()
+    engine.note(slot, "busy", of=RANKED)
+    engine.note(slot, "gone", of=RANKED)
+    return engine
+
+
+@makes(S.THROTTLED, S.ANSWERED)
+def an_answer_comes_of_what_waits_for_a_permit():
+    engine, slot = throttled()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.THROTTLED, S.GIVEN_UP)
+def what_waits_for_a_permit_is_given_up():
+    engine, slot = throttled()
+    engine.give_up(slot)
+    return engine
+
+
+@makes(S.RESTORING, S.HELD)
+def media_are_restored_of_what_waits_for_collect():
+    engine, slot = held()
+    engine.collect(0)
+    engine.run()
+    engine.note(slot, "gone")
+    engine.run()
+    return engine
+
+
+@makes(S.RESTORING, S.LINGERING)
+def media_are_restored():
+    engine, _ = restoring()
+    engine.run()
+    return engine
+
+
+@makes(S.RESTORING, S.ANSWERED)
+def an_answer_comes_while_media_are_restored():
+    engine, slot = restoring()
+    engine.answer(slot)
+    return engine
+
+
+@makes(S.RESTORING, S.GIVEN_UP)
+def a_sample_is_given_up_while_its_media_are_restored():
+    engine, slot = restoring()
+    engine.give_up(slot)
+    return engine
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+IN_TABLE = [(before, after) for before, some in TRANSITIONS.items() for after in State if after in some]
+NOT_IN_TABLE = [pair for pair in itertools.product(TRANSITIONS, State) if pair not in IN_TABLE]
+
+
+def name_of(transition: Transition) -> str:
+    before, after = transition
+    return f"{before.value if before else 'new'} -> {after.value}"
+
+
+def test_the_table_has_every_state():
+    assert set(TRANSITIONS) == {None, *State}
+    assert all(not TRANSITIONS[state] for state in ENDED)
+
+
+@pytest.mark.parametrize("transition", IN_TABLE, ids=name_of)
+def test_each_transition_of_the_table_is_made_by_a_scenario(transition):
+    engine = SCENARIOS[transition]()
+    assert transition in engine.all_transitions()
+
+
+@pytest.mark.parametrize("transition", IN_TABLE, ids=name_of)
+def test_after_each_transition_a_sample_still_ends_with_an_answer_or_leaves_nothing(transition):
+    engine = SCENARIOS[transition]()
+    core = engine.state.core
+    for _ in range(4):
+        engine.collect(0)
+        engine.wait(RECONCILE_S)
+        for awaited in list(core.awaited.values()):
+            num_members = len(awaited.group.members) if awaited.group is not None else 0
+            members = (Outcome(reward=0.5),) * num_members
+            engine.put_outcome(awaited.address, Outcome(members=members) if members else Outcome(reward=0.5))
+    assert not core.awaited
+    engine.give_up(*engine.slots)
+    engine.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("transition", NOT_IN_TABLE, ids=name_of)
+def test_no_other_transition_is_allowed(transition):
+    before, after = transition
+    engine, slot = in_flight()
+    awaited = engine.awaited(slot)
+    awaited.state = before
+    with pytest.raises(AssertionError):
+        engine.state.core.move(awaited, after)
+
+
+# --- what `check()` sees --------------------------------------------------------------------------
+
+PLANTS: list[tuple[Callable, Callable]] = []
+
+
+def planted(situation):
+    def remember(plant):
+        PLANTS.append((situation, plant))
+        return plant
+
+    return remember
+
+
+@planted(lingering)
+def an_outcome_is_kept_under_another_address(engine, slot):
+    awaited = engine.state.core.awaited
+    awaited["elsewhere"] = awaited.pop(engine.awaited(slot).address)
+
+
+@planted(in_flight)
+def an_outcome_has_no_state(engine, slot):
+    engine.awaited(slot).state = None
+
+
+@planted(in_flight)
+def an_ended_outcome_is_kept(engine, slot):
+    engine.awaited(slot).state = S.ANSWERED
+
+
+@planted(in_flight)
+def an_outcome_is_there_and_still_awaited(engine, slot):
+    engine.awaited(slot).outcome = Outcome(reward=1.0)
+
+
+@planted(lingering)
+def an_outcome_is_awaited_by_no_slot(engine, slot):
+    engine.awaited(slot).slots.clear()
+
+
+@planted(lingering)
+def a_slot_does_not_know_what_it_awaits(engine, slot):
+    slot.awaited = {}
+
+
+@planted(in_flight)
+def what_is_in_flight_is_in_no_delivery(engine, slot):
+    delivery = engine.delivery(slot)
+    engine.awaited(slot).delivery = None
+    del engine.state.core.deliveries[delivery.request]
+
+
+@planted(in_flight)
+def a_delivery_does_not_know_what_it_is_for(engine, slot):
+    engine.delivery(slot).awaited = []
+
+
+@planted(in_flight)
+def a_delivery_is_forgotten(engine, slot):
+    engine.state.core.deliveries.clear()
+
+
+@planted(in_flight)
+def a_delivery_is_kept_under_another_name(engine, slot):
+    delivery = engine.delivery(slot)
+    engine.state.core.deliveries["another"] = delivery
+
+
+@planted(in_flight)
+def a_delivery_is_kept_for_nothing(engine, slot):
+    engine.state.core.deliveries["empty"] = Delivery("empty", "", POINT, SentBy.US, [], 1.0)
+
+
+@planted(in_flight)
+def two_deliveries_are_for_the_same_outcome(engine, slot):
+    twin = Delivery("twin", "", POINT, SentBy.US, [engine.awaited(slot)], 1.0, state=S.IN_FLIGHT)
+    engine.state.core.deliveries["twin"] = twin
+
+
+@planted(in_flight)
+def a_delivery_is_in_another_state_than_its_outcome(engine, slot):
+    engine.delivery(slot).state = S.PUBLISHING
+
+
+@planted(lingering)
+def the_count_of_a_state_is_wrong(engine, slot):
+    engine.state.core._num_in[S.STORING] += 1
+
+
+@planted(lingering)
+def a_payload_is_kept_under_another_name(engine, slot):
+    by_name = engine.state.core.payloads._by_name
+    (name,) = by_name
+    by_name["another"] = by_name.pop(name)
+
+
+@planted(lingering)
+def a_payload_is_kept_for_nobody(engine, slot):
+    (payload,) = engine.state.core.payloads
+    payload.users.clear()
+
+
+@planted(lingering)
+def the_bytes_of_a_stored_payload_are_kept(engine, slot):
+    (payload,) = engine.state.core.payloads
+    payload.content = object()
+
+
+@planted(storing)
+def the_bytes_of_a_payload_are_gone_before_it_is_stored(engine, slot):
+    (payload,) = engine.state.core.payloads
+    payload.content = None
+
+
+@planted(lingering)
+def an_outcome_does_not_know_its_payloads(engine, slot):
+    engine.awaited(slot).payloads = []
+
+
+@planted(storing)
+def a_payload_waits_for_room_in_no_queue(engine, slot):
+    (payload,) = engine.state.core.payloads
+    payload.stage = PayloadStage.WAITING
+
+
+@planted(lingering)
+def what_lingers_is_not_in_the_accumulator(engine, slot):
+    engine.state.sending.accumulator.discard(engine.awaited(slot))
+
+
+@planted(in_flight)
+def what_is_sent_is_still_in_the_accumulator(engine, slot):
+    engine.state.sending.accumulator.add(engine.awaited(slot), engine.now)
+
+
+@planted(looking_up)
+def what_is_looked_up_is_asked_for_by_nobody(engine, slot):
+    engine.state.intake._looked_up.clear()
+
+
+@planted(group_looking_up)
+def a_group_is_looked_up_by_nobody(engine, slot):
+    engine.state.core.num_group_calls = 0
+
+
+@planted(storing)
+def what_is_stored_has_forgotten_its_sample(engine, slot):
+    engine.awaited(slot).source = None
+
+
+@planted(storing)
+def a_sample_has_forgotten_what_is_stored_of_it(engine, slot):
+    slot.unsettled.clear()
+
+
+@planted(storing)
+def media_are_stored_and_nothing_has_followed(engine, slot):
+    (payload,) = engine.state.core.payloads
+    payload.stage, payload.content = PayloadStage.STORED, None
+
+
+@planted(with_group)
+def no_group_carries_what_waits_for_its_group(engine, slot):
+    (group,) = engine.state.groups
+    for member in group.members.values():
+        member.carried = []
+
+
+@planted(throttled)
+def no_permit_is_waited_for(engine, slot):
+    engine.state.throttle.discard(engine.delivery(slot))
+
+
+@planted(in_flight)
+def a_permit_is_waited_for_by_what_is_in_flight(engine, slot):
+    delivery = engine.delivery(slot)
+    engine.state.throttle.add(delivery, delivery.request, engine.now)
+
+
+@pytest.mark.parametrize(("situation", "plant"), PLANTS, ids=[plant.__name__ for _, plant in PLANTS])
+def test_check_sees_that(situation, plant):
+    engine, slot = situation()
+    engine.state.check()
+    plant(engine, slot)
+    with pytest.raises(AssertionError):
+        engine.state.check()
+
+
+def test_the_states_of_a_delivery_are_those_in_which_it_has_its_outcomes():
+    assert {S.PUBLISHING, S.IN_FLIGHT, S.THROTTLED} == IN_DELIVERY
+
+
+def test_a_note_of_a_message_that_is_answered_meanwhile_changes_nothing():
+    engine, slot = in_flight()
+    delivery = engine.delivery(slot)
+    engine.answer(slot)
+    note = Note(reason="busy", worker="worker", detail="no permit")
+    engine.apply(ev.NotesRead([(delivery, delivery.request, note)], OUR_STORE))
+    assert engine.state_of(slot) is S.ANSWERED
+    assert len(engine.state.throttle) == 0
