@@ -50,7 +50,7 @@ class Backend:
         payload_ttl_s, result_ttl_s: As the settings of these names.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (wires parts)
         self,
         *,
         outcomes: ClientOutcomes,

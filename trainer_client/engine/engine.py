@@ -71,7 +71,7 @@ class Engine:
         chores: What else is to be done regularly: the rank lock is extended.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (wires parts)
         self,
         app: Any,
         *,
