@@ -54,7 +54,8 @@ class _Queue:
         if self.came_back:
             self.num_more = max(FEWEST, self.num_more // 2)
         else:
-            self.num_more = 2 * self.num_more
+            # No more than wait: unbounded it would pass every integer within half a minute.
+            self.num_more = min(2 * self.num_more, max(FEWEST, len(self.waiting)))
         self.came_back = False
         return self.num_more
 
