@@ -149,7 +149,7 @@ class Rank:
         return slots
 
     def _may_resume(self, ticket: bytes) -> bool:
-        """Alone it may. Other ranks wait for ever for a member of their group that was not sent, or whose media are gone:
+        """Alone it may. Other ranks wait for ever for a group's member that was not sent, or whose media are gone:
         then it is submitted anew."""
         if self.settings.world_size == 1:
             return True
