@@ -111,8 +111,8 @@ class RewardCall(_Message):
     options: dict[str, Any]
 
 
-class ScoreRequest(_Message):
-    """A chunk: samples to score for one reward. In the payload store under its id, for the length of the step."""
+class _Request(_Message):
+    """What a message asks for. In the payload store under its id, for the length of the step."""
 
     wire: int = WIRE_VERSION
     id: Text
@@ -124,23 +124,21 @@ class ScoreRequest(_Message):
     deadline_ms: int
     """On Redis's clock. After this time nobody waits for the outcomes any more."""
     reward: RewardCall
+    """The computation of the samples; for a group, of its parts."""
+
+
+class ScoreRequest(_Request):
+    """A chunk: samples to score for one reward."""
+
     samples: Annotated[tuple[SampleRequest, ...], Field(min_length=1)]
 
 
-class GroupRequest(_Message):
+class GroupRequest(_Request):
     """A group whose reward is made of the outcomes of its parts: ranks of its members, or comparisons won.
 
     A group that is larger than one chunk has a `ScoreRequest` for each of its chunks as well.
     """
 
-    wire: int = WIRE_VERSION
-    id: Text
-    run: Text
-    label: Text
-    sent_ms: int
-    deadline_ms: int
-    reward: RewardCall
-    """The computation of the parts."""
     how: Literal["rank", "wins"]
     ties: Literal["mean", "ordinal"] = "mean"
     address: Text

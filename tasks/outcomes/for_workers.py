@@ -12,14 +12,14 @@ from tasks.outcomes import scripts
 from tasks.outcomes.addresses import redis_keys_of
 from tasks.outcomes.shared import SharedOutcomes
 
-State = Literal["claimed", "answered", "claimed by another"]
+ClaimState = Literal["claimed", "answered", "claimed by another"]
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What became of claiming one address: it is ours (for the n-th start), answered already, or another task's."""
 
-    state: State
+    state: ClaimState
     starts: int = 0
 
 

@@ -26,7 +26,7 @@ from tasks.servers.connections import (
 )
 from tasks.servers.refusals import (
     NO_TLS,
-    Server,
+    ConfiguredRedis,
     cluster,
     knock,
     no_tls,
@@ -80,7 +80,10 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
 
 
 def ask(
-    server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()
+    server: ConfiguredRedis,
+    sentinels: Sentinels,
+    side: Side,
+    queues: Sequence[str] = (),
 ) -> None:
     """Ask one server.
 
@@ -107,7 +110,9 @@ def ask(
             check_eviction(client, server.url)
 
 
-def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None:
+def _ask(
+    client: Any, server: ConfiguredRedis, side: Side, queues: Sequence[str]
+) -> None:
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
     if server.role == QUEUES:  # a user may be allowed some names of keys only
@@ -128,7 +133,7 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
     version = about.get("redis_version", "") if isinstance(about, dict) else ""
-    _judge(errors, server, str(version))
+    _raise_worst(errors, server, str(version))
 
 
 def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -161,7 +166,9 @@ def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
     return errors
 
 
-def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
+def _raise_worst(
+    errors: Sequence[Exception], server: ConfiguredRedis, version: str
+) -> None:
     """Raise the worst error: rights that are missing first, then outages that may pass, then all other refusals."""
     rights = [error for error in errors if isinstance(error, NoPermissionError)]
     if rights:
@@ -173,7 +180,9 @@ def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
         raise RedisRefusalError(server.says(_words_for_first(errors, server, version)))
 
 
-def _words_for_first(errors: Sequence[Exception], server: Server, version: str) -> str:
+def _words_for_first(
+    errors: Sequence[Exception], server: ConfiguredRedis, version: str
+) -> str:
     error = errors[0]
     if "unknown" in str(error).lower():
         return unknown_command(_command_in(str(error)), version)
@@ -306,7 +315,7 @@ _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads
 """By role: the commands that are sent first, and the commands that are sent once the first have made their keys."""
 
 
-def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
+def _errors_of_channels(client: Any, server: ConfiguredRedis) -> list[Exception]:
     """A worker's missing rights to channels, asked with the names that Celery uses; listeners are sent nothing."""
     prefix = f"/{server.database}."
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
@@ -337,7 +346,7 @@ CHANNEL_TIMEOUT_S = 5.0
 """How long a server may take to confirm a subscription."""
 
 
-def _unreachable(server: Server, error: BaseException) -> str:
+def _unreachable(server: ConfiguredRedis, error: BaseException) -> str:
     if isinstance(error, SERVES_NOT_NOW) or "max number of clients" in str(error):
         return server.says(why_away(error))
     return (

@@ -10,9 +10,8 @@ import ast
 import re
 from dataclasses import dataclass
 
-from tasks.source.class_body import last_name
 from tasks.source.code import sources_from
-from tasks.source.files import find_source, parse
+from tasks.source.files import find_source, last_name, parse
 
 CONFIG, OPTIONS = "config", "extra_kwargs"
 """Names of a class's configuration, and of the mapping in the configuration that has its options."""

@@ -10,8 +10,9 @@ import ast
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.source.class_body import AssignedError, last_name
+from tasks.source.class_body import AssignedError
 from tasks.source.constants import UnreadableError
+from tasks.source.files import last_name
 from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class, class_named
 from tasks.source.modules import module_of
 

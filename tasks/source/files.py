@@ -216,14 +216,16 @@ def _imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
             yield f"{base}.{alias.name}"
 
 
+def last_name(node: ast.expr) -> str:
+    """`PointwiseRewardModel` of `workers.PointwiseRewardModel`; empty of what has no name."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def _import_called(node: ast.Call, package: str) -> Iterator[str]:
     """`importlib.import_module("my_package.module")`, where the name is written out."""
-    called = (
-        node.func.attr
-        if isinstance(node.func, ast.Attribute)
-        else getattr(node.func, "id", "")
-    )
-    if called not in ("import_module", "__import__") or not node.args:
+    if last_name(node.func) not in ("import_module", "__import__") or not node.args:
         return
     name = node.args[0]
     if isinstance(name, ast.Constant) and isinstance(name.value, str):

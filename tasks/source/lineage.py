@@ -12,10 +12,10 @@ from tasks.source.class_body import (
     assigned,
     assignments_from_outside,
     is_mentioned,
-    last_name,
     values_in,
 )
 from tasks.source.constants import UnreadableError, value_of, written
+from tasks.source.files import last_name
 from tasks.source.modules import STAR, Module, module_of
 
 MAX_STEPS = 50
@@ -81,7 +81,7 @@ class Class:
         return ABSENT
 
     def follow(self, base: ast.expr) -> Class | str | None:
-        """The class that a base names: one with a source, the name of one of ours, or None where it says nothing.
+        """The class that a base names: a class with a source, the name of a class of ours, or None if it says nothing.
 
         Raises:
             UnreadableError: It cannot be found by reading.
@@ -126,10 +126,10 @@ class Class:
         for special in ("__init_subclass__", "__getattribute__", "__getattr__"):
             if special in self._body:
                 raise UnreadableError(f"the class has a {special} of its own")
-        if name != "__call__" and (
-            any(assignments_from_outside(self.module, name))
-            or is_mentioned(self.module, name)
-        ):
+        if name == "__call__":
+            return
+        is_assigned = any(assignments_from_outside(self.module, name))
+        if is_assigned or is_mentioned(self.module, name):
             raise UnreadableError("it is assigned outside the body of its class")
 
 
@@ -144,24 +144,21 @@ def class_named(module: Module, name: str) -> Class | None:
         return None
     if not isinstance(found, Class):
         return None
+    if isinstance(module.binder(name), ast.ClassDef):
+        return found
+    # The class is written elsewhere, and this module may change it.
     is_changed_here = any(
         is_mentioned(module, attribute) for attribute in (*OUR_VALUES, "queue")
     )
-    return (
-        found
-        if isinstance(module.binder(name), ast.ClassDef) or not is_changed_here
-        else None
-    )
+    return None if is_changed_here else found
 
 
 def _value_of_base(base: Class | str | None, name: str, num_steps: int) -> Any:
     if base is None:
         return ABSENT
-    return (
-        _our_value(base, name)
-        if isinstance(base, str)
-        else base.look_up(name, num_steps + 1)
-    )
+    if isinstance(base, str):
+        return _our_value(base, name)
+    return base.look_up(name, num_steps + 1)
 
 
 def _our_value(ours: str, name: str) -> Any:

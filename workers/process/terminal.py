@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from tasks.servers.connections import LOST, why_away
-from tasks.servers.refusals import Server, servers_of, words_for
+from tasks.servers.refusals import ConfiguredRedis, servers_of, words_for
 from tasks.settings import Settings, without_password
 from workers.scoring.tally import Tally
 
@@ -144,7 +144,7 @@ def show_urls_as_written(worker: Any, settings: Settings) -> None:
 class _LostConnections(logging.Filter):
     """Drops Celery's lines on a connection that is lost or cannot be made: `RedisLog` says it once."""
 
-    def __init__(self, redis_log: RedisLog, broker: Server) -> None:
+    def __init__(self, redis_log: RedisLog, broker: ConfiguredRedis) -> None:
         super().__init__()
         self._redis_log, self._broker = redis_log, broker
 
