@@ -42,7 +42,7 @@ requests: ContextVar[Requests] = ContextVar("requests")
 
 
 class CountingClient(openai.AsyncOpenAI):  # type: ignore[misc]
-    """The SDK's client, with a count of its requests: an error of the SDK does not say after how many it is raised."""
+    """The SDK's client, with a count of its requests: an error of the SDK does not say how many preceded it."""
 
     async def _prepare_request(self, request: Any) -> None:
         """Called by the SDK before each request, and before each retry."""

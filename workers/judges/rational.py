@@ -167,7 +167,7 @@ def _why_beyond(judgement: Judgement, aspects: Sequence[str]) -> str:
 
 
 def _why_missing(judgement: Judgement, aspects: Sequence[str], may_lack: bool) -> str:
-    """Which aspects have no score; empty if none lacks it, or some do and the config allows that."""
+    """Which aspects have no score; empty if all have a score, or if the config allows that some have none."""
     missing = [aspect for aspect in aspects if aspect not in judgement.scores]
     lacks_all = len(missing) == len(aspects)
     if not missing or (may_lack and not lacks_all):

@@ -78,7 +78,7 @@ class Reader:
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The image as it is; one of extreme proportions in the middle of black, so that RapidOCR's memory is bounded."""
+    """The image as it is; an image of extreme proportions is put on black, so that RapidOCR's memory is bounded."""
     width, height = image.size
     if height <= TALL * width and width <= WIDE * height:
         return image
