@@ -130,8 +130,10 @@ class Engine:
             payload_ttl_s=settings.payload_ttl_s,
             result_ttl_s=settings.result_ttl_s,
         )
-        code_versions = CodeVersions(run)
-        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
+        self._code_versions = code_versions = CodeVersions(run)
+        self._registry = registry = RunRegistry(
+            self.outcomes.redis, run, settings.result_ttl_s
+        )
         tell_every_s = min(TELL_EVERY_S, settings.result_ttl_s / 4)
         self._loop = Loop(
             self._state,
@@ -150,6 +152,8 @@ class Engine:
     def close(self) -> None:
         """End the threads and give back the connections."""
         self._loop.close()
+        with contextlib.suppress(*AWAY):  # of the last answers, for other clients
+            self._code_versions.compare(self._registry)
         for broker in self._brokers:
             broker.disconnect()
         self.store.close()
