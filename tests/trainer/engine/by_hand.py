@@ -363,6 +363,8 @@ class EngineByHand:
         core = self.state.core
         assert (dict(core.awaited), dict(core.deliveries), len(core.payloads)) == ({}, {}, 0)
         assert (core.num_unsettled, core.num_group_calls, self.state.num_unsent) == (0, 0, 0)
+        intake = self.state.intake
+        assert (intake._num_encoding, intake._unstored_bytes) == (0, 0)
         assert self.stored == set()
 
 
