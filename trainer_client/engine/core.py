@@ -53,7 +53,9 @@ class Core:
         """By fingerprint, how many are awaited."""
         self.now = 0.0
         """When the event at hand happened."""
-        self.waits: dict[int, frozenset[StepKey]] = {}
+        self.released: frozenset[StepKey] = frozenset()
+        """Steps that somebody collects."""
+        self._waits: dict[int, frozenset[StepKey]] = {}
         """By the number of whoever waits, the steps that it collects."""
         self.num_group_calls = 0
         """Calls under way that may seal a group."""
@@ -95,15 +97,20 @@ class Core:
 
     # --- waits ---------------------------------------------------------------------
 
+    def begin_wait(self, waiter: int, steps: frozenset[StepKey]) -> None:
+        """Somebody waits, and collects these steps."""
+        self._waits[waiter] = steps
+        self.released = frozenset().union(*self._waits.values())
+
+    def end_wait(self, waiter: int) -> None:
+        """The wait of this number is over."""
+        self._waits.pop(waiter, None)
+        self.released = frozenset().union(*self._waits.values())
+
     @property
     def has_waits(self) -> bool:
         """Whether somebody waits."""
-        return bool(self.waits)
-
-    @property
-    def released(self) -> frozenset[StepKey]:
-        """Steps that somebody collects."""
-        return frozenset().union(*self.waits.values())
+        return bool(self._waits)
 
     @property
     def is_quiet(self) -> bool:

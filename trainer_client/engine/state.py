@@ -144,11 +144,11 @@ class EngineState:
             self.tracking.on_outcomes(event)
 
     def _on_wait_began(self, event: ev.WaitBegan) -> None:
-        self.core.waits[event.waiter] = event.steps
+        self.core.begin_wait(event.waiter, event.steps)
         self.polling.hurry(self.core.now)
 
     def _on_wait_ended(self, event: ev.WaitEnded) -> None:
-        self.core.waits.pop(event.waiter, None)
+        self.core.end_wait(event.waiter)
 
     def _on_given_up(self, event: ev.SlotsGivenUp) -> None:
         for slot in event.slots:
