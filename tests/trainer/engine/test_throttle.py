@@ -64,6 +64,14 @@ def test_more_go_while_none_comes_back_and_fewer_when_one_does(throttle):
     assert sent == [delivery.request for delivery in some[:26]]
 
 
+def test_their_number_does_not_grow_while_nothing_waits(throttle):
+    add(throttle, deliveries_of("a", 1))
+    for turn in range(1, 200):
+        take(throttle, turn * EVERY_S)
+    add(throttle, deliveries_of("a", 40), 200 * EVERY_S)
+    assert len(take(throttle, 200 * EVERY_S)) == FEWEST
+
+
 def test_none_goes_without_an_answer_before_its_time(throttle):
     add(throttle, deliveries_of("a", 1), now=10.0)
     assert throttle.wake_at() == 10.0 + EVERY_S
