@@ -10,12 +10,13 @@ import itertools
 import pytest
 
 from tasks.groups import Registered, digest
-from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Outcome
+from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tests.trainer.engine.by_hand import (
     HELD,
     HELD_RANKED,
     JUDGE,
     OTHER,
+    OUR_STORE,
     POINT,
     RANKED,
     RECONCILE_S,
@@ -484,6 +485,34 @@ def test_what_a_judge_has_no_permit_for_goes_again_and_is_looked_after_from_then
     assert engine.published_again == [engine.delivery(slot).request]
     assert engine.state_of(slot) is State.IN_FLIGHT
     assert engine.delivery(slot).look_at == engine.now + RECONCILE_S
+
+
+def test_what_waits_for_a_permit_is_not_looked_after():
+    engine = EngineByHand((JUDGE.model_copy(update={"batch_size": 1}),))
+    sent, *waiting = [in_flight(engine, number) for number in range(8)]
+    for slot in waiting:
+        engine.note(slot, "busy")
+    engine.now += RECONCILE_S
+    engine.apply(ev.Tick())
+    (inspect,) = engine.asked(do.InspectDeliveries)
+    assert [suspicion.delivery for suspicion in inspect.suspicions] == [engine.delivery(sent)]
+
+
+def test_a_group_whose_parts_wait_for_permits_is_looked_after_when_all_are_sent():
+    (spec,) = rewards_of({"reward_model": "PickScore_Rank", "batch_size": 2})
+    engine = EngineByHand((spec,))
+    slots = [engine.submit(number, "g", size=6) for number in range(6)]
+    engine.run()
+    delivery = engine.delivery(slots[0])
+    notes = [(delivery, part, Note(reason="busy", worker="w", detail="d")) for part in delivery.part_requests]
+    engine.apply(ev.NotesRead(notes, OUR_STORE))
+    engine.wait(0.5)
+    assert engine.published_again == list(delivery.part_requests[:2])
+    assert delivery.state is State.THROTTLED
+    engine.wait(0.5)
+    assert engine.published_again == list(delivery.part_requests)
+    assert delivery.state is State.IN_FLIGHT
+    assert delivery.is_missed, "the answers of its parts are not awaited one by one"
 
 
 def test_a_permit_that_an_answer_gives_back_lets_the_next_message_go_at_once():
