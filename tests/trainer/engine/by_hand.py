@@ -254,7 +254,8 @@ class EngineByHand:
     def _restore(self, action: do.Restore) -> ev.Event:
         for lost in action.lost:
             self.stored.update(lost.digest_of)
-        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost})
+        names = frozenset(name for lost in action.lost for name in lost.digest_of)
+        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost}, names)
 
     def _look_up(self, action: do.LookUp) -> ev.Event:
         return ev.OutcomesFound({at: self.outcomes.get(at) for at in action.addresses}, action.purpose)
