@@ -1,4 +1,4 @@
-"""What becomes of samples, from `submit()` to their outcomes: scenarios through `EngineState.apply`, on a fake clock."""
+"""What becomes of samples, from `submit()` to their outcomes: scenarios through `EngineState.apply`."""
 
 from __future__ import annotations
 
