@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,8 +131,12 @@ class EngineByHand:
     ) -> Slot:
         """Submit a sample; equal contents are equal samples."""
         slot = self.new_slot(content, group, size=size, step=step, invalid=invalid)
-        self.apply(ev.Submitted([slot]))
+        self.submit_all([slot])
         return slot
+
+    def submit_all(self, slots: Sequence[Slot]) -> None:
+        """Submit these samples together."""
+        self.apply(ev.Submitted(slots))
 
     def new_slot(
         self, content: int, group: Any = None, *, size: int | None = None, step: int = 0, invalid: bool = False
@@ -250,7 +254,8 @@ class EngineByHand:
     def _restore(self, action: do.Restore) -> ev.Event:
         for lost in action.lost:
             self.stored.update(lost.digest_of)
-        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost})
+        names = frozenset(name for lost in action.lost for name in lost.digest_of)
+        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost}, names)
 
     def _look_up(self, action: do.LookUp) -> ev.Event:
         return ev.OutcomesFound({at: self.outcomes.get(at) for at in action.addresses}, action.purpose)

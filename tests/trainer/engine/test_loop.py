@@ -12,12 +12,13 @@ from collections import Counter
 import pytest
 import redis
 
-from tasks.errors import RankTakenError
+from tasks.errors import CollectTimeoutError, RankTakenError, RedisRefusalError, RewardError
 from tasks.messages import Outcome
 from tests.trainer.engine.by_hand import EngineByHand, rewards_of
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
+from trainer_client.engine.engine import Engine
 from trainer_client.engine.loop import Chore, Loop
 from trainer_client.engine.why_late import Source
 
@@ -393,3 +394,153 @@ def test_the_log_says_a_warning_once(backend, caplog):
         loop.warn_once("a queue has no worker")
         loop.warn_once("a queue has no worker")
     assert caplog.messages == ["a queue has no worker"]
+
+
+# --- waiters --------------------------------------------------------------------------------------
+
+
+class NothingToSay:
+    """In the place of a `Diagnosis`: no server says why anything is late."""
+
+    def idle_queues(self, _queues, _ended):
+        return None
+
+    def loads(self, _specs):
+        return None
+
+    def suspects(self, _addresses):
+        return None
+
+
+def engine_on(loop: Loop) -> Engine:
+    """What callers have of an engine, on a loop without servers."""
+    engine = Engine.__new__(Engine)
+    engine._loop, engine._state = loop, loop.state
+    engine._waiters, engine._counting, engine._num_submitted = itertools.count(), threading.Lock(), 0
+    engine._slots_over_ranks, engine._positions_seen = None, {}
+    engine._diagnosis = NothingToSay()
+    return engine
+
+
+def submit_by(engine, backend, content=1):
+    slot = backend.by_hand.new_slot(content)
+    engine.submit([slot])
+    return slot
+
+
+def wait(engine, slot, timeout_s=LONG_S):
+    return engine.wait([slot], time.monotonic() + timeout_s, progress=False)
+
+
+WAITS = {
+    "collect": lambda engine, slot: wait(engine, slot),
+    "flush": lambda engine, _: engine.flush(LONG_S),
+    "submit": lambda engine, _: engine.wait_for_backlog(0, LONG_S),
+}
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_is_told_of_a_bug_at_once(backend, waits_in, caplog):
+    bug = ValueError("a bug")
+    backend.hangs[do.LookUp] = threading.Event()
+    backend.raises[do.LookUp] = bug
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
+        with pytest.raises(RewardError, match="ended by a bug: ValueError") as error:
+            WAITS[waits_in](engine, slot)
+        assert error.value.__cause__ is bug
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_is_told_that_another_process_took_the_rank(backend, waits_in):
+    taken = RankTakenError("rank 0", "host:1")
+
+    def lose():
+        raise taken
+
+    backend.hangs[do.Encode] = threading.Event()
+    with loop_of(backend, chores=[Chore(0.05, lose)]) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        with pytest.raises(RankTakenError) as error:
+            WAITS[waits_in](engine, slot)
+        assert error.value is taken
+
+
+def test_whoever_waits_is_told_what_a_redis_refuses(backend, caplog):
+    backend.raises[do.LookUp] = redis.ResponseError("NOPERM this user has no permissions")
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        with pytest.raises(RedisRefusalError, match="NOPERM"):
+            wait(engine, submit_by(engine, backend))
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_notices_that_the_engine_was_closed(backend, waits_in):
+    backend.hangs[do.LookUp] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        eventually(lambda: backend.started[do.LookUp])
+        threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
+        loop.close()
+        with pytest.raises(RewardError, match="this client was closed"):
+            WAITS[waits_in](engine, slot)
+
+
+def test_a_wait_ends_at_its_deadline_and_the_samples_are_still_awaited(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        assert not wait(engine, slot, timeout_s=0.1)
+        assert not slot.is_done
+        backend.by_hand.outcomes[slot.awaited["PickScore"].address] = Outcome(reward=1.0)
+        assert wait(engine, slot)
+
+
+def test_flush_waits_until_everything_is_in_its_queue(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        for number in range(20):
+            submit_by(engine, backend, number)
+        engine.flush(LONG_S)
+        assert engine.num_unsent == 0
+        assert len([None for kind, _ in backend.times if kind is do.Store]) == 20
+
+
+def test_flush_names_at_its_deadline_what_keeps_samples_from_being_sent(backend, quick):
+    backend.raises[do.Store] = redis.ConnectionError("refused")
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        submit_by(engine, backend)
+        with pytest.raises(CollectTimeoutError, match=r"1 samples were not sent within 0\.3 s: sending waits: "):
+            engine.flush(0.3)
+
+
+def test_submit_waits_only_while_its_backlog_is_above_the_bound(backend):
+    backend.hangs[do.Store] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        for number in range(3):
+            submit_by(engine, backend, number)
+        engine.wait_for_backlog(3, 0.0)
+        with pytest.raises(CollectTimeoutError, match="more than REWARDQ_MAX_BACKLOG=2"):
+            engine.wait_for_backlog(2, 0.1)
+        threading.Timer(0.05, backend.hangs[do.Store].set).start()
+        engine.wait_for_backlog(0, LONG_S)
+
+
+def test_samples_count_as_unsent_from_submit_on_though_the_loop_has_not_taken_them_up(backend):
+    may_go_on = threading.Event()
+    with loop_of(backend, announce=lambda _: may_go_on.wait(LONG_S)) as loop:
+        engine = engine_on(loop)
+        first = submit_by(engine, backend, 1)
+        engine.flush(LONG_S)
+        loop.put(ev.OutcomesFound({first.awaited["PickScore"].address: Outcome(reward=1.0)}, do.Purpose.EVERYTHING))
+        eventually(lambda: first.is_done)
+        submit_by(engine, backend, 2)
+        assert engine.num_unsent == 1
+        may_go_on.set()
+        engine.flush(LONG_S)

@@ -1,7 +1,4 @@
-"""What becomes of samples, from `submit()` to their outcomes: scenarios through `EngineState.apply`, on a fake clock.
-
-Those that are marked xfail are known faults of the engine.
-"""
+"""What becomes of samples, from `submit()` to their outcomes: scenarios through `EngineState.apply`."""
 
 from __future__ import annotations
 
@@ -10,12 +7,13 @@ import itertools
 import pytest
 
 from tasks.groups import Registered, digest
-from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Outcome
+from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome
 from tests.trainer.engine.by_hand import (
     HELD,
     HELD_RANKED,
     JUDGE,
     OTHER,
+    OUR_STORE,
     POINT,
     RANKED,
     RECONCILE_S,
@@ -194,7 +192,6 @@ def test_what_waits_for_room_and_is_given_up_is_never_stored():
     engine.assert_nothing_is_left()
 
 
-@pytest.mark.xfail(strict=True, reason="a member that is not in its group yet is released only once it is stored")
 def test_a_member_that_waits_for_room_and_is_given_up_is_never_stored():
     engine = EngineByHand((RANKED,), max_store_bytes=15)
     engine.store_bytes = 10
@@ -486,6 +483,34 @@ def test_what_a_judge_has_no_permit_for_goes_again_and_is_looked_after_from_then
     assert engine.delivery(slot).look_at == engine.now + RECONCILE_S
 
 
+def test_what_waits_for_a_permit_is_not_looked_after():
+    engine = EngineByHand((JUDGE.model_copy(update={"batch_size": 1}),))
+    sent, *waiting = [in_flight(engine, number) for number in range(8)]
+    for slot in waiting:
+        engine.note(slot, "busy")
+    engine.now += RECONCILE_S
+    engine.apply(ev.Tick())
+    (inspect,) = engine.asked(do.InspectDeliveries)
+    assert [suspicion.delivery for suspicion in inspect.suspicions] == [engine.delivery(sent)]
+
+
+def test_a_group_whose_parts_wait_for_permits_is_looked_after_when_all_are_sent():
+    (spec,) = rewards_of({"reward_model": "PickScore_Rank", "batch_size": 2})
+    engine = EngineByHand((spec,))
+    slots = [engine.submit(number, "g", size=6) for number in range(6)]
+    engine.run()
+    delivery = engine.delivery(slots[0])
+    notes = [(delivery, part, Note(reason="busy", worker="w", detail="d")) for part in delivery.part_requests]
+    engine.apply(ev.NotesRead(notes, OUR_STORE))
+    engine.wait(0.5)
+    assert engine.published_again == list(delivery.part_requests[:2])
+    assert delivery.state is State.THROTTLED
+    engine.wait(0.5)
+    assert engine.published_again == list(delivery.part_requests)
+    assert delivery.state is State.IN_FLIGHT
+    assert delivery.is_missed, "the answers of its parts are not awaited one by one"
+
+
 def test_a_permit_that_an_answer_gives_back_lets_the_next_message_go_at_once():
     engine = EngineByHand((JUDGE.model_copy(update={"batch_size": 1}),))
     waits, is_answered = in_flight(engine, 1), in_flight(engine, 2)
@@ -495,9 +520,6 @@ def test_a_permit_that_an_answer_gives_back_lets_the_next_message_go_at_once():
     assert engine.published_again == [engine.delivery(waits).request]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the throttle forgets a delivery with its last outcome only if that is in flight"
-)
 def test_a_message_of_which_nothing_is_awaited_any_more_waits_for_no_permit():
     engine = EngineByHand((JUDGE.model_copy(update={"batch_size": 2}),))
     lost, waits = engine.submit(1), engine.submit(2)
@@ -536,7 +558,6 @@ def test_the_payload_of_one_sample_is_freed_when_its_last_reward_is_answered():
     engine.assert_nothing_is_left()
 
 
-@pytest.mark.xfail(strict=True, reason="a Restore under way stores media again after they were freed")
 def test_what_is_stored_again_for_an_outcome_that_is_answered_meanwhile_is_freed(single):
     slot = in_flight(single)
     single.note(slot, "gone")
@@ -878,9 +899,6 @@ def test_the_payloads_of_an_earlier_process_live_on_and_are_freed_with_the_answe
     after.assert_nothing_is_left()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="RequestsRead passes over what is answered, so its payloads stay in the store until their TTL"
-)
 def test_the_payloads_of_an_earlier_process_are_freed_also_if_the_answer_comes_before_they_are_known(single):
     before = in_flight(single)
     (payload,) = single.awaited(before).payloads
@@ -902,10 +920,9 @@ def test_what_is_awaited_here_already_is_shared_with_a_resumed_sample(single):
     assert resumed.is_done
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what an earlier process sent is failed without a look at this process's samples"
-)
-def test_media_that_are_gone_with_an_earlier_process_are_those_of_an_equal_sample_of_this_one(single):
+def test_media_that_are_gone_with_their_process_fail_an_equal_sample_of_this_one_until_it_is_submitted_again(
+    single,
+):
     before = in_flight(single)
     single.stored.clear()
     after = successor(single)
@@ -914,7 +931,10 @@ def test_media_that_are_gone_with_an_earlier_process_are_those_of_an_equal_sampl
     after.run()
     after.wait(RECONCILE_S)
     after.wait(RECONCILE_S)
-    assert not own.is_done
+    assert "its media left the payload store" in own.outcome_for(POINT.name).failure.message
+    again = after.submit(1)
+    after.run()
+    assert after.state_of(again) in (State.LINGERING, State.IN_FLIGHT)
 
 
 def test_two_tickets_of_one_message_are_awaited_by_one_delivery(engine):
@@ -927,7 +947,6 @@ def test_two_tickets_of_one_message_are_awaited_by_one_delivery(engine):
     assert after.delivery(resumed[0]) is after.delivery(resumed[1])
 
 
-@pytest.mark.xfail(strict=True, reason="Core.resume makes a known delivery IN_FLIGHT, whatever state it is in")
 def test_a_second_ticket_of_a_message_that_waits_for_a_permit_waits_with_it(engine):
     slots = [engine.submit(1), engine.submit(2)]
     engine.run()
