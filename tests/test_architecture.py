@@ -158,13 +158,10 @@ def test_every_type_and_constant_that_the_page_speaks_of_exists():
     written = {text for line in prose_and_tables() for text in in_backticks(line) if not is_path(text)}
     spoken_of = {text for text in written if re.fullmatch(r"_?[A-Z]\w+(\.\w+)?", text)}
     spoken_of -= {text for text in spoken_of if text.startswith(PREFIX)}
-    known = all_names() | {state.name for state in State} | TEST_NAMES | THEIR_NAMES
+    known = all_names() | {state.name for state in State} | TEST_NAMES
     assert len(spoken_of) > 100
     assert sorted(spoken_of - known) == []
 
-
-THEIR_NAMES = {"TYPE_CHECKING"}
-"""Of libraries."""
 
 TEST_NAMES = frozenset(name for path in (ROOT / "tests").rglob("*.py") for name in names_in(path))
 
@@ -191,20 +188,12 @@ def rooms_and_files(package: str) -> set[str]:
 
 
 def imports_in(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports when it runs: not those under `if TYPE_CHECKING`."""
-    for node in runs_in(tree_of(path)):
+    """Dotted names that a file imports anywhere in it, for types too."""
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def runs_in(node: ast.AST) -> Iterator[ast.AST]:
-    for child in ast.iter_child_nodes(node):
-        is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-        if not is_for_types:
-            yield child
-            yield from runs_in(child)
 
 
 @pytest.mark.parametrize("package", ["tasks", "workers", "trainer_client"])
