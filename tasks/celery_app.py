@@ -1,8 +1,8 @@
 """The Celery app and its settings.
 
-The settings are those under which Celery on Redis was measured to behave: a message is taken only when a slot is free,
-and then for good (claims and reconciliation do what acknowledgements would); threads instead of forks, and timeouts on
-every socket.
+With these settings Celery on Redis was measured to behave: a worker takes a message only when a slot is free, and then
+for good (claims and reconciliation do what acknowledgements would); the pool has threads, no forks; every socket has a
+timeout.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ GROUP = "rewardq.group"
 """Name of the task that scores a group within one chunk and combines it."""
 
 COMBINE = "rewardq.combine"
-"""Name of the task that makes a group's outcome of those of its parts; the body of a chord."""
+"""Name of the task that makes a group's outcome from the outcomes of its parts; the body of a chord."""
 
 PRIORITY_FIRST, PRIORITY_USUAL = 0, 6
-"""Of messages: what only combines goes before what still has to be scored. (On Redis 0 is the highest.)"""
+"""Priorities of messages: tasks that only combine outcomes run before tasks that score. (On Redis 0 is the highest.)"""
 
 WORKER_MODULES = (
     "workers.scoring.chunk",
     "workers.scoring.group",
     "workers.process.startup",
 )
-"""What a worker imports when it starts; a trainer never does."""
+"""Modules that a worker imports when it starts; a trainer never does."""
 
 
 def make_app(settings: Settings) -> Any:
@@ -80,10 +80,10 @@ def make_app(settings: Settings) -> Any:
         worker_enable_remote_control=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_channel_error_retry=True,  # a Redis that is full: the worker waits for room, and serves on
+        broker_channel_error_retry=True,  # a worker waits while Redis is full
         broker_transport_options={
             **sentinels,
-            "ack_emulation": False,  # a message that is taken is gone; clients send again what is missing
+            "ack_emulation": False,  # a taken message is gone; clients send a missing one again
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": True,
@@ -120,9 +120,9 @@ if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unl
 
 
 def _settings_of_process() -> Settings:
-    """From the environment. Under a command a wrong variable ends the process with its reason, without a traceback.
+    """The settings from the environment. Under a command, a wrong variable ends the process without a traceback.
 
-    The status is EX_CONFIG, as where a server refuses: a supervisor is not to try again.
+    The exit status is EX_CONFIG, as when a server refuses: a supervisor must not restart the process.
     """
     try:
         return load_settings()
@@ -139,7 +139,7 @@ app.set_default()
 
 @import_modules.connect  # type: ignore[untyped-decorator]
 def _take_our_names(**_: Any) -> None:
-    """A worker imports our `workers` before Celery looks for it in the folder, which may have one of the user's."""
+    """A worker imports our `workers` before Celery looks in the current folder, where the user may have another."""
     load_ours("workers")
 
 
@@ -158,7 +158,7 @@ def _name_node(sender: str, instance: Any, options: dict[str, Any], **_: Any) ->
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _unregister_unused(instance: Any, **_: Any) -> None:
-    """Whoever can write to Redis can start tasks: leave none registered that this pipeline does not use."""
+    """Unregister Celery's own tasks: whoever can write to Redis can start any registered task, and we use none."""
     app.finalize()
     for name in list(app.tasks):
         if name.startswith("celery."):

@@ -50,7 +50,7 @@ class SettingsError(RewardError, ValueError):
 
 
 class ConfigError(RewardError, ValueError):
-    """A `rewards:` block is wrong; the message names the place, what was found and what is needed."""
+    """A `rewards:` block is wrong. The message names the entry and key, what was found and what is needed."""
 
 
 class UnknownRewardError(ConfigError):
@@ -79,20 +79,14 @@ class MissingExtraError(RewardError, ImportError):
         self, what: str, module: str, extra: str, worker_host: str = ""
     ) -> None:
         super().__init__(what, module, extra, worker_host)
-        self.what, self.module, self.extra, self.worker_host = (
-            what,
-            module,
-            extra,
-            worker_host,
-        )
+        self.what, self.module, self.extra = what, module, extra
+        self.worker_host = worker_host
 
     def __str__(self) -> str:
-        where = (
-            f"in the worker's environment on {self.worker_host}"
-            if self.worker_host
-            else "here"
-        )
-        then = ", there, then restart the worker" if self.worker_host else ""
+        where, then = "here", ""
+        if self.worker_host:
+            where = f"in the worker's environment on {self.worker_host}"
+            then = ", there, then restart the worker"
         return (
             f"{self.what} needs the module {self.module!r}, which is not installed {where}: "
             f"{install_command(self.extra)}{then}"
@@ -104,10 +98,10 @@ class ModelLoadError(RewardError):
 
 
 class StaleCodeError(RewardError):
-    """The user's code changed since this worker loaded it; only a new process has what is asked for.
+    """The user's code changed since this worker loaded it; only a new process can load the code that is asked for.
 
     Args:
-        files: What changed, as names for people.
+        files: The changed files, as names for people.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -120,7 +114,7 @@ class StaleCodeError(RewardError):
 
 
 class BusyError(RewardError):
-    """A reward model cannot be asked now (its fleet's budget is in use); what it did not score is sent again."""
+    """A reward model cannot be asked now (its fleet's budget is in use). The samples without a score are sent again."""
 
 
 class RedisUnreachableError(RewardError, ConnectionError):
@@ -158,17 +152,17 @@ class RankTakenError(RewardError):
     """Another live process is this rank.
 
     Args:
-        place: The run, launch and rank.
-        holder: The process and host that has it.
+        rank_name: The run, launch and rank.
+        holder: The process and host that has the rank lock.
     """
 
-    def __init__(self, place: str, holder: str) -> None:
-        super().__init__(place, holder)
-        self.place, self.holder = place, holder
+    def __init__(self, rank_name: str, holder: str) -> None:
+        super().__init__(rank_name, holder)
+        self.rank_name, self.holder = rank_name, holder
 
     def __str__(self) -> str:
         return (
-            f"{self.place} is taken by {self.holder}, which is alive; stop it, or give this start of the job "
+            f"{self.rank_name} is taken by {self.holder}, which is alive; stop it, or give this start of the job "
             "a launch= of its own"
         )
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ def _what_to_install(extra: str) -> list[str]:
     for installed in distributions(name=NAME):
         noted = installed.read_text("direct_url.json")
         if noted:
-            return _of_origin(json.loads(noted), extra) or _requirements(
-                installed, extra
-            )
+            from_origin = _of_origin(json.loads(noted), extra)
+            return from_origin or _requirements(installed, extra)
     checkout = Path(__file__).resolve().parents[1]  # on PYTHONPATH, without an install
     return _of_folder(checkout, extra, is_editable=True) or [f"{NAME}[{extra}]"]
 
@@ -50,19 +50,16 @@ def _of_origin(origin: dict[str, Any], extra: str) -> list[str]:
         if url.startswith("file:"):  # pip before 24 takes no `name @ git+file:///...`
             return []
         vcs = origin["vcs_info"]
-        folder = (
-            f"#subdirectory={origin['subdirectory']}"
-            if "subdirectory" in origin
-            else ""
-        )
+        folder = ""
+        if "subdirectory" in origin:
+            folder = f"#subdirectory={origin['subdirectory']}"
         return [f"{NAME}[{extra}] @ {vcs['vcs']}+{url}@{vcs['commit_id']}{folder}"]
     if not url.startswith("file:"):
         return [f"{NAME}[{extra}] @ {url}"]
     path = Path(unquote(urlsplit(url).path))
     if "dir_info" in origin:
-        return _of_folder(
-            path, extra, is_editable=bool(origin["dir_info"].get("editable"))
-        )
+        is_editable = bool(origin["dir_info"].get("editable"))
+        return _of_folder(path, extra, is_editable=is_editable)
     return [f"{path}[{extra}]"] if path.is_file() else []
 
 
@@ -73,20 +70,25 @@ def _of_folder(folder: Path, extra: str, *, is_editable: bool) -> list[str]:
 
 
 def _requirements(installed: Distribution, extra: str) -> list[str]:
-    """The packages that an extra brings, those of the extras that it names among them."""
+    """The packages that an extra brings, also through other extras that it names."""
     found: list[str] = []
     left, seen = [extra], set()
     while left:
         wanted = left.pop()
         seen.add(wanted)
-        for line in installed.requires or []:
-            requirement, _, marker = line.partition(";")
-            named = _EXTRA_MARKER.search(marker)
-            if named is None or named[1] != wanted:
-                continue
+        for requirement in _requirements_of_one(installed, wanted):
             own = re.match(rf"{NAME}\[([^\]]+)\]", requirement.replace(" ", ""))
             if own is None:
-                found.append(requirement.strip())
+                found.append(requirement)
             else:
                 left += [name for name in own[1].split(",") if name not in seen]
     return list(dict.fromkeys(found)) or [f"{NAME}[{extra}]"]
+
+
+def _requirements_of_one(installed: Distribution, extra: str) -> Iterator[str]:
+    """The requirements that an extra itself has: packages, and other extras of ours."""
+    for line in installed.requires or []:
+        requirement, _, marker = line.partition(";")
+        named = _EXTRA_MARKER.search(marker)
+        if named is not None and named[1] == extra:
+            yield requirement.strip()

@@ -1,4 +1,4 @@
-"""Every Redis key of this pipeline, in one place; all but the counters of queues and a store's identity carry a TTL."""
+"""Every Redis key of this pipeline. All but the counters of queues and the identity of a store have a TTL."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def claim(address: str) -> str:
 
 
 def starts(address: str) -> str:
-    """How often a claim on `address` started without an answer so far (a hash)."""
+    """How often scoring `address` was started without an answer so far: its delivery count (a hash)."""
     return f"{ROOT}starts:{address}"
 
 
 def note(request_id: str) -> str:
-    """What a worker tells the client about a request it could not read (no outcome)."""
+    """A worker's note to the client about a request that the worker could not read; no outcome."""
     return f"{ROOT}note:{request_id}"
 
 
 def sent_number(queue: str) -> str:
-    """Counter: the number of the last message sent to `queue`."""
+    """Counter: the number of the last message that a client sent to `queue`."""
     return f"{ROOT}sent:{queue}"
 
 
-def taken_number(queue: str) -> str:
-    """The highest message number a worker took from `queue`."""
+def consumed_offset(queue: str) -> str:
+    """The highest number of a message that a worker took from `queue`."""
     return f"{ROOT}taken:{queue}"
 
 
@@ -48,22 +48,22 @@ def group(
 
 
 def answer(run: str, launch: str, topic: str, count: int, rank: int) -> str:
-    """What one rank tells the others about a topic of a step."""
+    """What one rank tells the other ranks about a topic of a step."""
     return f"{ROOT}answer:{run}:{launch}:{topic}:{count}:{rank}"
 
 
 def trainer(run: str, launch: str, rank: int) -> str:
-    """Which trainer process is this rank; kept alive by it."""
+    """The rank lock: which trainer process is this rank. The process keeps it alive."""
     return f"{ROOT}trainer:{run}:{launch}:{rank}"
 
 
 def run(run: str) -> str:
-    """What is known of a run (a hash): its rewards by fingerprint, and the code that answered each. By clients."""
+    """The registry of a run (a hash): its rewards by fingerprint, and the code of each. Written by clients."""
     return f"{ROOT}run:{run}"
 
 
 def ranks(run: str, launch: str) -> str:
-    """What each rank of a launch has read of the user's code (a hash)."""
+    """The hashes of the user's code that each rank of a launch has read (a hash)."""
     return f"{ROOT}ranks:{run}:{launch}"
 
 
@@ -76,10 +76,10 @@ WORKERS = f"{ROOT}workers"
 """Sorted set of worker node names by the time (Redis's clock, ms) at which their heartbeat expires."""
 
 ROOM = f"{ROOT}room"
-"""Written to learn whether a server takes writes; means nothing."""
+"""Written to learn whether a server takes writes. Its value means nothing."""
 
 PROBE = f"{ROOT}probe:"
-"""Begins keys that live for seconds, to learn what a server lets us do."""
+"""Prefix of keys that live for seconds, and are written to learn which commands a server allows."""
 
 STORE_IDENTITY = f"{ROOT}store"
 """In the payload store's Redis: its identity, a random text."""

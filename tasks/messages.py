@@ -18,18 +18,19 @@ from pydantic import (
 from tasks.errors import FailureKind, WireError
 
 WIRE_VERSION = 2
-"""Raised whenever a worker of the last version could misread what a client of this one sends."""
+"""Raised whenever a worker of the previous version could misread a message of a client of this version."""
 
 Text = Annotated[str, Field(max_length=4096)]
 
 
 def _encodable(text: Any) -> Any:
-    """Text without lone surrogates, which the names of files and the words of servers may have."""
+    """Text without lone surrogates, which names of files and answers of servers may contain."""
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
 
 
 Words = Annotated[str, BeforeValidator(_encodable)]
-"""What somebody else's code or server said. That it is no Unicode must not take its message with it."""
+"""Text of somebody else's code or server. Lone surrogates in it are replaced: else its whole message could not be
+encoded."""
 
 
 class _Message(BaseModel):
@@ -39,7 +40,7 @@ class _Message(BaseModel):
 
 
 class _Answer(_Message):
-    """What workers tell clients. A field that a newer worker adds is no reason to wait for another answer."""
+    """A message from a worker to clients. A field that a newer worker adds is ignored, and the answer is taken."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -74,7 +75,7 @@ class SampleRequest(_Message):
     """Where its outcome goes: `run:fingerprint:key`."""
     prompt: str
     media: dict[str, Media]
-    """By field of `Sample`; only what the reward model declares."""
+    """By field of `Sample`; only the fields that the reward model declares."""
     metadata: dict[str, Any] = {}
     fps: int | float | None = None
     """Frames a second of its videos."""
@@ -85,13 +86,13 @@ class SampleRequest(_Message):
     attempt: Annotated[int, Field(ge=1)] = 1
     """Answered by any reward, or by a failure of this attempt or later."""
     members: tuple[SampleRequest, ...] = ()
-    """Of a whole group that goes to a groupwise model as one: its members in slot order. It has no media of its own."""
+    """Of a whole group that goes to a groupwise model: its members in slot order. The group has no media of its own."""
     failure: Failure | None = None
     """A member that cannot be scored, and why: the others are scored without it."""
 
 
 class RewardCall(_Message):
-    """The computation a chunk asks for; what a worker needs to build the reward model."""
+    """The computation that a chunk asks for: all that a worker needs to build the reward model."""
 
     name: Text
     """The user's name for it, for logs and `extra`."""
@@ -99,7 +100,7 @@ class RewardCall(_Message):
     """A built-in's canonical name, or a dotted path."""
     fingerprint: Text
     instance: Text = ""
-    """The fingerprint but for the code: what a worker keeps the model under."""
+    """Cache key of the model on a worker: the fingerprint without the code."""
     code: tuple[tuple[Text, Text], ...] = ()
     """Of a class of the user's: each module of its code with the hash of its source, as the trainer read them."""
     version: str
@@ -110,8 +111,8 @@ class RewardCall(_Message):
     options: dict[str, Any]
 
 
-class ScoreRequest(_Message):
-    """A chunk: samples to score for one reward. In the payload store under its id, for the length of the step."""
+class _Request(_Message):
+    """What a message asks for. In the payload store under its id, for the length of the step."""
 
     wire: int = WIRE_VERSION
     id: Text
@@ -121,25 +122,23 @@ class ScoreRequest(_Message):
     sent_ms: int
     """On Redis's clock: when it was put together."""
     deadline_ms: int
-    """On Redis's clock; after it nobody waits for the outcomes any more."""
+    """On Redis's clock. After this time nobody waits for the outcomes any more."""
     reward: RewardCall
+    """The computation of the samples; for a group, of its parts."""
+
+
+class ScoreRequest(_Request):
+    """A chunk: samples to score for one reward."""
+
     samples: Annotated[tuple[SampleRequest, ...], Field(min_length=1)]
 
 
-class GroupRequest(_Message):
+class GroupRequest(_Request):
     """A group whose reward is made of the outcomes of its parts: ranks of its members, or comparisons won.
 
-    Beside the requests of its chunks if it is larger than one.
+    A group that is larger than one chunk has a `ScoreRequest` for each of its chunks as well.
     """
 
-    wire: int = WIRE_VERSION
-    id: Text
-    run: Text
-    label: Text
-    sent_ms: int
-    deadline_ms: int
-    reward: RewardCall
-    """The computation of the parts."""
     how: Literal["rank", "wins"]
     ties: Literal["mean", "ordinal"] = "mean"
     address: Text
@@ -154,7 +153,7 @@ class GroupRequest(_Message):
 
     @property
     def parts(self) -> tuple[SampleRequest, ...]:
-        """What is scored for this group."""
+        """The samples that are scored for this group."""
         if self.how == "wins":
             return self.comparisons
         return tuple(member for member in self.members if member.failure is None)
@@ -188,7 +187,7 @@ class Note(_Answer):
 class Outcome(_Answer):
     """A finite reward, or the reason there is none; exactly one of them. Made by a worker, read by clients.
 
-    A group's outcome has those of its members, in slot order, instead.
+    A group's outcome has the outcomes of its members instead, in slot order.
     """
 
     reward: float | None = None
@@ -196,14 +195,14 @@ class Outcome(_Answer):
     members: tuple[Outcome, ...] = ()
     attempt: int = 1
     info: dict[str, Any] = {}
-    """What the reward model says beside the reward: judge text, aspects, raw score."""
+    """What the reward model returns beside the reward: judge text, aspects, raw score."""
     origin: dict[str, Any] = {}
-    """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took. What
-    libraries warned of while its model loaded is under `load_warnings`."""
+    """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took. Warnings
+    that libraries gave while the model was loaded are under `load_warnings`."""
 
     @property
     def is_final(self) -> bool:
-        """Whether it is an answer for good: a reward, or a group's whose members all have theirs."""
+        """Whether it is an answer for good: a reward, or the outcome of a group whose members all have a reward."""
         if self.members:
             return all(member.reward is not None for member in self.members)
         return self.reward is not None
@@ -221,7 +220,7 @@ class Outcome(_Answer):
 
 
 class Heartbeat(_Message):
-    """What a worker serves and how it is. Written every few seconds with a short TTL; read by clients."""
+    """The queues and models of a worker, and its state. Written every few seconds with a short TTL; read by clients."""
 
     wire: int
     node: Text
@@ -276,8 +275,8 @@ def unpack(model: type[M], data: bytes) -> M:
         ) from None
 
 
-# An outcome in Redis starts with a short header that scripts there can read: `R;` for what is final, `F<attempt>;` for
-# what another attempt may better; msgpack follows.
+# An outcome in Redis starts with a short header that scripts there can read: `R;` if it is final, `F<attempt>;` if
+# another attempt may replace it. msgpack follows.
 
 
 def pack_outcome(outcome: Outcome) -> bytes:

@@ -45,7 +45,7 @@ class PayloadStore(Protocol):
         """Let payloads live `ttl_s` from now; returns the names that are gone."""
 
     def free(self, names: Sequence[str]) -> None:
-        """Drop payloads; one that is gone already is no error."""
+        """Drop payloads. A payload that is gone already is no error."""
 
     def bytes_in_use(self) -> int:
         """Payload bytes of all clients."""
@@ -122,8 +122,8 @@ class RedisStore:
         with self._redis.pipeline(transaction=False) as pipe:
             for name, data in payloads.items():
                 pipe.set(keys.payload(name), _flat(data), px=ttl_ms)
-            for some in _some(list(payloads)):
-                self._count(pipe, some, ttl_ms)
+            for batch in _in_batches(list(payloads)):
+                self._count(pipe, batch, ttl_ms)
             pipe.execute()
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
@@ -138,14 +138,14 @@ class RedisStore:
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         ttl_ms = round(1000 * ttl_s)
         gone: list[str] = []
-        for some in _some(names):
-            _, indices = self._count(self._redis, some, ttl_ms)
-            gone += [some[i] for i in indices]
+        for batch in _in_batches(names):
+            _, indices = self._count(self._redis, batch, ttl_ms)
+            gone += [batch[i] for i in indices]
         return gone
 
     def free(self, names: Sequence[str]) -> None:
-        for some in _some(names):
-            self._count(self._redis, some, 0)
+        for batch in _in_batches(names):
+            self._count(self._redis, batch, 0)
 
     def bytes_in_use(self) -> int:
         return int(self._count(self._redis, (), 0)[0])
@@ -159,14 +159,14 @@ class RedisStore:
 
     @staticmethod
     def _count(client: Any, names: Sequence[str], ttl_ms: int) -> Any:
-        """Let payloads live on and be counted; 0 drops them. What the script returns, or a pipeline to be executed."""
+        """Let payloads live on and be counted; 0 drops them. Returns the script's answer, or a pipeline to execute."""
         own = [keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, *map(keys.payload, names)]
         # The script itself and not its hash, which redis-py would ask for before each pipeline.
         return client.eval(_LEDGER, len(own), *own, ttl_ms)
 
 
-def _some(names: Sequence[str]) -> Iterable[Sequence[str]]:
-    """The names in runs of `NAMES_A_CALL`."""
+def _in_batches(names: Sequence[str]) -> Iterable[Sequence[str]]:
+    """The names in batches of `NAMES_A_CALL`."""
     return (
         names[start : start + NAMES_A_CALL]
         for start in range(0, len(names), NAMES_A_CALL)
@@ -238,7 +238,7 @@ class FileStore:
         return sum(stat.st_size for _, stat in self._files())
 
     def sweep(self) -> int:
-        """Drop what has expired; returns how many files."""
+        """Drop the files that have expired; returns how many."""
         now, num_dropped = time.time(), 0
         for path, stat in self._files():
             is_being_written = path.name.startswith(".")
@@ -279,7 +279,7 @@ class FileStore:
 
     @staticmethod
     def _drop(path: Path) -> bool:
-        """Whether it could be; in a folder like `/tmp` (mode 1777) another user's file is that user's to drop."""
+        """Whether the file was dropped. In a folder like `/tmp` (mode 1777) only its own user may drop a file."""
         try:
             path.unlink()
         except (FileNotFoundError, PermissionError):
@@ -288,7 +288,7 @@ class FileStore:
 
     @staticmethod
     def _renew(path: Path, now: float, expires_at: float) -> bool:
-        """Whether it was there; one that has expired is not: somebody may be about to sweep it."""
+        """Whether the file was there. An expired file counts as gone: somebody may be about to sweep it."""
         try:
             if path.stat().st_mtime <= now:
                 return False

@@ -30,10 +30,10 @@ _SERVICE_LINK = re.compile(
 rewardq. Nobody wrote them."""
 
 _DOCKER_LINK = re.compile(r".*_(ENV_\w+|NAME)")
-"""More that Docker sets for a link: the other container's variables, and both names, `/worker/rewardq-redis`."""
+"""More variables that Docker sets for a link: those of the other container, and both names, `/worker/rewardq-redis`."""
 
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""What the variable `<SERVICE>_PORT` of such a service begins with."""
+"""How the value of the variable `<SERVICE>_PORT` of such a service begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Sentinels:
     """How the sentinels of `sentinel://` URLs are asked for their server."""
 
     master: str = "mymaster"
-    """What they call it."""
+    """The name of the server among the sentinels."""
     password: str = field(default="", repr=False)
-    """Their own, where they want one."""
+    """The sentinels' own password, where they want one."""
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
 
     sentinel_password: SecretStr = SecretStr("")
-    """Password of the sentinels themselves (`requirepass` in their files); the URLs have that of the data."""
+    """Password of the sentinels themselves (`requirepass` in their files). The URLs have the password of the data."""
 
     result_ttl_s: Seconds = 86_400.0
     """How long a reward is an answer. An older ticket is scored anew; an abandoned one costs memory so long."""
@@ -86,11 +86,11 @@ class Settings(BaseSettings):
     stopped for longer (a long garbage collection, a C call that holds the GIL) is taken for dead."""
 
     reconcile_s: Seconds = 2.0
-    """How often a client looks for what is neither answered, claimed nor queued, and sends it again."""
+    """How often a client looks for samples that are neither answered, claimed nor queued, and sends them again."""
 
     stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8.0
-    """How long a worker that is asked to stop (SIGTERM) may finish what it has in hand; the rest it gives back for
-    others. Keep it below the time after which its container is killed (Docker: 10 s)."""
+    """How long a worker that is asked to stop (SIGTERM) may finish the samples that it is scoring; it gives the others
+    back. Keep it below the time after which its container is killed (Docker: 10 s)."""
 
     max_store_bytes: Bytes = 8 * 2**30
     """Payload bytes in the store, of all clients, above which senders wait."""
@@ -121,8 +121,8 @@ class Settings(BaseSettings):
     the rewards. Models of other workers' queues are left out; one that cannot be loaded ends the worker."""
 
     max_models: Annotated[int, Field(ge=0)] = 0
-    """Local reward models kept in memory; one more takes the place of the least recently used that no task is using,
-    or waits until there is one. 0 keeps all."""
+    """Local reward models kept in memory. One more replaces the least recently used model that no task is using, or
+    waits until there is such a model. 0 keeps all."""
 
     hosts: str = ""
     """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL."""
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
 
     @property
     def sentinels(self) -> Sentinels:
-        """How sentinels are asked."""
+        """How the sentinels are asked for their server."""
         return Sentinels(
             self.sentinel_master, self.sentinel_password.get_secret_value()
         )

@@ -54,7 +54,7 @@ def namesakes(folder: Path) -> list[Path]:
 
 
 def warning(folder: Path) -> str | None:
-    """What to say to whoever starts a worker in this folder; None if it has no module of our names."""
+    """A warning for a worker that is started in this folder; None if the folder has no module of our names."""
     found = namesakes(folder)
     if not found:
         return None

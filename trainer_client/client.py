@@ -155,7 +155,7 @@ class RewardClient:
     _resumed: dict[tuple[Any, ...], list[Slot]]
     """Slots of tickets of processes that are gone, by the ticket's place."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (keywords of users)
         self,
         config: RewardConfig,
         run: str,
@@ -355,7 +355,7 @@ class RewardClient:
 
     # --- collect ---------------------------------------------------------------------------------
 
-    def collect(
+    def collect(  # noqa: PLR0913  (keywords of users)
         self,
         timeout_s: float = COLLECT_TIMEOUT_S,
         *,

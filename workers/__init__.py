@@ -16,6 +16,7 @@ if (
         f"{Path(__file__).parents[1] / 'tasks'}; rename that file, or start from another directory"
     )
 
+from workers import telemetry
 from workers.base import (
     Accelerator,
     GroupwiseRewardModel,
@@ -25,7 +26,6 @@ from workers.base import (
     RewardModelOutput,
     Unscored,
 )
-from workers.process import telemetry
 
 telemetry.turn_off()  # before any reward model imports what it is made of
 

@@ -14,12 +14,12 @@ from workers import deadline
 
 
 class Unscored(Exception):  # noqa: N818  (a reason, raised or returned; not always an error)
-    """Why a sample has no reward. Raise it when called with one sample, or return it in the place of a reward.
+    """Why a sample has no reward. Raise it when called with one sample, or return it instead of a number.
 
     Args:
         kind: `failed`, `timeout`, `unparsable`, `invalid` or `abstained`.
-        message: What was found and what was needed; reaches the trainer.
-        info: Kept beside the reason, a judge's text for example.
+        message: What was found and what was needed. It reaches the trainer.
+        info: What is kept beside the reason, for example a judge's text.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class RewardModelOutput:
     """What a call returns.
 
     Attributes:
-        rewards: One finite number for each sample, in order: a tensor or array `(N,)`, or a list in which an
-            `Unscored` stands for a reward that there is none, a `BusyError` for a sample to be sent again.
-        extra_info: By name, a list of `N` values, or one value for all; plain data.
+        rewards: One finite number for each sample, in order: a tensor or array `(N,)` or a list. In a list an
+            `Unscored` says why a sample has no reward, and a `BusyError` that the sample is to be sent again.
+        extra_info: By name, a list of `N` values, or one value for all samples. Numbers, texts, lists and mappings.
     """
 
     rewards: Any
@@ -77,8 +77,9 @@ class Accelerator:
 class RewardArguments:
     """Stands in for Flow-Factory's `RewardArguments`: one reward's configuration.
 
-    Further keys of the YAML are in `extra_kwargs`, and attributes as well. What only the trainer knows (`weight`,
-    `async_reward`, `num_workers`) is not here, nor made up: AttributeError, so `getattr(config, "weight", 1.0)` works.
+    Further keys of the YAML are in `extra_kwargs`, and attributes as well. What only the trainer needs (`weight`,
+    `async_reward`, `num_workers`) does not reach a worker: these raise AttributeError, so that
+    `getattr(config, "weight", 1.0)` works.
     """
 
     name: str = ""
@@ -99,22 +100,21 @@ class RewardArguments:
 
     @cached_property
     def device(self) -> Any:
-        """The `torch.device` to compute on, as the accelerator's; `device` in the YAML is the trainer's wish."""
+        """The `torch.device` to compute on, the same as the accelerator's. The worker's REWARDQ_DEVICE decides, not
+        `device` in the YAML."""
         return _device(self.device_name)
 
     def __getattr__(self, name: str) -> Any:
-        given = self.__dict__.get(
-            "extra_kwargs", {}
-        )  # none yet while it is being copied
-        if name not in given:
-            if name in _TRAINERS:
-                raise AttributeError(
-                    f"{name} is the trainer's and reaches no worker: rewards that differ in it are one computation"
-                )
+        given = self.__dict__.get("extra_kwargs", {})  # absent while it is being copied
+        if name in given:
+            return given[name]
+        if name in _TRAINERS:
             raise AttributeError(
-                f"this reward has no option {name!r}; given: {sorted(given)}"
+                f"{name} is the trainer's and reaches no worker: rewards that differ in it are one computation"
             )
-        return given[name]
+        raise AttributeError(
+            f"this reward has no option {name!r}; given: {sorted(given)}"
+        )
 
 
 class RewardModel:
@@ -124,21 +124,21 @@ class RewardModel:
     """
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
-    """Fields of a sample that reach `__call__`, as in Flow-Factory; what a sample lacks is None.
+    """Fields of a sample that reach `__call__`, as in Flow-Factory. A field that a sample lacks is None.
 
-    A class that cannot do without one returns `Unscored("invalid", ...)` in the place of the reward; a sample without
-    any of the declared media is refused. Nothing else travels but the prompt, `fps` with a video, `sample_rate` with
-    audio, and of `metadata`, `fps` and `sample_rate` what `__call__` has an argument of that name for, or
-    looks up in its `**kwargs` (`kwargs["metadata"]`)."""
+    A sample without any of the declared media is refused. A class that needs a field which a sample lacks returns
+    `Unscored("invalid", ...)` instead of the reward. Besides these fields travel the prompt, `fps` with a video and
+    `sample_rate` with audio. `metadata`, `fps` and `sample_rate` travel also if `__call__` has an argument of that
+    name, or looks it up in its `**kwargs` (`kwargs["metadata"]`)."""
     optional_fields: ClassVar[tuple[str, ...]] = ()
-    """More of the same. Only of the classes of this package a required field is a demand."""
+    """More of the same. A required field that a sample lacks is refused only by the classes of this package."""
     use_tensor_inputs: ClassVar[bool] = False
     """Media as torch tensors in [0, 1] instead of PIL images."""
     thread_safe: ClassVar[bool] = False
-    """Whether several threads may call it at once. A judge waits on the network; a local model preprocesses outside
-    and holds `self.forward()` around what one thread at a time may do."""
+    """Whether several threads may call it at once. A judge may be: it waits on the network. A local model may be if it
+    preprocesses outside and holds `self.forward()` around what one thread at a time may do."""
     asks_servers: ClassVar[bool] = False
-    """Whether `warm_up()` asks a server: one that does not answer yet keeps no worker from starting."""
+    """Whether `warm_up()` asks a server. A worker starts though that server does not answer yet."""
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         self.config = config
@@ -146,16 +146,16 @@ class RewardModel:
         self._forward_lock = threading.Lock()
 
     def admit(self) -> None:
-        """Raise `BusyError` if it cannot be asked now: asked before a task claims samples, so it must be quick."""
+        """Raise `BusyError` if the model cannot be called now. A task asks before it claims, so it must be quick."""
 
     def warm_up(self) -> None:
-        """Make the first call as fast as the next ones; called once when the model is preloaded."""
+        """Make the first call as fast as the next ones. A worker calls it once, when it preloads the model."""
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Held around the forward of a thread-safe local model: one thread computes while others preprocess.
 
-        Under a worker `timeout_s` does not count while this is waited for.
+        In a worker no time of `timeout_s` passes while a thread waits for another one's forward.
         """
         with deadline.paused(waits_for_model=True):
             self._forward_lock.acquire()

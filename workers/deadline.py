@@ -20,8 +20,8 @@ from collections.abc import Iterator
 class Deadline:
     """When a call of a model is late.
 
-    The thread of the call changes it and the watchdog's thread reads it, without a lock: either of two values that are
-    set together may be seen first, which shifts what the watchdog sees by one look.
+    The thread of the call changes it, and the watchdog's thread reads it. There is no lock: the watchdog may see one of
+    two values that are set together before the other, and sees both at its next look.
     """
 
     def __init__(self, timeout_s: float) -> None:

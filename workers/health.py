@@ -11,7 +11,7 @@ from tasks.celery_app import app, client_outcomes
 
 
 def main() -> int:
-    """Say which workers of this host have a heartbeat in Redis; 1 if there is none or Redis is away."""
+    """Print which workers of this host have a heartbeat in Redis. Returns 1 if none has, or Redis is away, else 0."""
     try:
         found = [w for w in client_outcomes(app).workers() if w.host == platform.node()]
     except (redis.RedisError, OSError) as error:

@@ -324,7 +324,7 @@ class _Service:
         return given
 
     def _decode_media(self, given: dict[str, Any]) -> None:
-        """Put images in the place of what a request has of them. Raises the answer that says what is wrong."""
+        """Replace the media of a request by images. Raises the answer that says what is wrong with them."""
         problems: dict[str, str] = {}
         for name, depth in MEDIA_DEPTHS.items():
             if given.get(name) is None:
@@ -388,9 +388,16 @@ def _declared_by(server: RewardServer) -> tuple[dict[str, str], set[str]]:
                 f"compute_reward takes {name!r}, which no request has; they have {', '.join(FIELDS)}"
             )
     if takes_rest:
-        named = {*arguments.values(), *BY_NAME}
-        arguments.update({field: field for field in FIELDS if field not in named})
+        _add_rest(arguments)
     return arguments, needed
+
+
+def _add_rest(arguments: dict[str, str]) -> None:
+    """Add the fields that `**kwargs` takes."""
+    named = {*arguments.values(), *BY_NAME}
+    for field in FIELDS:
+        if field not in named:
+            arguments[field] = field
 
 
 async def _body_of(request: Request, max_bytes: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""What a catalog entry is: what a trainer must know of a reward model without importing it."""
+"""What a catalog entry is: all that a trainer must know of a reward model without importing it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class Option:
     default: Any
     doc: str
     is_answer: bool = True
-    """Whether the reward may depend on it. What only says how a server is asked is no part of the fingerprint."""
+    """Whether the reward may depend on it. An option that only says how a server is asked is no part of the
+    fingerprint."""
     reads: str = ""
-    """It names a file on the trainer's host; its text goes into the option of this name, and so into the message."""
+    """The option names a file on the trainer's host, whose text goes into the option of this name, and so into the
+    message."""
     is_needed: bool = False
     """Whether a config must give it."""
 
@@ -55,7 +57,7 @@ class ModelEntry:
     extra: str | None = None
     how: How = "each"
     part: str = ""
-    """Of a rank: the reward model whose scores are ranked."""
+    """For `how="rank"`: the reward model whose scores are ranked."""
     batch_size: int = 16
     max_batch_size: int = 1_000_000
     """A chunk holds at most so many samples, whatever `batch_size` says."""
@@ -66,7 +68,7 @@ class ModelEntry:
     sampled: str | None = None
     """Name of the option that makes answers random when above 0 (a judge's temperature)."""
     is_yours: bool = False
-    """Whether code of the user's computes it, whose edits `version` does not count."""
+    """Whether the user's own code computes it: `version` does not change with that code."""
 
     @property
     def is_judge(self) -> bool:

@@ -77,19 +77,20 @@ def _ranks(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]
     """The members with a score are ranked among themselves; each other member has the reason why it has none."""
     outcomes: list[Outcome] = []
     for member in request.members:
-        is_scored = member.failure is None
-        outcomes.append(
-            found[member.address] if is_scored else Outcome(failure=member.failure)
-        )
+        if member.failure is None:
+            outcomes.append(found[member.address])
+        else:
+            outcomes.append(Outcome(failure=member.failure))
 
     scores = [one.reward for one in outcomes if one.reward is not None]
     following_rank = iter(ranks(scores, request.ties))
-    return [
-        _ranked(one, next(following_rank))
-        if one.reward is not None
-        else _not_ranked(one)
-        for one in outcomes
-    ]
+    members: list[Outcome] = []
+    for one in outcomes:
+        if one.reward is None:
+            members.append(_not_ranked(one))
+        else:
+            members.append(_ranked(one, next(following_rank)))
+    return members
 
 
 def _ranked(outcome: Outcome, rank: float) -> Outcome:

@@ -133,7 +133,7 @@ class GroupSlots:
                 pipe.hget(key, "digest")
             return [(found or b"").decode() for found in pipe.execute()]
 
-    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Of each group the slots (rank, index) that are filled, in order."""
         with self._redis.pipeline(transaction=False) as pipe:
             for key in group_keys:

@@ -95,7 +95,7 @@ def _check_pil(image: Image.Image, where: str, max_pixels: int) -> None:
 
 
 def _as_rgb(mode: str) -> str:
-    """What to do with an image of a PIL mode that has no one RGB."""
+    """Advice for an image of a PIL mode that becomes RGB in more than one way."""
     if mode[-1:] in ("A", "a"):
         return "paste it on the background that it should be seen on, a new RGB image"
     if mode in ("I", "F") or mode.startswith("I;"):

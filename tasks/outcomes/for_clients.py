@@ -19,16 +19,19 @@ NO_TOKEN = ""
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """How far a queue's messages have come. A message is in the backlog while its number is above `taken` and
-    the queue is not empty; `sent` below a number that was given out says that Redis was emptied since."""
+    """How far a queue's messages have come. A message is in the backlog while its number is above `consumed` and the
+    queue is not empty."""
 
     sent: int
-    taken: int
+    """The number of the last message. Below a number that was given out, it says that Redis was emptied since."""
+    consumed: int
+    """The consumed offset: the highest number of a message that a worker took."""
     num_waiting: int
+    """Messages in the queue."""
 
     def holds(self, number: int) -> bool:
         """Whether the message of this number still waits in the queue, as far as anyone can know."""
-        return self.num_waiting > 0 and self.taken < number <= self.sent
+        return self.num_waiting > 0 and self.consumed < number <= self.sent
 
 
 class ClientOutcomes(SharedOutcomes):
@@ -74,8 +77,9 @@ class ClientOutcomes(SharedOutcomes):
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
         """How far a queue's messages have come; `num_waiting` is its length, which the broker knows."""
-        sent, taken = self.redis.mget(keys.sent_number(queue), keys.taken_number(queue))
-        return QueueState(int(sent or 0), int(taken or 0), num_waiting)
+        names = [keys.sent_number(queue), keys.consumed_offset(queue)]
+        sent, consumed = self.redis.mget(names)
+        return QueueState(int(sent or 0), int(consumed or 0), num_waiting)
 
     def number(self, queue: str, num_messages: int) -> int:
         """Reserve numbers for messages about to be sent; returns the first."""

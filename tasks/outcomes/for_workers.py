@@ -12,14 +12,14 @@ from tasks.outcomes import scripts
 from tasks.outcomes.addresses import redis_keys_of
 from tasks.outcomes.shared import SharedOutcomes
 
-State = Literal["claimed", "answered", "claimed by another"]
+ClaimState = Literal["claimed", "answered", "claimed by another"]
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What became of claiming one address: it is ours (for the n-th start), answered already, or another task's."""
 
-    state: State
+    state: ClaimState
     starts: int = 0
 
 
@@ -100,8 +100,8 @@ class WorkerOutcomes(SharedOutcomes):
         return int(self._extend(keys=pairs, args=[self._claim_ms, *tokens.values()]))
 
     def take(self, queue: str, number: int) -> int:
-        """Record that the message of this number left its queue; returns Redis's clock in ms."""
-        return int(self._take(keys=[keys.taken_number(queue)], args=[number]))
+        """Move the consumed offset of a queue up to the number of a message; returns Redis's clock in ms."""
+        return int(self._take(keys=[keys.consumed_offset(queue)], args=[number]))
 
     def leave_note(self, request_id: str, note: Note) -> None:
         """Tell the client why a request could not be read."""

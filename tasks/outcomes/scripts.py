@@ -65,8 +65,8 @@ end
 return written
 """
 )
-"""KEYS as for a claim. ARGV: token, outcome ms, 1 to pass over what the token does not claim, outcome of each sample.
-Returns how many were new."""
+"""KEYS as for a claim. ARGV: token, outcome ms, 1 to leave out samples that the token does not claim, outcome of each
+sample. Returns how many were new."""
 
 RELEASE = """
 for i = 1, #KEYS / 2 do
@@ -98,8 +98,8 @@ elseif earlier < tonumber(ARGV[1]) then
 end
 return {earlier, since_ms}
 """
-"""KEYS: starts. ARGV: most starts alone, token, starts ms. Counts one, once for a token, unless there were as many;
-returns the earlier ones, and ms since the first of them."""
+"""KEYS: starts. ARGV: most starts alone, token, starts ms. Counts a start alone, once for a token, unless there were as
+many. Returns the number of earlier starts alone, and ms since the first of them."""
 
 EXTEND = """
 local kept = 0
@@ -116,15 +116,16 @@ for i = 1, #KEYS / 2 do
 end
 return kept
 """
-"""KEYS: claim, outcome for each sample. ARGV: ms, then the token of each. Returns how many are ours; one that expired
-while its worker could not reach Redis, or was stopped, and that nobody has taken or answered since, is ours again."""
+"""KEYS: claim, outcome for each sample. ARGV: ms, then the token of each. Returns how many are ours. A claim that
+expired while its worker could not reach Redis, or was stopped, is ours again if nobody has claimed or answered it
+since."""
 
 TAKE = """
 if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
 local time = redis.call('TIME')
 return time[1] * 1000 + math.floor(time[2] / 1000)
 """
-"""KEYS: the queue's taken number. ARGV: the number of a message that was taken. Returns Redis's clock in ms."""
+"""KEYS: the queue's consumed offset. ARGV: the number of a message that was taken. Returns Redis's clock in ms."""
 
 BEAT = """
 local time = redis.call('TIME')

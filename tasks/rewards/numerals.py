@@ -1,4 +1,4 @@
-"""Numbers that were written as such and arrive as text: YAML 1.1, which PyYAML reads, takes `1e-1` for a word."""
+"""Numbers that arrive as text: YAML 1.1, which PyYAML reads, takes `1e-1` for a word."""
 
 from __future__ import annotations
 
@@ -25,13 +25,9 @@ def as_numbers(value: Any, schema: Mapping[str, Any]) -> Any:
 
     Where it wants an integer: texts in exponent form, and floats, that are whole.
     """
-    if isinstance(value, Mapping) and isinstance(
-        schema.get("additionalProperties"), Mapping
-    ):
-        return {
-            key: as_numbers(one, schema["additionalProperties"])
-            for key, one in value.items()
-        }
+    of_items = schema.get("additionalProperties")
+    if isinstance(value, Mapping) and isinstance(of_items, Mapping):
+        return {key: as_numbers(item, of_items) for key, item in value.items()}
     kinds = {part.get("type") for part in (schema, *schema.get("anyOf", ()))}
     if "number" in kinds:
         found = _number(value, _DECIMAL)
@@ -43,11 +39,9 @@ def as_numbers(value: Any, schema: Mapping[str, Any]) -> Any:
 
 def _whole(value: Any) -> Any:
     found = value if isinstance(value, float) else in_exponent_form(value)
-    return (
-        int(found)
-        if found is not None and math.isfinite(found) and found.is_integer()
-        else value
-    )
+    if found is None or not math.isfinite(found) or not found.is_integer():
+        return value
+    return int(found)
 
 
 def _number(value: Any, form: re.Pattern[str]) -> float | None:

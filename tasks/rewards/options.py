@@ -33,7 +33,7 @@ def check_options(
 
     Args:
         keys: Keys of any reward, to name the nearest of all.
-        where: The place in the config, for errors.
+        where: The entry of the config, for errors.
         folder: What a relative file name starts from.
 
     Raises:
@@ -67,7 +67,7 @@ def options_of_subclass(
     where: str,
     unchecked: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The options of a class of the user's that is made of a built-in: those of the built-in, and its own as they are.
+    """The options of a user's class that subclasses a built-in: the built-in's, checked, and its own as they are.
 
     Args:
         unchecked: Options of the built-in that may have other values in such a class.
@@ -107,7 +107,7 @@ def _checked(option: Option, name: str, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """What was given, without the passwords of URLs."""
+    """The given value, without the passwords of URLs."""
     if isinstance(value, list):
         return [_shown(one) for one in value]
     if not isinstance(value, str):

@@ -27,7 +27,7 @@ DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
-"""Names of dtypes as configs write them, to the one that travels."""
+"""Names of dtypes as configs write them, to the name that travels."""
 
 RAW, JPEG = "raw", "jpeg"
 """How pixels travel to a local model: uint8 as they are (lossless), or as JPEG at quality 95."""

@@ -1,11 +1,11 @@
-"""Whether a word is another one misspelt: closer than `errors.nearest`, which only helps where it is wrong anyhow."""
+"""Whether a word is a known word misspelt: stricter than `errors.nearest`, which helps where a word is wrong anyhow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 LONG = 10
-"""Words of so many letters may have two slips, shorter ones have one."""
+"""Words of so many letters may have two slips, shorter words one."""
 
 
 def misspelt(

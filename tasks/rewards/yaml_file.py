@@ -1,8 +1,8 @@
 """Reads the YAML of a rewards file so that nothing in its blocks of rewards is lost or changed unseen.
 
 PyYAML keeps the last of two equal keys, reads `1e-1` as text, `1:30` as 90 and `version: 1.10` as 1.1. Here two equal
-keys are an error, a number in exponent form is a number as in YAML 1.2, what the two versions of YAML read differently
-is an error, and a key whose value is a text keeps the text that was written.
+keys are an error, a number in exponent form is a number as in YAML 1.2, a number that the two versions of YAML read
+differently is an error, and a key whose value is a text keeps the text that was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MERGE = "<<"
 
 _TAG = "tag:yaml.org,2002:"
 _RETYPED = tuple(f"{_TAG}{kind}" for kind in ("int", "float", "bool", "timestamp"))
-"""What YAML makes of a text without quotes that looks like one of these."""
+"""Types that YAML gives to a text without quotes that looks like such a value."""
 
 _NUMBERS = (f"{_TAG}int", f"{_TAG}float")
 
@@ -148,7 +148,7 @@ def _check_twice(
 
 
 def _say_what_is_replaced(node: yaml.MappingNode, where: str) -> None:
-    """A mapping beside `<<` takes the place of the one that it brings, as a whole; people expect them to be joined."""
+    """A mapping beside `<<` replaces the mapping of that key as a whole; people expect the two to be joined."""
     own = {key.value: key for key in _keys_of_mappings(node)}
     for base in _merged(node):
         for key in _keys_of_mappings(base):
@@ -189,7 +189,7 @@ def _merged(node: yaml.MappingNode) -> list[yaml.MappingNode]:
 
 
 def _keep_texts(entry: yaml.Node) -> None:
-    """Let values of one reward's keys that are texts be the texts that were written, and its keys themselves."""
+    """Keep the keys of one reward, and the values that must be texts, as the texts that were written."""
     if not isinstance(entry, yaml.MappingNode):
         return
     texts = {*TEXT_KEYS, *_text_options(entry)}

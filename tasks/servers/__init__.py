@@ -1,1 +1,1 @@
-"""What is known of Redis servers and of the URLs of servers."""
+"""Redis servers: connections, what we need of them, their refusals in words; and the URLs of all servers."""

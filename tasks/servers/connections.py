@@ -37,8 +37,8 @@ class BusyScriptError(redis.ResponseError):
     """A server runs somebody's script, for longer than its `busy-reply-threshold`."""
 
 
-# redis-py raises for these, which pass by themselves, what it raises for a bug of ours: a plain ResponseError. All its
-# parsers, those of Celery's connections too, look a reply's first word up in this one table.
+# These refusals pass by themselves, but redis-py raises a plain ResponseError for them, as for a bug of ours. All its
+# parsers, in Celery's connections too, look the first word of a reply up in this one dict.
 _CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
 for _code, _class in (
     ("NOREPLICAS", NoReplicasError),
@@ -81,7 +81,7 @@ LOST: tuple[type[Exception], ...] = (
     ConnectionError,
     TimeoutError,
 )
-"""What a server raises that is away, on its way back, full, or refuses for now; trying again helps."""
+"""Errors of a server that is away, on its way back, full, or refuses for now. A retry helps."""
 
 SERVES_NOT_NOW: tuple[type[Exception], ...] = (
     redis.ReadOnlyError,
@@ -155,7 +155,7 @@ long."""
 
 
 def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
-    """Options of connections to the sentinels themselves; one that is away or hangs is passed over at once.
+    """Options of connections to the sentinels themselves: a sentinel that is away or hangs is passed over at once.
 
     (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
     """
@@ -231,7 +231,7 @@ def is_nearly_full(client: Any) -> bool:
 
 
 def _memory_of(client: Any) -> dict[str, Any]:
-    """What a server says of its memory; nothing if this user may not ask."""
+    """The section `memory` of a server's INFO; empty if this user may not ask."""
     try:
         memory: dict[str, Any] = client.info("memory")
     except LOST:
@@ -242,16 +242,16 @@ def _memory_of(client: Any) -> dict[str, Any]:
 
 
 def why_away(error: BaseException) -> str:
-    """What is wrong with a server that raised `error`, one of `LOST` or an error of Celery's with such a cause."""
+    """What is wrong with a server, by its `error`: an error of `LOST`, or an error of Celery's with such a cause."""
     for cause in (error, error.__cause__, error.__context__):
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
     if isinstance(error, MasterNotFoundError):
-        # Its text has all that redis-py knows of each sentinel, and what each said last.
+        # Its text has all that redis-py knows of each sentinel, and at its end what each said last.
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"
     if isinstance(error, redis.AuthenticationError):
-        # The server served this user before, or this were no outage.
+        # The server served this user before: else the process would not have come so far.
         return f"Redis refuses this user now: {error}; is the user and password in REWARDQ_BROKER_URL still right?"
     if isinstance(error, redis.ReadOnlyError):
         return f"Redis is away: {READ_ONLY}"

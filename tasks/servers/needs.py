@@ -26,7 +26,7 @@ from tasks.servers.connections import (
 )
 from tasks.servers.refusals import (
     NO_TLS,
-    Server,
+    ConfiguredRedis,
     cluster,
     knock,
     no_tls,
@@ -73,14 +73,17 @@ def check_servers(settings: Settings, side: Side, queues: Sequence[str] = ()) ->
             continue
         try:
             ask(server, settings.sentinels, side, queues)
-        except RedisRefusalError:  # a ConnectionError too, for whoever catches those
+        except RedisRefusalError:  # a ConnectionError too, as those of LOST are
             raise
         except LOST as error:
             raise RedisUnreachableError(_unreachable(server, error)) from None
 
 
 def ask(
-    server: Server, sentinels: Sentinels, side: Side, queues: Sequence[str] = ()
+    server: ConfiguredRedis,
+    sentinels: Sentinels,
+    side: Side,
+    queues: Sequence[str] = (),
 ) -> None:
     """Ask one server.
 
@@ -107,7 +110,9 @@ def ask(
             check_eviction(client, server.url)
 
 
-def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None:
+def _ask(
+    client: Any, server: ConfiguredRedis, side: Side, queues: Sequence[str]
+) -> None:
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
     if server.role == QUEUES:  # a user may be allowed some names of keys only
@@ -128,7 +133,7 @@ def _ask(client: Any, server: Server, side: Side, queues: Sequence[str]) -> None
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
     version = about.get("redis_version", "") if isinstance(about, dict) else ""
-    _judge(errors, server, str(version))
+    _raise_worst(errors, server, str(version))
 
 
 def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -139,7 +144,7 @@ def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
-    """What a server answers to each, errors among them, in one round trip."""
+    """The server's answers to these commands, errors among them, in one round trip."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)
@@ -161,8 +166,10 @@ def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
     return errors
 
 
-def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
-    """Raise the worst of what a server answered: rights that are missing, what it does not know, what may pass."""
+def _raise_worst(
+    errors: Sequence[Exception], server: ConfiguredRedis, version: str
+) -> None:
+    """Raise the worst error: rights that are missing first, then outages that may pass, then all other refusals."""
     rights = [error for error in errors if isinstance(error, NoPermissionError)]
     if rights:
         raise RedisRefusalError(server.says(words_for_rights(rights, server)))
@@ -173,7 +180,9 @@ def _judge(errors: Sequence[Exception], server: Server, version: str) -> None:
         raise RedisRefusalError(server.says(_words_for_first(errors, server, version)))
 
 
-def _words_for_first(errors: Sequence[Exception], server: Server, version: str) -> str:
+def _words_for_first(
+    errors: Sequence[Exception], server: ConfiguredRedis, version: str
+) -> str:
     error = errors[0]
     if "unknown" in str(error).lower():
         return unknown_command(_command_in(str(error)), version)
@@ -213,7 +222,7 @@ def _scripts(name: str) -> Commands:
 
 
 def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What kombu sends: queues are lists, their bindings sets; a worker's scripts keep the bindings' deadlines."""
+    """The commands that kombu sends: queues are lists, bindings sets; scripts of a worker keep their deadlines."""
     binding = f"_kombu.binding.{name}"
     first = [
         ("SET", name, "1", "PX", PROBE_TTL_MS),
@@ -234,7 +243,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
-    """What outcomes, claims, groups and what a run is known by are made of, by our scripts too."""
+    """The commands for outcomes, claims, groups and the registry of a run; our scripts call some of them."""
     other = f"{name}.other"
     if side == "clean":  # it makes no key, not even for a moment
         return [], [
@@ -283,7 +292,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
-    """What media and their ledger are made of; a worker too drops those that arrive damaged."""
+    """The commands for media and their ledger. A worker needs them too: it drops media that arrive damaged."""
     other = f"{name}.other"
     return [("SET", name, "1", "PX", PROBE_TTL_MS)], [
         ("GET", name),
@@ -303,11 +312,11 @@ def _for_payloads(_side: Side, name: str) -> tuple[Commands, Commands]:
 
 
 _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads}
-"""By role: what is sent first, and what is sent once that has made its keys."""
+"""By role: the commands that are sent first, and the commands that are sent once the first have made their keys."""
 
 
-def _errors_of_channels(client: Any, server: Server) -> list[Exception]:
-    """What a worker is refused of channels, asked with the names that Celery uses; nothing is sent to who listens."""
+def _errors_of_channels(client: Any, server: ConfiguredRedis) -> list[Exception]:
+    """A worker's missing rights to channels, asked with the names that Celery uses; listeners are sent nothing."""
     prefix = f"/{server.database}."
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
@@ -337,7 +346,7 @@ CHANNEL_TIMEOUT_S = 5.0
 """How long a server may take to confirm a subscription."""
 
 
-def _unreachable(server: Server, error: BaseException) -> str:
+def _unreachable(server: ConfiguredRedis, error: BaseException) -> str:
     if isinstance(error, SERVES_NOT_NOW) or "max number of clients" in str(error):
         return server.says(why_away(error))
     return (

@@ -1,4 +1,4 @@
-"""What the URL of a Redis must be like: checked where it is read, since its parts are taken in silence later.
+"""How the URL of a Redis must be: checked where it is read, because libraries take its parts in silence later.
 
 redis-py takes database 0 for a path that is no number and localhost for a host that is missing; kombu raises a
 TypeError for an option that it does not know. None of the texts here repeats what may be a part of a password.
@@ -45,7 +45,7 @@ _BETWEEN_URLS = re.compile(r";(?=\w+://)")
 
 
 def several_urls(url: str) -> list[str]:
-    """The URLs in one text: those of several sentinels stand with `;` between them."""
+    """The URLs in one text: several sentinels have `;` between their URLs."""
     return _BETWEEN_URLS.split(url)
 
 
@@ -81,7 +81,7 @@ def what_is_wrong(url: str, is_broker: bool) -> str | None:
 def _wrong_in_one(parts: SplitResult, is_broker: bool) -> str | None:
     return (
         _wrong_password(parts)
-        or _wrong_place(parts)
+        or _wrong_address(parts)
         or _wrong_database(parts)
         or _wrong_options(parts, _options_of(parts.scheme, is_broker))
     )
@@ -95,7 +95,7 @@ def _wrong_password(parts: SplitResult) -> str | None:
     return None
 
 
-def _wrong_place(parts: SplitResult) -> str | None:
+def _wrong_address(parts: SplitResult) -> str | None:
     host, _colon, port = parts.netloc.rpartition("@")[2].rpartition(":")
     if re.search(r"\s", host):
         return f"there is a space in its host, {host!r}"
@@ -103,11 +103,9 @@ def _wrong_place(parts: SplitResult) -> str | None:
         _ = parts.port
         name = parts.hostname
     except ValueError:
-        return (
-            f"its port must be a number from 0 to 65535, found {port!r}"
-            if host
-            else f"it has no host; {ENCODE}"
-        )
+        if not host:
+            return f"it has no host; {ENCODE}"
+        return f"its port must be a number from 0 to 65535, found {port!r}"
     if not name:
         return f"it names no host; this machine is {parts.scheme}://localhost:6379/0"
     return None
@@ -123,10 +121,9 @@ def _wrong_database(parts: SplitResult) -> str | None:
 def _options_of(scheme: str, is_broker: bool) -> tuple[str, ...]:
     if scheme == "sentinel":
         return ()
-    return (
-        *(TLS_OPTIONS if scheme == "rediss" else ()),
-        *(() if is_broker else OTHER_OPTIONS),
-    )
+    of_tls = TLS_OPTIONS if scheme == "rediss" else ()
+    others = () if is_broker else OTHER_OPTIONS
+    return (*of_tls, *others)
 
 
 def _wrong_options(parts: SplitResult, known: tuple[str, ...]) -> str | None:

@@ -1,7 +1,7 @@
-"""What a server says that will not serve us, in words: what is missing, and which variable or right to set.
+"""Why a server will not serve us, in words: what is missing, and which variable or right to set.
 
-Only what waiting does not mend. A server that is away, full or on its way back is the business of
-`tasks.servers.connections`.
+Only refusals that waiting does not mend. `tasks.servers.connections` has the words for a server that is away, full or
+on its way back.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ NO_TLS, TLS, WEB = "no TLS", "TLS", "HTTP"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ConfiguredRedis:
     """One Redis of a configuration."""
 
     role: str
-    """What it is for, as errors say it: `Redis for queues`."""
+    """Its purpose, as errors name it: `Redis for queues`."""
     variable: str
     """The variable that names it."""
     url: str
@@ -72,15 +72,15 @@ class Server:
         return f"{self.role} at {self.shown} ({self.variable}): {words}"
 
 
-def servers_of(settings: Settings) -> list[Server]:
-    """The Redis servers that `settings` names; one that has two roles is there twice."""
+def servers_of(settings: Settings) -> list[ConfiguredRedis]:
+    """The Redis servers that `settings` names. A server that has two roles is listed twice."""
     results_by = "REWARDQ_RESULT_URL" if settings.result_url else "REWARDQ_BROKER_URL"
     servers = [
-        Server("Redis for queues", "REWARDQ_BROKER_URL", settings.broker_url),
-        Server("Redis for results", results_by, settings.results),
+        ConfiguredRedis("Redis for queues", "REWARDQ_BROKER_URL", settings.broker_url),
+        ConfiguredRedis("Redis for results", results_by, settings.results),
     ]
     if not settings.payloads.startswith("file:"):
-        payloads = Server(
+        payloads = ConfiguredRedis(
             "Redis for payloads",
             "REWARDQ_PAYLOAD_URL",
             settings.payloads,
@@ -90,7 +90,7 @@ def servers_of(settings: Settings) -> list[Server]:
     return servers
 
 
-def words_for(error: BaseException, server: Server) -> str | None:
+def words_for(error: BaseException, server: ConfiguredRedis) -> str | None:
     """Why this server will not serve us, and what to set; None for what waiting may mend."""
     if isinstance(error, redis.AuthenticationError):
         return _wrong_user(str(error), server)
@@ -108,16 +108,16 @@ def words_for(error: BaseException, server: Server) -> str | None:
 
 
 def may_be_for_good(error: BaseException) -> bool:
-    """Whether a server that served us answers as one that will not any more: its user, its rights, its commands.
+    """Whether an error says that a server that served us refuses for good: its user, its rights, its commands.
 
-    Redis says so in many words, those of a script among them, so that this is a reason to ask it again, and no more.
+    Redis answers with many errors, errors of scripts among them: this is a reason to ask it again, and no more.
     """
     if isinstance(error, SERVES_NOT_NOW):
         return False
     return isinstance(error, redis.AuthenticationError | redis.ResponseError)
 
 
-def words_for_rights(errors: Iterable[BaseException], server: Server) -> str:
+def words_for_rights(errors: Iterable[BaseException], server: ConfiguredRedis) -> str:
     """Rights that the user lacks, all in one: commands, keys, channels, and the ACL rule that gives each."""
     said = [str(error) for error in errors]
     together = "; ".join(said)
@@ -153,7 +153,7 @@ def _commands_refused(said: Iterable[str]) -> list[str]:
     return sorted(commands)
 
 
-def cluster(server: Server) -> str:
+def cluster(server: ConfiguredRedis) -> str:
     """Of a server in cluster mode."""
     return (
         "it is in cluster mode, where Celery's queues and our scripts, which use several keys at once, cannot work; "
@@ -169,7 +169,7 @@ def unknown_command(command: str, version: str) -> str:
     )
 
 
-def without_files(server: Server) -> str | None:
+def without_files(server: ConfiguredRedis) -> str | None:
     """A file of a certificate or key that the URL names and this host does not have."""
     for name, value in parse_qsl(urlsplit(server.url).query):
         is_file_name = name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -178,7 +178,7 @@ def without_files(server: Server) -> str | None:
     return None
 
 
-def _wrong_user(said: str, server: Server) -> str:
+def _wrong_user(said: str, server: ConfiguredRedis) -> str:
     if "Authentication required" in said:
         advice = f"it wants a password; write it in {server.variable}, redis://:PASSWORD@host:6379/0 or user:PASSWORD@"
     elif server.user != "default" and not server.parts.password:
@@ -191,7 +191,7 @@ def _wrong_user(said: str, server: Server) -> str:
     return f"it refuses this user: {said.rstrip('.')}; {advice}"
 
 
-def _refused_in_general(said: str, server: Server) -> str | None:
+def _refused_in_general(said: str, server: ConfiguredRedis) -> str | None:
     if "DB index is out of range" in said:
         return _no_database(server)
     if "cluster mode" in said or "CROSSSLOT" in said:
@@ -214,7 +214,7 @@ def _refused_in_general(said: str, server: Server) -> str | None:
     return None
 
 
-def _no_database(server: Server) -> str:
+def _no_database(server: ConfiguredRedis) -> str:
     number = server.database
     if server.is_next_database:
         return (
@@ -228,12 +228,12 @@ def _no_database(server: Server) -> str:
     )
 
 
-def _same_database(server: Server) -> str:
+def _same_database(server: ConfiguredRedis) -> str:
     """The broker's own URL, of a server that is its next database."""
     return urlsplit(server.shown)._replace(path=f"/{server.database - 1}").geturl()
 
 
-def _no_redis(server: Server) -> str:
+def _no_redis(server: ConfiguredRedis) -> str:
     speaks = knock(server)
     if speaks == TLS:
         return _needs_tls(server)
@@ -241,7 +241,7 @@ def _no_redis(server: Server) -> str:
     return f"what answers there is no Redis but {what}; {server.variable} needs the port of a Redis, 6379 as a rule"
 
 
-def _other_language(said: str, server: Server) -> str | None:
+def _other_language(said: str, server: ConfiguredRedis) -> str | None:
     if "CERTIFICATE_VERIFY_FAILED" in said:
         details = said.partition("certificate verify failed")[2]
         reason = details.partition("(_ssl")[0].strip(" :.")
@@ -258,20 +258,20 @@ def _other_language(said: str, server: Server) -> str | None:
     return _no_redis(server) if speaks == WEB else None
 
 
-def no_tls(server: Server) -> str:
+def no_tls(server: ConfiguredRedis) -> str:
     """Of a server without TLS at a URL that wants it."""
     return f"it speaks without TLS, and the URL begins with rediss://; write redis:// in {server.variable}"
 
 
-def _needs_tls(server: Server) -> str:
+def _needs_tls(server: ConfiguredRedis) -> str:
     return (
         f"it wants TLS, and the URL begins with redis://; write rediss:// in {server.variable} (with "
         "?ssl_ca_certs=/path/ca.pem where its authority is your own)"
     )
 
 
-def knock(server: Server) -> str | None:
-    """What a port speaks, by trying: a Redis without TLS, TLS, HTTP; None if it says nothing, or cannot be told."""
+def knock(server: ConfiguredRedis) -> str | None:
+    """What a port speaks, by trying: a Redis without TLS, TLS, or HTTP; None if it says nothing that tells."""
     parts = urlsplit(server.url)
     if parts.scheme not in ("redis", "rediss"):
         return None

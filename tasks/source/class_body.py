@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from tasks.source.constants import UnreadableError, value_of, written
+from tasks.source.constants import Named, UnreadableError, value_of, written
+from tasks.source.files import last_name
 from tasks.source.modules import STAR, Module, bound_by
 
 _RUNS_CODE = {"exec", "eval", "locals", "vars", "globals", "setattr"}
 """Called in the body of a class they may bind any name there."""
-
-Named = Callable[[ast.expr], Any]
-"""The value of a name outside of the body. Raises `UnreadableError`."""
 
 
 class AssignedError(UnreadableError):
@@ -22,7 +20,11 @@ class AssignedError(UnreadableError):
 
 
 def values_in(body: list[ast.stmt], named: Named) -> dict[str, Any]:
-    """By name, the value that the body of a class leaves it with, why that is unknown, or a function's statement."""
+    """By name, the value after the body of a class has run, why the value is unknown, or the statement of a function.
+
+    Args:
+        named: The value of a name outside of the body.
+    """
     values: dict[str, Any] = {}
     for statement in body:
         _run(statement, values, named)
@@ -98,13 +100,6 @@ def _sum_of(statement: ast.AugAssign) -> ast.expr:
     if isinstance(now, ast.Name):
         now = ast.copy_location(ast.Name(now.id, ast.Load()), now)
     return ast.copy_location(ast.BinOp(now, ast.Add(), statement.value), statement)
-
-
-def last_name(base: ast.expr) -> str:
-    """`PointwiseRewardModel` of `workers.PointwiseRewardModel`."""
-    if isinstance(base, ast.Attribute):
-        return base.attr
-    return base.id if isinstance(base, ast.Name) else ""
 
 
 def _is_class(module: Module, node: ast.expr) -> bool:

@@ -1,7 +1,7 @@
 """Whether the class that a dotted path names is there, told from source on this host; nothing is imported.
 
-Only what is certain is an error: a module that is not found here may be on the worker's host, and a module that makes
-its names while it runs may have any.
+Only a certain mistake is an error: a module that is not found here may be on the worker's host, and a module that makes
+its names while it runs may have any name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tasks.errors import UnknownRewardError, nearest
 from tasks.source.files import find_source, parse
 
 NEAR = 0.8
-"""How alike two names are of which one may be meant for the other (1 is equal)."""
+"""Likeness from which on one name may be meant for the other (1 is equal)."""
 
 _MAKES_NAMES = ("globals", "vars", "exec", "setattr", "eval")
 """Calls by which a module may define what its source does not show."""
@@ -29,12 +29,12 @@ def check_class(path: str, where: str, said: Container[str]) -> str:
     """Check the dotted path of a class of the user's as far as source on this host tells.
 
     Args:
-        where: The place in the config, for the message.
-        said: Which keys the reward has. `kind` and `required_fields` say what the source would, as they must where
-            only workers have it: what differs here is then no misspelling.
+        where: The entry of the config, for the message.
+        said: Which keys the reward has. `kind` and `required_fields` say what the source would say, as they must where
+            only workers have the source: a difference here is then no misspelling.
 
     Returns:
-        What is wrong, if the module has neither this class nor one of nearly its name; else nothing.
+        What is wrong, if the module has neither this class nor a class of nearly this name; else nothing.
 
     Raises:
         UnknownRewardError: It is misspelt: the module, or the class in its module, has nearly this name.
@@ -90,7 +90,7 @@ def _check_module(module: str, name: str, where: str) -> None:
 
 
 def _siblings(parent: str) -> list[Path]:
-    """The modules of a package, or for none those of the folders that scripts are started in."""
+    """The modules of a package; without a package, the modules of the folders that scripts are started in."""
     packages = parent.split(".") if parent else []
     folders = [Path.cwd()]
     folders += [Path(one or ".") for one in (sys.path if parent else sys.path[:1])]

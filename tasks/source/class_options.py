@@ -1,7 +1,7 @@
 """Which options the code of a user's class reads, told from source on this host; nothing is imported.
 
-An option is what a reward's entry says beside our own keys. A class reads it from `config.extra_kwargs`, or as an
-attribute of `config`.
+An option is a key of a reward's entry that is not ours. A class reads it from `config.extra_kwargs`, or as an attribute
+of `config`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import ast
 import re
 from dataclasses import dataclass
 
-from tasks.source.class_body import last_name
 from tasks.source.code import sources_from
-from tasks.source.files import find_source, parse
+from tasks.source.files import find_source, last_name, parse
 
 CONFIG, OPTIONS = "config", "extra_kwargs"
-"""What a class calls its configuration, and the mapping in it that has its options."""
+"""Names of a class's configuration, and of the mapping in the configuration that has its options."""
 
 _SAY_NOTHING = (
     "RewardModel",
@@ -32,22 +31,22 @@ _READERS = ("get", "pop", "setdefault", "__getitem__", "__contains__")
 
 @dataclass(frozen=True, slots=True)
 class OptionsRead:
-    """What the code of a class says of its options."""
+    """The options that the code of a class reads."""
 
     file: str
     """The name of the class's file, for people."""
     names: frozenset[str]
     """Names that it reads."""
     words: frozenset[str]
-    """All words of its source: what is none of them is no option that it reads in any way."""
+    """All words of its source: an option that is none of these words is not read in any way."""
 
 
 def options_read_by(path: str) -> OptionsRead | None:
     """The options that the code of the class at a dotted path reads.
 
-    None where the source does not tell: it is not here, it cannot be parsed, a base of the class is a library's or a
-    built-in of ours, which reads its own, or the options are handed on as a whole (`**config.extra_kwargs`), so that
-    any name may be read elsewhere.
+    None where the source does not tell: it is not here or cannot be parsed; a base of the class is a library's or a
+    built-in of ours, which reads options of its own; or the options are handed on as a whole
+    (`**config.extra_kwargs`), so that any name may be read elsewhere.
     """
     module, _, name = path.rpartition(".")
     first = find_source(module)
@@ -170,7 +169,7 @@ class _Reading(ast.NodeVisitor):
         return isinstance(node, ast.Name) and node.id in self._aliases
 
     def _read(self, options: ast.expr, key: ast.expr | None) -> None:
-        """A key of the options is read; one that is not written out may be any."""
+        """Note a key of the options that is read. A key that is not written out may be any."""
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
             self._told.add(options)
             self.names.add(key.value)

@@ -1,7 +1,7 @@
-"""What code a dotted path is: its module, and the user's modules that it imports, each by a hash of its source.
+"""The code of a dotted path: its module, and the user's modules that it imports, each by a hash of its source.
 
-A trainer reads it once, when its config is parsed. It travels with each request, and a worker compares it with what it
-has loaded, so that outcomes of two codes never mix.
+A trainer reads the code once, when its config is parsed. The code travels with each request, and a worker compares it
+with the code that the worker has loaded, so that outcomes of two codes never mix.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Code = tuple[tuple[str, str], ...]
 def code_of(path: str) -> Code:
     """The code of the class of a dotted path, read from the files that are there now.
 
-    It has the class's module and, of the modules that this one imports, the user's own: those of the same top-level
-    package and those that lie beside it, and what they import in turn, the `__init__.py` of each package on the way
-    among them. Imports within functions, conditions and `try` count; those by a computed name cannot be seen. What is
-    no Python source (weights, data files) does not count.
+    It has the class's module and, of the modules that it imports, the user's own: modules of the same top-level package
+    and modules that lie beside it, then what these import in turn, and the `__init__.py` of each package on the way.
+    Imports within functions, conditions and `try` count; imports by a computed name cannot be seen. Files that are no
+    Python source (weights, data) do not count.
     """
     first = find_source(path.rpartition(".")[0])
     return code_from(first) if first is not None else ()
@@ -68,7 +68,7 @@ def read(path: Path) -> bytes | None:
 
 
 def hash_of(source: bytes) -> str:
-    """16 hex digits of a source; the ends of its lines do not count, which git may write in two ways."""
+    """16 hex digits of a source. How its lines end does not count: git may write them in two ways."""
     return hashlib.sha256(source.replace(b"\r\n", b"\n")).hexdigest()[:DIGITS]
 
 

@@ -1,4 +1,4 @@
-"""What an expression in source code is worth, where that is certain without running anything."""
+"""The value of an expression in source code, where it is certain without running anything."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ Named = Callable[[ast.expr], Any]
 """The value of a name or of an attribute. Raises `UnreadableError`."""
 
 _MAKERS = {"tuple": tuple, "list": list, "frozenset": tuple, "set": tuple}
-"""What makes a sequence of another; of a set only what is in it counts here, so it is read as a tuple."""
+"""Calls that make a sequence of another sequence. Of a set only its items count here, so that it is read as a tuple."""
 
 
 class UnreadableError(Exception):
-    """What is written cannot be known without running it; says what."""
+    """The value of an expression cannot be known without running it; the message is the expression."""
 
 
 def value_of(node: ast.expr, named: Named) -> Any:
     """The value of an expression of texts, tuples, lists, sets and their sums.
 
     Raises:
-        UnreadableError: It is another expression, or has a name in it whose value is not certain.
+        UnreadableError: It is another expression, or the value of a name in it is not certain.
     """
     if isinstance(node, ast.Constant):
         return node.value

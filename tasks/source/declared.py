@@ -10,8 +10,9 @@ import ast
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.source.class_body import AssignedError, last_name
+from tasks.source.class_body import AssignedError
 from tasks.source.constants import UnreadableError
+from tasks.source.files import last_name
 from tasks.source.lineage import ABSENT, MAX_STEPS, OURS, Class, class_named
 from tasks.source.modules import module_of
 
@@ -26,20 +27,20 @@ _BASE_OF_KIND: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a class says of itself; None where that cannot be read."""
+    """What a class says of itself; a field is None where it cannot be read."""
 
     kind: Kind | None
     required_fields: tuple[str, ...] | None
     optional_fields: tuple[str, ...] | None
     arguments: frozenset[str] | None
-    """Names of the arguments of its `__call__`; where it has `**kwargs` with every text in it, which may be a name that
-    it looks up there."""
+    """Names of the arguments of its `__call__`. Where it has `**kwargs`, also every text in it: the text may be a name
+    that it looks up in `kwargs`."""
     queue: str | None
-    """None too where it names none."""
+    """None also where the class names no queue."""
     unread_queue: str = ""
     """Why it may name another queue."""
     is_queue_assigned: bool = False
-    """Whether it assigns `queue` for all to see, and only the value cannot be read."""
+    """Whether the class certainly assigns `queue`, and only the value cannot be read."""
 
 
 def declared_by(path: str) -> Declared | None:
@@ -76,7 +77,7 @@ def _queue_of(cls: Class) -> str | None:
     """The queue that a class names; None if it names none.
 
     Raises:
-        UnreadableError: It may name one that cannot be read.
+        UnreadableError: The class may name a queue that cannot be read.
     """
     found = cls.look_up("queue")
     if found is ABSENT or found is None:

@@ -73,8 +73,8 @@ def find_source(module: str, folders: Sequence[str] | None = None) -> SourceFile
 def neighbour(file: SourceFile, module: str) -> SourceFile | None:
     """The source file of a module that a user's file imports, if it is the user's too.
 
-    It is where it is of the same top-level package, or lies beside that; what lies beside an installed package is a
-    library of its own.
+    A module is the user's if it is of the same top-level package as `file`, or lies beside that package. A module that
+    lies beside an installed package is a library of its own.
     """
     top, *rest = module.split(".")
     if top in OURS:
@@ -97,15 +97,16 @@ def is_library(folder: Path) -> bool:
 def imports_of(file: SourceFile, source: bytes) -> frozenset[str]:
     """Every module that a source may import, anywhere in it, by absolute name.
 
-    `from package import name` gives `package.name` too, which may be a module or not. What this Python cannot parse (it
-    may be of a newer one) is read line by line.
+    `from package import name` gives `package.name` too, which may be a module or not. A source that this Python cannot
+    parse (it may be for a newer Python) is read line by line.
     """
     package = file.module if file.is_package else file.module.rpartition(".")[0]
     return _imports(source, package, file.is_package)
 
 
 _parsing = threading.Lock()
-"""Python 3.11 counts the depth of a syntax tree for all threads together: SystemError if two parse at once."""
+"""Python 3.11 counts the depth of a syntax tree for all threads together: it raises SystemError if two threads parse at
+the same time."""
 
 
 def _parse_in_a_child() -> None:
@@ -151,7 +152,7 @@ def _package_folder(file: SourceFile) -> Path | None:
 
 
 def _by_finders(module: str) -> SourceFile | None:
-    """What Python's own finders know, of editable installs for example; a top-level name is found without an import."""
+    """The file that Python's own finders know, of an editable install for example. Nothing is imported for it."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -215,14 +216,16 @@ def _imported_from(node: ast.ImportFrom, package: str) -> Iterator[str]:
             yield f"{base}.{alias.name}"
 
 
+def last_name(node: ast.expr) -> str:
+    """`PointwiseRewardModel` of `workers.PointwiseRewardModel`; empty of what has no name."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def _import_called(node: ast.Call, package: str) -> Iterator[str]:
     """`importlib.import_module("my_package.module")`, where the name is written out."""
-    called = (
-        node.func.attr
-        if isinstance(node.func, ast.Attribute)
-        else getattr(node.func, "id", "")
-    )
-    if called not in ("import_module", "__import__") or not node.args:
+    if last_name(node.func) not in ("import_module", "__import__") or not node.args:
         return
     name = node.args[0]
     if isinstance(name, ast.Constant) and isinstance(name.value, str):

@@ -12,10 +12,10 @@ from tasks.source.class_body import (
     assigned,
     assignments_from_outside,
     is_mentioned,
-    last_name,
     values_in,
 )
 from tasks.source.constants import UnreadableError, value_of, written
+from tasks.source.files import last_name
 from tasks.source.modules import STAR, Module, module_of
 
 MAX_STEPS = 50
@@ -64,7 +64,7 @@ class Class:
         """The value of a class attribute, along the bases; a function as its statement; `ABSENT` if none has it.
 
         Raises:
-            UnreadableError: It may be another than what is written here.
+            UnreadableError: The value may be another than what is written here.
         """
         if num_steps > MAX_STEPS:
             raise UnreadableError("more bases than are followed")
@@ -81,7 +81,7 @@ class Class:
         return ABSENT
 
     def follow(self, base: ast.expr) -> Class | str | None:
-        """The class that a base names: one with a source, the name of one of ours, or None where it says nothing.
+        """The class that a base names: a class with a source, the name of a class of ours, or None if it says nothing.
 
         Raises:
             UnreadableError: It cannot be found by reading.
@@ -115,7 +115,7 @@ class Class:
         return values_in(self.node.body, lambda node: _named_in(self.module, node))
 
     def _refuse_doubts(self, name: str) -> None:
-        """Raise `UnreadableError` where something else than its body may say what the attribute is."""
+        """Raise `UnreadableError` where not only the body of the class may say what the attribute is."""
         if self.node.decorator_list:
             raise UnreadableError(
                 f"the class has a decorator, {written(self.node.decorator_list[0])}"
@@ -126,10 +126,10 @@ class Class:
         for special in ("__init_subclass__", "__getattribute__", "__getattr__"):
             if special in self._body:
                 raise UnreadableError(f"the class has a {special} of its own")
-        if name != "__call__" and (
-            any(assignments_from_outside(self.module, name))
-            or is_mentioned(self.module, name)
-        ):
+        if name == "__call__":
+            return
+        is_assigned = any(assignments_from_outside(self.module, name))
+        if is_assigned or is_mentioned(self.module, name):
             raise UnreadableError("it is assigned outside the body of its class")
 
 
@@ -144,24 +144,21 @@ def class_named(module: Module, name: str) -> Class | None:
         return None
     if not isinstance(found, Class):
         return None
+    if isinstance(module.binder(name), ast.ClassDef):
+        return found
+    # The class is written elsewhere, and this module may change it.
     is_changed_here = any(
         is_mentioned(module, attribute) for attribute in (*OUR_VALUES, "queue")
     )
-    return (
-        found
-        if isinstance(module.binder(name), ast.ClassDef) or not is_changed_here
-        else None
-    )
+    return None if is_changed_here else found
 
 
 def _value_of_base(base: Class | str | None, name: str, num_steps: int) -> Any:
     if base is None:
         return ABSENT
-    return (
-        _our_value(base, name)
-        if isinstance(base, str)
-        else base.look_up(name, num_steps + 1)
-    )
+    if isinstance(base, str):
+        return _our_value(base, name)
+    return base.look_up(name, num_steps + 1)
 
 
 def _our_value(ours: str, name: str) -> Any:
@@ -236,7 +233,7 @@ def _named_in(module: Module, node: ast.expr, num_steps: int = 0) -> Any:
     if target is None or value is None:
         raise unknown
     found = value_of(value, lambda inner: _named_in(module, inner, num_steps + 1))
-    if not isinstance(found, str | tuple):  # a list may be changed by whoever has it
+    if not isinstance(found, str | tuple):  # other code may change a list
         raise unknown
     return found
 
@@ -291,7 +288,7 @@ def _find_name(
 
 
 def _other_name(statement: ast.stmt | None) -> ast.Name | ast.Attribute | None:
-    """What a class is called elsewhere, of a statement such as `Base = GroupwiseRewardModel`."""
+    """The other name of a class in a statement such as `Base = GroupwiseRewardModel`."""
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return None
     target, value = assigned(statement)
@@ -345,7 +342,7 @@ def _origin(module: Module, statement: ast.ImportFrom, name: str) -> tuple[Modul
 
 
 def _original(statement: ast.ImportFrom, name: str) -> str:
-    """What the other module calls it."""
+    """The name of it in the other module."""
     for alias in statement.names:
         if name == (alias.asname or alias.name):
             return alias.name

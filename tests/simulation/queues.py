@@ -45,6 +45,9 @@ class _Waiting:
     message: Message | None = None
     is_disconnected: bool = False
 
+    def __repr__(self) -> str:
+        return "a slot"
+
 
 @dataclass
 class Queues:
@@ -96,22 +99,29 @@ class Queues:
         Raises:
             redis.ConnectionError: The connection was cut; a message may be lost.
         """
-        world = self.world
-        message = connection.call("pop", self._pop, (names,), {})
+        waiting = _Waiting(self.world.current, names)
+        try:
+            message: Message | None = connection.call("pop", self._pop_or_wait, (names, waiting), {})
+            if message is None:
+                message = self._wait(connection, waiting)
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+        return message
+
+    def _pop_or_wait(self, names: Sequence[str], waiting: _Waiting) -> Message | None:
+        message = self._pop(names)
         if message is None:
-            waiting = _Waiting(world.current, names)
             self._waiting.append(waiting)
-            try:
-                world.park(float("inf"))
-            finally:
-                if waiting in self._waiting:
-                    self._waiting.remove(waiting)
-            if waiting.is_disconnected:
-                raise connection.lost("pop", "while it waited")
-            # It travels to the worker: where that is cut off, it is lost.
-            connection.call("is given", lambda given: given, (waiting.message,), {})
-            message = waiting.message
-        assert message is not None
+        return message
+
+    def _wait(self, connection: Connection, waiting: _Waiting) -> Message:
+        while waiting.message is None and not waiting.is_disconnected:
+            self.world.park(float("inf"))
+        if waiting.is_disconnected:
+            raise connection.lost("pop", "while it waited")
+        # It travels to the worker: where that is cut off, it is lost.
+        message: Message = connection.call("is given", lambda given: given, (waiting.message,), {})
         return message
 
     def _pop(self, names: Sequence[str]) -> Message | None:

@@ -138,7 +138,7 @@ class Rank:
         slots: list[Any] = []
         for number, samples in enumerate(plan.submits):
             ticket = self.tickets.get((step, number))
-            if ticket is not None and self._may_resume(ticket):
+            if ticket is not None and self._may_resume(ticket, step):
                 slots += self.client.resume(ticket)
             else:
                 slots += self.client.submit(step, len(slots), samples, ticket=number)
@@ -148,12 +148,13 @@ class Rank:
                 self._pickle(step, plan, slots)
         return slots
 
-    def _may_resume(self, ticket: bytes) -> bool:
-        """Alone it may. Other ranks wait for ever for a member of their group that was not sent, or whose media are gone:
-        then it is submitted anew."""
-        if self.settings.world_size == 1:
-            return True
-        return not self.may_lose_payloads and self.client.is_sent(ticket)
+    def _may_resume(self, ticket: bytes, step: int) -> bool:
+        """Whether the samples of a ticket are not to be submitted anew. A group waits for ever for a member that was
+        not sent, and other ranks also for one whose media are gone with its process."""
+        if self.settings.world_size > 1:
+            return not self.may_lose_payloads and self.client.is_sent(ticket)
+        is_submitted = all((step, number) in self.tickets for number in range(len(self.plan.steps[step].submits)))
+        return is_submitted or not any(spec.is_groupwise for spec in self.settings.rewards)
 
     def _pickle(self, step: int, plan: StepPlan, slots: Sequence[Any]) -> None:
         if not plan.is_pickled:

@@ -17,6 +17,8 @@ from tasks.groups import Registered
 from tasks.messages import Heartbeat, Note, Outcome, SampleRequest
 from tasks.outcomes import Claim, QueueState
 
+NO_TOKEN = ""
+
 BEATS_KEPT = 60
 """The list of workers lives so many times as long as one heartbeat."""
 
@@ -91,7 +93,7 @@ def is_answer(outcome: Outcome | None, attempt: int) -> bool:
 
 
 class Outcomes:
-    """`tasks.outcomes.Outcomes`."""
+    """`tasks.outcomes.WorkerOutcomes` and `ClientOutcomes`, of which each uses its half."""
 
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
@@ -119,7 +121,7 @@ class Outcomes:
             return Claim("claimed", fields["starts"])
         if holder == token:
             return Claim("claimed", (self._keys.get(starts) or {}).get("starts", 1))
-        return Claim("busy")
+        return Claim("claimed by another")
 
     def write(self, outcomes: Mapping[str, Outcome], token: str, *, only_claimed: bool = False) -> int:
         num_new = 0
@@ -183,7 +185,7 @@ class Outcomes:
         return num_ours
 
     def take(self, queue: str, number: int) -> int:
-        key = keys.taken_number(queue)
+        key = keys.consumed_offset(queue)
         if (self._keys.get(key) or 0) < number:
             self._keys.set(key, number)
         return self._keys.now_ms()
@@ -210,6 +212,9 @@ class Outcomes:
 
     # --- for clients -------------------------------------------------------------------------------------------------
 
+    def put_back(self, address: str, outcome: Outcome) -> None:
+        self.write({address: outcome}, NO_TOKEN)
+
     def look_up(self, addresses: Sequence[str]) -> list[Outcome | None]:
         return [self._keys.get(keys.outcome(a)) for a in addresses]
 
@@ -230,7 +235,7 @@ class Outcomes:
         return [(self._keys.get(keys.starts(a)) or {}).get("starts", 0) for a in addresses]
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
-        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.taken_number(queue))
+        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.consumed_offset(queue))
         return QueueState(sent or 0, taken or 0, num_waiting)
 
     def number(self, queue: str, num_messages: int) -> int:

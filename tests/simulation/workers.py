@@ -18,14 +18,14 @@ from tests.simulation.network import Connection, Remote, Server, Weather
 from tests.simulation.queues import Chords, Message, Queues
 from tests.simulation.redis import GroupSlots, Outcomes, PayloadStore
 from tests.simulation.world import Clock, Lock, Signal, World
-from workers.process.heartbeat import BEATS_A_TTL, TROUBLE
-from workers.process.startup import _hand_back, _time_out
+from workers.process.heartbeat import BEATS_A_TTL, REDIS_ERRORS
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
 from workers.scoring.group import score_and_combine, wait_and_combine
 from workers.scoring.handling import handle
 from workers.scoring.held_claims import HeldClaims
 from workers.scoring.task_message import TaskMessage
+from workers.scoring.timeouts import write_timeouts
 
 PUBLISH_TRIES, PUBLISH_PAUSE_S = 4, 0.2
 """As Celery's `task_publish_retry_policy`."""
@@ -228,7 +228,7 @@ class WorkerProcess:
         ttl_s = self.worker.services.claim_ttl_s
         while not self.has_ended_beats:
             started = self.world.now
-            with contextlib.suppress(*TROUBLE):
+            with contextlib.suppress(*REDIS_ERRORS):
                 call()
             self.world.sleep(max(0.1, ttl_s / BEATS_A_TTL - (self.world.now - started)))
 
@@ -256,7 +256,7 @@ class WorkerProcess:
     def end(self) -> None:
         """Say no more that this process lives."""
         self.has_ended_beats = True
-        with contextlib.suppress(*TROUBLE):
+        with contextlib.suppress(*REDIS_ERRORS):
             self.outcomes.end_beat(self.node)
 
     # --- ends --------------------------------------------------------------------------------------------------------
@@ -285,7 +285,9 @@ class WorkerProcess:
         handed_back = Signal(self.world)
 
         def hand_back() -> None:
-            _hand_back(self.claims, self)  # type: ignore[arg-type]
+            with contextlib.suppress(*REDIS_ERRORS):
+                self.claims.release_all()
+            self.end()
             handed_back.notify()
 
         self.process.spawn(hand_back, "hand back")
@@ -298,8 +300,8 @@ class WorkerProcess:
         self.is_stopping = True
         self.process.hit()
         self.queues.leave(self.process)
-        with contextlib.suppress(*TROUBLE):
-            _time_out(self.outcomes, self.claims, samples, f"no return within {timeout_s:g} s")  # type: ignore[arg-type]
+        with contextlib.suppress(*REDIS_ERRORS):
+            write_timeouts(self.outcomes, self.claims, samples, f"no return within {timeout_s:g} s")  # type: ignore[arg-type]
         ends_at = self.world.now + GRACE_S
         while self.runner.num_calling > 1 and self.world.now < ends_at:
             self.world.sleep(LOOK_EVERY_S)

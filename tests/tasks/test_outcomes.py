@@ -272,8 +272,8 @@ def test_the_number_taken_only_grows(outcomes):
     assert outcomes.number("vlm", 1) == 1
     for number, taken in ((2, 2), (1, 2), (10, 10), (9, 10), (0, 10)):
         outcomes.take("gpu", number)
-        assert outcomes.queue_state("gpu", 5) == QueueState(sent=4, taken=taken, num_waiting=5)
-    assert outcomes.queue_state("vlm", 0) == QueueState(sent=1, taken=0, num_waiting=0)
+        assert outcomes.queue_state("gpu", 5) == QueueState(sent=4, consumed=taken, num_waiting=5)
+    assert outcomes.queue_state("vlm", 0) == QueueState(sent=1, consumed=0, num_waiting=0)
 
 
 def test_taking_tells_the_time_on_redis_clock(outcomes):
@@ -284,11 +284,11 @@ def test_taking_tells_the_time_on_redis_clock(outcomes):
 @pytest.mark.parametrize(
     ("state", "number", "holds"),
     [
-        (QueueState(sent=9, taken=4, num_waiting=3), 5, True),
-        (QueueState(sent=9, taken=4, num_waiting=3), 4, False),
-        (QueueState(sent=9, taken=4, num_waiting=0), 5, False),
-        (QueueState(sent=3, taken=0, num_waiting=3), 5, False),
-        (QueueState(sent=9, taken=4, num_waiting=3), 9, True),
+        (QueueState(sent=9, consumed=4, num_waiting=3), 5, True),
+        (QueueState(sent=9, consumed=4, num_waiting=3), 4, False),
+        (QueueState(sent=9, consumed=4, num_waiting=0), 5, False),
+        (QueueState(sent=3, consumed=0, num_waiting=3), 5, False),
+        (QueueState(sent=9, consumed=4, num_waiting=3), 9, True),
     ],
 )
 def test_a_message_is_in_the_backlog_while_its_number_was_not_taken_and_something_waits(state, number, holds):

@@ -193,7 +193,7 @@ def test_an_outcome_says_where_it_was_computed_and_how_long_it_took(bench):
 def test_the_message_counts_as_taken(bench):
     bench.outcomes.number("gpu", 7)
     bench.send(bench.sample("a"), number=7)
-    assert bench.outcomes.queue_state("gpu", 0).taken == 7
+    assert bench.outcomes.queue_state("gpu", 0).consumed == 7
 
 
 def test_claims_are_held_while_samples_are_scored(bench):

@@ -22,7 +22,7 @@ from tests.workers import test_ranks_of_builtins as builtins
 from tests.workers.checkpoints import ARCHITECTURE
 from tests.workers.test_clip_models import save_hps
 from trainer_client import RewardClient, Sample
-from workers.process.telemetry import TURNED_OFF
+from workers.telemetry import TURNED_OFF
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 

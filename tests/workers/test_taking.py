@@ -10,7 +10,7 @@ from tasks.errors import ModelLoadError
 from tasks.messages import SampleRequest
 from tests.workers.requests import Requests, make, plain, run
 from workers import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
-from workers.loading.arguments import taking_of
+from workers.loading.signature import signature_of
 
 GREY = np.full((4, 5, 3), 7, np.uint8)
 VIDEO = np.full((2, 4, 5, 3), 9, np.uint8)
@@ -165,7 +165,7 @@ def test_a_text_is_one_field(requests):
 )
 def test_what_is_no_field_is_refused_when_the_model_is_loaded(value, words):
     with pytest.raises(ModelLoadError) as caught:
-        taking_of(make(declaring("required_fields", value)).model)
+        signature_of(make(declaring("required_fields", value)).model)
     assert words in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ROOT, clean_env
-from workers.process.telemetry import TURNED_OFF
+from workers.telemetry import TURNED_OFF
 
 ASKED_WHILE_IMPORTED = """
 import importlib.abc, os, sys

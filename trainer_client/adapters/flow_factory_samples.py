@@ -47,7 +47,10 @@ def _listed(values: Iterable[Any] | None) -> list[Any] | None:
 def metadata_of(extra: Mapping[str, Any]) -> dict[str, Any]:
     """The plain data in their `extra_kwargs`, with the columns of the data set's row as keys."""
     row = _row_of(extra.get("metadata"))
-    found = _plain_of({key: extra[key] for key in extra if key not in _THEIRS})
+    own = dict(extra)
+    for key in _THEIRS:
+        own.pop(key, None)
+    found = _plain_of(own)
     if row is None:
         return found
 

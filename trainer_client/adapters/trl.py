@@ -41,7 +41,7 @@ _NO_COLUMNS = (
 """What the trainer passes besides the columns of the data set."""
 
 
-def reward_functions(
+def reward_functions(  # noqa: PLR0913  (public API)
     client: RewardClient,
     *,
     to_samples: ToSamples | None = None,
@@ -202,7 +202,9 @@ class _Submissions:
     def _scored(
         self, current: _Submission, prompts: Sequence[Any], given: Mapping[str, Any]
     ) -> RewardBatch:
-        columns = {name: given[name] for name in given if name not in _NO_COLUMNS}
+        columns = dict(given)
+        for name in _NO_COLUMNS:
+            columns.pop(name, None)
         samples = self._to_samples(prompts, current.completions, columns)
         if len(samples) != len(prompts):
             raise ValueError(

@@ -65,7 +65,7 @@ OnCounts = Callable[[int, int], None]
 """Takes the number of samples and the number of groups."""
 
 
-def weighted_sum(
+def weighted_sum(  # noqa: PLR0913  (public API)
     rewards: Mapping[str, Any],
     groups: Sequence[Hashable],
     weights: Mapping[str, float],
@@ -150,7 +150,7 @@ def _gdpo(batch: GlobalBatch, noise_floor: bool) -> Advantages:
     return _of_rank(np.where(differs, (combined - mean) / _std(voting), 0.0), batch)
 
 
-def advantages_of(
+def advantages_of(  # noqa: PLR0913  (public API)
     batch: RewardBatch,
     weights: Mapping[str, float] | Iterable[RewardSpec] | None = None,
     method: Method = "gdpo",

@@ -344,24 +344,33 @@ class Core:
         for address, awaited in self.awaited.items():
             assert awaited.address == address
             assert awaited.state is not None, address
-            assert awaited.state not in ENDED, address
-            assert awaited.outcome is None, address
-            assert awaited.slots, address
             counted[awaited.state] += 1
-            for slot in awaited.slots:
-                assert awaited in slot.awaited.values(), address
-            delivery = awaited.delivery
-            if delivery is None:
-                assert awaited.state not in IN_DELIVERY, (address, awaited.state)
-            else:
-                assert awaited in delivery.awaited, address
-                assert self.deliveries.get(delivery.request) is delivery, address
+            self._check_awaited(awaited)
         for state, num in self._num_in.items():
             assert num == counted[state], (state, num, counted[state])
         for request, delivery in self.deliveries.items():
             assert delivery.request == request
-            assert delivery.awaited, request
-            for awaited in delivery.awaited:
-                assert awaited.delivery is delivery, (request, awaited.address)
-                if awaited.state in IN_DELIVERY:
-                    assert awaited.state is delivery.state, (request, awaited.state)
+            self._check_delivery(delivery)
+
+    def _check_awaited(self, awaited: Awaited) -> None:
+        """Somebody waits for it, and it and its delivery know of each other."""
+        address, delivery = awaited.address, awaited.delivery
+        assert awaited.state not in ENDED, address
+        assert awaited.outcome is None, address
+        assert awaited.slots, address
+        for slot in awaited.slots:
+            assert awaited in slot.awaited.values(), address
+        if delivery is None:
+            assert awaited.state not in IN_DELIVERY, (address, awaited.state)
+            return
+        assert awaited in delivery.awaited, address
+        assert self.deliveries.get(delivery.request) is delivery, address
+
+    @staticmethod
+    def _check_delivery(delivery: Delivery) -> None:
+        """Something of it is awaited, and what was not lost is in the delivery's own state."""
+        assert delivery.awaited, delivery.request
+        for awaited in delivery.awaited:
+            assert awaited.delivery is delivery, (delivery.request, awaited.address)
+            if awaited.state in IN_DELIVERY:
+                assert awaited.state is delivery.state, awaited.address

@@ -1,23 +1,23 @@
-"""Reads a rubric judge's reply: the score of each aspect, or that it does not apply; nothing is guessed."""
+"""Reads a rubric judge's reply: for each aspect its score, or that the aspect does not apply; nothing is guessed."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from workers.judges.thought import without_thought
 
 LOWEST, HIGHEST = 1.0, 4.0
-"""The rubric's scale; a score a little outside it counts as its nearest end."""
+"""The rubric's scale; a score a little outside the scale counts as its nearest end."""
 
 ANOTHER_SCALE = 4.5
-"""A score above this is one on another scale, of 5, 10 or 100, and says nothing on ours."""
+"""A score above this is on another scale, of 5, 10 or 100, and says nothing on ours."""
 
 SCALE_FROM_0 = 0.5
-"""A score below this is one on another scale too, that of [0, 1] for example."""
+"""A score below this is on another scale too, that of [0, 1] for example."""
 
 TITLES = {
     "text_faithfulness": r"text\s+faithfulness",
@@ -25,14 +25,14 @@ TITLES = {
     "physical_quality": r"physical\s+(?:and|&)\s+visual\s+quality",
     "text_rendering": r"text\s+rendering",
 }
-"""Aspect to the title of its section."""
+"""By aspect, a pattern of the title of its section."""
 
 NOT_APPLICABLE: Final = "N/A"
 
 Score = float | Literal["N/A"]
 
 _MARKS = r"[\s#*_>\-`•]*"
-"""What may stand before a word that begins a line, or around it: bold, headings, quotes, list marks."""
+"""Marks before the first word of a line, or around it: bold, headings, quotes, lists."""
 
 _TITLE = re.compile(
     rf"^{_MARKS}(?:\(?\d+[.):]?\)?{_MARKS})?(?:aspect{_MARKS}\d*{_MARKS}:{_MARKS})?"
@@ -68,7 +68,7 @@ _NO_SCORE = re.compile(
     r"(?:[-–—~,&→=>:]+|\.\.+|to|or|and)\s*[\[(*_]*\d))",
     re.IGNORECASE,
 )
-"""What behind a number says that it is not the score: part of a word, another scale, a percentage, a range."""
+"""What follows a number that is not the score: it is part of a word, on another scale, a percentage, a range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ class Judgement:
     """What a reply says.
 
     Attributes:
-        scores: By aspect, in [1, 4], or `N/A`; what the reply lacks is not in it.
+        scores: By aspect, in [1, 4], or `N/A`; without the aspects for which the reply has no score.
         unclear: Aspects whose scores contradict each other.
-        refined_request: How the judge would put the request; empty if it does not say.
-        beyond: By aspect, the number on another scale that stands for its score.
+        refined_request: How the judge would word the request; empty if the reply does not say.
+        beyond: By aspect, a number that the judge gave on another scale.
     """
 
     scores: Mapping[str, Score]
@@ -89,27 +89,28 @@ class Judgement:
 
 
 def read_judgement(text: str) -> Judgement:
-    """The scores in a reply. The summary and what follows it are not looked at, nor a model's thinking."""
+    """The scores in a reply. A model's thought, the summary and what follows the summary are left out."""
     text = without_thought(text)
     scores: dict[str, Score] = {}
     unclear: dict[str, None] = {}
     beyond: dict[str, float] = {}
-    for aspect, values in _values(_judged_part(text)):
-        for found in (n for n in map(_number, values) if n is not None):
-            score = _on_scale(found)
-            if scores.setdefault(aspect, score) != score:
-                unclear[aspect] = None
-            if (
-                not isinstance(found, str)
-                and not SCALE_FROM_0 <= found <= ANOTHER_SCALE
-            ):
-                beyond.setdefault(aspect, found)
-    kept = {aspect: score for aspect, score in scores.items() if aspect not in unclear}
-    return Judgement(kept, tuple(unclear), _refined_request(text), beyond)
+    for aspect, value in _values(_judged_part(text)):
+        found = _number(value)
+        if found is None:
+            continue
+        score = _on_scale(found)
+        if scores.setdefault(aspect, score) != score:
+            unclear[aspect] = None
+        if not isinstance(found, str) and not SCALE_FROM_0 <= found <= ANOTHER_SCALE:
+            beyond.setdefault(aspect, found)
+
+    for aspect in unclear:
+        del scores[aspect]
+    return Judgement(scores, tuple(unclear), _refined_request(text), beyond)
 
 
 def read_score(value: str) -> Score | None:
-    """The score that stands behind `Score:`, clamped to [1, 4]; None if it is no one number on that scale."""
+    """The score behind `Score:`, clamped to [1, 4]; None unless it is a single number or `N/A`."""
     found = _number(value)
     return None if found is None else _on_scale(found)
 
@@ -117,14 +118,16 @@ def read_score(value: str) -> Score | None:
 def mean_reward(
     scores: Mapping[str, float], weights: Mapping[str, float]
 ) -> float | None:
-    """`(weighted mean - 1) / 3`, in [0, 1]; None if nothing has a weight."""
-    total = math.fsum(weights.get(aspect, 1.0) for aspect in scores)
+    """`(weighted mean - 1) / 3`, in [0, 1]; None if no aspect has a weight. A weight is 1 unless given."""
+    used = [weights.get(aspect, 1.0) for aspect in scores]
+    total = math.fsum(used)
     if not total > 0.0:
         return None
-    mean = (
-        math.fsum(weights.get(aspect, 1.0) * score for aspect, score in scores.items())
-        / total
-    )
+
+    weighted = [
+        weight * score for weight, score in zip(used, scores.values(), strict=True)
+    ]
+    mean = math.fsum(weighted) / total
     return (mean - LOWEST) / (HIGHEST - LOWEST)
 
 
@@ -136,14 +139,16 @@ def _on_scale(found: Score) -> Score:
 
 
 def _number(value: str) -> Score | None:
-    """The one number that stands behind `Score:`, as it is, or that there is no score; None if it is neither."""
+    """The single number behind `Score:`, as it is, or `N/A`; None if the value is neither."""
     if _NONE.match(value):
         return NOT_APPLICABLE
     found = _NUMBER.match(value)
     if found is None:
         return None
+
     of_four = _OF_FOUR.match(found["rest"])
-    if _NO_SCORE.match(of_four["rest"] if of_four else found["rest"]):
+    behind = of_four["rest"] if of_four else found["rest"]
+    if _NO_SCORE.match(behind):
         return None
     number = float(found["number"].replace(",", "."))
     return number if math.isfinite(number) else None
@@ -157,32 +162,34 @@ def _judged_part(text: str) -> str:
     return part[: summary.start()] if summary else part
 
 
-def _values(text: str) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each section's aspect, and what stands behind its score labels (on the next line, if the label's is empty)."""
+def _values(text: str) -> Iterator[tuple[str, str]]:
+    """The aspect of each score label, and the value behind the label, or on the next line if the label's line ends."""
     aspect: str | None = None
-    values: list[str] = []
     label_is_empty = False
     for line in text.splitlines():
         title = _TITLE.match(line)
         if title is not None:
-            if aspect is not None:
-                yield aspect, values
-            aspect, values, label_is_empty = (
-                next(a for a in TITLES if title[a]),
-                [],
-                False,
-            )
+            aspect = _aspect_of(title)
+            label_is_empty = False
             line = title["rest"].lstrip(":： ")
+
+        value = ""
         label = _SCORE.search(line)
         if label is not None:
             label_is_empty = not label["value"].strip(" *_`")
-            if not label_is_empty:
-                values.append(label["value"])
+            value = "" if label_is_empty else label["value"]
         elif label_is_empty and line.strip():
-            values.append(line)
             label_is_empty = False
-    if aspect is not None:
-        yield aspect, values
+            value = line
+        if aspect is not None and value:
+            yield aspect, value
+
+
+def _aspect_of(title: re.Match[str]) -> str:
+    for aspect in TITLES:
+        if title[aspect]:
+            return aspect
+    raise AssertionError("a title is that of an aspect")
 
 
 def _refined_request(text: str) -> str:

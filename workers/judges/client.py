@@ -1,4 +1,4 @@
-"""One event loop and one API client an endpoint for all judge calls of a process, whatever the number of threads."""
+"""One event loop for all judge calls of a process, with one API client for each endpoint and key."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tasks.errors import ModelLoadError
 from tasks.servers.http_urls import whats_wrong_with_api
 from tasks.settings import Settings, load_settings
 from workers.judges.endpoints import Endpoint
-from workers.judges.inner_errors import MARK, inner_error
+from workers.judges.inner_errors import INNER_ERROR, inner_error
 from workers.network.loop import NetworkLoop
 from workers.network.once import Once
 from workers.network.proxies import proxy_for, trusted_certificates
 
 OPENAI_HOST = "api.openai.com"
 NO_KEY = "EMPTY"
-"""What servers without authentication are sent in the place of a key."""
+"""The key that is sent to servers without authentication."""
 
 
 @dataclass(slots=True)
@@ -30,22 +30,22 @@ class Requests:
     """The requests of one question."""
 
     num: int = 0
-    """How many so far, the SDK's retries included."""
+    """How many were sent so far, the SDK's retries included."""
     endpoint: Endpoint | None = None
-    """Where the last one went."""
+    """Where the last request went."""
     refusal: Any = None
-    """The last answer that was an error, as the HTTP library has it; the SDK may be waiting to ask again."""
+    """The last answer that was an error, an `httpx.Response`; the SDK may be in the pause before a retry."""
 
 
 requests: ContextVar[Requests] = ContextVar("requests")
-"""Set around a question; each of its requests is counted there."""
+"""The counter of the question that the current task asks; `CountingClient` counts there."""
 
 
 class CountingClient(openai.AsyncOpenAI):  # type: ignore[misc]
-    """The SDK's client, which says of a failure what the last request met but not how many there were."""
+    """The SDK's client, with a count of its requests: an error of the SDK does not say how many preceded it."""
 
     async def _prepare_request(self, request: Any) -> None:
-        """Called by the SDK before each request, retries too."""
+        """Called by the SDK before each request, and before each retry."""
         count = requests.get(None)
         if count is not None:
             count.num += 1
@@ -58,18 +58,17 @@ class JudgeLoop(NetworkLoop):
         super().__init__("rewardq-judges")
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
         self.releases: set[asyncio.Future[None]] = set()
-        """Places in a budget of the fleet that are being given back."""
+        """Releases of permits of the fleet's budget that are on their way to Redis."""
 
     def endpoint(self, url: str, key: str) -> Endpoint:
-        """The one endpoint at this URL, with the one client that has this key.
+        """The endpoint at this URL, with the client that has this key; the same object for the same arguments.
 
         Raises:
-            ModelLoadError: Nothing could be asked at this URL, or not through the proxy that the environment names.
+            ModelLoadError: The URL cannot be that of an API, or the environment names a proxy that cannot be used.
         """
         url = url.rstrip("/")
-        wrong = whats_wrong_with_api(
-            url
-        )  # a class of the user's has options that the trainer does not check
+        # the trainer checks the URL of a built-in, and not the options of a user's class
+        wrong = whats_wrong_with_api(url)
         if wrong:
             raise ModelLoadError(f"api_base_url {wrong}")
         with self._lock:
@@ -86,11 +85,11 @@ def _endpoint(url: str, key: str) -> Endpoint:
     proxy = proxy_for(url)
     http_client = openai.DefaultAsyncHttpxClient(
         proxy=proxy.url if proxy else None,
-        trust_env=False,  # else the transports of proxies are built that this URL does not need
+        trust_env=False,  # else httpx builds a transport for each proxy of the environment, needed or not
         verify=trusted_certificates(),
         event_hooks={"response": [_look_for_errors]},
     )
-    # said as a header too, so that none of OPENAI_CUSTOM_HEADERS takes its place at any host
+    # The key is a default header too, else one of OPENAI_CUSTOM_HEADERS could replace it at any host.
     headers = {"Authorization": f"Bearer {key}"}
     client = CountingClient(
         base_url=url, api_key=key, default_headers=headers, http_client=http_client
@@ -99,15 +98,15 @@ def _endpoint(url: str, key: str) -> Endpoint:
 
 
 async def _look_for_errors(response: Any) -> None:
-    """Give an answer of 200 with an error in it that error's status, so that the SDK does what it does about that.
+    """Give an answer of 200 with an error inside the status of that error, so that the SDK retries or raises.
 
-    An answer that is an error is kept for the question, should its time end before the SDK has asked again.
+    The counter of the question keeps an answer that is an error, for the reason if time ends before the SDK's retry.
     """
     if response.is_success:
         error = inner_error(await response.aread())
         if error is not None:
             response.status_code = error.status
-            response.extensions[MARK] = error
+            response.extensions[INNER_ERROR] = error
     count = requests.get(None)
     if response.is_error and count is not None:
         await response.aread()
@@ -123,20 +122,19 @@ def judge_loop() -> JudgeLoop:
 def api_key(base_url: str, key_env: str) -> str:
     """The key to send to `base_url`.
 
-    It is read from the variable that the config names, and only for api.openai.com, the worker's own OPENAI_BASE_URL,
-    or a host in its REWARDQ_HOSTS: a config alone cannot make a worker send its keys elsewhere.
+    The key is read from the variable that the config names. It is sent only to api.openai.com, to the worker's own
+    OPENAI_BASE_URL, or to a host in its REWARDQ_HOSTS: a config alone cannot make a worker send its keys elsewhere.
 
     Raises:
-        ModelLoadError: The variable is not set here, or the host is not one that may have the key.
+        ModelLoadError: The variable is not set on this worker, or the host may not have the key.
     """
     if not key_env:
         return NO_KEY
-    if not os.environ.get(
-        key_env
-    ):  # compose gives a variable that is not set as an empty one
+    if not os.environ.get(key_env):  # compose sets a variable that has no value to ""
         raise ModelLoadError(
             f"api_key_env names {key_env}, which is not set on this worker"
         )
+
     settings: Settings = load_settings()
     host = (urlsplit(base_url).hostname or "").lower()
     own = (urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname or "").lower()

@@ -1,4 +1,4 @@
-"""Servers that judges are asked at, and the names of the models that each serves."""
+"""The servers of judges, and the names of the models that each serves."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ from workers.network.servers import Server
 log = logging.getLogger(__name__)
 
 LIST_TIMEOUT_S = 10.0
+"""Seconds that a server has for the list of its models."""
+
 LIST_AGAIN_S = 15.0
-"""Names that lacked the one wanted, or had one that is not there, are asked for again after this long: the server may
-have been restarted."""
+"""A list of models is asked for again after so many seconds if it lacks the model wanted, or has a model that the
+server did not find: the server may have been restarted with another model."""
 
 MOST_NAMES = 20
-"""So many of the models that a server lists are told; gateways list hundreds."""
+"""How many of a server's models a reason names; gateways list hundreds."""
+
+REFUSED_STATUSES = (401, 403, 404)
+"""Statuses of a trial question that say that no question will be answered: wrong key, not allowed, no such model. After
+another error the model may still answer real questions."""
 
 _NO_SUCH_MODEL = re.compile(
     r"model_not_found|\bmodel\b.{0,120}(?:does not exist|not exist|not found)|"
     r"(?:no such|unknown|invalid|not a valid) model\b",
     re.IGNORECASE | re.DOTALL,
 )
-"""How gateways say with another status than 404 that there is no model of a name."""
+"""Words by which gateways say, with another status than 404, that there is no model of a name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,38 +50,32 @@ class Endpoint(Server):
     client: Any = field(kw_only=True)
     """Its `AsyncOpenAI`."""
     names: tuple[str, ...] | None = None
-    """Models it lists; None if it was not asked or lists none."""
+    """The models that it lists; None if it was not asked yet, or has no list."""
     is_doubted: bool = False
-    """Whether a model that it listed was not found when it was asked for."""
+    """Whether the list may be outdated: a model of the list was not found."""
     listed_at: float = float("-inf")
+    """When the list was asked for, on the clock of `time.monotonic`."""
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the list is asked for, so that of many questions only one asks."""
 
     async def model_name(self, wanted: str, client: Any) -> str:
-        """The name of the model to ask for: `wanted`, or the only one that the server lists if that is empty.
+        """The name of the model to ask for: `wanted`, or the only one that the server lists if `wanted` is empty.
 
-        A name that the server does not list is asked for all the same: aliases, variants, adapters and names behind a
-        wildcard are on no list. Whether there is such a model is for the server to say.
+        A name is asked for even if the server does not list it: aliases, variants, adapters and names behind a wildcard
+        are on no list. Only the server can say whether there is such a model.
 
         Args:
-            client: Asks with the question's retries, where there is no question without a name.
+            wanted: The option `vlm_model`.
+            client: Asks for the list with the question's retries, if a name has to be learned for the question.
 
         Raises:
-            Unscored: No name is given and the server lists not just one, or its URL lacks the /v1.
-            openai.OpenAIError: Without a name, the server could not be asked for one.
+            Unscored: No name is given and the server does not list exactly one, or its URL lacks the /v1.
+            openai.OpenAIError: No name is given and the list could not be had.
         """
         async with self.listing:
-            is_known = (
-                self._is_listed(wanted) or (wanted and self.names is not None)
-            ) and not self.is_doubted
-            if not is_known and time.monotonic() - self.listed_at > LIST_AGAIN_S:
-                try:
-                    await self._learn_names(
-                        wanted, client if not wanted else self._quick_client()
-                    )
-                except (openai.APIConnectionError, openai.APIStatusError):
-                    if not wanted:
-                        raise  # else the question itself will meet the same, with its retries
-                self.listed_at = time.monotonic()
+            if not self._knows_enough(wanted) and self._may_list_again():
+                await self._list_for_question(wanted, client)
+
         if wanted:
             return wanted
         if not self.names:
@@ -91,10 +91,10 @@ class Endpoint(Server):
         )
 
     async def refused(self, wanted: str) -> str:
-        """What to say behind the words of a server that has no model of this name; the names are asked for anew."""
+        """What to add to the words of a server that has no model of this name; the list is asked for anew."""
         self.is_doubted = True
         async with self.listing:
-            if time.monotonic() - self.listed_at > LIST_AGAIN_S:
+            if self._may_list_again():
                 self.listed_at = time.monotonic()
                 with contextlib.suppress(
                     openai.APIConnectionError, openai.APIStatusError, Unscored
@@ -121,17 +121,15 @@ class Endpoint(Server):
         name = await self.model_name(wanted, client)
         if self._is_listed(name):
             return
+
         question = [{"role": "user", "content": "Answer Yes."}]
         try:
             await client.chat.completions.with_raw_response.create(
                 model=name, messages=question, max_tokens=1
             )
         except (openai.APIStatusError, openai.APITimeoutError) as error:
-            if says_no_such_model(error) or getattr(error, "status_code", None) in (
-                401,
-                403,
-                404,
-            ):
+            status = getattr(error, "status_code", None)
+            if says_no_such_model(error) or status in REFUSED_STATUSES:
                 raise
             log.warning(
                 "model not asked for a trial url=%s model=%r error=%s",
@@ -142,10 +140,28 @@ class Endpoint(Server):
 
     @property
     def listed(self) -> str:
-        """The names of the models that it lists, for people."""
+        """The names of the models that it lists, in words."""
         names = self.names or ()
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         return (", ".join(names[:MOST_NAMES]) or "none") + more
+
+    def _knows_enough(self, wanted: str) -> bool:
+        """Whether the list need not be asked for: it is not doubted, and without a name it has exactly one."""
+        if self.is_doubted:
+            return False
+        return self.names is not None if wanted else self._is_listed(wanted)
+
+    def _may_list_again(self) -> bool:
+        return time.monotonic() - self.listed_at > LIST_AGAIN_S
+
+    async def _list_for_question(self, wanted: str, client: Any) -> None:
+        try:
+            await self._learn_names(wanted, self._quick_client() if wanted else client)
+        except (openai.APIConnectionError, openai.APIStatusError):
+            if not wanted:
+                raise
+            # with a name the question meets the same error, and has retries
+        self.listed_at = time.monotonic()
 
     async def _learn_names(self, wanted: str, client: Any) -> None:
         self.names = await self._list(client)
@@ -167,7 +183,7 @@ class Endpoint(Server):
         return self.client.with_options(timeout=LIST_TIMEOUT_S, max_retries=0)
 
     async def _list(self, client: Any) -> tuple[str, ...] | None:
-        """The names, or None of a server that lists none. Raises `Unscored` if its URL lacks the /v1."""
+        """The names, or None if the server has no list. Raises `Unscored` if its URL lacks the /v1."""
         names = await _names_at(client)
         if names is None and not urlsplit(self.url).path:
             with_v1 = client.with_options(base_url=f"{self.url}/v1")
@@ -180,17 +196,15 @@ class Endpoint(Server):
 
 
 def says_no_such_model(error: Any) -> bool:
-    """Whether the server's refusal is about the model's name: a 404, or another status with such words."""
+    """Whether the server refused because of the model's name: by a 404, or by another status and such words."""
     if isinstance(error, openai.NotFoundError):
         return True
     if getattr(error, "status_code", None) not in (400, 403, 422):
         return False
+
     body = error.body if isinstance(error.body, Mapping) else {}
-    return bool(
-        _NO_SUCH_MODEL.search(
-            f"{body.get('code')} {words_of(body) or error.response.text}"
-        )
-    )
+    words = f"{body.get('code')} {words_of(body) or error.response.text}"
+    return _NO_SUCH_MODEL.search(words) is not None
 
 
 async def _names_at(client: Any) -> tuple[str, ...] | None:

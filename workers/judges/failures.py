@@ -11,7 +11,7 @@ from tasks.servers.http_urls import DEFAULT_JUDGE_URL
 from workers.base import Unscored
 from workers.judges.client import NO_KEY, Requests
 from workers.judges.endpoints import Endpoint
-from workers.judges.inner_errors import MARK, InnerError, cut, said_in
+from workers.judges.inner_errors import INNER_ERROR, InnerError, cut, said_in
 from workers.network.loop import cause_of
 
 ELSEWHERE_STATUSES = (408, 409, 429)
@@ -58,7 +58,7 @@ def reason_of(error: openai.OpenAIError, timeout: float, count: Requests) -> Uns
 
 def way_to(count: Requests) -> str:
     """The proxy through which the last request went; empty if there is none."""
-    return count.endpoint.way if count.endpoint is not None else ""
+    return count.endpoint.proxy_words if count.endpoint is not None else ""
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -88,12 +88,12 @@ def _whereto(endpoint: Endpoint | None) -> str:
         return f"from {platform.node()}"
     is_default = endpoint.url == DEFAULT_JUDGE_URL
     default = " (the default of api_base_url)" if is_default else ""
-    return f"{endpoint.name}{default} {endpoint.whence}"
+    return f"{endpoint.name}{default} {endpoint.asked_from}"
 
 
 def _status(response: Any) -> str:
     """The status of an answer, or the code of an error inside an answer of 200."""
-    inner: InnerError | None = response.extensions.get(MARK)
+    inner: InnerError | None = response.extensions.get(INNER_ERROR)
     if inner is None:
         return str(response.status_code)
     if inner.code:
@@ -103,7 +103,7 @@ def _status(response: Any) -> str:
 
 def _server_words(response: Any) -> str:
     """The message in the server's error, else its whole answer; without the key, which some servers repeat."""
-    inner: InnerError | None = response.extensions.get(MARK)
+    inner: InnerError | None = response.extensions.get(INNER_ERROR)
     words: str = (
         inner.words if inner is not None else said_in(response.content) or response.text
     )

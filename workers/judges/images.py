@@ -1,4 +1,4 @@
-"""Images as judges are sent them: frames of a video, and `data:` URLs encoded once however many rewards ask."""
+"""Images as judges get them: frames of a video, and `data:` URLs, each encoded once for all rewards that ask."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tasks.media import JPEG_QUALITY, digest, too_long_for
 from workers.base import Unscored
 
 CACHE_BYTES = 64 * 2**20
-"""Encoded images of a process that are kept for the next reward that asks for them."""
+"""How many bytes of encoded images a process keeps for the next reward that asks for them."""
 
 
 class DataUrls:
-    """The `data:` URLs of images, the least recently used dropped above `max_bytes`. Safe between threads."""
+    """A cache of the `data:` URLs of images; above `max_bytes` the least recently used are dropped. Thread-safe."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -29,11 +29,9 @@ class DataUrls:
         self._urls: OrderedDict[tuple[str, str], Future[str]] = OrderedDict()
 
     def of(self, image: Image.Image, image_format: str) -> str:
-        """The URL; a thread that asks for one that another encodes waits for that."""
-        key = (
-            digest(f"{image.mode} {image.size} ".encode() + image.tobytes()),
-            image_format,
-        )
+        """The URL of an image. A thread waits if another thread encodes this image at that moment."""
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+        key = digest(content), image_format
         with self._lock:
             url = self._urls.get(key)
             if url is not None:
@@ -42,6 +40,7 @@ class DataUrls:
                 mine = self._urls[key] = Future()
         if url is not None:
             return url.result()
+
         try:
             mine.set_result(data_url(image, image_format))
         except BaseException as error:
@@ -63,7 +62,7 @@ class DataUrls:
 
 
 DATA_URLS = DataUrls()
-"""Those of this process."""
+"""The cache of this process."""
 
 
 def data_url(image: Image.Image, image_format: str) -> str:
@@ -84,11 +83,12 @@ def data_url(image: Image.Image, image_format: str) -> str:
 
 
 def evenly_spaced(frames: Sequence[Any], num_frames: int) -> list[Any]:
-    """`num_frames` of a video from the first to the last, or all if there are fewer; one is the first."""
+    """`num_frames` of a video from its first to its last frame, or all if it has fewer; 1 means the first frame."""
     if num_frames == 1:
         return [frames[0]]
+
     last = len(frames) - 1
-    places = dict.fromkeys(
-        round(i * last / (num_frames - 1)) for i in range(num_frames)
-    )
-    return [frames[place] for place in places]
+    indices: dict[int, None] = {}  # each index once, in order
+    for i in range(num_frames):
+        indices[round(i * last / (num_frames - 1))] = None
+    return [frames[index] for index in indices]

@@ -1,4 +1,4 @@
-"""What pointwise judges have in common: options, images to URLs, a question for each sample, reasons for failures."""
+"""What all judges share: options, images as URLs, a question for each sample, reasons for failures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from workers.judges.images import DATA_URLS, evenly_spaced
 from workers.judges.reply import Reply
 
 Answer = tuple[float | Unscored | BusyError, dict[str, Any]]
-"""The reward of a sample or why there is none, and what to keep beside it."""
+"""The reward of a sample or the reason why there is none, and the info to keep beside it."""
 
 
 class Judge(PointwiseRewardModel):
     """Asks a judge one question about each sample. A subclass writes the question and reads the reply.
 
-    `info["judge"]` keeps what was read. The options are those of the built-in `catalog_name`, which a subclass of
-    yours inherits with their defaults and their checks; it may have further ones.
+    `info["judge"]` keeps what was read. The options are those of the built-in `catalog_name`. A subclass of the user's
+    inherits them with their defaults and checks, and may have further options.
     """
 
     catalog_name: ClassVar[str]
@@ -44,7 +44,7 @@ class Judge(PointwiseRewardModel):
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         entry = catalog.CATALOG[self.catalog_name]
-        try:  # the trainer has checked those of a built-in, and cannot know that a class of yours has the same
+        try:  # the trainer checks the options of a built-in only: it does not know that a subclass has the same
             self.options = options_of_subclass(
                 entry, config.extra_kwargs, type(self).__name__, self.own_options
             )
@@ -55,11 +55,11 @@ class Judge(PointwiseRewardModel):
         self.chat = Chat(self.options, config.timeout_s)
 
     def admit(self) -> None:
-        """Raise `BusyError` if the fleet's budget is in use."""
+        """Raise `BusyError` if the fleet's budget has no permit left."""
         self.chat.admit()
 
     def warm_up(self) -> None:
-        """Raise `ModelLoadError` if a server is away, or refuses the key or the model; no picture is asked about."""
+        """Raise `ModelLoadError` if a server is away, or refuses the key or the model; no image is sent."""
         self.chat.warm_up()
 
     def messages(

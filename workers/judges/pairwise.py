@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tasks.errors import BusyError
 from workers import deadline
@@ -36,13 +36,13 @@ _VERDICT = re.compile(
 _SEVERAL = re.compile(
     r"^\W*(?:or|/|\||,)\W*(?:the\s+)?(?:first|second|tie)", re.IGNORECASE
 )
-"""What behind a verdict says that it is only the form of one: `first / second / tie`."""
-
+"""What follows a verdict that only repeats the form of the answer: `first / second / tie`."""
 
 _SENTENCE_ENDS = re.compile(
     r"[.;(\n]|,(?!\W*(?:the\s+)?(?:first|second|tie)\b)|\s[-–—]+\s|\bbecause\b|\bsince\b|\bas\b"
 )
-"""Where what belongs to a verdict ends, and reasons begin."""
+"""Where the words of a verdict end and its reasons begin."""
+
 _OTHERS = re.compile(r"\b(?:first|second|tie)\b", re.IGNORECASE)
 _BETTER = re.compile(
     r"\b(?:better|beats|wins|superior|preferred|preferable|stronger)\b|>", re.IGNORECASE
@@ -52,7 +52,10 @@ _AGAINST = re.compile(
     r"breaks?|breaker)\b|n['’]t\b|[?=<≈]",
     re.IGNORECASE,
 )
-"""What behind a verdict takes it back: `first is worse`, `first = second`, `tie-breaker`."""
+"""What follows a verdict that the judge takes back: `first is worse`, `first = second`, `tie-breaker`."""
+
+_AGAINST_TIE = re.compile(r"\b(?:no|not|breaks?|breaker)\b|n['’]t\b|\?", re.IGNORECASE)
+"""The same behind the verdict `tie`, which may name both members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class Comparison:
     """What a judge says of two members.
 
     Attributes:
-        points: What the first one gets: 1 a win, 0.5 a tie, 0 a loss; None if the judge abstains.
-        reason: Why it abstains.
+        points: The points of the first member: 1 for a win, 0.5 for a tie, 0 for a loss; None if the judge abstains.
+        reason: Why the judge abstains.
         info: The judge's words, in both orders.
     """
 
@@ -71,11 +74,11 @@ class Comparison:
 
 
 class PairwiseJudge(Judge):
-    """The points of the first of two members: 1 a win, 0.5 a tie, 0 a loss; a group's rewards are made of them.
+    """The points of the first of two members: 1 for a win, 0.5 for a tie, 0 for a loss; they make a group's rewards.
 
-    Each pair is shown in both orders, which cancels a judge's liking for one place: a member wins if it is ahead over
-    both; it is a tie if each order speaks for another. A pair that misses an answer abstains and counts for neither.
-    Version 2.
+    Each pair is shown in both orders, which cancels a judge's position bias. A member wins if it is ahead over both
+    orders; a pair is a tie if each order favours another member. A pair without both answers abstains and counts for
+    neither member. Version 2.
     """
 
     catalog_name = "pairwise_judge"
@@ -97,24 +100,24 @@ class PairwiseJudge(Judge):
         """Compare two members in both orders, side by side if `max_concurrent` says so.
 
         Args:
-            prompt: The group's.
-            first, second: The image or the frames of each, PIL.
+            prompt: The group's prompt.
+            first, second: The image or the frames of each member, PIL.
 
         Raises:
-            BusyError: The fleet's budget is in use; ask again later.
+            BusyError: No permit of the fleet's budget is left; ask later.
         """
-        one, other = (
-            self.urls(evenly_spaced(frames, self.options["frames"]))
-            for frames in (first, second)
-        )
-        chats = [
-            self._template.messages(prompt, images)
-            for images in ([one, other], [other, one])
-        ]
-        replies: list[Answered] = []
+        num_frames = self.options["frames"]
+        one = self.urls(evenly_spaced(first, num_frames))
+        other = self.urls(evenly_spaced(second, num_frames))
+        as_given = self._template.messages(prompt, [one, other])
+        swapped = self._template.messages(prompt, [other, one])
+
         with deadline.paused():  # requests keep timeout_s by themselves
-            for some in [chats] if self.chat.at_once > 1 else [chats[:1], chats[1:]]:
-                replies += self.chat.ask(some, **self.params)
+            if self.chat.at_once > 1:
+                replies = self.chat.ask([as_given, swapped], **self.params)
+            else:
+                replies = self.chat.ask([as_given], **self.params)
+                replies += self.chat.ask([swapped], **self.params)
         return comparison_of(*replies)
 
     def score_inputs(self, inputs: Inputs) -> RewardModelOutput:
@@ -138,6 +141,74 @@ class PairwiseJudge(Judge):
         return RewardModelOutput(rewards=rewards, extra_info={"judge": info})
 
 
+def comparison_of(as_given: Answered, swapped: Answered) -> Comparison:
+    """The comparison that two members' replies in both orders make. Raises the `BusyError` if a reply is one."""
+    total = 0.0
+    words: dict[str, Any] = {}
+    for order, reply, points in (
+        ("as_given", as_given, {"first": WIN, "second": LOSS, "tie": TIE}),
+        ("swapped", swapped, {"first": LOSS, "second": WIN, "tie": TIE}),
+    ):
+        if isinstance(reply, BusyError):
+            raise reply
+        if isinstance(reply, Unscored):
+            return Comparison(None, reply, words)
+
+        words[order] = reply.text
+        try:
+            verdict = read_verdict(reply.complete_text())
+        except Unscored as reason:
+            return Comparison(None, reason, words)
+        total += points[verdict]
+
+    mean = total / 2
+    if mean == TIE:
+        return Comparison(TIE, None, words)
+    return Comparison(WIN if mean > TIE else LOSS, None, words)
+
+
+def read_verdict(text: str) -> Verdict:
+    """The verdict that ends a reply.
+
+    Raises:
+        Unscored: `unparsable`; there is no verdict, there are two that differ, or the line of one says something else
+            as well.
+    """
+    verdicts: set[str] = set()
+    for line in _VERDICT.finditer(text):
+        if _SEVERAL.match(line["rest"]):
+            continue
+        verdict = line["verdict"].lower()
+        if _takes_back(verdict, line["rest"]):
+            raise Unscored(
+                "unparsable",
+                f"the judge's verdict is unclear: {cut(line[0].strip())!r}; it needs one line 'Verdict: first', second "
+                "or tie",
+            )
+        verdicts.add(verdict)
+
+    if len(verdicts) != 1:
+        what = "two verdicts that differ" if verdicts else "no verdict"
+        raise Unscored(
+            "unparsable",
+            f"the judge's reply has {what}; it needs one line 'Verdict: first', second or tie",
+        )
+    return cast(Verdict, verdicts.pop())
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+def _takes_back(verdict: str, rest: str) -> bool:
+    """Whether the words behind a verdict in its line say that it is another verdict, or none."""
+    head = _SENTENCE_ENDS.split(rest)[0]
+    if verdict == "tie":  # `tie between first and second` is a tie
+        return _AGAINST_TIE.search(head) is not None
+    if _AGAINST.search(head):
+        return True
+    return bool(_OTHERS.search(head)) and not _BETTER.search(head)
+
+
 def _both_members(inputs: Inputs, i: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """The frames of the two members that comparison `i` is about; an image is one frame."""
     if inputs.video is not None and inputs.video[i] is not None:
@@ -147,69 +218,6 @@ def _both_members(inputs: Inputs, i: int) -> tuple[Sequence[Any], Sequence[Any]]
     images = inputs.image[i] if inputs.image is not None else None
     first, second = images or []
     return [first], [second]
-
-
-def comparison_of(as_given: Answered, swapped: Answered) -> Comparison:
-    """What two members' replies in both orders come to. Raises the `BusyError` if one is."""
-    points: list[float] = []
-    words: dict[str, Any] = {}
-    for order, reply, values in (
-        ("as_given", as_given, (WIN, LOSS)),
-        ("swapped", swapped, (LOSS, WIN)),
-    ):
-        if isinstance(reply, BusyError):
-            raise reply
-        if isinstance(reply, Unscored):
-            return Comparison(None, reply, words)
-        words[order] = reply.text
-        try:
-            verdict = read_verdict(reply.complete_text())
-        except Unscored as reason:
-            return Comparison(None, reason, words)
-        points.append({"first": values[0], "second": values[1], "tie": TIE}[verdict])
-    mean = sum(points) / 2
-    return Comparison(WIN if mean > TIE else LOSS if mean < TIE else TIE, None, words)
-
-
-def read_verdict(text: str) -> Verdict:
-    """The verdict that ends a reply.
-
-    Raises:
-        Unscored: `unparsable`; there is none, two that differ, or one whose line says something else as well.
-    """
-    lines = [m for m in _VERDICT.finditer(text) if not _SEVERAL.match(m["rest"])]
-    unclear = next(
-        (m for m in lines if _takes_back(m["verdict"].lower(), m["rest"])), None
-    )
-    if unclear is not None:
-        raise Unscored(
-            "unparsable",
-            f"the judge's verdict is unclear: {cut(unclear[0].strip())!r}; it needs one line 'Verdict: first', second "
-            "or tie",
-        )
-    found = {m["verdict"].lower() for m in lines}
-    for verdict in ("first", "second", "tie"):
-        if found == {verdict}:
-            return verdict  # type: ignore[return-value]
-    what = "two verdicts that differ" if found else "no verdict"
-    raise Unscored(
-        "unparsable",
-        f"the judge's reply has {what}; it needs one line 'Verdict: first', second or tie",
-    )
-
-
-def _takes_back(verdict: str, rest: str) -> bool:
-    """Whether what follows a verdict in its line says that it is another, or none."""
-    head = _SENTENCE_ENDS.split(rest)[0]
-    if verdict == "tie":  # `tie between first and second` is one
-        return bool(
-            re.search(
-                r"\b(?:no|not|breaks?|breaker)\b|n['’]t\b|\?", head, re.IGNORECASE
-            )
-        )
-    if _AGAINST.search(head):
-        return True
-    return bool(_OTHERS.search(head)) and not _BETTER.search(head)
 
 
 def _abstained(found: Comparison) -> Unscored:

@@ -19,9 +19,9 @@ from workers.judges.template import Template
 class RationalJudge(Judge):
     """`(mean - 1) / 3` over the scores in [1, 4] of the aspects asked for, in [0, 1].
 
-    A score of N/A is left out. A reply that lacks an aspect, contradicts itself, is cut, or has no score at all is
-    `unparsable`; so is one with a score of another scale. `info["judge"]` keeps the aspects' scores, the text and the
-    refined request. Subclass it to aggregate otherwise.
+    A score of N/A is left out. A reply is `unparsable` if it lacks an aspect, contradicts itself, was cut, has no score
+    at all, or has a score on another scale. `info["judge"]` keeps the aspects' scores, the text and the refined
+    request. Override `aggregate_aspect_scores` in a subclass to aggregate otherwise.
     """
 
     own_options = ("aspects", "aspect_weights")
@@ -35,15 +35,11 @@ class RationalJudge(Judge):
         self.aspects: tuple[str, ...] = (
             (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
         )
-        unknown = [
-            a
-            for a in (*self.aspects, *self.options["aspect_weights"])
-            if a not in self.all_aspects
-        ]
-        if unknown:
-            raise ModelLoadError(
-                f"the rubric has no aspect {unknown[0]!r}; it has {', '.join(self.all_aspects)}"
-            )
+        for aspect in (*self.aspects, *self.options["aspect_weights"]):
+            if aspect not in self.all_aspects:
+                raise ModelLoadError(
+                    f"the rubric has no aspect {aspect!r}; it has {', '.join(self.all_aspects)}"
+                )
         self._template = Template.parse(
             rubric_of(self.options, self.rubric), self.num_images, needs_prompt=True
         )
@@ -52,7 +48,7 @@ class RationalJudge(Judge):
         """The reward of a sample; the one function to override.
 
         Args:
-            scores: By aspect, in [1, 4]; those asked for, without those that do not apply. At least one.
+            scores: By aspect, in [1, 4]: the aspects asked for, without those that do not apply. At least one.
 
         Raises:
             Unscored: There is nothing to aggregate.
@@ -78,9 +74,8 @@ class RationalJudge(Judge):
 
     def read(self, reply: Reply) -> tuple[float, dict[str, Any]]:
         """The reward, with the aspects' scores, the text and the refined request."""
-        judgement = read_judgement(
-            reply.complete_text(f"readable score for {', '.join(self.aspects)}")
-        )
+        needed = f"readable score for {', '.join(self.aspects)}"
+        judgement = read_judgement(reply.complete_text(needed))
         info = {
             "aspects": dict(judgement.scores),
             "text": reply.text,
@@ -94,34 +89,20 @@ class RationalJudge(Judge):
             ) from None
 
     def _usable(self, judgement: Judgement) -> dict[str, float]:
-        """The scores that count. Raises `Unscored` if an aspect is missing, or none can be used."""
-        unclear = [a for a in self.aspects if a in judgement.unclear]
-        if unclear:
-            raise Unscored(
-                "unparsable",
-                f"the judge gave two different scores for {', '.join(unclear)}",
-            )
-        beyond = [
-            f"{judgement.beyond[a]:g} for {a}"
-            for a in self.aspects
-            if a in judgement.beyond
-        ]
-        if beyond:
-            raise Unscored(
-                "unparsable",
-                f"the judge gave {', '.join(beyond)}; the rubric's scale is 1 to 4",
-            )
-        missing = [a for a in self.aspects if a not in judgement.scores]
-        if missing and (
-            self.options["missing_aspects"] != "skip"
-            or len(missing) == len(self.aspects)
-        ):
-            raise Unscored(
-                "unparsable",
-                f"the judge's reply has no readable score for {', '.join(missing)}",
-            )
-        found = {a: s for a, s in judgement.scores.items() if a in self.aspects}
-        usable = {a: s for a, s in found.items() if not isinstance(s, str)}
+        """The scores that count. Raises `Unscored` if an aspect has no clear score, or no score can be used."""
+        may_lack = self.options["missing_aspects"] == "skip"
+        why_not = (
+            _why_unclear(judgement, self.aspects)
+            or _why_beyond(judgement, self.aspects)
+            or _why_missing(judgement, self.aspects, may_lack)
+        )
+        if why_not:
+            raise Unscored("unparsable", why_not)
+
+        usable = {}
+        for aspect, score in judgement.scores.items():
+            if aspect in self.aspects and not isinstance(score, str):
+                usable[aspect] = score
         if not usable:
             raise Unscored(
                 "unparsable", f"the judge gave N/A for all of {', '.join(self.aspects)}"
@@ -130,7 +111,7 @@ class RationalJudge(Judge):
 
 
 class RationalT2I(RationalJudge):
-    """For generated images. Of a video the first frame is judged unless `frames` says otherwise. Version 2."""
+    """For generated images. The judge sees the first frame of a video unless `frames` says otherwise. Version 2."""
 
     catalog_name = "rational_rewards_t2i"
     all_aspects = T2I_ASPECTS
@@ -156,9 +137,39 @@ class RationalEdit(RationalJudge):
 
 
 def rubric_of(options: Mapping[str, Any], ours: str) -> str:
-    """The rubric that was given as text or as a file of this worker's, else ours."""
-    if options[
-        "rubric_file"
-    ]:  # the trainer reads it for a built-in; for a subclass of yours it is read here
+    """The rubric that was given as text or as a file on this worker, else ours."""
+    # The trainer reads the file for a built-in. A subclass of the user's comes here with the file's name.
+    if options["rubric_file"]:
         return Path(options["rubric_file"]).expanduser().read_text(encoding="utf-8")
     return options["rubric"] or ours
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+def _why_unclear(judgement: Judgement, aspects: Sequence[str]) -> str:
+    """Which aspects have two scores that differ; empty if none has."""
+    unclear = [aspect for aspect in aspects if aspect in judgement.unclear]
+    if not unclear:
+        return ""
+    return f"the judge gave two different scores for {', '.join(unclear)}"
+
+
+def _why_beyond(judgement: Judgement, aspects: Sequence[str]) -> str:
+    """Which aspects have a score on another scale; empty if none has."""
+    beyond = []
+    for aspect in aspects:
+        if aspect in judgement.beyond:
+            beyond.append(f"{judgement.beyond[aspect]:g} for {aspect}")
+    if not beyond:
+        return ""
+    return f"the judge gave {', '.join(beyond)}; the rubric's scale is 1 to 4"
+
+
+def _why_missing(judgement: Judgement, aspects: Sequence[str], may_lack: bool) -> str:
+    """Which aspects have no score; empty if all have a score, or if the config allows that some have none."""
+    missing = [aspect for aspect in aspects if aspect not in judgement.scores]
+    lacks_all = len(missing) == len(aspects)
+    if not missing or (may_lack and not lacks_all):
+        return ""
+    return f"the judge's reply has no readable score for {', '.join(missing)}"

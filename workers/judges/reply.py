@@ -14,10 +14,10 @@ from workers.judges.thought import HINT, has_thought, without_thought
 from workers.judges.tokens import answer_begins, end_with
 
 COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
-"""Finish reasons of a reply that ended by itself; some servers give none."""
+"""Finish reasons of a reply that ended by itself; some servers give no reason."""
 
 UNKNOWN = -9999.0
-"""What OpenAI gives as the log probability of a chosen token that is not among the likeliest: it says nothing."""
+"""The log probability that OpenAI gives for a chosen token that is not among the likeliest; it means unknown."""
 
 _THOUGHT_FIELDS = (
     "reasoning",
@@ -26,13 +26,13 @@ _THOUGHT_FIELDS = (
     "thinking",
     "thought",
 )
-"""Fields of a message in which servers hand a thought over: vLLM and OpenRouter, SGLang and DeepSeek, Ollama."""
+"""Fields of a message that hold a thought: of vLLM and OpenRouter, SGLang and DeepSeek, Ollama."""
 
 _THOUGHT_LISTS = ("reasoning_details", "thinking_blocks")
-"""The same as lists of parts: OpenRouter, LiteLLM."""
+"""Fields that hold a thought as a list of parts: of OpenRouter, LiteLLM."""
 
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "thought")
-"""Types of a content's parts that are thought: Mistral, Anthropic's through proxies."""
+"""Types of the parts of a content that are a thought: of Mistral, and of Anthropic through proxies."""
 
 Candidates = tuple[tuple[str, float], ...]
 """Text and log probability of tokens, as the server lists them."""
@@ -43,14 +43,14 @@ class Reply:
     """A chat completion."""
 
     text: str
-    """What the judge wrote, as the server sent it; a thought may be part of it."""
+    """The judge's words as the server sent them; a thought may be part of them."""
     finish_reason: str | None
     candidates: Candidates
-    """For the first token of the answer, or of the reply if that is all thought; empty if the server gave none."""
+    """For the first token of the answer, or of the reply if it is all thought; empty if the server gave none."""
     model: str
     num_requests: int
     thought: str = ""
-    """What the server handed over apart from the text."""
+    """The thought that the server sent apart from the text."""
     num_tokens: int = 0
     """How many tokens have log probabilities."""
 
@@ -73,45 +73,35 @@ class Reply:
         """The answer, if it is whole.
 
         Args:
-            needed: What the reply has to have, for the reason if it is all thought.
+            needed: What the reply has to contain, for the reason if it is all thought.
 
         Raises:
-            Unscored: `unparsable`; it was cut, is empty or all thought. What arrived is kept in its info.
+            Unscored: `unparsable`; the reply was cut, is empty or all thought. Its info keeps the text that arrived.
         """
-        info = {
-            "judge": {
+        why_not = self._why_incomplete(needed)
+        if why_not:
+            info = {
                 "text": self.text,
                 "finish_reason": self.finish_reason,
                 **self.thought_info(),
             }
-        }
-        if self.finish_reason == "length" and self.is_all_thought:
-            words = f"the judge's reply was cut at max_tokens within its thought; raise max_tokens; {HINT}"
-            raise Unscored("unparsable", words, info)
-        if self.finish_reason == "length":
-            raise Unscored(
-                "unparsable",
-                "the judge's reply was cut at max_tokens; it is not scored on a part",
-                info,
-            )
-        if self.finish_reason not in COMPLETE:
-            raise Unscored(
-                "unparsable",
-                f"the judge's reply ended by {self.finish_reason!r}, not by itself",
-                info,
-            )
-        if self.is_all_thought:
-            raise Unscored(
-                "unparsable",
-                f"the judge's reply is all thought, with no {needed}; {HINT}",
-                info,
-            )
-        if not self.answer:
-            raise Unscored("unparsable", "the judge's reply is empty", info)
+            raise Unscored("unparsable", why_not, {"judge": info})
         return self.answer
 
+    def _why_incomplete(self, needed: str) -> str:
+        """Why the answer is not whole; empty if it is."""
+        if self.finish_reason == "length" and self.is_all_thought:
+            return f"the judge's reply was cut at max_tokens within its thought; raise max_tokens; {HINT}"
+        if self.finish_reason == "length":
+            return "the judge's reply was cut at max_tokens; it is not scored on a part"
+        if self.finish_reason not in COMPLETE:
+            return f"the judge's reply ended by {self.finish_reason!r}, not by itself"
+        if self.is_all_thought:
+            return f"the judge's reply is all thought, with no {needed}; {HINT}"
+        return "" if self.answer else "the judge's reply is empty"
+
     def thought_info(self) -> dict[str, str]:
-        """The beginning of a thought that is not in the text, for what is kept beside a reward."""
+        """The beginning of a thought that is not in the text, to keep beside the reward."""
         return {"thought": cut(self.thought)} if self.thought else {}
 
 
@@ -119,27 +109,25 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
     """The reply in the body of an answer.
 
     Raises:
-        Unscored: `failed`; it is no chat completion, or one without a choice. `unparsable`; the judge refused.
+        Unscored: `failed`; the body is no chat completion, or has no choice. `unparsable`; the judge refused.
     """
     try:
         choice = json.loads(content)["choices"][0]
         message = choice["message"]
         text, thought = _text_and_thought(message)
-        tokens = [
-            _token(t) for t in (choice.get("logprobs") or {}).get("content") or ()
-        ]
+        logprobs = (choice.get("logprobs") or {}).get("content") or ()
+        tokens = [_token(one) for one in logprobs]
         finish_reason, refusal = choice.get("finish_reason"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError):
         words = cut(content.decode("utf-8", "replace"))
         raise Unscored(
             "failed", f"the judge's server sent no chat completion but {words!r}"
         ) from None
+
     if refusal and not text.strip():
-        raise Unscored(
-            "unparsable",
-            f"the judge refuses: {cut(str(refusal))!r}",
-            {"judge": {"text": text}},
-        )
+        words = cut(str(refusal))
+        info = {"judge": {"text": text}}
+        raise Unscored("unparsable", f"the judge refuses: {words!r}", info)
     return Reply(
         text=text,
         finish_reason=finish_reason,
@@ -154,72 +142,88 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
 # --- private -------------------------------------------------------------------------------------
 
 Token = tuple[str, Candidates]
-"""The text of a token that was chosen, and what was to choose from."""
+"""The text of a chosen token, and the tokens from which it was chosen."""
 
 
 def _token(found: Mapping[str, Any]) -> Token:
-    """The chosen token stands first where it is less likely than all that are listed; one listed twice is one."""
+    """The chosen token with its candidates, each once.
+
+    The chosen token comes first if the server does not list it although its probability is known.
+    """
     chosen = str(found["token"]), _logprob(found.get("logprob"))
-    listed = [
-        (str(one["token"]), _logprob(one["logprob"]))
-        for one in found.get("top_logprobs") or ()
-    ]
-    is_apart = (
-        UNKNOWN < chosen[1] < min((logprob for _, logprob in listed), default=math.inf)
-    )
-    if not listed or (is_apart and chosen[0] not in (token for token, _ in listed)):
+    listed = []
+    for one in found.get("top_logprobs") or ():
+        listed.append((str(one["token"]), _logprob(one["logprob"])))
+
+    if not listed or _is_apart(chosen, listed):
         listed.insert(0, chosen)
     return chosen[0], tuple(dict.fromkeys(listed))
 
 
+def _is_apart(chosen: tuple[str, float], listed: list[tuple[str, float]]) -> bool:
+    """Whether the chosen token is less likely than all that are listed, and is not among them."""
+    token, logprob = chosen
+    least_listed = min(logprob for _, logprob in listed)
+    if not UNKNOWN < logprob < least_listed:
+        return False
+    return all(token != other for other, _ in listed)
+
+
 def _logprob(value: Any) -> float:
-    """A log probability; null is how servers write that of a token which cannot come, since JSON has no infinity."""
+    """A log probability. Servers write null for a token that cannot come, since JSON has no infinity."""
     return -math.inf if value is None else float(value)
 
 
 def _candidates(tokens: list[Token], text: str, thought: str) -> Candidates:
-    """Those of the answer's first token; without an answer those of the first token, which a reason tells."""
+    """The candidates of the answer's first token; without an answer those of the first token, for the reason."""
+    if not tokens:
+        return ()
     answer = without_thought(text)
-    place: int | None = 0
-    if answer:
-        chosen = [token for token, _ in tokens]
-        is_thinking = bool(thought) or has_thought(text)
-        is_of_thought = bool(thought) and end_with(
-            chosen, thought
-        )  # whose last word may be that of the answer
-        place = None if is_of_thought else answer_begins(chosen, answer, is_thinking)
-    return tokens[place][1] if tokens and place is not None else ()
+    if not answer:
+        return tokens[0][1]
+
+    chosen = [token for token, _ in tokens]
+    # The tokens may be those of the thought alone, whose last word may be the word of the answer.
+    if thought and end_with(chosen, thought):
+        return ()
+    is_thinking = bool(thought) or has_thought(text)
+    first = answer_begins(chosen, answer, is_thinking)
+    return () if first is None else tokens[first][1]
 
 
 def _text_and_thought(message: Mapping[str, Any]) -> tuple[str, str]:
-    """The text of a message, and the thought that is handed over apart from the text."""
-    thoughts = [
-        _words(message.get(name)) for name in (*_THOUGHT_FIELDS, *_THOUGHT_LISTS)
-    ]
-    content = message.get("content")
+    """The text of a message, and the thought that the server sent apart from the text."""
+    thoughts = []
+    for name in (*_THOUGHT_FIELDS, *_THOUGHT_LISTS):
+        thoughts.append(_words(message.get(name)))
+
     texts: list[str] = []
+    content = message.get("content")
     for part in content if isinstance(content, list) else [content]:
-        is_thought = isinstance(part, Mapping) and (
-            part.get("type") in _THOUGHT_PARTS or part.get("thought") is True
-        )
-        (thoughts if is_thought else texts).append(_words(part))
-    return "".join(texts), next(
-        (thought for thought in thoughts if thought.strip()), ""
-    )
+        if _is_thought(part):
+            thoughts.append(_words(part))
+        else:
+            texts.append(_words(part))
+
+    for thought in thoughts:
+        if thought.strip():
+            return "".join(texts), thought
+    return "".join(texts), ""
+
+
+def _is_thought(part: Any) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    return part.get("type") in _THOUGHT_PARTS or part.get("thought") is True
 
 
 def _words(value: Any) -> str:
-    """The text in a part of a message: a text, a mapping with one, or a list of those."""
+    """The text in a part of a message: a text, a mapping that has a text, or a list of parts."""
     if isinstance(value, list):
-        return "".join(_words(one) for one in value)
+        return "".join(map(_words, value))
     if isinstance(value, Mapping):
-        names = ("text", "thinking", "reasoning", "content", "summary")
-        return next(
-            (
-                _words(value[name])
-                for name in names
-                if isinstance(value.get(name), str | list)
-            ),
-            "",
-        )
+        for name in ("text", "thinking", "reasoning", "content", "summary"):
+            if isinstance(value.get(name), str | list):
+                return _words(value[name])
+        return ""
     return value if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""What a judge is told: a text with places for the prompt and the images, to the messages of a chat."""
+"""What a judge is told: from a text with placeholders for the prompt and the images to the messages of a chat."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from tasks.errors import ModelLoadError
 
 PROMPT, IMAGE = "{prompt}", "<image>"
 SYSTEM_ENDS = "==="
-"""A line of this alone ends the system message, if there is one."""
+"""A line of only this ends the system message, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A text with `{prompt}` and an `<image>` for each image; what is above a line `===` is the system message.
+    """A text with `{prompt}` and an `<image>` for each image; the lines above a line `===` are the system message.
 
-    Only these places are replaced: a prompt that has braces or `<image>` in it stays as it is.
+    Only the template's own placeholders are replaced: braces or `<image>` in a prompt stay as they are.
     """
 
     system: str
     parts: tuple[str, ...]
-    """The user message, cut at the images."""
+    """The parts of the user message between its images."""
 
     @classmethod
     def parse(cls, text: str, num_images: int, *, needs_prompt: bool) -> Template:
-        """The template in `text`. One that has no `<image>` gets the images before the text.
+        """The template in `text`. If it has no `<image>`, the images come before the text.
 
         Raises:
-            ModelLoadError: It has no place for the prompt, or places for another number of images.
+            ModelLoadError: There is no placeholder for the prompt, or there are placeholders for another number of
+                images.
         """
-        lines = text.splitlines(keepends=True)
-        ends = [i for i, line in enumerate(lines) if line.strip() == SYSTEM_ENDS]
-        system = "".join(lines[: ends[0]]).strip() if ends else ""
-        user = "".join(lines[ends[0] + 1 :]) if ends else text
-        parts = tuple(user.split(IMAGE))
+        system, user = _system_and_user(text)
         if needs_prompt and PROMPT not in user:
             raise ModelLoadError(
-                f"the rubric has no {PROMPT}, the place of the request that is judged"
+                f"the rubric has no {PROMPT}, the placeholder of the request that is judged"
             )
+
+        parts = tuple(user.split(IMAGE))
         if len(parts) == 1:
             parts = ("",) * num_images + parts
         if len(parts) != num_images + 1:
@@ -54,20 +53,27 @@ class Template:
         """The chat.
 
         Args:
-            images: For each place, the `data:` URLs of one image or of the frames of a video.
+            images: For each placeholder, the `data:` URLs of one image or of the frames of a video.
         """
         content: list[dict[str, Any]] = []
         for part, urls in zip(self.parts, (*images, ()), strict=True):
             if part.strip():
-                content.append(
-                    {"type": "text", "text": part.strip("\n").replace(PROMPT, prompt)}
-                )
-            content += [
-                {"type": "image_url", "image_url": {"url": url}} for url in urls
-            ]
-        chat = (
-            [{"role": "system", "content": self.system.replace(PROMPT, prompt)}]
-            if self.system
-            else []
-        )
-        return [*chat, {"role": "user", "content": content}]
+                text = part.strip("\n").replace(PROMPT, prompt)
+                content.append({"type": "text", "text": text})
+            for url in urls:
+                content.append({"type": "image_url", "image_url": {"url": url}})
+
+        user = {"role": "user", "content": content}
+        if not self.system:
+            return [user]
+        system = {"role": "system", "content": self.system.replace(PROMPT, prompt)}
+        return [system, user]
+
+
+def _system_and_user(text: str) -> tuple[str, str]:
+    """The system message, which may be empty, and the user message."""
+    lines = text.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        if line.strip() == SYSTEM_ENDS:
+            return "".join(lines[:i]).strip(), "".join(lines[i + 1 :])
+    return "", text

@@ -1,4 +1,4 @@
-"""Where a judge's thought ends and its answer begins, by the marks that models in use put around a thought."""
+"""Where a judge's thought ends and its answer begins, by the marks that current models put around a thought."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _IN_WORDS = (
         re.compile(r"^\s*here is my response:", re.I | re.M),
     ),
 )
-"""Thoughts that begin and end with words of the text. The words mean nothing in a text that begins otherwise."""
+"""First words of a thought, and words that end it. In a text that begins with other words they mean nothing."""
 
 _MARKS = (
     "<think",
@@ -62,7 +62,7 @@ _MARKS = (
     "[think",
     "◁think",
 )
-"""How the marks of a thought begin, for a first token that has only a part of one."""
+"""How the marks of a thought begin, for a first token that has only a part of a mark."""
 
 _BEGINNINGS = frozenset(
     (
@@ -81,19 +81,20 @@ _BEGINNINGS = frozenset(
         "analysis",
     )
 )
-"""Words with which a thought begins whose opening mark is already in the prompt."""
+"""First words of a thought whose opening mark is in the prompt."""
 
 
 def without_thought(text: str) -> str:
-    """The answer in a reply: what follows the last end of a thought, up to the next thought, without outer white space.
+    """The answer in a reply: the text from the last end of a thought to the next thought, without outer white space.
 
     A thought may lack its beginning, which is in the prompt of some models, or its end, if the reply was cut. The
-    answer is empty where the reply is all thought.
+    answer is empty if the reply is all thought.
     """
     for opens, closes in _IN_WORDS:
         if opens.match(text):
             end = _end_of_last(closes, text)
             text = text[end:] if end else ""
+
     text = text[_end_of_last(_CLOSES, text) :]
     begins = _OPENS.search(text)
     return (text[: begins.start()] if begins else text).strip()
@@ -101,29 +102,26 @@ def without_thought(text: str) -> str:
 
 def end_of_thought(text: str) -> int:
     """How many characters of a text the thought takes, its last mark included; 0 if no thought ends in the text."""
-    ends = [_end_of_last(_CLOSES, text)]
-    ends += [
-        _end_of_last(closes, text) for opens, closes in _IN_WORDS if opens.match(text)
-    ]
-    return max(ends)
+    end = _end_of_last(_CLOSES, text)
+    for opens, closes in _IN_WORDS:
+        if opens.match(text):
+            end = max(end, _end_of_last(closes, text))
+    return end
 
 
 def has_thought(text: str) -> bool:
     """Whether a thought begins or ends in a text."""
-    return bool(
-        _OPENS.search(text)
-        or _CLOSES.search(text)
-        or any(opens.match(text) for opens, _ in _IN_WORDS)
-    )
+    if _OPENS.search(text) or _CLOSES.search(text):
+        return True
+    return any(opens.match(text) for opens, _ in _IN_WORDS)
 
 
 def looks_like_thought(token: str) -> bool:
     """Whether a reply that begins with this token looks like one that begins with a thought."""
     bare = token.strip(" \t\r\n\u0120\u010a▁*,.:'\"“")
-    is_part_of_mark = bare != "" and any(
-        mark.startswith(bare.casefold()) for mark in _MARKS
-    )
-    return has_thought(bare) or is_part_of_mark or bare.casefold() in _BEGINNINGS
+    word = bare.casefold()
+    is_part_of_mark = bare != "" and any(mark.startswith(word) for mark in _MARKS)
+    return has_thought(bare) or is_part_of_mark or word in _BEGINNINGS
 
 
 # --- private -------------------------------------------------------------------------------------

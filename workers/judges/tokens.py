@@ -9,29 +9,29 @@ from collections.abc import Sequence
 from workers.judges.thought import end_of_thought, has_thought
 
 _SPACES = "\u0120\u010a\u0109\u010d"
-"""How byte-level tokenizers write a space, a newline, a tab and a carriage return: G and C with marks."""
+"""How byte-level tokenizers write a space, a newline, a tab and a carriage return: as G and C with accents."""
 
 _NUMERO = "№º"
-"""Signs that NFKC turns into letters: `№` would be a No, and so would `nº`."""
+"""Signs that NFKC turns into letters: `№` would become `No`, and so would `nº`."""
 
 _SPECIAL = re.compile(
     r"\s*(?:<[|｜][^<>]*[|｜]>|</?(?:s|eos|bos|answer|response|end_of_turn)>|<0x0[9AD]>)\s*",
     re.IGNORECASE,
 )
-"""A token that is no text: a special one of the model, or a tag around its answer."""
+"""A token that is no text: a special token of the model, or a tag around its answer."""
 
 
 def word_of(token: str) -> str:
     """The word in a token, case-folded, without the marks that tokenizers and markup put around a word.
 
-    ` Yes`, `**Yes`, `Yes,`, `"Yes`, `ĠYes`, `▁yes` and the full-width form are `yes`. What stands within a word stays:
+    ` Yes`, `**Yes`, `Yes,`, `"Yes`, `ĠYes`, `▁yes` and the full-width form are `yes`. Marks within a word stay, so
     `Yes/No` is another word than `Yes`. A token without a word is "".
     """
     if any(sign in token for sign in _NUMERO):
         return token
-    text = unicodedata.normalize(
-        "NFKC", token.removesuffix("</w>").lstrip(_SPACES).rstrip("\u0120\u010a")
-    )
+
+    bare = token.removesuffix("</w>").lstrip(_SPACES).rstrip("\u0120\u010a")
+    text = unicodedata.normalize("NFKC", bare)
     start, end = 0, len(text)
     while start < end and _is_mark(text[start]):
         start += 1
@@ -41,29 +41,30 @@ def word_of(token: str) -> str:
 
 
 def answer_begins(tokens: Sequence[str], answer: str, is_thinking: bool) -> int | None:
-    """The place of the answer's first token that is more than marks; None if the tokens do not cover the answer.
+    """The index of the answer's first token that is more than marks; None if the tokens do not cover the answer.
 
     Args:
-        tokens: Those of the reply, or of a part of the reply that ends with the answer.
+        tokens: The tokens of the reply, or of a part of the reply that ends with the answer.
         answer: The text of the reply without the thought; not empty.
         is_thinking: Whether the server said that there was a thought.
     """
-    start = _place_of_ending(tokens, answer)
+    start = _start_of_ending(tokens, answer)
     if start is None:
         text = "".join(tokens)
         is_thinking = is_thinking or has_thought(text)
-        # without a thought the text and its tokens are only written differently
+        # without a thought the tokens are the answer, only written otherwise than the text
         start = _token_at(tokens, end_of_thought(text)) if is_thinking else 0
     if start is None:
         return None
-    for place in range(start, len(tokens)):
-        if word_of(tokens[place]) and not _SPECIAL.fullmatch(tokens[place]):
-            return place
+
+    for i in range(start, len(tokens)):
+        if word_of(tokens[i]) and not _SPECIAL.fullmatch(tokens[i]):
+            return i
     return start
 
 
 def end_with(tokens: Sequence[str], text: str) -> bool:
-    """Whether a text is the last that the tokens say, white space aside."""
+    """Whether the text of the tokens ends with a text, white space aside."""
     return _letters("".join(tokens)).endswith(_letters(text))
 
 
@@ -72,27 +73,31 @@ def end_with(tokens: Sequence[str], text: str) -> bool:
 
 def _is_mark(character: str) -> bool:
     """Whether a character is white space, punctuation, a symbol or invisible; a not sign is part of its word."""
-    return character != "¬" and (
-        unicodedata.category(character)[0] in "PSZC" or character == "\ufe0f"
-    )
+    if character == "¬":
+        return False
+    return unicodedata.category(character)[0] in "PSZC" or character == "\ufe0f"
 
 
-def _place_of_ending(tokens: Sequence[str], answer: str) -> int | None:
-    """Where the tokens begin whose text is the whole answer and that end the reply; None if there are none."""
-    wanted = _letters(answer)
+def _start_of_ending(tokens: Sequence[str], answer: str) -> int | None:
+    """The index of the first of the last tokens whose text together is the answer; None if there are no such tokens."""
     end = len(tokens)
-    while end and (
-        _SPECIAL.fullmatch(tokens[end - 1]) or not _letters(tokens[end - 1])
-    ):
+    while end and _is_empty(tokens[end - 1]):
         end -= 1
+
+    wanted = _letters(answer)
     found = ""
-    for place in range(end - 1, -1, -1):
-        found = _letters(tokens[place]) + found
+    for i in range(end - 1, -1, -1):
+        found = _letters(tokens[i]) + found
         if found == wanted:
-            return place
+            return i
         if len(found) > len(wanted):
             return None
     return None
+
+
+def _is_empty(token: str) -> bool:
+    """Whether a token adds nothing to the text: a special token, or white space."""
+    return _SPECIAL.fullmatch(token) is not None or not _letters(token)
 
 
 def _letters(text: str) -> str:
@@ -101,12 +106,12 @@ def _letters(text: str) -> str:
 
 
 def _token_at(tokens: Sequence[str], offset: int) -> int | None:
-    """The first token that begins at this place of the whole text or later; None for place 0, and behind the last."""
+    """The index of the first token that begins at this offset of the text or later; None if none does or it is 0."""
     if not offset:
         return None
     begins = 0
-    for place, token in enumerate(tokens):
+    for i, token in enumerate(tokens):
         if begins >= offset:
-            return place
+            return i
         begins += len(token)
     return None

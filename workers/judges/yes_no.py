@@ -1,4 +1,4 @@
-"""A judge that is asked one yes/no question about an image; its reward is how likely it says yes."""
+"""A judge that is asked one yes/no question about an image; the reward is the probability of yes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ QUESTION = (
 """Version 2 of the question; `{prompt}` is the sample's prompt."""
 
 MIN_ANSWER_MASS = 0.25
-"""P(Yes) + P(No) below which a token is no answer, unless `min_answer_mass` says otherwise."""
+"""A token is no answer if P(Yes) + P(No) is below this, unless `min_answer_mass` says otherwise."""
 
 MAX_DOUBT = 0.05
-"""A reward that a word which is not among the candidates could move by more than this is none."""
+"""A sample has no reward if a word that is not among the candidates could move the reward by more than this."""
 
 ROUNDING = 1e-3
-"""A log probability above 0 by more than this is none."""
+"""How far above 0 a log probability may be, by rounding."""
 
 MOST_MASS = 1.05
-"""What the probabilities of all candidates may come to; more, rounding aside, and they are no probabilities."""
+"""The most to which the probabilities of all candidates may sum, by rounding; more means that they are none."""
 
 NUM_SEEN = 5
 """How many of the likeliest candidates a reason names."""
@@ -41,14 +41,15 @@ NUM_SEEN = 5
 class YesNoJudge(Judge):
     """`P(Yes) / (P(Yes) + P(No))` over the candidates of the answer's first token, in [0, 1].
 
-    The probabilities are those of the chat API's `top_logprobs`. With `canonicalize` (the default) candidates that are
-    the same word without marks around it and in any case are summed; without it only `Yes` and `No` as they stand
-    count, as in Flow-Factory's VLMEvaluate. The answer begins behind the judge's thought, if there is one.
+    The probabilities are those of the chat API's `top_logprobs`. With `canonicalize` (the default) the probabilities of
+    all candidates are summed that are the same word but for case and the marks around it. Without `canonicalize` only
+    the tokens `Yes` and `No` count, as in Flow-Factory's VLMEvaluate. The answer begins behind the judge's thought, if
+    there is one.
 
-    The sample is `unparsable` if the reply is all thought, if P(Yes) + P(No) is below `min_answer_mass`, or if one
-    of both words is not among the candidates and could move the reward by more than 0.05. That word counts as 0, but
-    may have as much as the least of the candidates, and no more than what all candidates leave. Of a video the first
-    frame is judged unless `frames` says otherwise. Version 3.
+    The sample is `unparsable` if the reply is all thought, if P(Yes) + P(No) is below `min_answer_mass`, or if one of
+    both words is not among the candidates and could move the reward by more than 0.05. The probability of such a word
+    counts as 0; it is at most that of the least likely candidate, and at most what all candidates leave of 1. The judge
+    sees the first frame of a video unless `frames` says otherwise. Version 3.
     """
 
     catalog_name = "vllm_evaluate"
@@ -92,17 +93,17 @@ def yes_probability(
         Unscored: `unparsable`; there is no answer, or it says too little of Yes and No.
     """
     if not reply.candidates:
-        raise Unscored(
-            "unparsable",
-            _why_no_candidates(reply),
-            {"judge": {"text": reply.text, **reply.thought_info()}},
-        )
-    yes, no = (_mass(word, reply.candidates, canonicalize) for word in ("Yes", "No"))
-    mass = (yes or 0.0) + (no or 0.0)
-    info = {
+        info = {"text": reply.text, **reply.thought_info()}
+        raise Unscored("unparsable", _why_no_candidates(reply), {"judge": info})
+
+    yes = _mass("Yes", reply.candidates, canonicalize)
+    no = _mass("No", reply.candidates, canonicalize)
+    p_yes, p_no = yes or 0.0, no or 0.0
+    mass = p_yes + p_no
+    found: dict[str, Any] = {
         "text": reply.text,
-        "p_yes": yes or 0.0,
-        "p_no": no or 0.0,
+        "p_yes": p_yes,
+        "p_no": p_no,
         "mass": mass,
         **reply.thought_info(),
     }
@@ -112,24 +113,21 @@ def yes_probability(
         or _why_in_doubt(reply.candidates, yes, no)
     )
     if why_not:
-        raise Unscored("unparsable", why_not, {"judge": info})
-    return (yes or 0.0) / mass, info
+        raise Unscored("unparsable", why_not, {"judge": found})
+    return p_yes / mass, found
 
 
 # --- private -------------------------------------------------------------------------------------
 
 
 def _mass(word: str, candidates: Candidates, canonicalize: bool) -> float | None:
-    """The probability of a word; None if it is not among the candidates."""
-    if canonicalize:
-        same = [
-            logprob
-            for token, logprob in candidates
-            if word_of(token) == word.casefold()
-        ]
-    else:
-        same = [logprob for token, logprob in candidates if token == word]
-    return math.fsum(_probability(logprob) for logprob in same) if same else None
+    """The probability of a word, summed over its tokens; None if none of them is among the candidates."""
+    probabilities = []
+    for token, logprob in candidates:
+        is_word = word_of(token) == word.casefold() if canonicalize else token == word
+        if is_word:
+            probabilities.append(_probability(logprob))
+    return math.fsum(probabilities) if probabilities else None
 
 
 def _probability(logprob: float) -> float:
@@ -137,13 +135,15 @@ def _probability(logprob: float) -> float:
 
 
 def _what_is_no_probability(candidates: Candidates) -> str:
-    """Why the candidates' numbers say nothing; empty if they may be log probabilities."""
-    wrong = [
-        (token, logprob) for token, logprob in candidates if not logprob <= ROUNDING
-    ]
-    if wrong:
-        token, logprob = wrong[0]
-        return f"neither P(Yes) nor P(No) is known: {logprob:g} is no log probability, which the judge gave {token!r}"
+    """Why the candidates' numbers cannot be log probabilities; empty if they can."""
+    for token, logprob in candidates:
+        is_logprob = logprob <= ROUNDING  # False for NaN
+        if not is_logprob:
+            return (
+                f"neither P(Yes) nor P(No) is known: {logprob:g} is no log probability, which the judge gave "
+                f"{token!r}"
+            )
+
     total = math.fsum(_probability(logprob) for _, logprob in candidates)
     if total > MOST_MASS:
         return f"neither P(Yes) nor P(No) is known: the probabilities of the judge's candidates sum to {total:.3g}"
@@ -184,15 +184,17 @@ def _why_no_answer(reply: Reply, mass: float, min_answer_mass: float) -> str:
 
 
 def _why_in_doubt(candidates: Candidates, yes: float | None, no: float | None) -> str:
-    """How far a word that is not among the candidates could move the reward; empty if not by more than `MAX_DOUBT`."""
+    """Why a word that is not among the candidates could move the reward by more than `MAX_DOUBT`; empty if not."""
     if yes is not None and no is not None:
         return ""
     seen, known, missing = (yes, "Yes", "No") if yes is not None else (no, "No", "Yes")
-    assert seen, "what has no answer at all was told before"
+    assert seen, "_why_no_answer() has refused a token without an answer"
+
     unseen = _most_unseen(candidates)
     doubt = unseen / (seen + unseen)
     if doubt <= MAX_DOUBT + ROUNDING**2:
         return ""
+
     least, most = (1 - doubt, 1.0) if known == "Yes" else (0.0, doubt)
     return (
         f"{missing} is not among the judge's {len(candidates)} candidates and may have a probability of {unseen:.2g} "
@@ -202,31 +204,39 @@ def _why_in_doubt(candidates: Candidates, yes: float | None, no: float | None) -
 
 
 def _most_unseen(candidates: Candidates) -> float:
-    """The most that the probability of a token can be which is not among the candidates.
+    """The highest probability that a token which is not among the candidates can have.
 
-    Servers list the likeliest tokens, and before them the chosen one even if that is not among the likeliest.
+    It has at most what the candidates leave of 1. It is also less likely than each of the likeliest tokens, which
+    servers list. A server lists the chosen token first even if it is not among the likeliest: then it bounds nothing.
     """
-    all_of_them = [_probability(logprob) for _, logprob in candidates]
-    left = max(0.0, 1.0 - math.fsum(all_of_them))
-    chosen, *others = all_of_them
-    is_apart = (
-        len(others) > 1
-        and chosen < others[-1]
-        and others == sorted(others, reverse=True)
-    )
-    likeliest = others if is_apart else all_of_them
-    return min([left, *(p for p in likeliest if p > 0.0)])
+    probabilities = [_probability(logprob) for _, logprob in candidates]
+    left = max(0.0, 1.0 - math.fsum(probabilities))
+    chosen, *others = probabilities
+    are_sorted = others == sorted(others, reverse=True)
+    is_apart = len(others) > 1 and chosen < others[-1] and are_sorted
+    likeliest = others if is_apart else probabilities
+
+    possible = [probability for probability in likeliest if probability > 0.0]
+    return min([left, *possible])
 
 
 def _seen(reply: Reply) -> str:
-    """The likeliest candidates with their probabilities."""
-    likeliest = sorted(reply.candidates, key=lambda candidate: -candidate[1])[:NUM_SEEN]
-    tokens = ", ".join(repr(token) for token, _ in likeliest)
-    return f"the first are {tokens} (probabilities {', '.join(f'{_probability(lp):.2g}' for _, lp in likeliest)})"
+    """The likeliest candidates with their probabilities, in words."""
+    tokens, probabilities = [], []
+    for token, logprob in _likeliest(reply, NUM_SEEN):
+        tokens.append(repr(token))
+        probabilities.append(f"{_probability(logprob):.2g}")
+    return (
+        f"the first are {', '.join(tokens)} (probabilities {', '.join(probabilities)})"
+    )
+
+
+def _likeliest(reply: Reply, num: int) -> list[tuple[str, float]]:
+    return sorted(reply.candidates, key=lambda candidate: -candidate[1])[:num]
 
 
 def _what_to_do(reply: Reply) -> str:
-    likeliest = sorted(reply.candidates, key=lambda candidate: -candidate[1])[:3]
+    likeliest = _likeliest(reply, 3)
     if reply.has_thought or any(looks_like_thought(token) for token, _ in likeliest):
         return HINT
     if likeliest[0][0].startswith("token_id:"):

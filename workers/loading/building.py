@@ -12,7 +12,7 @@ from tasks.errors import ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import Accelerator, RewardArguments, RewardModel
-from workers.loading.code import LOADED
+from workers.loading.code import LOADED_CODE
 
 
 def build(call: RewardCall, settings: Settings) -> RewardModel:
@@ -52,7 +52,7 @@ def reward_class(model: str, settings: Settings) -> type[RewardModel]:
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    LOADED.follow(path)
+    LOADED_CODE.follow(path)
     return _class_in(path, name)
 
 

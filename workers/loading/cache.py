@@ -15,13 +15,13 @@ from tasks.errors import ModelLoadError
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import RewardModel
-from workers.loading.arguments import taking_of
 from workers.loading.building import build, is_allowed, reward_class
 from workers.loading.builtin_versions import check_builtin
-from workers.loading.code import LOADED
+from workers.loading.code import LOADED_CODE
 from workers.loading.device import free_memory
 from workers.loading.load_errors import as_load_error
 from workers.loading.load_warnings import Said, in_short, listening, one_line
+from workers.loading.signature import signature_of
 from workers.loading.tracebacks import tracebacks
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ at the same time use theirs more often."""
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What a model is kept under."""
+    """Cache key of a model: its fingerprint, plus the connection options of a remote model."""
 
     fingerprint: str
     connection: str
@@ -59,20 +59,20 @@ class CacheKey:
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A reward model in memory. `lock` is held while it is called, unless it is thread-safe."""
+    """A reward model in memory. `lock` is held while the model is called, unless it is thread-safe."""
 
     model: RewardModel
     lock: threading.Lock = field(default_factory=threading.Lock)
     max_batch: int = 1_000_000
-    """The batch size that fitted into the device's memory."""
+    """The largest batch that is tried, after a larger one did not fit into the device's memory."""
     num_too_large: int = 0
-    """Samples that did not fit even alone."""
+    """How many samples did not fit into the device's memory even alone."""
     load_warnings: tuple[str, ...] = ()
-    """What libraries warned of while it loaded, in short; its outcomes' origin has it."""
+    """What libraries warned of while the model loaded, in short; the origin of its outcomes says it."""
 
     @property
     def device(self) -> str:
-        """What it computes on; empty until it has asked for its device, which a judge never does."""
+        """What the model computes on; empty until it has asked for its device, which a judge never does."""
         return str(vars(self.model).get("device", ""))
 
 
@@ -84,11 +84,11 @@ class _Cached:
     load: Future[LoadedModel] = field(default_factory=Future)
     num_lent: int = 0
     used_at_s: float = 0.0
-    """When it was last given back (monotonic)."""
+    """When its model was last given back (monotonic)."""
     failed_at_s: float = 0.0
     """When its load failed (monotonic)."""
     fingerprints: set[str] = field(default_factory=set)
-    """Of those who asked for it: a trainer that can read the class's source and one that cannot have their own."""
+    """Fingerprints of the requests that use it. A trainer that cannot read the class's source has another one."""
 
     @property
     def has_failed(self) -> bool:
@@ -103,7 +103,7 @@ class _Cached:
         return self.has_failed and now_s - self.failed_at_s > RETRY_LOAD_S
 
     def is_outdated(self, call: RewardCall, now_s: float) -> bool:
-        """Whether nobody may ask for it again: an earlier launch left it of the computation of `call`, or it failed."""
+        """Whether probably nobody asks for it again: an earlier launch left it, or its load failed long ago."""
         if self.num_lent:
             return False
         if self.has_failed:
@@ -188,20 +188,20 @@ class ModelCache:
     def check_code(self, call: RewardCall) -> None:
         """Whether the user's code that is loaded is what `call` asks for. Raises as `lend`."""
         if call.code and is_allowed(call.model, self._settings):
-            LOADED.check(call.model, call.code)
+            LOADED_CODE.check(call.model, call.code)
 
     def _check_before_load(self, call: RewardCall) -> None:
-        """As `check_code`; of what the trainer has not read no new instance is made where it is outdated here."""
+        """As `check_code`. Also, no new instance is to be made of code that has been edited since its import."""
         if call.model in catalog.CATALOG:
             check_builtin(call.model, call.version)
             return
         if not is_allowed(call.model, self._settings):
             return
-        LOADED.follow(call.model.rpartition(".")[0])
+        LOADED_CODE.follow(call.model.rpartition(".")[0])
         if call.code:
-            LOADED.check(call.model, call.code)
+            LOADED_CODE.check(call.model, call.code)
         if not self._is_cached(CacheKey.of(call)):
-            LOADED.check_files(call.model, call.code)
+            LOADED_CODE.check_files(call.model, call.code)
 
     def _reserve(self, call: RewardCall) -> tuple[_Cached, bool]:
         """The model's load, counted as lent, and whether it is to be begun."""
@@ -220,12 +220,12 @@ class ModelCache:
         return cached, is_first
 
     def _is_cached(self, key: CacheKey) -> bool:
-        """Whether there is a load to wait for or to use; one that failed is begun anew after a while."""
+        """Whether there is a load to wait for or to use. A load that failed counts as one for RETRY_LOAD_S."""
         cached = self._cached.get(key)
         return cached is not None and not cached.may_be_tried_again(time.monotonic())
 
     def _forget_failure_of_other_code(self, call: RewardCall) -> None:
-        """A load that failed says nothing of the code that the class has since: it is begun anew at once."""
+        """Forget a load that failed with other code of the class: the model is loaded anew at once."""
         key = CacheKey.of(call)
         cached = self._cached.get(key)
         if cached is None or not cached.has_failed:
@@ -271,7 +271,7 @@ class ModelCache:
             reward_class(call.model, self._settings)
             with listening() as heard:
                 model = LoadedModel(build(call, self._settings))
-                taking_of(model.model)
+                signature_of(model.model)
             model.load_warnings = in_short(heard)
         except (
             BaseException
@@ -304,7 +304,7 @@ class ModelCache:
 
 
 def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
-    """Whether two computations are the same but for the launch, which counts where the user's code has no version."""
+    """Whether two computations differ in their launch only, which counts for a class of the user's without version."""
     if one.fingerprint == other.fingerprint:
         return False
     for name in ("model", "version", "dtype", "image_format", "options"):
@@ -314,7 +314,7 @@ def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:
 
 
 def _log_warnings(call: RewardCall, heard: Sequence[Said]) -> None:
-    """Log each warning once: what is heard here is shown nowhere else."""
+    """Log each warning once: those of Python's that were heard are shown nowhere else."""
     for said in dict.fromkeys(heard):
         log.warning(
             "load warning reward=%s from=%s said=%s",

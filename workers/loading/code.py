@@ -47,7 +47,7 @@ class LoadedCode:
         self._tops: frozenset[str] = frozenset()
         self._roots: frozenset[Path] = frozenset()
         self._read: dict[str, Code] = {}
-        """By dotted path, the code of a class that no trainer has read, as it was when it was first asked for."""
+        """By dotted path, the code of a class that no trainer has read, as its files were at the first request."""
         self._finder = RecordingFinder(self.follows, self.record)
 
     def follow(self, module: str) -> None:
@@ -81,8 +81,8 @@ class LoadedCode:
     def check(self, model: str, code: Code) -> None:
         """Compare what is loaded of the class at a dotted path, or is about to be, with what a trainer has read.
 
-        A module that is not imported yet, and lies on the way to the class, is compared as its file is now. Any other
-        is compared once it is imported: it may never be.
+        A module that is not imported yet is compared as its file is now, if the import of the class executes it. Any
+        other module is compared once it is imported: it may never be.
 
         Raises:
             StaleCodeError: This process has loaded other sources, and the files have become what is asked for.
@@ -96,13 +96,13 @@ class LoadedCode:
             raise StaleCodeError([self._name_of(module) for module in stale])
 
     def check_files(self, model: str, asked: Code = ()) -> None:
-        """Before a new instance of a class is made: are the files that its trainer has not read still what is loaded?
+        """Before a new instance of a class is made, check that what is loaded of it is still what its files are.
 
-        Those are all that the class imports, or of one whose source the trainer has read those of its package that it
-        imports by a computed name.
+        Only files that the trainer has not read are checked: if it could read the class's source, modules of the
+        class's package that are imported by a computed name; else all that the class imports.
 
         Raises:
-            StaleCodeError: They are not. A new instance would be of the old code, whatever the new one is called.
+            StaleCodeError: A file was edited since. A new instance would be of the old code.
         """
         modules = _imported_of_package(model)
         if not asked:
@@ -157,9 +157,10 @@ class LoadedCode:
         return code_from(file) if file is not None else ()
 
     def _loaded(self, module: str) -> Executed | None:
-        """What was executed of a module that is imported; before it was followed, as its file is now.
+        """What was executed of a module that is imported; None if it is not.
 
-        A module whose import failed is executed anew by the next import.
+        For a module that was imported before it was followed, its file as it is now. A module whose import failed is
+        executed anew by the next import.
         """
         if module not in sys.modules:
             return None
@@ -189,7 +190,7 @@ class LoadedCode:
         return file.name if file is not None else file_name(module)
 
 
-LOADED = LoadedCode()
+LOADED_CODE = LoadedCode()
 """That of this process."""
 
 
@@ -205,7 +206,7 @@ def _imported_of_package(model: str) -> list[str]:
 
 
 def _modules_above(model: str) -> list[str]:
-    """The modules that are imported for a class, whatever their code is: its own and the packages that it is in."""
+    """The modules that the import of a class executes, whatever their code is: its own and the packages around it."""
     parts = model.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
@@ -233,7 +234,7 @@ def _candidates(module: str, path: Path) -> Iterable[Path]:
 
 
 def _is_unlike(module: str, asked: str) -> bool:
-    """Whether a file that will be imported is another than is asked for; of one that is missing the import tells."""
+    """Whether a file that will be imported is another than is asked for. Of a missing file the import will tell."""
     file = find_as_imported(module)
     now = hash_on_disk(file.path) if file is not None else None
     return now is not None and now != asked

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_SAID = 4
-"""So many warnings stand in an outcome's origin; the worker's log has all."""
+"""How many warnings an outcome's origin says at most; the worker's log has all."""
 
 MAX_SAID_CHARS = 240
-"""A longer warning is cut: it stands in every outcome of the model."""
+"""A longer warning is cut, since every outcome of the model carries it."""
 
 LIBRARIES = (
     "transformers",
@@ -31,11 +31,11 @@ LIBRARIES = (
     "safetensors",
     "RapidOCR",
 )
-"""Loggers that may keep what they say to themselves (`propagate = False`), as transformers' does, or be told to be
-quieter than a warning (TRANSFORMERS_VERBOSITY=error)."""
+"""Loggers that may not pass on what they log (`propagate = False`), as transformers' does, or whose level may be set
+above a warning (TRANSFORMERS_VERBOSITY=error)."""
 
 PRINTED = "celery.redirected"
-"""The logger of what is printed in a worker, progress bars among it; as warnings, says Celery."""
+"""Celery's logger of what is printed in a worker, progress bars too. It logs all of it as warnings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,10 @@ class Said:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[Said]]:
-    """Within, warnings of this thread are heard, those too that this process was given before.
+    """Within, warnings of this thread are heard, also those that this process was given before.
 
-    Logged ones are shown as ever. Python's are not: whoever listens says them in the log. Of two that are nested, the
-    inner one hears first, and what it leaves in its list the outer one hears when the inner one ends.
+    Warnings that are logged are shown as ever. Python's warnings are not: whoever listens logs them. If two are nested,
+    the inner one hears first. When it ends, the outer one hears what is left in the inner one's list.
     """
     heard: list[Said] = []
     stack = _stack()
@@ -103,7 +103,7 @@ def _stack() -> list[list[Said]]:
 
 
 class _Hearing(logging.Handler):
-    """Takes down what this thread logs. A record that comes by two loggers is one."""
+    """Notes what this thread logs. A record that comes by two loggers is noted once."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stack = _stack()
@@ -116,7 +116,7 @@ class _Hearing(logging.Handler):
 
 
 class _AsBefore(logging.Filter):
-    """Keeps from the other handlers what their logger would not have said, had it not been told to say warnings."""
+    """Keeps from the other handlers what their logger would not have logged at its own level."""
 
     def __init__(self, told: dict[str, int]) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _AsBefore(logging.Filter):
 
 
 class _Repeat(Warning):
-    """Nobody warns by it: to filter it makes Python forget which warnings it has shown."""
+    """Never raised. Adding a filter, which this class is for, makes Python forget which warnings it has shown."""
 
 
 class _Ears:
@@ -143,7 +143,7 @@ class _Ears:
         self._num_listening = 0
         self._handler = _Hearing(logging.WARNING)
         self._levels: dict[str, int] = {}
-        """Of the loggers that were told to be quieter than a warning, what they were told."""
+        """The own level of each logger that was set above a warning."""
         self._as_before = _AsBefore(self._levels)
         self._heard_at: list[logging.Logger] = []
         self._filtered: list[logging.Handler] = []
@@ -188,7 +188,7 @@ class _Ears:
             self._heard_at.append(logger)
 
     def show(self, *warning: Any) -> None:
-        """Take down a warning of a thread that listens, pass on one of another."""
+        """Note a warning of a thread that listens; pass on the warning of another thread."""
         stack = _stack()
         if stack:
             message, category = warning[:2]
@@ -208,12 +208,12 @@ def _show(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """In the place of `warnings.showwarning` while some thread listens."""
+    """Replaces `warnings.showwarning` while some thread listens."""
     _ears.show(message, category, filename, lineno, file, line)
 
 
 def _loggers() -> list[logging.Logger]:
-    """Where what is logged may be heard: the root, known libraries, and every logger that keeps it from the root."""
+    """Loggers at which all is heard: the root, known libraries, and every logger that does not pass on to the root."""
     loggers = [logging.getLogger(), *map(logging.getLogger, LIBRARIES)]
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and not logger.propagate:
@@ -222,7 +222,7 @@ def _loggers() -> list[logging.Logger]:
 
 
 def _forget_what_was_said_once() -> None:
-    """A second load is to be told what the first was: transformers says some things once a process."""
+    """Make a second load hear what the first one heard: transformers logs some warnings once a process."""
     for name in ("warning_once", "info_once"):
         forget = getattr(getattr(logging.Logger, name, None), "cache_clear", None)
         if forget is not None:

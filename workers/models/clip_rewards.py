@@ -43,15 +43,17 @@ class FrameReward(PointwiseRewardModel):
         frames: Sequence[Sequence[Image.Image]],
         reasons: Sequence[Unscored | None],
     ) -> list[float | Unscored]:
-        """The rewards of the samples that have no reason against it; the reasons of the others."""
-        fitting = [i for i, reason in enumerate(reasons) if reason is None]
+        """The rewards of the samples without a reason, and in their positions the reasons of the others."""
         rewards: list[Any] = list(reasons)
-        if fitting:
-            scored = self._rewards(
-                [prompt[i] for i in fitting], [frames[i] for i in fitting]
-            )
-            for i, reward in zip(fitting, scored.tolist(), strict=True):
-                rewards[i] = reward
+        fitting = [i for i, reason in enumerate(reasons) if reason is None]
+        if not fitting:
+            return rewards
+
+        scored = self._rewards(
+            [prompt[i] for i in fitting], [frames[i] for i in fitting]
+        )
+        for i, reward in zip(fitting, scored.tolist(), strict=True):
+            rewards[i] = reward
         return rewards
 
     def _rewards(

@@ -99,11 +99,12 @@ class TransformersTowers:
 
     def embed_texts(self, tokens: Any) -> torch.Tensor:
         """Embeddings `(P, D)`, pooled at the first end-of-text token (also under the legacy `eos_token_id: 2`)."""
-        inputs = {
-            name: tokens[name].to(self._model.device)
-            for name in ("input_ids", "attention_mask")
-        }
-        return pooled(self._model.get_text_features(**inputs))
+        device = self._model.device
+        features = self._model.get_text_features(
+            input_ids=tokens["input_ids"].to(device),
+            attention_mask=tokens["attention_mask"].to(device),
+        )
+        return pooled(features)
 
     def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
         """Embeddings `(N, D)`."""
@@ -258,5 +259,6 @@ def _source_of_weights(name: str, pretrained: str, file_option: str) -> tuple[st
 
 def _dtype_argument() -> str:
     """The argument of `from_pretrained` for the dtype: transformers warns of the older name since 4.56."""
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    major, minor, *_ = transformers.__version__.split(".")
+    is_since_4_56 = (int(major), int(minor)) >= (4, 56)
+    return "dtype" if is_since_4_56 else "torch_dtype"

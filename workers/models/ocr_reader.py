@@ -78,7 +78,7 @@ class Reader:
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The image as it is; one of extreme proportions in the middle of black, so that RapidOCR's memory is bounded."""
+    """The image as it is; an image of extreme proportions is put on black, so that RapidOCR's memory is bounded."""
     width, height = image.size
     if height <= TALL * width and width <= WIDE * height:
         return image
@@ -111,7 +111,9 @@ class _OneLongLineAtATime:
         if len(batches) <= 1:
             return self._recognise(asked)
 
-        texts, scores, words = ([None] * len(lines) for _ in range(3))
+        texts: list[Any] = [None] * len(lines)
+        scores: list[Any] = [None] * len(lines)
+        words: list[Any] = [None] * len(lines)
         for batch in batches:
             some = dataclasses.replace(asked, img=[lines[i] for i in batch])
             output = self._recognise(some)

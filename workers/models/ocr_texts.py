@@ -14,11 +14,12 @@ from workers.models.quotations import quoted_text
 
 _NEEDS = 'metadata["text"] needs text, a number, or a list of one of these'
 
-_SAME_SIGN = {
-    ord(sign): plain
-    for plain, signs in {"'": "’‘ʼ´`′", '"': "“”″", "-": "‐‒–—―−", "/": "⁄"}.items()
-    for sign in signs
-}
+_SAME_SIGN = (
+    dict.fromkeys(map(ord, "’‘ʼ´`′"), "'")
+    | dict.fromkeys(map(ord, "“”″"), '"')
+    | dict.fromkeys(map(ord, "‐‒–—―−"), "-")
+    | dict.fromkeys(map(ord, "⁄"), "/")
+)
 """Typographic signs and the plain signs that they look like: a reader writes either of the two for the same drawing.
 NFKC makes such signs of U+2011 and of ⅓."""
 

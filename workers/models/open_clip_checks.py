@@ -28,12 +28,10 @@ CONFIG_FILE = "open_clip_config.json"
 
 _SEEN_BY = ("mean", "std", "interpolation", "resize_mode")
 
-_USUAL_FILES = tuple(
-    f"{stem}{suffix}"
-    for stem in ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
-    for suffix in (".safetensors", ".bin", ".pth")
-)
-"""Names of the files that open_clip prefers as a folder's weights."""
+_WEIGHTS = (".safetensors", ".bin", ".pth")
+
+_USUAL_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+"""Names, but for their endings, of the files that open_clip prefers as a folder's weights."""
 
 
 def plain_name(name: str) -> str:
@@ -257,14 +255,11 @@ def _same(one: Any, other: Any) -> bool:
 
 def _check_files(folder: Path) -> None:
     """Refuse a folder in which open_clip would take the alphabetically first of several files of weights."""
-    found = sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.suffix in (".safetensors", ".bin", ".pth")
-    )
-    has_usual = any(name in _USUAL_FILES for name in found)
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS]
+    has_usual = any(file.stem in _USUAL_STEMS for file in found)
     if len(found) > 1 and not has_usual:
+        names = ", ".join(file.name for file in found)
         raise ModelLoadError(
-            f"model_name_or_path: {str(folder)!r} holds several files of weights, {', '.join(found)}; leave one, or "
+            f"model_name_or_path: {str(folder)!r} holds several files of weights, {names}; leave one, or "
             "name the right one open_clip_model.safetensors"
         )

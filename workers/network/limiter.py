@@ -20,14 +20,14 @@ class ConcurrencyLimiter:
 
     def __init__(self) -> None:
         self.limit = math.inf
-        """How many are let in: one fewer than there were after a refusal, one more after as many answers."""
+        """How many requests are let in: after a refusal one fewer than there were, after as many answers one more."""
         self.num_inside = 0
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
     @asynccontextmanager
     async def entered(self, ends_at: float) -> AsyncIterator[None]:
-        """Inside, once there is room; `ends_at` is when the request's time ends, on the loop's clock."""
+        """Wait for room, then count as inside. `ends_at` is when the request's time ends, on the loop's clock."""
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (ends_at, next(self._numbers), turn))
         self._let_in()
@@ -39,11 +39,11 @@ class ConcurrencyLimiter:
             self._let_in()
 
     def answered(self) -> None:
-        """It took a request and answered: it may take more."""
+        """The server took a request and answered: it may take more."""
         self.limit += 1 / self.limit
 
     def refused(self) -> None:
-        """It had too much in hand for one that is inside now."""
+        """The server refused a request that is inside now."""
         self.limit = max(1, self.num_inside - 1)
 
     def _let_in(self) -> None:

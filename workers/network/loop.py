@@ -18,7 +18,7 @@ for _name in ("httpx", "httpx2"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 LOOP_GRACE_S = 30.0
-"""So long after its deadline a call is waited for; only a loop that hangs is later."""
+"""How long after its deadline a call is waited for; only on a loop that hangs a call takes longer."""
 
 T = TypeVar("T")
 
@@ -41,9 +41,9 @@ class NetworkLoop:
     def run_all(
         self, calls: Sequence[Coroutine[Any, Any, T]], timeout_s: float
     ) -> list[T | Unscored | BusyError]:
-        """Await `calls`, each of which ends within `timeout_s` by itself, side by side on the loop; wait for them here.
+        """Await `calls` side by side on the loop, while this thread waits. Each ends within `timeout_s` by itself.
 
-        A reason that one raises stands in its place; anything else that one raises is raised here.
+        An `Unscored` or a `BusyError` that a call raises is its result. Any other error of a call is raised here.
         """
         future = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop)
         try:
@@ -82,7 +82,7 @@ async def _gather(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T | BaseExcep
 
 
 def cause_of(error: BaseException) -> str:
-    """An error and, behind it, what the operating system says below it, which libraries do not repeat."""
+    """An error and, behind it, the operating system's reason for it, which libraries do not repeat."""
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     below, seen = error.__cause__ or error.__context__, {id(error)}
     while below is not None and id(below) not in seen:

@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Once(Generic[T]):
-    """What a process has one of: made at the first call, by one of the threads that come then; the others wait.
+    """An object that a process has one of. The first call makes it, and other threads that call meanwhile wait.
 
-    (`functools.cache` would have each of them make one.)
+    With `functools.cache` each of these threads would make one.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -21,13 +21,13 @@ class Once(Generic[T]):
         self._made: list[T] = []
 
     def __call__(self) -> T:
-        """The one there is."""
+        """The object."""
         with self._lock:
             if not self._made:
                 self._made.append(self._make())
             return self._made[0]
 
     def take(self) -> T | None:
-        """The one there is, if there is one, which the next call does not give any more."""
+        """The object, if there is one. The next call makes a new one."""
         with self._lock:
             return self._made.pop() if self._made else None

@@ -59,12 +59,10 @@ def is_without_proxy(url: str, proxies: dict[str, str]) -> bool:
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    names = (
-        proxies.get("no", "").replace(",", " ").lower().split()
-    )  # spaces part them too, as curl has it
-    return any(
-        _covers(name.rpartition("://")[2].rstrip("/"), host, port) for name in names
-    )
+    # Spaces part the names too, as curl has it.
+    names = proxies.get("no", "").replace(",", " ").lower().split()
+    hosts = [name.rpartition("://")[2].rstrip("/") for name in names]
+    return any(_covers(name, host, port) for name in hosts)
 
 
 def trusted_certificates() -> ssl.SSLContext | bool:
@@ -82,11 +80,9 @@ def _as_url(found: str) -> str:
     """The proxy as clients take it: without a scheme it speaks HTTP, and desktops write socks:// for SOCKS 5."""
     if "://" not in found:
         return f"http://{found}"
-    return (
-        f"socks5://{found.removeprefix('socks://')}"
-        if found.startswith("socks://")
-        else found
-    )
+    if found.startswith("socks://"):
+        return f"socks5://{found.removeprefix('socks://')}"
+    return found
 
 
 def _variable(scheme: str, found: str) -> str:
@@ -115,9 +111,8 @@ def _check(proxy: Proxy, url: str) -> None:
 def _has_host_and_port(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return (
-            bool(parts.hostname) and parts.port != 0
-        )  # reading the port checks that it is a number
+        # Reading the port checks that it is a number.
+        return bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 
@@ -127,9 +122,8 @@ def _covers(name: str, host: str, port: int | None) -> bool:
     if name == "*":
         return True
     bare, colon, number = name.rpartition(":")
-    if (
-        colon and number.isdigit() and (":" not in bare or bare.startswith("["))
-    ):  # and no IPv6 address
+    is_ipv6 = ":" in bare and not bare.startswith("[")
+    if colon and number.isdigit() and not is_ipv6:
         if int(number) != port:
             return False
         name = bare

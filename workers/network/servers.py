@@ -31,7 +31,7 @@ class Server:
 
     url: str
     num_in_flight: int = 0
-    """Questions of this process that it has in hand."""
+    """Questions of this process that it has not answered yet."""
     num_asked: int = 0
     cool_down_s: float = 0.0
     """How long it cools down after its last failure; 0 while it is well."""
@@ -46,15 +46,15 @@ class Server:
         return without_password(self.url)
 
     @property
-    def whence(self) -> str:
+    def asked_from(self) -> str:
         """The host that asks, for people: a server may be well and out of this host's reach."""
         host = urlsplit(self.url).hostname or ""
         is_here = f" ({host} there is that host itself)" if host in LOOPBACK else ""
         return f"from the worker's host {platform.node()}{is_here}"
 
     @property
-    def way(self) -> str:
-        """What a reason says of the way to it; empty if it is asked directly."""
+    def proxy_words(self) -> str:
+        """What a reason says of the proxy to it; empty if it is asked directly."""
         return self.proxy.words if self.proxy else ""
 
     @property
@@ -66,7 +66,7 @@ class Server:
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """A question is with it meanwhile."""
+        """Within, a question is in flight to the server."""
         self.num_in_flight += 1
         self.num_asked += 1
         try:

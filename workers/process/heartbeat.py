@@ -23,10 +23,10 @@ from workers.scoring.held_claims import HeldClaims
 log = logging.getLogger(__name__)
 
 REDIS_ERRORS = (redis.RedisError, OSError)
-"""What a server that is away, full or forbids something raises; the next beat may do better."""
+"""What a server raises that is away, full, or forbids something. The next beat may succeed."""
 
 BEATS_A_TTL = 4
-"""So many times within the life of a claim it is extended: a few lost packets do not lose it."""
+"""How many times a claim is extended within its life, so that it survives a few lost packets."""
 
 LOG_EVERY_S = 60.0
 """How often the log says that a server forbids something; that it is away is said once, by `RedisLog`."""

@@ -22,10 +22,8 @@ With the 8 s of REWARDQ_STOP_GRACE_S it fits into the 10 s that a container's st
 
 
 def end_without_device(loss: RuntimeError) -> None:
-    """End at once, as by `kill -9`: what is in hand counts as started, so that a sample that does it is found."""
-    log.critical(
-        "worker ends, its GPU is lost to it status=%d error=%s", EXIT_HUNG, loss
-    )
+    """End at once, as by `kill -9`. Samples in hand count as started, so that a sample that breaks GPUs is found."""
+    log.critical("worker ends, it has lost its GPU status=%d error=%s", EXIT_HUNG, loss)
     os._exit(EXIT_HUNG)
 
 
@@ -42,8 +40,8 @@ def end_to_start_anew(error: StaleCodeError) -> None:
 def end_in_time(release_claims: Callable[[], None], grace_s: float) -> None:
     """From now on a worker that is asked to stop (SIGTERM) ends within `grace_s`, whatever its tasks do.
 
-    What they have not finished by then is given back for others. Without this a container's stop would end in SIGKILL,
-    and its samples would wait for their claims to expire.
+    The claims of unfinished samples are given back for other workers. Otherwise a container's stop would end in
+    SIGKILL, and the samples would wait for their claims to expire.
     """
 
     def end() -> None:

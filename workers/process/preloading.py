@@ -34,7 +34,7 @@ class ServedReward:
     model: RewardModel
 
     def why_unanswered(self) -> str | None:
-        """What is wrong with its server; None if it answers."""
+        """Why its server gives no answer; None if it answers."""
         try:
             self.model.warm_up()
         except Exception as error:  # whatever a client meets on the network
@@ -49,7 +49,7 @@ class AskServers(threading.Thread):
     """Asks the servers of rewards until each has answered once. The worker takes tasks meanwhile: for other rewards.
 
     Args:
-        say: Called with what is to be said of those that have not answered yet.
+        say: Called with a reason for each reward whose server has not answered yet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AskServers(threading.Thread):
         left, words = [], []
         for reward, why in zip(self._left, _why_unanswered(self._left), strict=True):
             if why is None:
-                log.info("answers reward=%s", reward.spec.name)
+                log.info("server answers reward=%s", reward.spec.name)
                 continue
             left.append(reward)
             words.append(why)
@@ -83,7 +83,7 @@ class AskServers(threading.Thread):
 
 
 def _why_unanswered(rewards: Sequence[ServedReward]) -> list[str | None]:
-    """What is wrong with the server of each; those that hang are waited for together."""
+    """Why the server of each reward gives no answer; None if it answers. All are asked at the same time."""
     found: list[str | None] = [None] * len(rewards)
 
     def ask(i: int) -> None:
@@ -106,10 +106,10 @@ def preload(
 ) -> list[ServedReward]:
     """Load and warm up what a worker for `queues` is told to.
 
-    A class without `version` is another computation in each launch: it is loaded to see that it can be, and let go.
+    A class without `version` is another computation in each launch. It is loaded to see that it can be, and not kept.
 
     Returns:
-        The rewards that a server gives. Whether it answers is not known yet: it may start later than the worker.
+        The rewards that a server gives. Whether that server answers is not known yet: it may start after the worker.
 
     Raises:
         ConfigError: A name or the YAML file is wrong.
@@ -137,7 +137,7 @@ def preload(
 def _load(
     spec: RewardSpec, models: ModelCache, served: list[ServedReward], errors: list[str]
 ) -> None:
-    """Load a model, and warm it up unless a server does the work; what goes wrong is added to `errors`."""
+    """Load a model, and warm it up unless a server does the work. Why that fails is added to `errors`."""
     try:
         with models.lend(spec.call) as loaded:
             if loaded.model.asks_servers:
@@ -169,13 +169,13 @@ def _name(spec: RewardSpec) -> str:
 def specs_to_preload(preload: str, queues: Sequence[str]) -> list[RewardSpec]:
     """The computations named by `preload`, comma-separated names or a YAML file, that workers for `queues` are sent.
 
-    A class of the user's without `version` is another computation in each launch, and left out: it is only tried.
+    A class of the user's without `version` is left out: it is another computation in each launch.
     """
     return _split(_computations(preload, queues))[0]
 
 
 def _split(specs: Sequence[RewardSpec]) -> tuple[list[RewardSpec], list[RewardSpec]]:
-    """Those that stay in memory, and those that are only tried."""
+    """The computations that stay in memory, and those that are only tried."""
     kept, tried = [], []
     for spec in specs:
         if spec.counts_launch:

@@ -52,7 +52,7 @@ def refuse_early(settings: Settings, queues: Sequence[str]) -> None:
 class RedisRefusals:
     """Ends the worker once, whichever of its threads is refused first. Safe between threads.
 
-    What a task was refused says little (`The user executing the script can't run this command`): the servers are asked
+    The words of a refusal say little (`The user executing the script can't run this command`). So the servers are asked
     again for all that we need of them, and say which right is missing.
     """
 

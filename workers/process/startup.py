@@ -180,5 +180,5 @@ def release_and_end(claims: HeldClaims, heartbeat: HeartbeatThread) -> None:
     try:
         claims.release_all()
     except REDIS_ERRORS as error:
-        log.warning("claims not given back error=%s", error)
+        log.warning("claims not released error=%s", error)
     heartbeat.end()

@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from tasks.servers.connections import LOST, why_away
-from tasks.servers.refusals import Server, servers_of, words_for
+from tasks.servers.refusals import ConfiguredRedis, servers_of, words_for
 from tasks.settings import Settings, without_password
 from workers.scoring.tally import Tally
 
@@ -31,16 +31,16 @@ BOOTSTEPS = "celery.bootsteps"
 
 
 class RedisLog:
-    """Says that Redis is gone, once, and that it is back, once, whoever of a worker's threads notices first.
+    """Logs once that Redis is gone and once that it is back, whichever of a worker's threads notices first.
 
-    It is back when all that missed it have it again. Safe between threads.
+    Redis is back when every part of the worker that missed it has it again. Safe between threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._without: set[str] = set()
         self.refusal: BaseException | None = None
-        """What the broker last refused the consumer with, that waiting may not mend."""
+        """An error by which the broker refused the consumer, and which waiting may not mend."""
         self._since = 0.0
 
     def gone(self, who: str, error: BaseException) -> None:
@@ -115,7 +115,7 @@ def say_ready(
 
 
 def quiet_celery(redis_log: RedisLog, settings: Settings) -> None:
-    """Let our own lines stand for Celery's on lost connections, and show URLs as they are written."""
+    """Drop Celery's lines on lost connections, for which ours stand, and show URLs as they are written."""
     broker = servers_of(settings)[0]
     for name in (CONSUMER, BOOTSTEPS):
         logging.getLogger(name).addFilter(_LostConnections(redis_log, broker))
@@ -142,9 +142,9 @@ def show_urls_as_written(worker: Any, settings: Settings) -> None:
 
 
 class _LostConnections(logging.Filter):
-    """Drops what Celery says of a connection that is lost or cannot be made: `RedisLog` says it, once."""
+    """Drops Celery's lines on a connection that is lost or cannot be made: `RedisLog` says it once."""
 
-    def __init__(self, redis_log: RedisLog, broker: Server) -> None:
+    def __init__(self, redis_log: RedisLog, broker: ConfiguredRedis) -> None:
         super().__init__()
         self._redis_log, self._broker = redis_log, broker
 

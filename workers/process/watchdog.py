@@ -30,7 +30,7 @@ GRACE_S = 30.0
 LOOK_EVERY_S = 0.5
 
 IDLE_LOOKS = 2
-"""No healthy call at so many looks: whatever is still claimed waits for what hangs."""
+"""After so many looks without a healthy call, whatever is still claimed waits for the call that hangs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

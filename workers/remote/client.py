@@ -46,7 +46,7 @@ class RemoteServer(Server):
     """A reward server."""
 
     terms: Terms | None = None
-    """None until it is asked, and after each answer without rewards: another may have taken its place."""
+    """None until the server is asked, and after each answer without rewards: another server may run there by then."""
     limiter: ConcurrencyLimiter = field(default_factory=ConcurrencyLimiter)
 
 
@@ -139,7 +139,7 @@ class _Tries:
 
     num_requests: int = 0
     num_failures: int = 0
-    """Those without an answer, but for a server that only had too much in hand."""
+    """Requests without an answer, except refusals of a server that had too much in hand."""
 
     @property
     def words(self) -> str:
@@ -350,14 +350,14 @@ class RemoteClient:
                     method, url, content=content, headers=headers
                 )
         except TimeoutError:
-            message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.way}"
+            message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.proxy_words}"
             raise NoAnswerError(Unscored("timeout", message)) from None
         except httpx2.RequestError as error:
-            message = f"no answer from {server.name}: {cause_of(error)}; asked {server.whence}{server.way}"
+            message = f"no answer from {server.name}: {cause_of(error)}; asked {server.asked_from}{server.proxy_words}"
             raise NoAnswerError(Unscored("failed", message)) from None
 
 
 def backoff_s(num_failures: int) -> float:
-    """How long to wait after `num_failures` of them."""
+    """How long to wait after so many failures, in seconds; varied, so that workers do not come back at once."""
     pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (num_failures - 1))
     return float(pause_s * random.uniform(0.5, 1.5))

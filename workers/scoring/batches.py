@@ -11,9 +11,9 @@ from typing import Any
 from tasks.errors import BusyError
 from tasks.messages import Outcome, RewardCall, SampleRequest
 from workers.base import Unscored
-from workers.loading.arguments import taking_of
 from workers.loading.cache import LoadedModel
 from workers.loading.device import free_memory, is_out_of_memory, loss_of_device
+from workers.loading.signature import signature_of
 from workers.loading.tracebacks import tracebacks, user_line
 from workers.scoring.decoding import Inputs
 from workers.scoring.outputs import Scored, outcome_of, outcomes_of
@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def answers(self) -> Sequence[SampleRequest]:
-        """Who is answered by this call: what becomes of it becomes of a group as a whole."""
+        """Who gets the reason if the call fails or hangs: each sample, or the group as a whole."""
         return self.samples if self.group is None else [self.group]
 
     @property
@@ -110,7 +110,7 @@ class BatchScorer:
 
     def _call(self, batch: Batch) -> list[Scored]:
         model = batch.model
-        given = taking_of(model.model).call_with(batch.columns)
+        given = signature_of(model.model).call_with(batch.columns)
         lock = contextlib.nullcontext() if model.model.thread_safe else model.lock
         with lock, self._watch(batch.answers, batch.timeout_s):
             # A tensor on a GPU is computed by the time it is read, not when the model returns it.

@@ -1,7 +1,7 @@
 """The task that turns a chunk into outcomes: read, claim, score, write once.
 
-It may run twice, late, or on another worker after a crash: claims and outcomes (see `tasks.outcomes`) keep the answer
-the same. A request that it cannot read it leaves to the client, by a note; it never raises for a sample.
+The task may run twice, late, or on another worker after a crash: claims and outcomes (see `tasks.outcomes`) keep the
+answer the same. If it cannot read its request, it leaves a note for the client. It never raises for a sample.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from workers.scoring.handling import handle
 from workers.scoring.task_message import TaskMessage, queue_of
 
 MOST_STARTS_ALONE = 3
-"""A suspect that was started alone so often without an answer is given up."""
+"""How often a suspect is started alone without an answer before it is given up."""
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(  # noqa: PLR0913  (the arguments are the wire's)
+def score(
     self: Any,
     label: str,
     request_id: str,

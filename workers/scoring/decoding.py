@@ -11,11 +11,11 @@ from tasks import media
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
 from tasks.samples import MEDIA_FIELDS, NUMBER_FIELDS
 from workers.base import GroupwiseRewardModel, RewardModel
-from workers.loading.arguments import (
-    Taking,
+from workers.loading.signature import (
+    Signature,
     is_ours,
     lacks_all_media,
-    taking_of,
+    signature_of,
     unsent,
 )
 from workers.loading.tracebacks import user_line
@@ -37,28 +37,28 @@ def inputs_of(
     would have another reward.
     """
     try:
-        taking = taking_of(model)
+        signature = signature_of(model)
     except Exception as error:  # a property of a class is the user's code
         return [outcome_of(error, user_line(error, call.model))] * len(samples)
     if isinstance(model, GroupwiseRewardModel):
-        failure = unsent(call.model, taking, samples)
+        failure = unsent(call.model, signature, samples)
         if failure is not None:
             return [Outcome(failure=failure)] * len(samples)
     inputs: list[Inputs | Outcome] = []
     for sample in samples:
-        failure = _lacks(model, taking, call, sample)
+        failure = _lacks(model, signature, call, sample)
         if failure is not None:
             inputs.append(Outcome(failure=failure))
         else:
-            inputs.append(_decode_or_failure(model, taking, sample, payloads))
+            inputs.append(_decode_or_failure(model, signature, sample, payloads))
     return inputs
 
 
 def _lacks(
-    model: RewardModel, taking: Taking, call: RewardCall, sample: SampleRequest
+    model: RewardModel, signature: Signature, call: RewardCall, sample: SampleRequest
 ) -> Failure | None:
     """Why a sample cannot be given to a model: it has not what the model needs."""
-    failure = unsent(call.model, taking, [sample])
+    failure = unsent(call.model, signature, [sample])
     if failure is not None:
         return failure
     if is_ours(model):
@@ -68,7 +68,7 @@ def _lacks(
                 missing.append(name)
         lacking = " and ".join(missing)
     else:
-        lacking = lacks_all_media(taking, sample)
+        lacking = lacks_all_media(signature, sample)
     if not lacking:
         return None
     message = f"{call.model} needs {lacking}, which the sample has not"
@@ -77,25 +77,25 @@ def _lacks(
 
 def _decode_or_failure(
     model: RewardModel,
-    taking: Taking,
+    signature: Signature,
     sample: SampleRequest,
     payloads: Mapping[str, bytes],
 ) -> Inputs | Outcome:
     try:
-        return _decode_sample(taking, sample, payloads, model.use_tensor_inputs)
+        return _decode_sample(signature, sample, payloads, model.use_tensor_inputs)
     except Exception as error:  # a payload that is not what its reference says must not take its neighbours with it
         return failed(f"its media cannot be decoded: {type(error).__name__}: {error}")
 
 
 def _decode_sample(
-    taking: Taking,
+    signature: Signature,
     sample: SampleRequest,
     payloads: Mapping[str, bytes],
     as_tensor: bool,
 ) -> Inputs:
     """The fields that a model takes, media as PIL images or tensors; None where the sample has none."""
     inputs: Inputs = {"prompt": sample.prompt}
-    for name in taking.fields:
+    for name in signature.fields:
         if name in MEDIA_FIELDS:
             inputs[name] = _decode_field(sample.media.get(name), payloads, as_tensor)
         elif name in ("metadata", *NUMBER_FIELDS):

@@ -14,19 +14,19 @@ from workers.scoring.handling import handle
 from workers.scoring.task_message import TaskMessage, queue_of
 
 WAIT_FOR_OTHERS_S = 1.0
-"""A body waits so long for parts that another task is scoring, before it sends itself again."""
+"""How long a body waits for parts that another task is scoring, before it sends itself again."""
 
 LOOK_EVERY_S = 0.1
 """How often a body looks for those parts meanwhile."""
 
 MOST_RETURNS = 60
-"""A body sends itself again so often at most; then the client sends the group again."""
+"""How often a body sends itself again at most. After that the client sends the group again."""
 
 WAITING = "waits for others"
 
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
-def score_group(  # noqa: PLR0913  (the arguments are the wire's)
+def score_group(
     self: Any,
     label: str,
     request_id: str,
@@ -44,7 +44,7 @@ def score_group(  # noqa: PLR0913  (the arguments are the wire's)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
-def combine_group(  # noqa: PLR0913  (the arguments are the wire's)
+def combine_group(
     self: Any,
     label: str,
     request_id: str,
@@ -86,8 +86,8 @@ def wait_and_combine(
 ) -> str:
     """Combine the parts of a group; the work of `combine_group`.
 
-    Parts that another task is still scoring are waited for: after a pause the body sends itself again. Parts that
-    nobody is scoring are left to the client, which sends the group again.
+    If another task is still scoring parts, the body waits for a while and then sends itself again, so that it does not
+    hold one of the worker's slots. If nobody is scoring them, the client sends the group again.
     """
     clock = context.clock
     ends_at = clock.monotonic() + WAIT_FOR_OTHERS_S

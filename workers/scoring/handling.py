@@ -16,7 +16,7 @@ from workers.scoring.task_message import TaskMessage
 from workers.texts import cut
 
 MAX_ERROR_CHARS = 1000
-"""Of an error's words, as a note carries them to the client."""
+"""How much of an error's text a note carries to the client."""
 
 Request = TypeVar("Request", ScoreRequest, GroupRequest)
 

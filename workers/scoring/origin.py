@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.catalog import CATALOG
 from tasks.messages import RewardCall
-from workers.loading.code import LOADED
+from workers.loading.code import LOADED_CODE
 
 LIBRARIES = (
     "rewardq",
@@ -38,5 +38,5 @@ def environment() -> dict[str, Any]:
 
 def code_of(call: RewardCall) -> dict[str, str]:
     """The digest of the code of a class of the user's; empty for a built-in, of which the version says all."""
-    digest = "" if call.model in CATALOG else LOADED.digest(call.model, call.code)
+    digest = "" if call.model in CATALOG else LOADED_CODE.digest(call.model, call.code)
     return {"code": digest} if digest else {}

@@ -1,4 +1,4 @@
-"""What a reward model returned or raised, as outcomes: a finite reward or a reason, never between, in plain data."""
+"""Turns what a reward model returned or raised into outcomes: each is a finite reward or a reason, in plain data."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ MAX_MESSAGE_CHARS = 2000
 """A reason longer than this is cut; a model's traceback or a server's page is not a message."""
 
 MAX_INFO_DEPTH = 16
-"""Information nested deeper than this is cut to its `repr`."""
+"""Information that is nested deeper than this is replaced by its `repr`."""
 
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 """The trainer's arrays are float32."""
 
 Scored = Outcome | BusyError
-"""What became of a sample: an outcome, or that its model cannot be asked now."""
+"""What became of a sample: an outcome, or an error that says that its model cannot be called now."""
 
 
 def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
     """Outcomes of what a model returned for `num_samples` samples.
 
-    A tensor, an array or a list of `num_samples` finite numbers are rewards. Any other length or shape is a reason for
-    all samples. A NaN, an infinity, None or no number is a reason for its sample. A `BusyError` in a list stays.
+    A tensor, an array or a list of `num_samples` finite numbers holds rewards. If the length or shape is another, all
+    samples fail. A value that is not a finite number is recorded as a failure of its sample. A `BusyError` in a list
+    is returned as it is.
     """
     rewards, extra = _read(output)
     values = _listed(rewards)

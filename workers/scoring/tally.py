@@ -1,4 +1,4 @@
-"""What a worker process has scored since it last said so: counts by reward, no prompts and no reasons' words."""
+"""How many samples a worker process has scored since it last logged that, by reward."""
 
 from __future__ import annotations
 

@@ -262,6 +262,23 @@ def test_one_publish_is_under_way_and_what_comes_meanwhile_goes_after_it(single)
     assert [len(action.deliveries) for action in (first, second)] == [1, 2]
 
 
+@pytest.mark.parametrize("ends", ["answered", "given up"])
+def test_the_request_of_a_message_that_is_on_its_way_is_freed_once_it_has_arrived(ends, single):
+    slot = single.submit(1)
+    single.run(but=[do.Publish])
+    (publish,) = single.asked(do.Publish)
+    (delivery,) = publish.deliveries
+    if ends == "answered":
+        single.answer(slot)
+    else:
+        single.give_up(slot)
+    single.run(but=[do.Publish])
+    single.run()
+    freed = [name for action in single.done if isinstance(action, do.Free) for name in action.names]
+    assert freed.count(delivery.request) == 1
+    single.assert_nothing_is_left()
+
+
 def test_what_waits_for_the_publish_under_way_and_is_given_up_is_not_sent(single):
     single.submit(1)
     single.run(but=[do.Publish])

@@ -24,7 +24,7 @@ MAX_DECLARATION_CHARS = 400
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What the `__call__` of a model has arguments for."""
+    """The arguments of a model's `__call__`."""
 
     has_default: Mapping[str, bool]
     """The arguments that can be given by name, and whether each has a default."""
@@ -39,12 +39,12 @@ class Arguments:
 
 
 @dataclass(frozen=True, slots=True)
-class Taking:
-    """What a model takes."""
+class Signature:
+    """The fields of a sample that a model takes, and the arguments of its `__call__` that they are given to."""
 
     declared: tuple[str, ...]
     """Fields of a sample that its class declares."""
-    words: Mapping[str, str]
+    own_names: Mapping[str, str]
     """By declared field, what the class calls it."""
     fields: tuple[str, ...]
     """The declared fields, and the small ones that its `__call__` names."""
@@ -53,7 +53,8 @@ class Taking:
     def call_with(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """The arguments for a call with these values of each field; None for a field that no sample has.
 
-        As in Flow-Factory `__call__` gets what it has a name for. A field that no sample has is left to its default.
+        As in Flow-Factory, `__call__` gets the fields that it has arguments for. A field that no sample has is left out
+        if its argument has a default.
         """
         given: dict[str, Any] = {}
         for field, column in columns.items():
@@ -76,34 +77,34 @@ class Taking:
         """The names that a field has in `**kwargs`."""
         looked_up = self.arguments.looked_up
         names = [name for name in _their_names(field) if name in looked_up]
-        return [self.words.get(field, field), *names]
+        return [self.own_names.get(field, field), *names]
 
 
-def taking_of(model: RewardModel) -> Taking:
-    """What a model takes.
+def signature_of(model: RewardModel) -> Signature:
+    """The fields that a model takes.
 
     Raises:
         ModelLoadError: It declares a field that no sample has, or its declaration is no list of fields.
     """
     named = _declared(model, "required_fields") + _declared(model, "optional_fields")
-    words = {THEIR_NAMES.get(name, name): name for name in named}
-    for name in words:
+    own_names = {THEIR_NAMES.get(name, name): name for name in named}
+    for name in own_names:
         if name not in SAMPLE_FIELDS:
             raise ModelLoadError(
                 f"{type(model).__name__} declares what is none: {no_such_field(name)}"
             )
     arguments = _arguments(model)
     by_name = [THEIR_NAMES.get(name, name) for name in BY_NAME if name in arguments]
-    fields = dict.fromkeys((*words, *by_name))
-    return Taking(tuple(words), words, tuple(fields), arguments)
+    fields = dict.fromkeys((*own_names, *by_name))
+    return Signature(tuple(own_names), own_names, tuple(fields), arguments)
 
 
 def unsent(
-    name: str, taking: Taking, samples: Iterable[SampleRequest]
+    name: str, signature: Signature, samples: Iterable[SampleRequest]
 ) -> Failure | None:
-    """Why these samples cannot be scored if the model takes a field that they have and that was not sent.
+    """Why these samples cannot be scored, if the model takes a field that they have and that was not sent; else None.
 
-    To the model such a sample would look like a sample without the field: a number that is plausible and wrong.
+    To the model such a sample would look like a sample without the field: its reward would be plausible and wrong.
 
     Args:
         name: Of the reward model, as the config has it.
@@ -111,21 +112,21 @@ def unsent(
     withheld: set[str] = set()
     for sample in samples:
         withheld.update(sample.withheld)
-    missing = [field for field in taking.fields if field in withheld]
+    missing = [field for field in signature.fields if field in withheld]
     if not missing:
-        _warn_of_named(name, taking, withheld)
+        _warn_of_named(name, signature, withheld)
         return None
     return Failure(
         kind="failed",
         message=f"{name} takes {' and '.join(missing)}, which the sample has and the trainer did not send: its config "
         "does not list it, or the source of the class could not be read for certain there; say "
-        f"`required_fields: [{', '.join(taking.fields)}]` in the config",
+        f"`required_fields: [{', '.join(signature.fields)}]` in the config",
     )
 
 
-def lacks_all_media(taking: Taking, sample: SampleRequest) -> str:
+def lacks_all_media(signature: Signature, sample: SampleRequest) -> str:
     """The media fields that a model declares, if it scores media and the sample has none of them; else empty."""
-    media = [field for field in taking.declared if field in MEDIA_FIELDS]
+    media = [field for field in signature.declared if field in MEDIA_FIELDS]
     if set(media).isdisjoint(GENERATED):
         return ""
     if any(sample.media.get(field) not in (None, ()) for field in media):
@@ -134,12 +135,12 @@ def lacks_all_media(taking: Taking, sample: SampleRequest) -> str:
 
 
 def is_ours(model: RewardModel) -> bool:
-    """Whether its class is one of this package: what it declares as required, it demands."""
+    """Whether its class is one of this package. Only of these classes a required field is a demand."""
     return type(model).__module__.partition(".")[0] == "workers"
 
 
 def _declared(model: RewardModel, attribute: str) -> tuple[str, ...]:
-    """What an attribute of a class says, however it says it: a text, any sequence of texts, a property, a method."""
+    """The fields that an attribute of a class names: a text, any sequence of texts, a property or a method."""
     value: Any = getattr(model, attribute, None)
     if callable(value):
         value = value()
@@ -191,10 +192,10 @@ def _their_names(field: str) -> list[str]:
     return [theirs for theirs, ours in THEIR_NAMES.items() if ours == field]
 
 
-def _warn_of_named(name: str, taking: Taking, withheld: set[str]) -> None:
-    """Say which media a class has an argument for, or looks up, without declaring them: they do not travel."""
+def _warn_of_named(name: str, signature: Signature, withheld: set[str]) -> None:
+    """Warn of media that a class has an argument for, or looks up, and does not declare: they are not sent."""
     for field in MEDIA_FIELDS:
-        if field in withheld and field in taking.arguments:
+        if field in withheld and field in signature.arguments:
             _warn_once(name, field)
 
 

@@ -13,13 +13,13 @@ TURNED_OFF = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # the hub is told no more than which file
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers has the hub convert a model that has no safetensors
 }
-"""Variables of the environment and what they are set to where whoever starts the process has not set them."""
+"""Variables of the environment, and the values that they get unless the environment has others."""
 
 
 def turn_off() -> None:
     """Set the variables, for this process and its children.
 
-    onnxruntime reads its own while it is imported; where that has happened the log says so, since nothing else helps.
+    onnxruntime reads its variable while it is imported. If that has happened already, nothing helps but to say so.
     """
     is_too_late = (
         "onnxruntime" in sys.modules and "ORT_DISABLE_TELEMETRY" not in os.environ
