@@ -114,6 +114,18 @@ def test_two_rewards_of_one_sample_share_its_payload():
     assert len([action for action in engine.done if isinstance(action, do.Store)]) == 1
 
 
+def test_two_rewards_that_are_the_same_computation_await_one_outcome():
+    engine = EngineByHand((*SINGLE, SINGLE[0].model_copy(update={"name": "again"})))
+    slot = engine.submit(1)
+    engine.run()
+    first, second = slot.awaited.values()
+    assert first is second
+    assert first.slots == [slot]
+    assert len(engine.published) == 1
+    engine.give_up(slot)
+    engine.assert_nothing_is_left()
+
+
 def test_while_outcomes_are_looked_up_the_next_samples_wait_and_are_then_asked_for_together(engine):
     engine.submit(1)
     engine.run(but=[do.LookUp])
@@ -720,6 +732,15 @@ def test_a_group_that_waits_for_collect_is_sent_with_its_step():
     engine.collect(0)
     engine.run()
     assert in_states(slots) == [State.IN_FLIGHT] * 2
+
+
+def test_a_group_carries_no_outcome_that_waits_for_collect():
+    engine = EngineByHand((HELD, RANKED))
+    slots = [engine.submit(number, "g", size=2) for number in (1, 2)]
+    engine.run()
+    engine.wait(LINGER_S)
+    assert in_states(slots, HELD) == [State.HELD] * 2
+    assert in_states(slots, RANKED) == [State.IN_FLIGHT] * 2
 
 
 def test_a_group_that_gets_no_further_member_ends_its_members_with_the_words(ranked):
