@@ -7,17 +7,19 @@ from collections.abc import Callable
 
 import pytest
 
-from tasks.groups import Registered, digest
+from tasks.groups import Registered
 from tasks.messages import Note, Outcome
 from tests.trainer.engine.by_hand import (
+    BOTH,
     HELD,
     HELD_RANKED,
     OUR_STORE,
     POINT,
     RANKED,
     RECONCILE_S,
+    SINGLE,
     EngineByHand,
-    rewards_of,
+    seal,
 )
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
@@ -27,9 +29,6 @@ from trainer_client.engine.states import ENDED, IN_DELIVERY, TRANSITIONS, Payloa
 
 S = State
 Transition = tuple[State | None, State]
-
-BOTH = (POINT, RANKED)
-SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
 
 
 class Recorded(EngineByHand):
@@ -213,12 +212,6 @@ def group_of_two_ranks():
     engine.other_ranks_number = 7
     engine.wait(1.0)
     return engine, slot
-
-
-def seal(engine):
-    """The only member of this rank is all that the group has."""
-    (group,) = engine.state.groups
-    engine.digests[group.shared_key] = digest([key for key, _ in engine.members.values()])
 
 
 @makes(S.LOOKING_UP, S.ANSWERED)
