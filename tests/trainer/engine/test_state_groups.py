@@ -114,6 +114,15 @@ def test_the_outcome_of_a_group_that_is_there_is_taken(ranked):
     assert in_states(slots) == [State.IN_FLIGHT] * 2, "what it would have carried goes by itself"
 
 
+def test_groups_of_equal_members_await_one_outcome_that_is_asked_for_once(ranked):
+    slots = [ranked.submit(number, group, size=2) for group in ("g", "h") for number in (1, 2)]
+    ranked.run()
+    assert len({ranked.awaited(slot, RANKED) for slot in slots}) == 1
+    assert len([action for action in ranked.done if isinstance(action, do.LookUpGroup)]) == 1
+    ranked.wait(LINGER_S)
+    assert in_states(slots) == [State.IN_FLIGHT] * 4
+
+
 def test_a_group_that_is_given_up_leaves_what_it_carries_to_those_who_still_want_it():
     engine = EngineByHand(BOTH)
     members = [engine.submit(number, "g", size=2) for number in (1, 2)]
