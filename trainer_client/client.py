@@ -30,7 +30,7 @@ from tasks.errors import (
 )
 from tasks.messages import Failure
 from tasks.payloads import open_store
-from tasks.rewards import RewardConfig, RewardSpec, Split
+from tasks.rewards import OnFailure, RewardConfig, RewardSpec, Split
 from tasks.samples import MEDIA_FIELDS, Sample
 from tasks.servers.connections import LOST, connect, why_away
 from tasks.servers.needs import check_servers
@@ -46,7 +46,6 @@ from trainer_client.progress import is_terminal
 from trainer_client.ranks.gather import OnWaiting, RankGather
 from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.ranks.verdict import (
-    OnFailure,
     Verdict,
     agree,
     check_call,
@@ -671,8 +670,9 @@ class RewardClient:
         margin_s = (
             min(RANKS_MARGIN_S, timeout_s / 4) if self._is_shared(wanted) else 0.0
         )
+        tell_waiting = None if waiting is None else waiting.tell
         is_complete = engine.wait(
-            wanted.slots, started + timeout_s - margin_s, bars, waiting
+            wanted.slots, started + timeout_s - margin_s, bars, tell_waiting
         )
         return None if is_complete else engine.why_late(wanted.slots, timeout_s)
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tasks.messages import Failure
 from tasks.rewards import Split
 from tasks.source.code import Code
-
-if TYPE_CHECKING:
-    from trainer_client.engine.model import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,19 @@ class SlotSnapshot:
     deliveries: tuple[DeliveryRecord, ...] = ()
 
 
+class LiveSlot(Protocol):
+    """What a ticket asks of a submitted sample in the process that submitted it (`engine.model.Slot`)."""
+
+    index: int
+    group: Any
+    problem: Failure | None
+    snapshot: SlotSnapshot | None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether all that it needs is in a message, or answered."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A claim on the outcomes of the samples of one `submit()`.
@@ -74,7 +84,7 @@ class Ticket:
     """Index after its last sample."""
     fingerprints: tuple[tuple[str, str], ...]
     """(name, fingerprint) of each reward."""
-    slots: Sequence[Slot | SlotRecord]
+    slots: Sequence[LiveSlot | SlotRecord]
     """Its samples: live where it was made, records after a pickle."""
     deliveries: tuple[DeliveryRecord, ...] = ()
     """Messages that were sent for it; filled in when it is pickled."""
@@ -121,7 +131,7 @@ class Ticket:
         )
 
 
-def _snapshot(slot: Slot) -> SlotSnapshot:
+def _snapshot(slot: LiveSlot) -> SlotSnapshot:
     """What a slot says of itself at this moment; of one that no engine has seen yet, that it was not sent."""
     if slot.snapshot is not None:
         return slot.snapshot
