@@ -122,8 +122,8 @@ class RedisStore:
         with self._redis.pipeline(transaction=False) as pipe:
             for name, data in payloads.items():
                 pipe.set(keys.payload(name), _flat(data), px=ttl_ms)
-            for some in _some(list(payloads)):
-                self._count(pipe, some, ttl_ms)
+            for batch in _in_batches(list(payloads)):
+                self._count(pipe, batch, ttl_ms)
             pipe.execute()
 
     def get(self, names: Sequence[str]) -> list[bytes | None]:
@@ -138,14 +138,14 @@ class RedisStore:
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         ttl_ms = round(1000 * ttl_s)
         gone: list[str] = []
-        for some in _some(names):
-            _, indices = self._count(self._redis, some, ttl_ms)
-            gone += [some[i] for i in indices]
+        for batch in _in_batches(names):
+            _, indices = self._count(self._redis, batch, ttl_ms)
+            gone += [batch[i] for i in indices]
         return gone
 
     def free(self, names: Sequence[str]) -> None:
-        for some in _some(names):
-            self._count(self._redis, some, 0)
+        for batch in _in_batches(names):
+            self._count(self._redis, batch, 0)
 
     def bytes_in_use(self) -> int:
         return int(self._count(self._redis, (), 0)[0])
@@ -165,8 +165,8 @@ class RedisStore:
         return client.eval(_LEDGER, len(own), *own, ttl_ms)
 
 
-def _some(names: Sequence[str]) -> Iterable[Sequence[str]]:
-    """The names in runs of `NAMES_A_CALL`."""
+def _in_batches(names: Sequence[str]) -> Iterable[Sequence[str]]:
+    """The names in batches of `NAMES_A_CALL`."""
     return (
         names[start : start + NAMES_A_CALL]
         for start in range(0, len(names), NAMES_A_CALL)

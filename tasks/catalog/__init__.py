@@ -124,12 +124,16 @@ def find(name: str, *, may_be_unknown: bool = False) -> tuple[str, ModelEntry] |
         return canonical, CATALOG[canonical]
     if "." in name.strip(".") or name.lower() in NOT_BUILT:
         return None
-    if may_be_unknown and not difflib.get_close_matches(
-        name.lower(), _BY_LOWER, n=1, cutoff=SLIP
-    ):
+    if may_be_unknown and not _is_misspelt(name):
         return None
+    built_in = ", ".join(sorted((*_POINTWISE, *_GROUPWISE)))
     raise UnknownRewardError(
-        f"unknown reward model {name!r}{nearest(name, CATALOG)}; built in: "
-        f"{', '.join(sorted(n for n, e in CATALOG.items() if not e.part))}, and <name>_Rank of the pointwise "
-        "ones; a class of your own is named by its dotted path, my_rewards.MyReward"
+        f"unknown reward model {name!r}{nearest(name, CATALOG)}; built in: {built_in}, and <name>_Rank of the "
+        "pointwise ones; a class of your own is named by its dotted path, my_rewards.MyReward"
     )
+
+
+def _is_misspelt(name: str) -> bool:
+    """Whether an unknown name is nearly a built-in's."""
+    close = difflib.get_close_matches(name.lower(), _BY_LOWER, n=1, cutoff=SLIP)
+    return bool(close)

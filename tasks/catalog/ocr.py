@@ -27,7 +27,7 @@ OCR = ModelEntry(
         "rec_model_path": Option(
             str,
             "",
-            "a recognition model in ONNX on the worker, in the place of those",
+            "a recognition model in ONNX on the worker, used instead of those",
         ),
         "rec_keys_path": Option(
             str,

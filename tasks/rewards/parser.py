@@ -115,7 +115,7 @@ class _Written:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options; none is given in both places."""
+        """All options: each is given beside our keys or under `extra_kwargs`, never in both."""
         return {**self.nested, **self.beside}
 
 

@@ -133,7 +133,7 @@ def _ask(
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
     version = about.get("redis_version", "") if isinstance(about, dict) else ""
-    _judge(errors, server, str(version))
+    _raise_worst(errors, server, str(version))
 
 
 def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -166,7 +166,9 @@ def _errors_among(answers: Sequence[Any], may_be_full: bool) -> list[Exception]:
     return errors
 
 
-def _judge(errors: Sequence[Exception], server: ConfiguredRedis, version: str) -> None:
+def _raise_worst(
+    errors: Sequence[Exception], server: ConfiguredRedis, version: str
+) -> None:
     """Raise the worst error: rights that are missing first, then outages that may pass, then all other refusals."""
     rights = [error for error in errors if isinstance(error, NoPermissionError)]
     if rights:

@@ -140,7 +140,7 @@ def test_a_ticket_of_evaluation_is_collected_though_its_samples_travelled_with_a
     client.submit(samples, group_size=2)
     ticket = client.submit(samples, split="eval")
     client.flush()
-    assert [chunk.fingerprint for chunk in pickle.loads(pickle.dumps(ticket)).chunks] == [
+    assert [chunk.fingerprint for chunk in pickle.loads(pickle.dumps(ticket)).deliveries] == [
         client.config.rewards[1].fingerprint
     ]
     saved = pickle.dumps(ticket)

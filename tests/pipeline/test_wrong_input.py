@@ -27,6 +27,7 @@ from trainer_client import (
     Sample,
     TicketError,
 )
+from trainer_client.engine.intake import UNSTORED_SAMPLES
 
 
 def truncated_jpeg():
@@ -77,7 +78,7 @@ def test_submit_refuses_an_empty_prompt_where_a_reward_needs_one(clients):
     ("given", "message"),
     [
         ({"on_failure": "zero"}, "must be 'raise' or 'nan', found 'zero'"),
-        ({"on_failure": {"value": 0.0}}, "found {'value': 0.0}; a number .* is the reward's own"),
+        ({"on_failure": {"value": 0.0}}, "found {'value': 0.0}; a number .* in the config"),
         ({"on_failure": None}, "must be 'raise' or 'nan', found None"),
         ({"timeout_s": float("nan")}, "timeout_s must be a number of seconds, found nan"),
         ({"timeout_s": None}, "timeout_s must be a number of seconds, found None"),
@@ -130,17 +131,18 @@ def test_what_needs_a_pass_over_the_pixels_becomes_the_reason_of_its_own_sample(
 def test_a_tensor_changed_before_it_was_sent_is_invalid_and_not_a_wrong_reward(clients, redis_url, workers):
     settings = load_settings(broker_url=redis_url, max_store_bytes=100, claim_ttl_s=2, reconcile_s=0.5)
     client = clients({"reward_model": "PixelCode", "batch_size": 1}, settings=settings)
-    tensors = [torch.full((3, 16, 16), n / 255) for n in range(6)]
+    num_ahead = UNSTORED_SAMPLES + 2 * settings.sender_threads  # encoded while they wait for room: changed in vain
+    tensors = [torch.full((3, 16, 16), n / 255) for n in range(num_ahead + 5)]
     client.submit([Sample(image=t) for t in tensors])
     with pytest.raises(CollectTimeoutError):  # the store is full after the first
         client.flush(timeout_s=1)
-    tensors[5].zero_()
+    tensors[-1].zero_()
     workers("gpu", settings=settings)
     batch = client.collect(timeout_s=60, on_failure="nan")
     (failure,) = batch.failures
-    assert (failure.sample, failure.kind) == (5, "invalid")
+    assert (failure.sample, failure.kind) == (len(tensors) - 1, "invalid")
     assert "changed in place" in failure.message
-    assert batch.rewards["PixelCode"][:5].tolist() == [n << 16 | n << 8 | n for n in range(5)]
+    assert batch.rewards["PixelCode"][:-1].tolist() == [n << 16 | n << 8 | n for n in range(len(tensors) - 1)]
 
 
 def test_an_unreachable_redis_is_named_without_its_password_and_with_what_to_start():

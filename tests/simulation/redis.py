@@ -185,7 +185,7 @@ class Outcomes:
         return num_ours
 
     def take(self, queue: str, number: int) -> int:
-        key = keys.taken_number(queue)
+        key = keys.consumed_offset(queue)
         if (self._keys.get(key) or 0) < number:
             self._keys.set(key, number)
         return self._keys.now_ms()
@@ -235,7 +235,7 @@ class Outcomes:
         return [(self._keys.get(keys.starts(a)) or {}).get("starts", 0) for a in addresses]
 
     def queue_state(self, queue: str, num_waiting: int) -> QueueState:
-        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.taken_number(queue))
+        sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.consumed_offset(queue))
         return QueueState(sent or 0, taken or 0, num_waiting)
 
     def number(self, queue: str, num_messages: int) -> int:

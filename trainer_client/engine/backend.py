@@ -184,27 +184,27 @@ class Backend:
         return dict(zip(addresses, self._outcomes.look_up(addresses), strict=True))
 
     def _look_up_group(self, action: do.LookUpGroup) -> ev.Event:
-        group = action.group
-        assert group.group is not None
+        group, plan = action.group, action.group.group
+        assert plan is not None
         outcome = self._outcomes.look_up([group.address])[0]
-        is_final = outcome is not None and outcome.is_final
-        attempt = group.attempt
-        if outcome is not None and not is_final:
-            attempt = outcome.attempt + 1
+        if outcome is not None and outcome.is_final:
+            return ev.GroupLookedUp(group, outcome, group.attempt, 0, {})
+
+        attempt = group.attempt if outcome is None else outcome.attempt + 1
         number = 0
-        if self._groups is not None and group.group.shared_key and not is_final:
+        if self._groups is not None and plan.shared_key:
             attempt, number = self._groups.ask(
-                group.group.shared_key,
+                plan.shared_key,
                 key_of(group.address),
                 self._rank,
                 self._client_id,
                 attempt,
             )
-        parts = {}
-        is_answered = outcome is not None and (is_final or outcome.attempt >= attempt)
+        parts: dict[str, Outcome | None] = {}
+        is_answered = outcome is not None and outcome.attempt >= attempt
         if not is_answered:
-            requests = (*group.group.members, *group.group.comparisons)
-            parts = self._find([one.address for one in requests])
+            addresses = [one.address for one in (*plan.members, *plan.comparisons)]
+            parts = self._find(addresses)
         return ev.GroupLookedUp(group, outcome, attempt, number, parts)
 
     def _read_numbers(self, action: do.ReadNumbers) -> ev.Event:

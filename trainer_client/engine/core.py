@@ -53,7 +53,9 @@ class Core:
         """By fingerprint, how many are awaited."""
         self.now = 0.0
         """When the event at hand happened."""
-        self.waits: dict[int, frozenset[StepKey]] = {}
+        self.released: frozenset[StepKey] = frozenset()
+        """Steps that somebody collects."""
+        self._waits: dict[int, frozenset[StepKey]] = {}
         """By the number of whoever waits, the steps that it collects."""
         self.num_group_calls = 0
         """Calls under way that may seal a group."""
@@ -95,15 +97,20 @@ class Core:
 
     # --- waits ---------------------------------------------------------------------
 
+    def begin_wait(self, waiter: int, steps: frozenset[StepKey]) -> None:
+        """Somebody waits, and collects these steps."""
+        self._waits[waiter] = steps
+        self.released = frozenset().union(*self._waits.values())
+
+    def end_wait(self, waiter: int) -> None:
+        """The wait of this number is over."""
+        self._waits.pop(waiter, None)
+        self.released = frozenset().union(*self._waits.values())
+
     @property
     def has_waits(self) -> bool:
         """Whether somebody waits."""
-        return bool(self.waits)
-
-    @property
-    def released(self) -> frozenset[StepKey]:
-        """Steps that somebody collects."""
-        return frozenset().union(*self.waits.values())
+        return bool(self._waits)
 
     @property
     def is_quiet(self) -> bool:
@@ -344,24 +351,33 @@ class Core:
         for address, awaited in self.awaited.items():
             assert awaited.address == address
             assert awaited.state is not None, address
-            assert awaited.state not in ENDED, address
-            assert awaited.outcome is None, address
-            assert awaited.slots, address
             counted[awaited.state] += 1
-            for slot in awaited.slots:
-                assert awaited in slot.awaited.values(), address
-            delivery = awaited.delivery
-            if delivery is None:
-                assert awaited.state not in IN_DELIVERY, (address, awaited.state)
-            else:
-                assert awaited in delivery.awaited, address
-                assert self.deliveries.get(delivery.request) is delivery, address
+            self._check_awaited(awaited)
         for state, num in self._num_in.items():
             assert num == counted[state], (state, num, counted[state])
         for request, delivery in self.deliveries.items():
             assert delivery.request == request
-            assert delivery.awaited, request
-            for awaited in delivery.awaited:
-                assert awaited.delivery is delivery, (request, awaited.address)
-                if awaited.state in IN_DELIVERY:
-                    assert awaited.state is delivery.state, (request, awaited.state)
+            self._check_delivery(delivery)
+
+    def _check_awaited(self, awaited: Awaited) -> None:
+        """Somebody waits for it, and it and its delivery know of each other."""
+        address, delivery = awaited.address, awaited.delivery
+        assert awaited.state not in ENDED, address
+        assert awaited.outcome is None, address
+        assert awaited.slots, address
+        for slot in awaited.slots:
+            assert awaited in slot.awaited.values(), address
+        if delivery is None:
+            assert awaited.state not in IN_DELIVERY, (address, awaited.state)
+            return
+        assert awaited in delivery.awaited, address
+        assert self.deliveries.get(delivery.request) is delivery, address
+
+    @staticmethod
+    def _check_delivery(delivery: Delivery) -> None:
+        """Something of it is awaited, and what was not lost is in the delivery's own state."""
+        assert delivery.awaited, delivery.request
+        for awaited in delivery.awaited:
+            assert awaited.delivery is delivery, (delivery.request, awaited.address)
+            if awaited.state in IN_DELIVERY:
+                assert awaited.state is delivery.state, awaited.address

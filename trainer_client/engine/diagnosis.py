@@ -66,13 +66,8 @@ def _why_idle(
 ) -> str | None:
     """Why a queue gets nowhere, or None if some worker serves it."""
     own = [w for w in workers if queue in w.queues]
-    concurrency = " --concurrency 32" if queue == VLM else ""
-    start = f"celery -A tasks worker -Q {queue}{concurrency}"
-    if not own and ended:
-        supervised = "start it again, unless its supervisor does"
-        return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; {supervised}: {start}"
     if not own:
-        return f"queue {queue!r} has no worker; start one: {start}"
+        return _nobody(queue, ended)
     if all(w.wire != WIRE_VERSION for w in own):
         versions = ", ".join(f"{w.node} speaks wire version {w.wire}" for w in own)
         nobody = f"queue {queue!r} has no worker that understands this client"
@@ -81,3 +76,13 @@ def _why_idle(
         nodes = ", ".join(w.node for w in own)
         return f"no worker of queue {queue!r} uses this client's payload store ({nodes}); set REWARDQ_PAYLOAD_URL alike"
     return None
+
+
+def _nobody(queue: str, ended: Note | None) -> str:
+    """A queue has no worker: what to start."""
+    concurrency = " --concurrency 32" if queue == VLM else ""
+    start = f"celery -A tasks worker -Q {queue}{concurrency}"
+    if ended is None:
+        return f"queue {queue!r} has no worker; start one: {start}"
+    supervised = "start it again, unless its supervisor does"
+    return f"queue {queue!r} has no worker: {ended.worker} ended: {ended.detail}; {supervised}: {start}"

@@ -52,6 +52,8 @@ ASK_S = 2.0
 SAY_EVERY_S = 60.0
 """How often the log says that `submit()` waits, and why."""
 
+NEVER = float("inf")
+
 LOOK_EVERY_S = 0.25
 """How often a wait in `collect()` looks at the clock, and shows how far it is."""
 
@@ -128,8 +130,10 @@ class Engine:
             payload_ttl_s=settings.payload_ttl_s,
             result_ttl_s=settings.result_ttl_s,
         )
-        code_versions = CodeVersions(run)
-        registry = RunRegistry(self.outcomes.redis, run, settings.result_ttl_s)
+        self._code_versions = code_versions = CodeVersions(run)
+        self._registry = registry = RunRegistry(
+            self.outcomes.redis, run, settings.result_ttl_s
+        )
         tell_every_s = min(TELL_EVERY_S, settings.result_ttl_s / 4)
         self._loop = Loop(
             self._state,
@@ -148,6 +152,8 @@ class Engine:
     def close(self) -> None:
         """End the threads and give back the connections."""
         self._loop.close()
+        with contextlib.suppress(*AWAY):  # of the last answers, for other clients
+            self._code_versions.compare(self._registry)
         for broker in self._brokers:
             broker.disconnect()
         self.store.close()
@@ -259,7 +265,7 @@ class Engine:
 
         `waiting` tells the log meanwhile what is waited for.
         """
-        names = tuple(dict.fromkeys(s.name for slot in slots for s in slot.rewards))
+        names = _reward_names(slots)
         left = list(slots)
         ask_at = time.monotonic() + NO_WORKER_AFTER_S
         steps = frozenset(slot.step_key for slot in slots)
@@ -269,17 +275,16 @@ class Engine:
                 self._wait_for(lambda: _are_done(left), min(left_s, LOOK_EVERY_S))
                 if report is not None:
                     report({name: _count(slots, name) for name in names})
-                if not left or self._loop.broken is not None or left_s <= 0:
-                    break
+                if not left:
+                    return True
                 self.raise_if_broken()
+                if left_s <= 0:
+                    return False
                 if waiting is not None:
                     waiting.tell(lambda: self.what_is_missing(slots))
                 if time.monotonic() > ask_at:
-                    ask_at = float("inf")
+                    ask_at = NEVER
                     self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
-        if left:
-            self.raise_if_broken()
-        return not left
 
     # --- why it is late ------------------------------------------------------------------
 
@@ -295,7 +300,7 @@ class Engine:
     def what_is_missing(self, slots: Sequence[Slot]) -> str:
         """Which rewards have no answer yet, of how many samples, and why as far as is known."""
         left = []
-        for name in dict.fromkeys(s.name for slot in slots for s in slot.rewards):
+        for name in _reward_names(slots):
             num = sum(not slot.is_done_for(name) for slot in slots)
             if num:
                 left.append(f"{name} ({num} of {len(slots)} samples)")
@@ -436,6 +441,14 @@ class Engine:
             yield
         finally:
             self._loop.put(ev.WaitEnded(waiter))
+
+
+def _reward_names(slots: Sequence[Slot]) -> tuple[str, ...]:
+    """Names of all rewards of these slots, in their order."""
+    names: dict[str, None] = {}
+    for slot in slots:
+        names.update((spec.name, None) for spec in slot.rewards)
+    return tuple(names)
 
 
 def _are_done(left: list[Slot]) -> bool:

@@ -188,10 +188,11 @@ class Loop:
         """End the threads; what is not sent stays unsent, what nobody needs any more is freed."""
         self._is_closing.set()
         self._inbox.put(ev.Tick())
+        ends_at = time.monotonic() + CLOSE_S
+        self._owner.join(timeout=CLOSE_S)  # what it frees in its last turn comes first
         for lane, threads in self._workers.items():
             for _ in threads:
                 self._lanes[lane].put(None)
-        ends_at = time.monotonic() + CLOSE_S
         for thread in self._threads:
             thread.join(timeout=max(0.1, ends_at - time.monotonic()))
         if self.broken is None and not self.is_alive:

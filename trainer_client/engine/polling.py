@@ -68,9 +68,12 @@ class Polling:
             everything=now >= self._everything_at,
             renew=now >= self._renew_at,
         )
+        self._count_as_asked(due, now)
+        return due
+
+    def _count_as_asked(self, due: Due, now: float) -> None:
         if due.numbers:
-            self._is_polling = True
-            self._poll_began = now
+            self._is_polling, self._poll_began = True, now
         if due.digests:
             self._is_reading_digests = True
         if due.notes:
@@ -81,7 +84,6 @@ class Polling:
             self._everything_at = now + EVERYTHING_EVERY * self._reconcile_s
         if due.renew:
             self._renew_at = now + self._renew_every_s
-        return due
 
     def wake_at(self) -> float:
         """When something is due next."""

@@ -35,28 +35,38 @@ def slots_and_deliveries(
         assert isinstance(record, SlotRecord)
         slots.append(_slot(record, ticket, specs, awaited, now))
 
-    # What one split needs may travel with a group of the other.
-    every_spec = (*config.rewards, *config.eval_rewards)
-    of_both_splits = {spec.fingerprint: spec for spec in every_spec}
-    answered = dict(awaited)
-    deliveries = []
-    for sent in ticket.deliveries:
-        spec = of_both_splits.get(sent.fingerprint)
-        if spec is None:  # this client has the rewards of the ticket's split alone
-            continue
-        mine = [awaited[address] for address in sent.addresses if address in awaited]
-        deliveries.append(_delivery(sent, spec, mine, pause_s))
-        for address in sent.addresses:
-            answered.pop(address, None)
-
+    deliveries, answered = _deliveries(ticket, config, awaited, pause_s)
     for spec in rewards:
-        mine = [a for a in answered.values() if a.spec is spec]
+        mine = [a for a in answered if a.spec is spec]
         if mine:
             request = new_name("answered")
             deliveries.append(
                 Delivery(request, "", spec, SentBy.EARLIER_PROCESS, mine, pause_s)
             )
     return slots, deliveries
+
+
+def _deliveries(
+    ticket: Ticket,
+    config: RewardConfig,
+    awaited: Mapping[str, Awaited],
+    pause_s: float,
+) -> tuple[list[Delivery], list[Awaited]]:
+    """The messages that were under way, and the outcomes that none of them is for: these were answered."""
+    # What one split needs may travel with a group of the other.
+    every_spec = (*config.rewards, *config.eval_rewards)
+    spec_of = {spec.fingerprint: spec for spec in every_spec}
+    answered = dict(awaited)
+    deliveries = []
+    for sent in ticket.deliveries:
+        spec = spec_of.get(sent.fingerprint)
+        if spec is None:  # this client has the rewards of the ticket's split alone
+            continue
+        mine = [awaited[address] for address in sent.addresses if address in awaited]
+        deliveries.append(_delivery(sent, spec, mine, pause_s))
+        for address in sent.addresses:
+            answered.pop(address, None)
+    return deliveries, list(answered.values())
 
 
 def _delivery(

@@ -60,9 +60,13 @@ class Sending:
         )
         for chunk in chunks:
             self._to_publish.append(self._delivery_of(chunk))
-        if self._to_publish and not self._is_publishing:
+        if self._is_publishing:
+            return
+        # Of what waited for the last `Publish` some may be given up, or answered.
+        deliveries = [one for one in self._to_publish if one.awaited]
+        self._to_publish = []
+        if deliveries:
             self._is_publishing = True
-            deliveries, self._to_publish = self._to_publish, []
             self._core.act(do.Publish(deliveries))
 
     def _delivery_of(self, chunk: list[Awaited]) -> Delivery:

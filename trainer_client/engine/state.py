@@ -144,11 +144,11 @@ class EngineState:
             self.tracking.on_outcomes(event)
 
     def _on_wait_began(self, event: ev.WaitBegan) -> None:
-        self.core.waits[event.waiter] = event.steps
+        self.core.begin_wait(event.waiter, event.steps)
         self.polling.hurry(self.core.now)
 
     def _on_wait_ended(self, event: ev.WaitEnded) -> None:
-        self.core.waits.pop(event.waiter, None)
+        self.core.end_wait(event.waiter)
 
     def _on_given_up(self, event: ev.SlotsGivenUp) -> None:
         for slot in event.slots:
@@ -210,27 +210,37 @@ class EngineState:
 
     def _check_is_found(self, awaited: Awaited) -> None:
         """Nothing is awaited without a message, a timer, or something under way that will move it."""
-        state = awaited.state
+        state, address = awaited.state, awaited.address
         in_accumulator = awaited in self.sending.accumulator
-        assert in_accumulator == (state in (State.HELD, State.LINGERING))
-        if state is State.LOOKING_UP and awaited.group is None:
-            assert self.intake.is_looking_up(awaited), awaited.address
-        if state is State.LOOKING_UP and awaited.group is not None:
-            assert self.core.num_group_calls > 0, awaited.address
-        if state is State.STORING:
-            assert awaited.source is not None, awaited.address
-            assert awaited in awaited.source.unsettled, awaited.address
-            assert not awaited.has_media_stored, awaited.address
-        if state is State.WITH_GROUP:
-            assert self._is_with_group(awaited), awaited.address
+        assert in_accumulator == (state in (State.HELD, State.LINGERING)), address
+        if state is State.LOOKING_UP:
+            assert self._is_looking_up(awaited), address
+        elif state is State.STORING:
+            assert self._is_storing(awaited), address
+        elif state is State.WITH_GROUP:
+            assert awaited in self._carried(awaited), address
 
-    def _is_with_group(self, awaited: Awaited) -> bool:
-        """Whether a group will carry it: one that is filling, or one that is sealed."""
-        members = [m for group in self.groups for m in group.members.values()]
+    def _is_looking_up(self, awaited: Awaited) -> bool:
+        if awaited.group is not None:
+            return self.core.num_group_calls > 0
+        return self.intake.is_looking_up(awaited)
+
+    @staticmethod
+    def _is_storing(awaited: Awaited) -> bool:
+        slot = awaited.source
+        if slot is None or awaited.has_media_stored:
+            return False
+        return awaited in slot.unsettled
+
+    def _carried(self, awaited: Awaited) -> list[Awaited]:
+        """What groups will carry that are filling, or sealed, as far as it may be this outcome."""
+        carried: list[Awaited] = []
+        for group in self.groups:
+            for member in group.members.values():
+                carried += member.carried
         for slot in awaited.slots:
-            members += [user for user in slot.unsettled if isinstance(user, Member)]
-        carried = [one for member in members for one in member.carried]
+            for user in slot.unsettled:
+                carried += user.carried if isinstance(user, Member) else ()
         for other in self.core.awaited.values():
-            if other.group is not None:
-                carried += other.group.carried
-        return awaited in carried
+            carried += other.group.carried if other.group is not None else ()
+        return carried

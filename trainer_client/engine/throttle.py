@@ -53,7 +53,7 @@ class _Queue:
         self.more_at = now + EVERY_S
         if self.came_back:
             self.num_more = max(FEWEST, self.num_more // 2)
-        else:
+        elif self.waiting:  # where nothing is sent nothing can come back
             self.num_more = 2 * self.num_more
         self.came_back = False
         return self.num_more

@@ -103,7 +103,7 @@ class Chat:
             words = f"no answer from {endpoint.name} within {CHECK_TIMEOUT_S:g} seconds"
             raise Unscored("timeout", words) from None
         except openai.APITimeoutError:
-            words = f"no answer from {endpoint.name} within {LIST_TIMEOUT_S:g} seconds{endpoint.way}"
+            words = f"no answer from {endpoint.name} within {LIST_TIMEOUT_S:g} seconds{endpoint.proxy_words}"
             raise Unscored("timeout", words) from None
         except openai.OpenAIError as error:
             raise await self._reason(error, count) from None
@@ -178,7 +178,7 @@ class Chat:
         try:
             return read_reply(raw.content, name, count.num)
         except Unscored as reason:
-            reason.message += endpoint.way
+            reason.message += endpoint.proxy_words
             raise
 
     def _client(self, endpoint: Endpoint, retries: int) -> Any:

@@ -58,7 +58,7 @@ def reason_of(error: openai.OpenAIError, timeout: float, count: Requests) -> Uns
 
 def way_to(count: Requests) -> str:
     """The proxy through which the last request went; empty if there is none."""
-    return count.endpoint.way if count.endpoint is not None else ""
+    return count.endpoint.proxy_words if count.endpoint is not None else ""
 
 
 # --- private -------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def _whereto(endpoint: Endpoint | None) -> str:
         return f"from {platform.node()}"
     is_default = endpoint.url == DEFAULT_JUDGE_URL
     default = " (the default of api_base_url)" if is_default else ""
-    return f"{endpoint.name}{default} {endpoint.whence}"
+    return f"{endpoint.name}{default} {endpoint.asked_from}"
 
 
 def _status(response: Any) -> str:

@@ -46,14 +46,14 @@ class Server:
         return without_password(self.url)
 
     @property
-    def whence(self) -> str:
+    def asked_from(self) -> str:
         """The host that asks, for people: a server may be well and out of this host's reach."""
         host = urlsplit(self.url).hostname or ""
         is_here = f" ({host} there is that host itself)" if host in LOOPBACK else ""
         return f"from the worker's host {platform.node()}{is_here}"
 
     @property
-    def way(self) -> str:
+    def proxy_words(self) -> str:
         """What a reason says of the proxy to it; empty if it is asked directly."""
         return self.proxy.words if self.proxy else ""
 

@@ -1,1 +1,1 @@
-"""A worker as a process: its start and end, heartbeat, watchdog, models in memory."""
+"""A worker as a process: its start, preloading, heartbeat, watchdog, what its terminal shows, and its end."""

@@ -350,10 +350,10 @@ class RemoteClient:
                     method, url, content=content, headers=headers
                 )
         except TimeoutError:
-            message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.way}"
+            message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.proxy_words}"
             raise NoAnswerError(Unscored("timeout", message)) from None
         except httpx2.RequestError as error:
-            message = f"no answer from {server.name}: {cause_of(error)}; asked {server.whence}{server.way}"
+            message = f"no answer from {server.name}: {cause_of(error)}; asked {server.asked_from}{server.proxy_words}"
             raise NoAnswerError(Unscored("failed", message)) from None
 
 

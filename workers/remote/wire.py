@@ -106,9 +106,9 @@ def terms_of(server: Server, response: httpx2.Response) -> Terms:
     """
     answered = f"{server.name}/health answered {_words(response)}"
     if response.status_code >= 500 or response.status_code == 429:
-        raise NoAnswerError(Unscored("failed", f"{answered}{server.way}"))
+        raise NoAnswerError(Unscored("failed", f"{answered}{server.proxy_words}"))
     if not response.is_success:
-        message = f"{answered}; is a reward server there?{server.way}"
+        message = f"{answered}; is a reward server there?{server.proxy_words}"
         raise Unscored("failed", message)
     said = _json_object(response)
     most, takes = said.get("max_body_bytes"), said.get("takes")
@@ -158,7 +158,9 @@ def _no_rewards(
     found = f"no rewards but {cut(response.text)!r}"
     if isinstance(rewards, list):
         found = f"{len(rewards)} rewards"
-    message = f"{server.name} gave {found} for {num_samples} samples{server.way}"
+    message = (
+        f"{server.name} gave {found} for {num_samples} samples{server.proxy_words}"
+    )
     return Unscored("failed", message)
 
 
@@ -174,7 +176,9 @@ def _error_of(
 ) -> Exception:
     """What to raise for an answer without rewards: whether to ask again, and when, or to send the samples apart."""
     status, kind = status_of(response), _kind_of(response)
-    reason = Unscored(kind, f"{server.name} answered {_words(response)}{server.way}")
+    reason = Unscored(
+        kind, f"{server.name} answered {_words(response)}{server.proxy_words}"
+    )
     if reasons or _is_success(response) or kind == "invalid":
         return RejectedError(reason, reasons)
     if status == 500 and may_split:

@@ -23,7 +23,7 @@ MOST_STARTS_ALONE = 3
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(  # noqa: PLR0913  (the arguments are the wire's)
+def score(
     self: Any,
     label: str,
     request_id: str,

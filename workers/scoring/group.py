@@ -26,7 +26,7 @@ WAITING = "waits for others"
 
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
-def score_group(  # noqa: PLR0913  (the arguments are the wire's)
+def score_group(
     self: Any,
     label: str,
     request_id: str,
@@ -44,7 +44,7 @@ def score_group(  # noqa: PLR0913  (the arguments are the wire's)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
-def combine_group(  # noqa: PLR0913  (the arguments are the wire's)
+def combine_group(
     self: Any,
     label: str,
     request_id: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,18 @@ class EngineByHand:
         self, content: int, group: Any = None, *, size: int | None = None, step: int = 0, invalid: bool = False
     ) -> Slot:
         """Submit a sample; equal contents are equal samples."""
+        slot = self.new_slot(content, group, size=size, step=step, invalid=invalid)
+        self.submit_all([slot])
+        return slot
+
+    def submit_all(self, slots: Sequence[Slot]) -> None:
+        """Submit these samples together."""
+        self.apply(ev.Submitted(slots))
+
+    def new_slot(
+        self, content: int, group: Any = None, *, size: int | None = None, step: int = 0, invalid: bool = False
+    ) -> Slot:
+        """A sample that is to be submitted."""
         key = ("train", step)
         slot = Slot(
             split="train",
@@ -146,7 +158,6 @@ class EngineByHand:
         self._content[slot] = content
         if invalid:
             self._invalid.add(content)
-        self.apply(ev.Submitted([slot]))
         return slot
 
     def give_up(self, *slots: Slot) -> None:
@@ -208,7 +219,11 @@ class EngineByHand:
         self.done.append(action)
         if isinstance(action, (do.Announce, do.Warn)):
             return
-        self.apply(_RESULTS[type(action)](self, action))
+        self.apply(self.result_of(action))
+
+    def result_of(self, action: Any) -> ev.Event:
+        """What the servers answer."""
+        return _RESULTS[type(action)](self, action)
 
     def fail_to_restore(self, slot: Slot, message: str) -> None:
         """The media of a slot's outcome cannot be stored again."""
@@ -352,6 +367,8 @@ class EngineByHand:
         core = self.state.core
         assert (dict(core.awaited), dict(core.deliveries), len(core.payloads)) == ({}, {}, 0)
         assert (core.num_unsettled, core.num_group_calls, self.state.num_unsent) == (0, 0, 0)
+        intake = self.state.intake
+        assert (intake._num_encoding, intake._unstored_bytes) == (0, 0)
         assert self.stored == set()
 
 
