@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tasks import app as default_app
 from tasks.celery_app import make_app
-from tasks.rewards import RewardConfig, Split
+from tasks.rewards import OnFailure, RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import Settings, without_password
 from trainer_client import forks
@@ -22,7 +22,6 @@ from trainer_client.engine.engine import Engine
 from trainer_client.rank_process import RankProcess
 from trainer_client.ranks.verdict import (
     MAX_FAILURE_RATE,
-    OnFailure,
     check_call,
     check_max_failure_rate,
     max_failure_rate_of,

@@ -14,7 +14,7 @@ from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
 from tasks.rewards import ConstantOnFailure, RewardSpec, Split
 from trainer_client.engine.model import Awaited, Slot
-from trainer_client.steps.failure_reasons import describe, on_workers
+from trainer_client.failure_reasons import describe, on_workers
 
 
 @dataclass(frozen=True, slots=True)

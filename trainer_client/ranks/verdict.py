@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from tasks.errors import (
     CollectTimeoutError,
@@ -14,12 +14,10 @@ from tasks.errors import (
     ScoringError,
 )
 from tasks.messages import Failure
-from tasks.rewards import ConstantOnFailure
+from tasks.rewards import ConstantOnFailure, OnFailure
 from trainer_client.ranks.gather import OnWaiting, RankGather
 from trainer_client.results import RewardBatch
 from trainer_client.steps.step_summary import StepSummary, failure_words, joined
-
-OnFailure = Literal["raise", "nan"]
 
 MAX_FAILURE_RATE = 0.5
 """Where more than half of the rewards are missing, something is broken that `on_failure: nan` was not meant for."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 from tasks.errors import CollectTimeoutError, ScoringError
 from tasks.messages import Failure
-from tasks.rewards import RewardSpec, Split
+from tasks.rewards import OnFailure, RewardSpec, Split
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.model import Slot
 from trainer_client.progress import is_terminal
 from trainer_client.ranks.gather import RankGather
 from trainer_client.ranks.verdict import (
-    OnFailure,
     Verdict,
     agree,
     error_for,
@@ -143,8 +142,9 @@ class Collection:
         if self._ranks is not None:
             # Each rank leaves the others a little time to say how they fared, before the same deadline.
             deadline -= min(RANKS_MARGIN_S, options.timeout_s / 4)
+        tell_waiting = None if self._wait_log is None else self._wait_log.tell
         is_complete = wanted.engine.wait(
-            wanted.slots, deadline, options.has_bars, self._wait_log
+            wanted.slots, deadline, options.has_bars, tell_waiting
         )
         if is_complete:
             return None
