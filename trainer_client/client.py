@@ -14,12 +14,10 @@ from tasks.celery_app import make_app
 from tasks.rewards import OnFailure, RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import Settings, without_password
-from trainer_client import forks
 from trainer_client.advantages.exchange import Gather
 from trainer_client.advantages.formulas import Advantages, Method, advantages_of
 from trainer_client.advantages.metrics import Detail, failure_rate_by_group, metrics
 from trainer_client.engine.engine import Engine
-from trainer_client.rank_process import RankProcess
 from trainer_client.ranks.verdict import (
     MAX_FAILURE_RATE,
     check_call,
@@ -33,13 +31,20 @@ from trainer_client.runs.start_checks import (
     check_rewards,
     check_trainer_servers,
 )
+from trainer_client.session import forks
+from trainer_client.session.client_steps import ClientSteps
+from trainer_client.session.collection import (
+    Collected,
+    Collection,
+    CollectOptions,
+    Wanted,
+)
+from trainer_client.session.rank_process import RankProcess
+from trainer_client.session.tickets import ticket_of
 from trainer_client.steps.client_log import ClientLog
-from trainer_client.steps.client_steps import ClientSteps
-from trainer_client.steps.collection import Collection, CollectOptions, Wanted
 from trainer_client.steps.grouping import are_compared
 from trainer_client.steps.open_steps import check_group_size
 from trainer_client.steps.submission import Submission
-from trainer_client.steps.tickets import ticket_of
 from trainer_client.ticket import Ticket
 
 COLLECT_TIMEOUT_S = 480.0
@@ -271,7 +276,7 @@ class RewardClient:
 
         if not collected.is_late:
             self._steps.close(wanted)
-            self._log.tell(wanted, collected)
+            self._tell(wanted, collected)
         if collected.error is not None:
             raise collected.error
         return collected.batch
@@ -369,6 +374,14 @@ class RewardClient:
         if ticket is None:
             return self._steps.wanted_of_step(self._engine, self.config, split, step)
         return self._steps.wanted_of_ticket(self._engine, self.config, self.run, ticket)
+
+    def _tell(self, wanted: Wanted, collected: Collected) -> None:
+        batch, summary = collected.batch, collected.summary
+        if wanted.ticket is not None:
+            self._log.tell_ticket(batch, summary)
+        else:
+            has_line = collected.has_log_lines
+            self._log.tell_step(batch, summary, wanted.prompts, has_line=has_line)
 
     def _gather(
         self, what: str, batch: RewardBatch, given: Gather | None, timeout_s: float

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from trainer_client.results import RewardBatch
-from trainer_client.steps.collection import Collected, Wanted
 from trainer_client.steps.step_log import (
     TicketWarnings,
     tell_step,
     warn_of_failures,
 )
 from trainer_client.steps.step_summary import (
+    StepSummary,
     group_digest,
     group_size_words,
     mixed_groups,
@@ -32,8 +32,8 @@ MIXED, SIZE, ALONE = "mixed", "size", "alone"
 class ClientLog:
     """What one client in one process tells the log. Safe between threads.
 
-    Of steps and groups rank 0 alone tells: it knows the summary of all ranks. Each rank collects its tickets by itself,
-    so each rank tells of its own.
+    Rank 0 alone tells of steps and groups: all ranks have the same summary. Each rank tells of its own tickets, which
+    it collects by itself.
     """
 
     def __init__(self, rank: int) -> None:
@@ -43,12 +43,31 @@ class ClientLog:
         """Guards `_warned`."""
         self._warned: set[str] = set()
 
-    def tell(self, wanted: Wanted, collected: Collected) -> None:
-        """Tell of a ticket or a step that was collected and is closed."""
-        if wanted.ticket is not None:
-            self._ticket_warnings.add(collected.batch.name, collected.summary)
-        elif self._tells_of_steps:
-            self._tell_step(wanted, collected)
+    def tell_ticket(self, batch: RewardBatch, summary: StepSummary) -> None:
+        """A ticket is collected."""
+        self._ticket_warnings.add(batch.name, summary)
+
+    def tell_step(
+        self,
+        batch: RewardBatch,
+        summary: StepSummary,
+        prompts: Mapping[Hashable, Sequence[str]],
+        *,
+        has_line: bool,
+    ) -> None:
+        """A step is collected: warn of its failures and of its groups, and tell how it went.
+
+        Args:
+            summary: The step over all ranks.
+            prompts: The different prompts of each group of this rank, where ranks compare them.
+            has_line: Whether the log gets a line of how the step went.
+        """
+        if not self._tells_of_steps:
+            return
+        warn_of_failures(batch.name, summary)
+        self._warn_of_groups(batch.name, summary, prompts)
+        if has_line:
+            tell_step(batch.name, summary, batch.timings["ranks_s"])
 
     def warn_of_mixed_group(self, group: Hashable) -> None:
         """A group, whose samples are compared, has samples of several prompts on this rank."""
@@ -67,21 +86,21 @@ class ClientLog:
         """Tell what is held back."""
         self._ticket_warnings.end()
 
-    def _tell_step(self, wanted: Wanted, collected: Collected) -> None:
-        """Its failures, what is wrong with its groups, and how it went."""
-        batch, summary = collected.batch, collected.summary
-        warn_of_failures(batch.name, summary)
+    def _warn_of_groups(
+        self,
+        name: str,
+        summary: StepSummary,
+        prompts: Mapping[Hashable, Sequence[str]],
+    ) -> None:
         words = group_size_words(summary)
         if words:
-            self._warn_once(SIZE, f"{batch.name}: {words}")
+            self._warn_once(SIZE, f"{name}: {words}")
 
         mixed = mixed_groups(summary)
         if mixed:
-            named = [group for group in wanted.prompts if group_digest(group) in mixed]
+            named = [group for group in prompts if group_digest(group) in mixed]
             words = _mixed_over_ranks_words(len(mixed), len(summary.groups), named)
-            self._warn_once(MIXED, f"{batch.name}: {words}")
-        if collected.has_log_lines:
-            tell_step(batch.name, summary, batch.timings["ranks_s"])
+            self._warn_once(MIXED, f"{name}: {words}")
 
     def _warn_once(self, topic: str, words: str) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from tasks.rewards import RewardConfig, RewardSpec
 from tasks.source.code import changed_files
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.model import Slot
-from trainer_client.rank_process import RankProcess
+from trainer_client.session.rank_process import RankProcess
 from trainer_client.steps.open_steps import OpenSteps
 from trainer_client.steps.submission import Added, Submission
 from trainer_client.ticket import Ticket

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from tasks.rewards import RewardConfig, Split
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.model import Slot
-from trainer_client.steps.collection import Wanted
+from trainer_client.session.collection import Wanted
+from trainer_client.session.tickets import ResumedTickets, check_ticket, live_slots
 from trainer_client.steps.open_steps import OpenSteps
 from trainer_client.steps.submission import Added, Submission
-from trainer_client.steps.tickets import ResumedTickets, check_ticket, live_slots
 from trainer_client.ticket import Ticket
 
 
