@@ -53,35 +53,39 @@ it is within the 10 minutes of an NCCL collective, in which ranks that are done 
 
 
 class RewardClient:
-    """Submits samples and collects their rewards. Safe between threads, and usable in a forked child.
+    """Submits samples and collects their rewards.
 
     Use it as a context manager, or call `close()`.
 
+    Safe between threads. A thread that waits in `collect()` or `flush()` holds no lock, so others can submit meanwhile.
+    A forked child can use it too: its client has submitted nothing, and makes threads and connections of its own.
+
     Args:
         config: The rewards.
-        run: Name of the training run; equal samples of one run are scored once.
-        rank, world_size: This process among the trainer's.
-        launch: One start of the job, the same on all its ranks. Unless given it is made of TORCHELASTIC_RUN_ID (if
-            torchrun was given a --rdzv-id, or is --standalone) and its restart count; else new, on one rank.
-        settings: Where the servers are; from REWARDQ_* variables unless given.
-        max_failure_rate: A step of which a larger share of (sample, reward) pairs has no reward, over all ranks, raises
-            `ScoringError`, whatever the rewards' `on_failure` says. 1.0 never raises; a share that is given here counts
-            in every call. Unless given it is 0.5, but for a `collect(on_failure="nan")`: who says so looks at the
-            failures. Of a ticket its samples count.
+        run: Name of the training run. Equal samples of one run are scored once.
+        rank, world_size: Rank of this process in [0, world_size), and number of the trainer's processes.
+        launch: Name of one start of the job, the same on all its ranks. By default TORCHELASTIC_RUN_ID with its restart
+            count, if torchrun was given a --rdzv-id or is --standalone; else a new name, on one rank only.
+        settings: Where the servers are. By default REWARDQ_* variables say it.
+        max_failure_rate: Share in [0, 1] of a step's (sample, reward) pairs, over all ranks. If more of them have no
+            reward, `collect()` raises `ScoringError`, whatever the rewards' `on_failure` says. 1.0 never raises. A
+            share that is given here counts in every call. By default the share is 0.5, and does not count in a
+            `collect(on_failure="nan")`, whose caller looks at the failures. Of a ticket, only its own samples count.
 
     Raises:
-        RedisUnreachableError: No server answers; says which, and what to start.
-        RedisRefusalError: One will not serve this user or this configuration; says which right or variable to set.
+        RedisUnreachableError: A server does not answer; says which, and what to start.
+        RedisRefusalError: A server refuses this user or this configuration; says which right or variable to set.
         EvictionError: A Redis drops keys when it is full; names the setting to change.
-        RankTakenError: Another live process is this rank of this launch; names it.
-        ConfigError: The run's name, rank, world size or `max_failure_rate` is wrong, or several ranks have no launch in
-            common, or not the same code of a class of the user's.
-        UnknownRewardError: One of the training rewards is not built here. (One of the evaluation's is said in the log,
-            and refused by `submit(split="eval")`.)
+        RankTakenError: Another live process is this rank of this launch; names that process.
+        ConfigError: The run's name, rank, world size or `max_failure_rate` is wrong. Or several ranks have no launch in
+            common, or have different code of a class of the user's.
+        UnknownRewardError: A training reward is not built here. (The log warns of an evaluation reward that is not
+            built here, and `submit(split="eval")` refuses it.)
     """
 
     _steps: ClientSteps
     _log: ClientLog
+    """Both are of this process: a forked child gets new ones."""
 
     def __init__(  # noqa: PLR0913  (keywords of users)
         self,
@@ -150,7 +154,7 @@ class RewardClient:
         self.close()
 
     def close(self) -> None:
-        """End the threads and give back connections. What was not collected stays in Redis until its TTL."""
+        """End the threads and give back the connections. Outcomes not collected stay in Redis until their TTL."""
         forks.forget(self)
         self._log.end()
         self._process.close()
@@ -169,18 +173,21 @@ class RewardClient:
 
         Args:
             samples: `N` samples. Media are kept by reference and must not be changed before `flush()` or `collect()`.
-            group_size: How many samples each group has in all, over all ranks. One more is refused; groups that lack
-                some are told in the log when the step is collected, and have no groupwise reward.
-            split: `eval` uses `eval_rewards`, else the training rewards.
-            step: The training step; on one rank it counts `collect()`s unless given.
+            group_size: Number of samples of each group, over all ranks. Samples beyond that are refused. The log warns
+                of groups that lack samples when the step is collected; they have no groupwise reward.
+            split: `train`, or `eval`, which uses `eval_rewards` if the config has any, else the training rewards.
+            step: Number of the training step. On one rank the client counts its `collect()`s unless a number is given;
+                with `world_size > 1` it is required, and the same on all ranks.
 
         Returns:
-            A picklable claim for `collect`, which answers in this order; nothing is scored yet.
+            A picklable claim for `collect`, which answers in the order of `samples`. Nothing is scored yet.
 
         Raises:
-            InvalidSampleError: A field that a reward requires is missing, media have a wrong shape or dtype, or a group
-                would have more than `group_size` samples. Nothing was sent. What needs a pass over the pixels (range,
-                NaN, truncation) becomes an `invalid` outcome instead.
+            InvalidSampleError: A field that a reward requires is missing, media have a wrong shape or dtype, a group
+                would have more than `group_size` samples, or another step than `step` is open. Nothing was sent. Faults
+                that only a pass over the pixels finds (range, NaN, truncation) become `invalid` outcomes instead.
+            CollectTimeoutError: Earlier samples were not sent in time, more of them than REWARDQ_MAX_BACKLOG allows.
+                Nothing was queued; says what sending waits for.
         """
         started = time.monotonic()
         samples = list(samples)
@@ -202,10 +209,10 @@ class RewardClient:
         return ticket_of(submission, added, self._process, engine.client_id)
 
     def flush(self, timeout_s: float = 600.0) -> None:
-        """Wait until everything submitted has been encoded and sent; media may be changed after it.
+        """Wait until everything submitted has been encoded and sent. Media may be changed afterwards.
 
         Raises:
-            CollectTimeoutError: The deadline passed; says what sending waits for.
+            CollectTimeoutError: Not everything was sent within `timeout_s`; says what sending waits for.
         """
         self._engine.flush(timeout_s)
 
@@ -214,7 +221,7 @@ class RewardClient:
         return self._steps.num_pending(split)
 
     def cancel(self, split: Split = "train") -> None:
-        """Give the open step up: its samples are collected no more, and what is not yet sent is not sent."""
+        """Give up the open step: its samples cannot be collected any more, and those not sent yet are not sent."""
         self._engine.give_up(self._steps.give_up(split))
 
     # --- collect ---------------------------------------------------------------------------------
@@ -230,32 +237,34 @@ class RewardClient:
         step: int | None = None,
         max_failure_rate: float | None = None,
     ) -> RewardBatch:
-        """Wait for the rewards of everything submitted in the open step (or of a ticket), and close it.
+        """Wait for the rewards of everything submitted in the open step, or of a ticket, and close it.
 
         Args:
-            timeout_s: Returns or raises at this deadline.
-            ticket: Collect its samples only; also one of a process that is gone.
-            on_failure: `nan` returns a batch with NaN and its `failures` instead of raising, however many there are
-                unless the client or this call was given a `max_failure_rate`.
-            progress: A bar for each reward on standard error. None shows them on a terminal; where there is none, rank
-                0 tells the log in a line how the step went, and every 30 s what is waited for. False does neither.
-            split: Which open step.
-            step: Its number; with `world_size > 1` a rank that submitted nothing says so in which step the others are.
-            max_failure_rate: Of this call; the client's unless given.
+            timeout_s: The call returns or raises within so many seconds.
+            ticket: Collect the samples of this ticket only. The process that made it may be gone.
+            on_failure: `nan` returns a batch with NaN and its `failures` instead of raising. The number of failures
+                does not matter then, unless the client or this call was given a `max_failure_rate`.
+            progress: Whether standard error shows a bar for each reward. None shows bars on a terminal. Where there is
+                no terminal, rank 0 tells the log in a line how the step went, and every 30 s what it waits for. False
+                does neither.
+            split: Whose open step is collected.
+            step: Number of the step. With `world_size > 1` a rank that submitted nothing needs it, to be in the step in
+                which the others are.
+            max_failure_rate: As for the client, for this call only.
 
         Returns:
-            The rewards in submit order. At the deadline with `on_failure="nan"`, what is missing is NaN with kind
-            `timeout`, and is not waited for any more.
+            The rewards in the order of `submit()`. With `on_failure="nan"`, samples without an answer at the deadline
+            are NaN with kind `timeout`, and are not waited for any more.
 
         Raises:
-            ScoringError: Some samples have no reward; names each reward and the reasons, carries the batch. Or more
-                than `max_failure_rate` have none. The step is closed.
+            ScoringError: Samples have no reward, or more of them than `max_failure_rate` allows. Names each reward and
+                the reasons, and carries the batch. The step is closed.
             CollectTimeoutError: The deadline passed; says why as far as is known (a queue without a worker, a Redis
-                that is away). Or, at once, a group of one rank has fewer members than its `group_size`, and a reward
-                needs whole groups: it names the group. The step stays open: call again, or `cancel()`.
-            TicketError: The ticket is of another run, of other rewards, or of other code of a class of yours.
+                that is away). Or, at once and with one rank, a group has fewer members than its `group_size`, and a
+                reward needs whole groups; names the group. The step stays open: call again, or `cancel()`.
+            TicketError: The ticket is of another run, of other rewards, or of other code of a class of the user's.
             InvalidSampleError: Another step than `step` is open.
-            ConfigError: `timeout_s`, `on_failure`, `max_failure_rate` or `split` is none.
+            ConfigError: `timeout_s`, `on_failure`, `max_failure_rate` or `split` has a wrong value.
         """
         check_call(timeout_s, on_failure)
         options = CollectOptions(
@@ -293,16 +302,18 @@ class RewardClient:
         """The advantages of a batch, float32 `(N,)` in its order, never NaN; see `trainer_client.advantages.formulas`.
 
         Args:
-            method: `gdpo`, `sum`, or a function of one's own; as the config's `train:` block says, else `gdpo`.
-            noise_floor: Count a reward that differs in a group by rounding only as constant; False is Flow-Factory's
-                way. A function of one's own does not get it.
-            gather: Exchanges objects between ranks, `torch.distributed`'s for example. With `world_size > 1` they go
-                through Redis unless given; all ranks must call this then.
-            timeout_s: How long the other ranks are waited for, through Redis.
+            method: `gdpo`, `sum`, or a function of the user's. By default the config's `train:` block says it, else
+                `gdpo`.
+            noise_floor: Whether a reward that differs within a group by rounding only counts as constant. False is
+                Flow-Factory's way. A function of the user's does not get it.
+            gather: Exchanges objects between ranks, for example by `torch.distributed`. By default, with
+                `world_size > 1`, they go through Redis; all ranks must make this call then.
+            timeout_s: Seconds that other ranks are waited for, through Redis.
 
         Raises:
-            ValueError: The method is unknown, or one's own raises, or returns what are no advantages; on all ranks.
-            RanksMissingError: Other ranks did not call this in time.
+            ValueError: The method is unknown, or a function of the user's raises, or returns no advantages; on all
+                ranks.
+            RanksMissingError: Other ranks did not make this call in time.
         """
         gather = self._gather("advantages", batch, gather, timeout_s)
         chosen = self.config.advantage_aggregation if method is None else method
@@ -328,7 +339,7 @@ class RewardClient:
     ) -> dict[str, float]:
         """A batch in numbers for a logger, over all ranks; see `trainer_client.advantages.metrics`.
 
-        The rest is as for `advantages`.
+        `gather`, `timeout_s` and the errors are as for `advantages`.
         """
         gather = self._gather("metrics", batch, gather, timeout_s)
         return metrics(batch, advantages, prefix=prefix, detail=detail, gather=gather)
@@ -340,9 +351,9 @@ class RewardClient:
         gather: Gather | None = None,
         timeout_s: float = 60.0,
     ) -> dict[Hashable, dict[str, float]]:
-        """What fails in which group, over all ranks; see `trainer_client.advantages.metrics`.
+        """By group and reward, the share of samples without a reward, over all ranks.
 
-        The rest is as for `advantages`.
+        See `trainer_client.advantages.metrics`. `gather`, `timeout_s` and the errors are as for `advantages`.
         """
         return failure_rate_by_group(
             batch, gather=self._gather("failures", batch, gather, timeout_s)
