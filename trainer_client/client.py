@@ -159,8 +159,6 @@ class RewardClient:
         self._log.end()
         self._process.close()
 
-    # --- submit ----------------------------------------------------------------------------------
-
     def submit(
         self,
         samples: Iterable[Sample],
@@ -223,8 +221,6 @@ class RewardClient:
     def cancel(self, split: Split = "train") -> None:
         """Give up the open step: its samples cannot be collected any more, and those not sent yet are not sent."""
         self._engine.give_up(self._steps.give_up(split))
-
-    # --- collect ---------------------------------------------------------------------------------
 
     def collect(  # noqa: PLR0913  (keywords of users)
         self,
@@ -365,8 +361,6 @@ class RewardClient:
         if self._given_failure_rate is None:
             return MAX_FAILURE_RATE
         return self._given_failure_rate
-
-    # --- private -----------------------------------------------------------------------------------
 
     @property
     def _engine(self) -> Engine:

@@ -34,8 +34,6 @@ class ClientSteps:
         """A number that no other ticket of this client in this process has."""
         return next(self._ticket_numbers)
 
-    # --- submit ----------------------------------------------------------------------------------
-
     def num_submitted(self, split: Split) -> int:
         """How many samples were submitted to the open step of a split."""
         with self._lock:
@@ -67,8 +65,6 @@ class ClientSteps:
         with self._lock:
             step = self._open_steps.give_up(split)
         return step.slots if step is not None else ()
-
-    # --- collect ---------------------------------------------------------------------------------
 
     def wanted_of_step(
         self, engine: Engine, config: RewardConfig, split: Split, number: int | None

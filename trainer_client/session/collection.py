@@ -42,7 +42,8 @@ class Wanted:
     rewards: tuple[RewardSpec, ...]
     slots: Sequence[Slot] = ()
     open_step: OpenStep | None = None
-    """The open step of the split, of which a ticket's samples may be a part."""
+    """The open step of the split, of which a ticket's samples may be a part. Without its lock only `submit_s` is read,
+    a number."""
     ticket: Ticket | None = None
     prompts: Mapping[Hashable, tuple[str, ...]] = field(default_factory=dict)
     """The different prompts of each group, where other ranks may have samples of the group."""
