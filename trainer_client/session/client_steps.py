@@ -95,14 +95,12 @@ class ClientSteps:
         config = config.for_launch(ticket.launch)
         rewards = config.of(ticket.split)
         check_ticket(ticket, run, rewards)
+        slots: Sequence[Slot] | None
         with self._lock:
             step = self._open_steps.get(ticket.split)
-            live = live_slots(ticket, engine.client_id, self._open_steps)
-
-        slots: Sequence[Slot]
-        slots = (
-            live if live is not None else self._resumed.slots_of(ticket, engine, config)
-        )
+            slots = live_slots(ticket, engine.client_id, self._open_steps)
+        if slots is None:
+            slots = self._resumed.slots_of(ticket, engine, config)
         return Wanted(engine, ticket.split, ticket.step, rewards, slots, step, ticket)
 
     def close(self, wanted: Wanted) -> None:
