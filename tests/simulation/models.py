@@ -15,8 +15,8 @@ from tasks.messages import Failure, Outcome, SampleRequest
 from tests.simulation.network import Server
 from tests.simulation.world import BrokenPropertyError, Process, World
 
-Behaviour = Literal["fine", "raises", "kills", "hangs"]
-"""What a model's call does for a sample: answers, raises, ends its process, never returns."""
+Behaviour = Literal["fine", "raises", "fails once", "kills", "hangs"]
+"""What a call does for a sample: answers, raises, raises at the first attempt, ends its process, never returns."""
 
 MESSAGES: Mapping[Behaviour, str] = {"raises": "bad luck"}
 
@@ -73,7 +73,7 @@ class Models:
         for worst in ("kills", "hangs", "raises"):
             if worst in found:
                 return worst
-        return "fine"
+        return "raises" if "fails once" in found and sample.attempt == 1 else "fine"
 
     def _behaviour_at(self, address: str) -> Behaviour:
         _run, fingerprint, key = address.split(":")

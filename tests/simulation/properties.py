@@ -58,6 +58,26 @@ class Oracle:
         self.simulation, self.models = simulation, simulation.models
         self.behaviours = dict(simulation.schedule.behaviours)
         self.samples = list(self._all_samples())
+        self._failed_in = self._first_failures()
+
+    def _first_failures(self) -> dict[str, int]:
+        """By address, the first step in which it was seen that a call had raised."""
+        first: dict[str, int] = {}
+        for sample in self.samples:
+            for spec in self.simulation.specs:
+                outcome = self.simulation.ranks[sample.rank].answers.get((sample.step, sample.index, spec.name))
+                if outcome is not None and self.is_like(outcome, MESSAGES["raises"], "failed"):
+                    address = self.address(spec, sample)
+                    first[address] = min(sample.step, first.get(address, sample.step))
+        return first
+
+    def may_have_failed_once(self, spec: RewardSpec, sample: Submitted) -> bool:
+        """Whether a sample whose first attempt fails may have that as its answer: not if a step before had it."""
+        if self.behaviours.get(sample.plan.content) != "fails once":
+            return False
+        is_first = self._failed_in.get(self.address(spec, sample), sample.step) >= sample.step
+        was_started_again = self.simulation.ranks[sample.rank].num_started > 1
+        return is_first or was_started_again or self.simulation.schedule.may_lose_results
 
     def _all_samples(self) -> Iterator[Submitted]:
         for number, rank in enumerate(self.simulation.schedule.ranks):
@@ -136,6 +156,8 @@ class Oracle:
             return True
         if failure is not None:
             return self.is_like(outcome, *failure)
+        if self.may_have_failed_once(spec, sample) and self.is_like(outcome, MESSAGES["raises"], "failed"):
+            return True
         return outcome.reward == score_of(address)
 
     # --- groups ------------------------------------------------------------------------------------------------------
@@ -177,6 +199,8 @@ class Oracle:
                 is_right = any(self.is_like(outcome, *one) for one in of_call)
             else:
                 is_right = outcome.reward == score_of(f"{group} {self.address(spec, member)}")
+            if any(self.behaviours.get(m.plan.content) == "fails once" for m, _ in known):
+                is_right = is_right or self.is_like(outcome, MESSAGES["raises"], "failed")
             is_hung = group in self.models.hung_with and self.is_like(outcome, HUNG, "timeout")
             if not is_right and not is_hung:
                 self.wrong(spec, member, f"{outcome} of group {group}")
@@ -214,6 +238,10 @@ def check_left_over(simulation: Simulation) -> None:
     starts = [name for name in names if name.startswith(keys.starts(""))]
     if starts and not any(rank.given_up for rank in simulation.ranks):
         raise BrokenPropertyError("left over", f"starts: {starts}")
+    for rank in simulation.ranks:
+        words = rank.client.state.why_late.words()
+        if words is not None:
+            raise BrokenPropertyError("old reason", f"rank {rank.number} still says: {words}")
     mine = [f"r{rank.number}.{rank.num_started}." for rank in simulation.ranks]
     payloads = [name for name in simulation.services.store.names() if name.startswith(tuple(mine))]
     if payloads:

@@ -194,11 +194,12 @@ def make_ranks(
     invalid: frozenset[int],
     on_done: Callable[[], None],
     may_lose_payloads: bool,
+    is_calm: bool,
 ) -> list[Rank]:
     """All ranks of a trainer."""
     barrier = Barrier(world, len(plans))
     ranks = []
     for number, plan in enumerate(plans):
-        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes)
+        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes, is_calm)
         ranks.append(Rank(world, services, plan, settings, barrier, on_done, may_lose_payloads))
     return ranks

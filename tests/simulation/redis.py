@@ -399,26 +399,27 @@ class GroupSlots:
             fields["digest"] = hashlib.sha1("".join(fields[slot] for slot in slots).encode()).hexdigest()
         return Registered("sealed", fields["digest"], len(slots), is_now)
 
-    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int) -> tuple[int, int]:
+    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int, question: str) -> tuple[int, int]:
         fields = self._keys.get(key) or {}
         if fields.get("digest") != digest:
             return attempt, 0
         asked, had = fields.get("attempt"), fields.get(f"asked{rank}")
-        if asked is None or had == f"{client} {digest} {asked}":
+        was_told_before = had is not None and had.startswith(f"{client} {digest} {asked} ")
+        if asked is None or (was_told_before and had != f"{client} {digest} {asked} {question}"):
             fields["attempt"] = asked = attempt
             fields.pop("number", None)
-        fields[f"asked{rank}"] = f"{client} {digest} {asked}"
+        fields[f"asked{rank}"] = f"{client} {digest} {asked} {question}"
         return asked, fields.get("number", 0)
 
     def put_back(self, key: str, digest: str, rank: int, client: str, attempt: int) -> None:
         fields = self._keys.hash(key)
-        fields["attempt"], fields[f"asked{rank}"] = attempt, f"{client} {digest} {attempt}"
+        fields["attempt"], fields[f"asked{rank}"] = attempt, f"{client} {digest} {attempt} "
         self._keys.expire(key, self._ttl_ms)
 
     def digests(self, group_keys: Sequence[str]) -> list[str]:
         return [(self._keys.get(key) or {}).get("digest", "") for key in group_keys]
 
-    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         found = []
         for key in group_keys:
             names = self._keys.get(key) or {}

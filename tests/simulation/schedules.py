@@ -112,6 +112,20 @@ class Schedule:
         return any(fault.kind in ("server emptied", "server restarted", "payload lost") for fault in self.faults)
 
     @property
+    def may_lose_results(self) -> bool:
+        """Whether a fault takes outcomes out of Redis."""
+        return any(fault.kind in ("server emptied", "server restarted") for fault in self.faults)
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing goes wrong at all, so that nothing is to be sent twice."""
+        workers_are_usual = not any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
+        samples_are_usual = not any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours)
+        has_budget = any(reward.budget is not None for reward in self.rewards)
+        is_quiet = not self.faults and not self.weather.until
+        return is_quiet and workers_are_usual and samples_are_usual and not has_budget
+
+    @property
     def num_samples(self) -> int:
         """Over all ranks and steps."""
         return sum(len(some) for rank in self.ranks for step in rank.steps for some in step.submits)
@@ -285,6 +299,8 @@ def _draw_behaviours(
             behaviours[content] = "raises"
         elif draw < 0.09:
             behaviours[content] = "invalid"
+        elif draw < 0.14:
+            behaviours[content] = "fails once"
     if rng.random() < 0.06:
         behaviours[rng.choice(contents)] = rng.choice(("kills", "hangs"))
     return tuple(sorted(behaviours.items()))

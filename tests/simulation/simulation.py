@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from tasks import keys
+from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
 from tests.simulation import properties
 from tests.simulation.models import Behaviour, Models
@@ -17,7 +19,7 @@ from tests.simulation.redis import GroupSlots, Keyspace, Outcomes, PayloadStore
 from tests.simulation.schedules import SERVERS, START_S, Fault, RewardPlan, Schedule, refusal_of
 from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
-from tests.simulation.world import World
+from tests.simulation.world import BrokenPropertyError, World
 
 CLAIM_TTL_S = 1.0
 
@@ -70,6 +72,18 @@ def spec_of(plan: RewardPlan, number: int) -> RewardSpec:
     )
 
 
+class WatchedOutcomes(Outcomes):
+    """Outcomes that see to it that no suspect is given up too early."""
+
+    def _write_one(self, address: str, outcome: Outcome) -> bool:
+        if outcome.failure is not None and outcome.failure.message.startswith(properties.KILLED):
+            starts = self._keys.get(keys.starts(address)) or {}
+            since_ms = self._keys.now_ms() - starts.get("first_alone_ms", self._keys.now_ms())
+            if starts and since_ms < 1000 * REWARD_TIMEOUT_S:
+                raise BrokenPropertyError("given up early", f"{address} after {since_ms} ms alone")
+        return super()._write_one(address, outcome)
+
+
 class Simulation:
     """A schedule that is carried out.
 
@@ -94,6 +108,7 @@ class Simulation:
             invalid,
             self._one_is_done,
             schedule.may_lose_payloads,
+            schedule.is_calm,
         )
         for fault in schedule.faults:
             self._plan(fault)
@@ -142,7 +157,7 @@ class Simulation:
             results_server=results,
             broker_server=broker,
             payloads_server=payloads,
-            outcomes=Outcomes(self.keyspace, CLAIM_TTL_S, RESULT_TTL_S),
+            outcomes=WatchedOutcomes(self.keyspace, CLAIM_TTL_S, RESULT_TTL_S),
             store=PayloadStore(self.media_keyspace, "store"),
             other_store=PayloadStore(Keyspace(self._now_ms), "other store"),
             queues=Queues(self.world, broker, self._copies),

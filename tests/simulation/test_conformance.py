@@ -247,7 +247,9 @@ def register(pair: Pair, rng: random.Random) -> None:
 def ask(pair: Pair, rng: random.Random) -> None:
     key = group_key(rng)
     digest = rng.choice([pair.slots[1].digests([key])[0] or "none", "other"])
-    pair.call(pair.slots, "ask", key, digest, rng.randint(0, 1), rng.choice(TOKENS), rng.randint(1, 3))
+    pair.call(
+        pair.slots, "ask", key, digest, rng.randint(0, 1), rng.choice(TOKENS), rng.randint(1, 3), rng.choice("xy")
+    )
 
 
 def score_group(pair: Pair, rng: random.Random) -> None:
@@ -269,7 +271,7 @@ OF_GROUPS: tuple[Callable[[Pair, random.Random], None], ...] = (
     score_group,
     lambda p, r: p.call(p.slots, "put_back", group_key(r), "digest", r.randint(0, 1), r.choice(TOKENS), 2),
     lambda p, r: p.call(p.slots, "digests", [group_key(r)]),
-    lambda p, r: p.call(p.slots, "places", [group_key(r)]),
+    lambda p, r: p.call(p.slots, "filled_slots", [group_key(r)]),
     lambda p, r: p.call(p.slots, "set_number", group_key(r), r.randint(1, 9)),
     lambda p, r: p.call(p.slots, "members", group_key(r)),
 )

@@ -143,6 +143,8 @@ class Settings:
     rewards: tuple[RewardSpec, ...]
     invalid: frozenset[int]
     max_store_bytes: int
+    is_calm: bool
+    """Nothing goes wrong in this schedule."""
 
     # As `slots_and_deliveries` asks a `RewardConfig`.
     eval_rewards: tuple[RewardSpec, ...] = ()
@@ -220,6 +222,8 @@ class Client:
         actions = self.state.apply(event, self.world.now)
         self._check(event)
         for action in actions:
+            if self.settings.is_calm:
+                self._check_first(action)
             if hasattr(action, "lane"):
                 self._num_under_way += 1
                 self._put(action)
@@ -235,6 +239,14 @@ class Client:
             self.state.check()
         except AssertionError as error:
             raise BrokenPropertyError("invariant", f"after {event}: {error!r}") from error
+
+    @staticmethod
+    def _check_first(action: Any) -> None:
+        """Where nothing goes wrong nothing is sent twice."""
+        deliveries = action.deliveries if isinstance(action, do.Publish) else ()
+        again = [a.address for delivery in deliveries for a in delivery.awaited if a.num_sends > 1]
+        if again or isinstance(action, do.PublishAgain):
+            raise BrokenPropertyError("sent again", f"without a fault: {action}")
 
     def _serve(self, lane: do.Lane) -> None:
         actions, work = self._lanes[lane], self._work[lane]

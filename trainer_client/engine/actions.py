@@ -90,6 +90,8 @@ class LookUpGroup:
 
     lane: ClassVar[Lane] = Lane.POLL
     group: Awaited
+    question: str
+    """Its name: the same where the call is made again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,7 @@ class Backend:
                 self._rank,
                 self._client_id,
                 attempt,
+                action.question,
             )
         parts: dict[str, Outcome | None] = {}
         is_answered = outcome is not None and outcome.attempt >= attempt

@@ -104,7 +104,8 @@ class Sealing:
             self._sending.give_up(awaited)
         elif is_new:
             self._core.num_group_calls += 1
-            self._core.act(do.LookUpGroup(awaited))
+            question = self._core.new_name("question")
+            self._core.act(do.LookUpGroup(awaited, question))
 
     def _join_member(
         self,

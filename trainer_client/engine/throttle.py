@@ -53,8 +53,9 @@ class _Queue:
         self.more_at = now + EVERY_S
         if self.came_back:
             self.num_more = max(FEWEST, self.num_more // 2)
-        elif self.waiting:  # where nothing is sent nothing can come back
-            self.num_more = 2 * self.num_more
+        else:
+            # No more than wait: unbounded it would pass every integer within half a minute.
+            self.num_more = min(2 * self.num_more, max(FEWEST, len(self.waiting)))
         self.came_back = False
         return self.num_more
 

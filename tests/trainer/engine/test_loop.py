@@ -14,7 +14,7 @@ import redis
 
 from tasks.errors import CollectTimeoutError, RankTakenError, RedisRefusalError, RewardError
 from tasks.messages import Outcome
-from tests.trainer.engine.by_hand import EngineByHand, rewards_of
+from tests.trainer.engine.by_hand import SINGLE, EngineByHand
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
@@ -22,7 +22,6 @@ from trainer_client.engine.engine import Engine
 from trainer_client.engine.loop import Chore, Loop
 from trainer_client.engine.why_late import Source
 
-SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
 LONG_S = 10.0
 """Longer than anything takes here, however slow the machine."""
 

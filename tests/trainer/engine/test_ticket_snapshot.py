@@ -10,12 +10,10 @@ import time
 import pytest
 
 from tasks.messages import Outcome
-from tests.trainer.engine.by_hand import POINT, RANKED, EngineByHand
+from tests.trainer.engine.by_hand import BOTH, POINT, RANKED, EngineByHand
 from trainer_client.engine.model import Slot
 from trainer_client.engine.states import State
 from trainer_client.ticket import Ticket
-
-BOTH = (POINT, RANKED)
 
 
 @pytest.fixture
