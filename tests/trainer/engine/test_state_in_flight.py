@@ -50,6 +50,19 @@ def test_a_message_that_was_claimed_and_is_no_more_is_sent_again_at_once(single)
     assert len(single.published) == 2
 
 
+def test_a_message_that_went_again_while_it_was_looked_after_is_not_lost(single):
+    slot = in_flight(single)
+    single.claimed.add(single.awaited(slot).address)
+    single.wait(RECONCILE_S)
+    single.claimed.clear()
+    single.wait(RECONCILE_S, but=[do.InspectDeliveries])
+    single.note(slot, "stale")
+    single.run(but=[do.InspectDeliveries])
+    single.run()
+    assert single.state_of(slot) is State.IN_FLIGHT
+    assert len(single.published) == 1
+
+
 def test_a_message_in_its_queue_is_not_lost_however_long_it_waits(single):
     slot = in_flight(single)
     single.queued.add(single.delivery(slot).request)
