@@ -102,6 +102,7 @@ def test_one_that_is_noted_twice_is_not_sent_twice(throttle):
     add(throttle, [first, first, second, first])
     assert len(throttle) == 2
     assert take(throttle, EVERY_S) == ["a0", "a1"]
+    assert not throttle.holds(first)
 
 
 def test_one_of_which_nothing_is_awaited_any_more_is_not_sent(throttle):
