@@ -189,10 +189,12 @@ class EngineByHand:
         self.outcomes[at] = outcome
         self.apply(ev.OutcomesFound({at: outcome}, do.Purpose.EVERYTHING))
 
-    def note(self, slot: Slot, reason: Any, *, of: RewardSpec | None = None, detail: str = "detail") -> None:
-        """A worker says this of the message that a slot's reward waits for."""
+    def note(
+        self, slot: Slot, reason: Any, *, of: RewardSpec | None = None, detail: str = "detail", store: str = ""
+    ) -> None:
+        """A worker, which uses this store, says this of the message that a slot's reward waits for."""
         delivery = self.delivery(slot, of)
-        note = Note(reason=reason, worker="worker", detail=detail)
+        note = Note(reason=reason, worker="worker", detail=detail, store=store)
         self.apply(ev.NotesRead([(delivery, delivery.request, note)], OUR_STORE))
 
     def resume(self, ticket: Ticket) -> list[Slot]:

@@ -98,7 +98,8 @@ def submit(loop, backend, content=1):
 
 def is_in_flight(loop):
     with loop.lock:
-        return any(d.number for d in loop.state.core.deliveries.values())
+        deliveries = loop.state.core.deliveries.values()
+        return bool(deliveries) and all(d.number for d in deliveries)
 
 
 def test_a_sample_goes_from_submit_to_its_outcome_and_whoever_waits_is_woken(backend):
@@ -108,8 +109,10 @@ def test_a_sample_goes_from_submit_to_its_outcome_and_whoever_waits_is_woken(bac
         eventually(lambda: is_in_flight(loop))
         backend.by_hand.outcomes[slot.awaited["PickScore"].address] = Outcome(reward=0.75)
         loop.put(ev.WaitBegan(1, frozenset({("train", 0)})))
+        started = time.monotonic()
         with loop.changed:
             assert loop.changed.wait_for(lambda: slot.is_done, LONG_S)
+        assert time.monotonic() - started < LONG_S / 2, "it was woken"
         assert slot.outcome_for("PickScore").reward == 0.75
         eventually(lambda: announced)
     assert [(one.spec, one.outcome.reward) for one in announced] == [(SINGLE[0], 0.75)]
@@ -282,6 +285,27 @@ def test_a_call_that_waits_for_its_server_does_not_hold_up_those_behind_it(backe
         assert loop.state.why_late.words(Source.POLLING), "the first call still waits"
 
 
+def test_a_lane_waits_for_its_server_until_the_last_of_its_calls_is_made(backend, monkeypatch):
+    monkeypatch.setattr(loop_module, "LAST_POLL_PAUSE_S", 60.0)
+    num_tries = Counter()
+
+    def fail(name, num_failures):
+        num_tries[name] += 1
+        if num_tries[name] <= num_failures:
+            raise redis.ConnectionError("refused")
+
+    with loop_of(backend) as loop:
+        monkeypatch.setattr(loop_module, "FIRST_PAUSE_S", 60.0)
+        loop.do_once(do.Lane.POLL, lambda: fail("waits long", 2))
+        eventually(lambda: loop._retries)
+        monkeypatch.setattr(loop_module, "FIRST_PAUSE_S", 0.01)
+        loop.do_once(do.Lane.POLL, lambda: fail("waits shortly", 1))
+        eventually(lambda: num_tries["waits shortly"] == 2)
+        loop.do_once(do.Lane.POLL, lambda: num_tries.update(["afterwards"]))
+        eventually(lambda: num_tries["afterwards"])
+        assert loop.state.why_late.words(Source.POLLING)
+
+
 # --- chores ---------------------------------------------------------------------------------------
 
 
@@ -345,6 +369,24 @@ def test_what_is_freed_in_the_last_turn_is_freed(backend):
     assert not backend.by_hand.stored
 
 
+def test_what_was_given_up_before_the_end_is_freed_though_the_loop_had_not_taken_it_up(backend):
+    is_in_turn, may_go_on = threading.Event(), threading.Event()
+
+    def announce(_):
+        is_in_turn.set()
+        assert may_go_on.wait(LONG_S)
+
+    with loop_of(backend, announce) as loop:
+        first, second = submit(loop, backend, 1), submit(loop, backend, 2)
+        eventually(lambda: len(loop.state.core.deliveries) == 2 and is_in_flight(loop))
+        loop.put(ev.OutcomesFound({first.awaited["PickScore"].address: Outcome(reward=1.0)}, do.Purpose.EVERYTHING))
+        assert is_in_turn.wait(LONG_S)
+        loop.put(ev.SlotsGivenUp([second]))
+        threading.Timer(0.1, may_go_on.set).start()
+        loop.close()
+    assert not backend.by_hand.stored
+
+
 def test_what_is_not_sent_at_the_end_stays_unsent(backend):
     backend.hangs[do.LookUp] = threading.Event()
     with loop_of(backend) as loop:
@@ -354,6 +396,18 @@ def test_what_is_not_sent_at_the_end_stays_unsent(backend):
         threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
         loop.close()
     assert backend.started[do.Publish] == 0
+
+
+def test_calls_that_wait_for_their_lane_at_the_end_are_not_made(backend):
+    may_go_on, made = threading.Event(), []
+    with loop_of(backend) as loop:
+        loop.do_once(do.Lane.POLL, lambda: may_go_on.wait(LONG_S))
+        for number in range(20):
+            loop.do_once(do.Lane.POLL, lambda number=number: made.append(number))
+        eventually(lambda: loop._inbox.empty())
+        threading.Timer(0.05, may_go_on.set).start()
+        loop.close()
+    assert made == []
 
 
 def test_the_end_is_not_held_up_for_ever_by_a_call_that_hangs(backend, monkeypatch):

@@ -68,6 +68,14 @@ def test_pauses_double_where_messages_lead_nowhere_up_to_a_bound(losses, deliver
     assert pauses == [4.0, 8.0, 16.0, MAX_PAUSE_S, MAX_PAUSE_S, MAX_PAUSE_S]
 
 
+def test_what_was_sent_again_must_be_missed_twice_again(losses, delivery):
+    losses.is_lost(delivery, 1, 2.0)
+    assert losses.is_lost(delivery, 1, 4.0)
+    losses.grow_pause(delivery, 4.0)
+    assert not losses.is_lost(delivery, 1, 100.0)
+    assert losses.is_lost(delivery, 1, 102.0)
+
+
 def test_after_a_worker_that_died_the_next_message_is_looked_after_as_soon(losses, delivery):
     delivery.pause_s = 16.0
     losses.seen_in_hand(delivery)

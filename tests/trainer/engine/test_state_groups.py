@@ -123,6 +123,15 @@ def test_groups_of_equal_members_await_one_outcome_that_is_asked_for_once(ranked
     assert in_states(slots) == [State.IN_FLIGHT] * 4
 
 
+def test_a_group_carries_no_outcome_that_came_before_it_was_sent(ranked):
+    answered, waits = (ranked.submit(number, "g", size=2) for number in (1, 2))
+    ranked.run(but=[do.LookUpGroup])
+    ranked.answer(answered, of=POINT)
+    ranked.run()
+    (delivery,) = ranked.published
+    assert delivery.awaited_when_sent == (ranked.awaited(waits, RANKED), ranked.awaited(waits, POINT))
+
+
 def test_a_group_that_is_given_up_leaves_what_it_carries_to_those_who_still_want_it():
     engine = EngineByHand(BOTH)
     members = [engine.submit(number, "g", size=2) for number in (1, 2)]

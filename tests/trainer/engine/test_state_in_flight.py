@@ -20,6 +20,7 @@ from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.accumulator import LINGER_S
 from trainer_client.engine.losses import MAX_PAUSE_S
+from trainer_client.engine.polling import NOTES_EVERY_S, SLOWEST_S
 from trainer_client.engine.states import State
 
 # --- in flight ------------------------------------------------------------------------------------
@@ -43,6 +44,19 @@ def test_a_message_that_was_claimed_and_is_no_more_is_sent_again_at_once(single)
     single.claimed.clear()
     single.wait(RECONCILE_S)
     assert len(single.published) == 2
+
+
+def test_a_message_that_went_again_while_it_was_looked_after_is_not_lost(single):
+    slot = in_flight(single)
+    single.claimed.add(single.awaited(slot).address)
+    single.wait(RECONCILE_S)
+    single.claimed.clear()
+    single.wait(RECONCILE_S, but=[do.InspectDeliveries])
+    single.note(slot, "stale")
+    single.run(but=[do.InspectDeliveries])
+    single.run()
+    assert single.state_of(slot) is State.IN_FLIGHT
+    assert len(single.published) == 1
 
 
 def test_a_message_in_its_queue_is_not_lost_however_long_it_waits(single):
@@ -123,21 +137,27 @@ def test_media_that_cannot_be_stored_again_end_the_sample_with_the_reason(single
     single.assert_nothing_is_left()
 
 
-def test_a_store_of_our_name_with_another_identity_was_emptied_and_another_store_is_only_said(single):
+def test_a_worker_that_uses_another_store_is_only_said(single):
     slot = in_flight(single)
-    single.note(slot, "store")
+    single.note(slot, "store", store="another store")
     assert not single.asked(do.Restore)
     assert single.state_of(slot) is State.IN_FLIGHT
     assert single.warned == ["worker worker on queue gpu: detail"]
 
 
-def test_what_a_worker_could_not_read_is_sent_again_after_a_pause(single):
+def test_media_are_gone_where_a_worker_has_our_store_but_not_the_identity_that_the_message_named(single):
     slot = in_flight(single)
-    single.wait(RECONCILE_S / 2)
+    single.note(slot, "store", store=OUR_STORE)
+    assert single.asked(do.Restore)
+    assert single.warned == []
+
+
+def test_what_a_worker_could_not_read_counts_as_missed_and_is_looked_after_after_its_pause(single):
+    slot = in_flight(single)
     single.note(slot, "wire")
-    single.wait(RECONCILE_S / 2)
-    assert len(single.published) == 1
-    single.wait(RECONCILE_S)
+    delivery = single.delivery(slot)
+    assert delivery.is_missed
+    assert delivery.look_at == single.now + delivery.pause_s
     single.wait(RECONCILE_S)
     assert len(single.published) == 2
 
@@ -272,6 +292,20 @@ def test_what_is_still_queued_is_asked_for_now_and_then_for_another_client_may_h
         assert not slot.is_done
     single.wait(RECONCILE_S)
     assert slot.is_done
+
+
+def test_notes_are_read_of_what_has_left_its_queue(single):
+    slot = in_flight(single)
+    single.queued.add(single.delivery(slot).request)
+    single.collect(0)
+    single.run()
+    single.wait(NOTES_EVERY_S)
+    assert not [action for action in single.done if isinstance(action, do.ReadNotes)]
+    single.queued.clear()
+    single.wait(SLOWEST_S)
+    single.wait(NOTES_EVERY_S, but=[do.ReadNotes])
+    (read,) = single.asked(do.ReadNotes)
+    assert read.requests == [(single.delivery(slot), single.delivery(slot).request)]
 
 
 def test_every_outcome_that_arrives_is_announced(single):

@@ -109,6 +109,15 @@ def test_a_note_goes_when_its_reward_is_answered(reason):
     assert words_of(engine) is None
 
 
+def test_a_note_goes_with_the_first_answer_of_its_reward_for_a_worker_serves_it():
+    engine = EngineByHand(SINGLE)
+    noted, answered = in_flight(engine, 1), in_flight(engine, 2)
+    engine.note(noted, "wire")
+    engine.answer(answered)
+    assert not noted.is_done
+    assert words_of(engine) is None
+
+
 def test_a_note_goes_when_nobody_waits_for_its_reward_any_more():
     engine = EngineByHand(SINGLE)
     slots = [in_flight(engine, number) for number in (1, 2)]
