@@ -58,8 +58,8 @@ end
 redis.call('HSET', KEYS[1], asker, mine .. asked .. ' ' .. ARGV[5])
 return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
 """
-"""KEYS: the group. ARGV: rank, digest, client, attempt, question. Returns the attempt that this rank asks for and the number of
-the message sent for it (0: none)."""
+"""KEYS: the group. ARGV: rank, digest, client, attempt, question. Returns the attempt that this rank asks for and the
+number of the message sent for it (0: none)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,16 @@ def _draw_faults(rng: random.Random, num_ranks: int, num_workers: int) -> tuple[
         else:
             kind, target = rng.choice(SERVER_FAULTS), rng.randrange(len(SERVERS))
         faults.append(Fault(at, kind, target, seconds, rng.randrange(12)))
+    if num_ranks > 1 and rng.random() < 0.25:
+        faults += _draw_late_rank(rng, num_ranks)
     return tuple(sorted(faults, key=lambda fault: fault.at))
+
+
+def _draw_late_rank(rng: random.Random, num_ranks: int) -> list[Fault]:
+    """A rank stands still while the others get their answers, and these are lost before it has read them."""
+    at = START_S + rng.uniform(0.2, 1.5)
+    stall = Fault(at, "stall trainer", rng.randrange(num_ranks), rng.uniform(1.0, 2.0))
+    return [stall, Fault(at + rng.uniform(0.3, 1.3), "server emptied", SERVERS.index("results"))]
 
 
 def _draw_weather(rng: random.Random) -> Weather:
