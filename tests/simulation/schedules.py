@@ -117,13 +117,18 @@ class Schedule:
         return any(fault.kind in ("server emptied", "server restarted") for fault in self.faults)
 
     @property
+    def is_odd(self) -> bool:
+        """Whether samples end or hold up their workers, or workers can do nothing for a while."""
+        if any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours):
+            return True
+        return any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
+
+    @property
     def is_calm(self) -> bool:
         """Whether nothing goes wrong at all, so that nothing is to be sent twice."""
-        workers_are_usual = not any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
-        samples_are_usual = not any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours)
-        has_budget = any(reward.budget is not None for reward in self.rewards)
-        is_quiet = not self.faults and not self.weather.until
-        return is_quiet and workers_are_usual and samples_are_usual and not has_budget
+        if self.faults or self.weather.until or self.is_odd:
+            return False
+        return all(reward.budget is None for reward in self.rewards)
 
     @property
     def num_samples(self) -> int:
