@@ -196,11 +196,9 @@ class Oracle:
         reasons = self._reasons_of_call(spec, group, [m for m, _ in known])
         for member, outcome in known:
             failure = self.expected_failure(spec, member)
-            if failure is not None and failure[1] == "invalid":
-                is_right = self.is_like(outcome, *failure)
-            else:
-                is_right = any(self.is_like(outcome, *reason) for reason in reasons)
-            if not reasons or reasons <= MAY_COME:
+            own = {failure} if failure is not None and failure[1] == "invalid" else reasons
+            is_right = any(self.is_like(outcome, *reason) for reason in own)
+            if own <= MAY_COME:
                 is_right = is_right or outcome.reward == score_of(f"{group} {self.address(spec, member)}")
             if not is_right:
                 self.wrong(spec, member, f"{outcome} of group {group}")
@@ -263,19 +261,19 @@ def rank_in(score: float, scores: Sequence[float]) -> float:
 def check_left_over(simulation: Simulation) -> None:
     """No payload, no request, no claim, no start and no reason is left."""
     mine = tuple(f"r{rank.number}.{rank.num_started}." for rank in simulation.ranks)
-    payloads = [name for name in simulation.services.store.names() if name.startswith(mine)]
-    check_none("payloads and requests", payloads)
+    check_none("payloads and requests", mine, simulation.services.store.names())
     names = simulation.keyspace.names()
-    check_none("claims", [name for name in names if name.startswith(keys.claim(""))])
+    check_none("claims", (keys.claim(""),), names)
     if not any(rank.given_up for rank in simulation.ranks):
-        check_none("starts", [name for name in names if name.startswith(keys.starts(""))])
+        check_none("starts", (keys.starts(""),), names)
     for rank in simulation.ranks:
         words = rank.client.state.why_late.words()
         if words is not None:
             raise BrokenPropertyError("old reason", f"rank {rank.number} still says: {words}")
 
 
-def check_none(what: str, found: Sequence[str]) -> None:
-    """Raises `BrokenPropertyError` if something was found."""
+def check_none(what: str, prefixes: tuple[str, ...], names: Sequence[str]) -> None:
+    """Raises `BrokenPropertyError` if there is a name with one of these prefixes."""
+    found = [name for name in names if name.startswith(prefixes)]
     if found:
         raise BrokenPropertyError("left over", f"{what}: {found}")
