@@ -186,6 +186,8 @@ class ReadRequests:
     lane: ClassVar[Lane] = Lane.UPKEEP
     requests: Sequence[tuple[str, bool]]
     """Each with whether it is a group's."""
+    addresses: frozenset[str]
+    """Only the payloads of these outcomes: the request may be for other tickets too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -313,6 +313,14 @@ class Intake:
             self._sealing.add_member(user)
         self._core.unsettle(user)
 
+    def forget_members(self, slot: Slot) -> None:
+        """Nobody waits for a sample any more: it becomes a member of no group."""
+        for member in [user for user in slot.unsettled if isinstance(user, Member)]:
+            self._core.payloads.release(member)
+            carried, member.carried = member.carried, []
+            self._core.unsettle(member)
+            self._sending.go_alone(carried)
+
     def is_looking_up(self, awaited: Awaited) -> bool:
         """Whether it is being asked, or about to be, if an outcome is there already."""
         return awaited.source in (*self._to_look_up, *self._looked_up)

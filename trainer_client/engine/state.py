@@ -66,6 +66,7 @@ class EngineState:
         self.core.now = now
         self.groups = Groups(config.run, config.rank, config.shared_key)
         self.throttle = Throttle()
+        self.core.on_delivery_ended = self.throttle.discard
         self.polling = Polling(config.reconcile_s, config.payload_ttl_s, now)
         losses = LossPolicy(config.reconcile_s)
         self.sending = Sending(self.core, config.run, losses, self.throttle)
@@ -144,11 +145,11 @@ class EngineState:
             self.tracking.on_outcomes(event)
 
     def _on_wait_began(self, event: ev.WaitBegan) -> None:
-        self.core.waits[event.waiter] = event.steps
+        self.core.begin_wait(event.waiter, event.steps)
         self.polling.hurry(self.core.now)
 
     def _on_wait_ended(self, event: ev.WaitEnded) -> None:
-        self.core.waits.pop(event.waiter, None)
+        self.core.end_wait(event.waiter)
 
     def _on_given_up(self, event: ev.SlotsGivenUp) -> None:
         for slot in event.slots:
@@ -157,6 +158,7 @@ class EngineState:
                 self.core.leave(slot, awaited)
                 if not awaited.slots:
                     self.sending.give_up(awaited)
+            self.intake.forget_members(slot)
         for member in self.groups.forget(event.slots):
             self.core.payloads.release(member)
             self.sending.go_alone(member.carried)
@@ -164,22 +166,25 @@ class EngineState:
             self.core.abandon(slot)
 
     def _on_resumed(self, event: ev.TicketResumed) -> None:
+        addresses: dict[str, None] = {}
         for slot in event.slots:
+            addresses.update((a.address, None) for a in slot.awaited.values())
             self.core.take_up_slot(slot)
-        read = []
+        requests = []
         for delivery in event.deliveries:
             self.tracking.follow(delivery)
-            self.core.resume(delivery)
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
                 is_group = delivery.spec.how in ("rank", "wins")
-                read.append((delivery.request, is_group))
-        self.core.act(do.ReadRequests(read))
+                requests.append((delivery.request, is_group))
+        self.core.act(do.ReadRequests(requests, frozenset(addresses)))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:
         for address, name, payload_digest in event.payloads:
             awaited = self.core.awaited.get(address)
             if awaited is not None:
                 self.core.payloads.use_foreign(name, payload_digest, awaited)
+        # What was answered before its payloads were known here needs them no more.
+        self.core.payloads.free_unused(name for _, name, _ in event.payloads)
 
     def _on_freed(self, _event: ev.Freed) -> None:
         self.core.freed()
