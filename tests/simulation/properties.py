@@ -12,8 +12,8 @@ from tasks.groups import draw_pairs
 from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
 from tests.simulation.models import MESSAGES, score_of, win_of
-from tests.simulation.ranks import is_of_ended_process
-from tests.simulation.schedules import SamplePlan
+from tests.simulation.ranks import INCOMPLETE, is_of_ended_process
+from tests.simulation.schedules import SamplePlan, incomplete_groups
 from tests.simulation.trainer import RUN, key_of_content
 from tests.simulation.world import BrokenPropertyError
 
@@ -172,9 +172,21 @@ class Oracle:
         answers = [self.answer(spec, member) for member in members]
         pairs = list(zip(members, answers, strict=True))
         if any(outcome is None or self.may_be_lost(outcome, member) for member, outcome in pairs):
-            return
+            return None
         known = [(member, outcome) for member, outcome in pairs if outcome is not None]
-        {"rank": self._check_ranks, "wins": self._check_wins, "model": self._check_model}[spec.how](spec, known)
+        if self._is_incomplete(members[0]):
+            return self._check_incomplete(spec, known)
+        return {"rank": self._check_ranks, "wins": self._check_wins, "model": self._check_model}[spec.how](spec, known)
+
+    def _is_incomplete(self, member: Submitted) -> bool:
+        ranks = self.simulation.schedule.ranks
+        return len(ranks) == 1 and member.plan.group in incomplete_groups(ranks[0].steps[member.step].submits)
+
+    def _check_incomplete(self, spec: RewardSpec, known: Sequence[tuple[Submitted, Outcome]]) -> None:
+        for member, outcome in known:
+            is_unfit = self.behaviours.get(member.plan.content) == "invalid"
+            if not self.is_like(outcome, INVALID if is_unfit else INCOMPLETE, "invalid"):
+                self.wrong(spec, member, f"{outcome} of a group that lacks a member")
 
     def _check_ranks(self, spec: RewardSpec, known: Sequence[tuple[Submitted, Outcome]]) -> None:
         scores = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -43,6 +46,7 @@ class SamplePlan:
     content: int
     group: int
     group_size: int | None = None
+    """One more than its group gets, where the trainer forgets a member."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class StepPlan:
     """What is not there at that deadline is cancelled."""
     is_pickled: bool = False
     """Its tickets are pickled after each submit, and found by a successor."""
+
+
+def incomplete_groups(submits: Sequence[Sequence[SamplePlan]]) -> list[int]:
+    """Groups of a step of a trainer with one rank that lack a member."""
+    sizes: dict[int, int | None] = {}
+    counts: Counter[int] = Counter()
+    for sample in itertools.chain.from_iterable(submits):
+        sizes[sample.group] = sample.group_size
+        counts[sample.group] += 1
+    return [group for group, size in sizes.items() if size is not None and counts[group] < size]
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ def _draw_step(rng: random.Random, num_ranks: int) -> list[StepPlan]:
     for group in range(rng.choice((1, 1, 2, 3))):
         size = rng.choice((1, 2, 3, 4, 5))
         contents = [rng.randint(0, 12) for _ in range(size)]
-        known_size = None if num_ranks == 1 and rng.random() < 0.3 else size
+        known_size = rng.choice((None, size, size, size + 1)) if num_ranks == 1 else size
         groups += [SamplePlan(content, group, known_size) for content in contents]
     if rng.random() < 0.3:
         rng.shuffle(groups)
