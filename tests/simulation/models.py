@@ -47,21 +47,18 @@ class Payment:
 
 @dataclass
 class Models:
-    """All reward models, as every worker has them.
-
-    Args:
-        behaviours: By fingerprint and key of a sample; fine unless named.
-        budgets: By fingerprint of a judge: how many calls its fleet may make at once.
-        unloadable: Fingerprints that no worker can load.
-        comparing: Fingerprints of judges that compare two samples.
-    """
+    """All reward models, as every worker has them."""
 
     world: World
     results: Server
-    behaviours: Mapping[tuple[str, str], Behaviour] = field(default_factory=dict)
-    budgets: Mapping[str, int] = field(default_factory=dict)
-    unloadable: frozenset[str] = frozenset()
-    comparing: frozenset[str] = frozenset()
+    behaviours: dict[tuple[str, str], Behaviour] = field(default_factory=dict)
+    """By fingerprint and key of a sample; fine unless named."""
+    budgets: dict[str, int] = field(default_factory=dict)
+    """By fingerprint of a judge: how many calls its fleet may make at once."""
+    unloadable: set[str] = field(default_factory=set)
+    """Fingerprints that no worker can load."""
+    comparing: set[str] = field(default_factory=set)
+    """Fingerprints of judges that compare two samples."""
     payments: dict[tuple[str, int], list[Payment]] = field(default_factory=dict)
     hung_with: set[str] = field(default_factory=set)
     """Addresses whose call hung, each with all that were in the same call."""

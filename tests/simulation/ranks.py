@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
-from tests.simulation.schedules import RankPlan, StepPlan
+from tests.simulation.schedules import RankPlan, StepPlan, incomplete_groups
 from tests.simulation.trainer import Client, Settings, outcomes_of
 from tests.simulation.workers import Services
 from tests.simulation.world import BrokenPropertyError, Process, Signal, World
@@ -26,6 +26,8 @@ ENDED_WITH_PROCESS = (
     "its media left the payload store with the process that held them",
 )
 """What samples of a process that was killed may be told."""
+
+INCOMPLETE = "its group lacks a member"
 
 Position = tuple[int, int, str]
 """A step, an index in it, the name of a reward."""
@@ -123,6 +125,10 @@ class Rank:
 
     def _train_step(self, step: int, plan: StepPlan) -> None:
         slots = self._submit(step, plan)
+        if self.settings.world_size == 1:
+            words = dict.fromkeys(incomplete_groups(plan.submits), INCOMPLETE)
+            if words and self.client.has_groups:
+                self.client.give_up_groups(step, words)
         is_complete = self._collect(slots, plan.timeout_s)
         if not is_complete and plan.is_given_up:
             for slot, reward, outcome in outcomes_of(slots):

@@ -306,28 +306,33 @@ class PayloadStore:
 
     def _count(self, names: Sequence[str], ttl_ms: int) -> list[str]:
         """The script `_LEDGER`; returns the names that are gone."""
-        gone, now_ms = [], self._keys.now_ms()
-        for name in names:
-            key = keys.payload(name)
-            data = self._keys.get(key)
-            member = f"{0 if data is None else len(data)}|{key}"
-            if ttl_ms == 0:
-                self._keys.delete(key)
-                self._forget(member)
-            elif not self._keys.expire(key, ttl_ms):
-                gone.append(name)
-            else:
-                self._remember(member, now_ms + ttl_ms)
+        now_ms = self._keys.now_ms()
+        gone = [name for name in names if not self._count_one(keys.payload(name), ttl_ms)]
         ledger = self._keys.get(keys.PAYLOAD_LEDGER) or {}
         for member in [m for m, expires_ms in ledger.items() if expires_ms <= now_ms]:
             self._forget(member)
         if self._keys.get(keys.PAYLOAD_LEDGER) is None:
             self._keys.delete(keys.PAYLOAD_BYTES)
-        if ttl_ms > 0:
-            for key in (keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES):
-                if self._keys.ttl_ms(key) < ttl_ms:
-                    self._keys.expire(key, ttl_ms)
+        self._let_ledger_live(ttl_ms)
         return gone
+
+    def _let_ledger_live(self, ttl_ms: int) -> None:
+        for key in (keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES):
+            if ttl_ms > 0 and self._keys.ttl_ms(key) < ttl_ms:
+                self._keys.expire(key, ttl_ms)
+
+    def _count_one(self, key: str, ttl_ms: int) -> bool:
+        """Drop a payload, or let it live on; whether it could be."""
+        data = self._keys.get(key)
+        member = f"{0 if data is None else len(data)}|{key}"
+        if ttl_ms == 0:
+            self._keys.delete(key)
+            self._forget(member)
+        elif self._keys.expire(key, ttl_ms):
+            self._remember(member, self._keys.now_ms() + ttl_ms)
+        else:
+            return False
+        return True
 
     def _remember(self, member: str, expires_ms: int) -> None:
         ledger = self._keys.hash(keys.PAYLOAD_LEDGER)

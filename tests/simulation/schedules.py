@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -43,6 +46,7 @@ class SamplePlan:
     content: int
     group: int
     group_size: int | None = None
+    """One more than its group gets, where the trainer forgets a member."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class StepPlan:
     """What is not there at that deadline is cancelled."""
     is_pickled: bool = False
     """Its tickets are pickled after each submit, and found by a successor."""
+
+
+def incomplete_groups(submits: Sequence[Sequence[SamplePlan]]) -> list[int]:
+    """Groups of a step of a trainer with one rank that lack a member."""
+    sizes: dict[int, int | None] = {}
+    counts: Counter[int] = Counter()
+    for sample in itertools.chain.from_iterable(submits):
+        sizes[sample.group] = sample.group_size
+        counts[sample.group] += 1
+    return [group for group, size in sizes.items() if size is not None and counts[group] < size]
 
 
 @dataclass(frozen=True)
@@ -117,13 +131,18 @@ class Schedule:
         return any(fault.kind in ("server emptied", "server restarted") for fault in self.faults)
 
     @property
+    def is_odd(self) -> bool:
+        """Whether samples end or hold up their workers, or workers can do nothing for a while."""
+        if any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours):
+            return True
+        return any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
+
+    @property
     def is_calm(self) -> bool:
         """Whether nothing goes wrong at all, so that nothing is to be sent twice."""
-        workers_are_usual = not any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
-        samples_are_usual = not any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours)
-        has_budget = any(reward.budget is not None for reward in self.rewards)
-        is_quiet = not self.faults and not self.weather.until
-        return is_quiet and workers_are_usual and samples_are_usual and not has_budget
+        if self.faults or self.weather.until or self.is_odd:
+            return False
+        return all(reward.budget is None for reward in self.rewards)
 
     @property
     def num_samples(self) -> int:
@@ -206,7 +225,7 @@ def _draw_step(rng: random.Random, num_ranks: int) -> list[StepPlan]:
     for group in range(rng.choice((1, 1, 2, 3))):
         size = rng.choice((1, 2, 3, 4, 5))
         contents = [rng.randint(0, 12) for _ in range(size)]
-        known_size = None if num_ranks == 1 and rng.random() < 0.3 else size
+        known_size = rng.choice((None, size, size, size + 1)) if num_ranks == 1 else size
         groups += [SamplePlan(content, group, known_size) for content in contents]
     if rng.random() < 0.3:
         rng.shuffle(groups)
@@ -272,7 +291,16 @@ def _draw_faults(rng: random.Random, num_ranks: int, num_workers: int) -> tuple[
         else:
             kind, target = rng.choice(SERVER_FAULTS), rng.randrange(len(SERVERS))
         faults.append(Fault(at, kind, target, seconds, rng.randrange(12)))
+    if num_ranks > 1 and rng.random() < 0.25:
+        faults += _draw_late_rank(rng, num_ranks)
     return tuple(sorted(faults, key=lambda fault: fault.at))
+
+
+def _draw_late_rank(rng: random.Random, num_ranks: int) -> list[Fault]:
+    """A rank stands still while the others get their answers, and these are lost before it has read them."""
+    at = START_S + rng.uniform(0.2, 1.5)
+    stall = Fault(at, "stall trainer", rng.randrange(num_ranks), rng.uniform(1.0, 2.0))
+    return [stall, Fault(at + rng.uniform(0.3, 1.3), "server emptied", SERVERS.index("results"))]
 
 
 def _draw_weather(rng: random.Random) -> Weather:

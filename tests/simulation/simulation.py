@@ -23,8 +23,11 @@ from tests.simulation.world import BrokenPropertyError, World
 
 CLAIM_TTL_S = 1.0
 
-MAX_S = 900.0
-"""A schedule is over after this much virtual time, or something waits for ever."""
+RECOVERY_S = 60.0
+"""So long after the last fault every sample has ended, or something waits for what does not come."""
+
+ODD_RECOVERY_S = 200.0
+"""And so long where samples end or hold up their workers, or these can do nothing for a while: pauses grow."""
 
 LOOK_EVERY_S = 0.1
 
@@ -119,7 +122,8 @@ class Simulation:
         Raises:
             BrokenPropertyError, OutOfTimeError: What must not happen.
         """
-        self.world.run(MAX_S)
+        recovery_s = ODD_RECOVERY_S if self.schedule.is_odd else RECOVERY_S
+        self.world.run(max(0.0, self.schedule.faults_end - self.world.now) + recovery_s)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -131,20 +135,25 @@ class Simulation:
         self.servers = tuple(made[name] for name in names)
 
     def _make_models(self) -> Models:
+        models = Models(self.world, self.servers[0])
+        for spec, plan in zip(self.specs, self.schedule.rewards, strict=True):
+            fingerprint = spec.part.fingerprint
+            if plan.budget is not None:
+                models.budgets[fingerprint] = plan.budget
+            if plan.is_unloadable:
+                models.unloadable.add(fingerprint)
+            if spec.how == "wins":
+                models.comparing.add(fingerprint)
+            else:
+                models.behaviours |= self._behaviours_for(fingerprint)
+        return models
+
+    def _behaviours_for(self, fingerprint: str) -> dict[tuple[str, str], Behaviour]:
         behaviours: dict[tuple[str, str], Behaviour] = {}
         for content, behaviour in self.schedule.behaviours:
-            for spec in self.specs:
-                if behaviour != "invalid" and spec.how != "wins":
-                    behaviours[spec.part.fingerprint, key_of_content(content)] = behaviour
-        pairs = list(zip(self.specs, self.schedule.rewards, strict=True))
-        return Models(
-            self.world,
-            self.servers[0],
-            behaviours,
-            budgets={spec.part.fingerprint: plan.budget for spec, plan in pairs if plan.budget is not None},
-            unloadable=frozenset(spec.part.fingerprint for spec, plan in pairs if plan.is_unloadable),
-            comparing=frozenset(spec.fingerprint for spec in self.specs if spec.how == "wins"),
-        )
+            if behaviour != "invalid":
+                behaviours[fingerprint, key_of_content(content)] = behaviour
+        return behaviours
 
     def _make_services(self) -> Services:
         results, broker, payloads = self.servers

@@ -120,14 +120,19 @@ class Pair:
             assert real == pytest.approx(ours, rel=0, abs=NEAR_MS), key
         elif kind == b"hash":
             self._compare_hash(key, client.hgetall(key), ours)
-        elif key.startswith(keys.outcome("")):
-            assert unpack_outcome(client.get(key)) == ours, key
-        elif key.startswith((keys.note(""), keys.worker(""))):
-            assert unpack(type(ours), client.get(key)) == ours, key
-        elif key.startswith(keys.payload("")):
-            assert client.get(key) == ours, key
         else:
-            assert client.get(key).decode() == str(ours), key
+            self._compare_text(key, client.get(key), ours)
+
+    @staticmethod
+    def _compare_text(key: str, real: bytes, ours: Any) -> None:
+        if key.startswith(keys.outcome("")):
+            assert unpack_outcome(real) == ours, key
+        elif key.startswith((keys.note(""), keys.worker(""))):
+            assert unpack(type(ours), real) == ours, key
+        elif key.startswith(keys.payload("")):
+            assert real == ours, key
+        else:
+            assert real.decode() == str(ours), key
 
     def _compare_hash(self, key: str, real: dict[bytes, bytes], ours: dict[str, Any]) -> None:
         assert {field.decode() for field in real} == set(ours), key

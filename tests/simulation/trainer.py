@@ -317,6 +317,15 @@ class Client:
         self.feed(ev.WaitEnded(waiter))
         return is_done
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether a reward needs whole groups."""
+        return any(spec.is_groupwise for spec in self.settings.rewards)
+
+    def give_up_groups(self, step: int, words: dict[int, str]) -> None:
+        """These groups of a step get no further member."""
+        self.feed(ev.GroupsIncomplete(SPLIT, step, words))
+
     def give_up(self, slots: Sequence[Slot]) -> None:
         """Wait for these no more."""
         self.feed(ev.SlotsGivenUp(slots))

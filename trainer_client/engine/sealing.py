@@ -88,6 +88,8 @@ class Sealing:
         if awaited is None:
             awaited = sealed
             self._core.add(awaited, State.LOOKING_UP)
+        elif awaited.group is not None and sealed.group is not None:
+            awaited.group.take_media_of(sealed.group)
         group.awaited = awaited
         left_behind: dict[Awaited, None] = {}
         for position, member in members.items():
