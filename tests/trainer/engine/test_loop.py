@@ -272,6 +272,15 @@ def test_calls_of_one_lane_are_made_one_by_one_in_order(backend):
     assert order == [(number, "rewardq-poll") for number in range(50)]
 
 
+def test_an_outage_of_a_day_ends_no_loop(backend):
+    with loop_of(backend) as loop:
+        call = loop_module._Call(do.Renew([]), num_failures=20_000)
+        loop._inbox.put(loop_module._Failed(call, redis.ConnectionError("refused")))
+        eventually(lambda: loop.state.why_late.words(Source.POLLING))
+        eventually(lambda: not loop.state.why_late.words(Source.POLLING))
+        assert loop.broken is None
+
+
 def test_a_call_that_waits_for_its_server_does_not_hold_up_those_behind_it(backend):
     num_made = []
 

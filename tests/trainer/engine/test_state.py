@@ -20,6 +20,7 @@ from tests.trainer.engine.by_hand import (
 from trainer_client.engine import actions as do
 from trainer_client.engine.accumulator import LINGER_S
 from trainer_client.engine.groups import OVERDUE_S
+from trainer_client.engine.intake import UNSTORED_SAMPLES
 from trainer_client.engine.room import MEASURE_S, STUCK_S
 from trainer_client.engine.states import SlotStage, State
 
@@ -106,6 +107,17 @@ def test_at_most_twice_as_many_samples_are_encoded_as_there_are_encoders(engine)
     assert len(engine.asked(do.Encode)) == 4
     engine.perform(engine.asked(do.Encode)[0])
     assert len(engine.asked(do.Encode)) == 4
+
+
+def test_no_more_is_encoded_than_may_wait_for_the_store_while_outcomes_are_looked_up(engine):
+    for number in range(3 * UNSTORED_SAMPLES):
+        engine.submit(number)
+    engine.run(but=[do.LookUp])
+    encoded = [action for action in engine.done if isinstance(action, do.Encode)]
+    assert UNSTORED_SAMPLES <= len(encoded) <= UNSTORED_SAMPLES + 2 * engine.num_encoders
+    engine.run()
+    assert engine.state.intake.num_submitted == 3 * UNSTORED_SAMPLES
+    assert not engine.state.num_unsent - len(engine.state.sending.accumulator)
 
 
 def test_a_sample_lets_go_of_its_media_once_everything_of_it_is_answered(single):
