@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tasks import keys
@@ -123,7 +124,8 @@ class Simulation:
             BrokenPropertyError, OutOfTimeError: What must not happen.
         """
         recovery_s = ODD_RECOVERY_S if self.schedule.is_odd else RECOVERY_S
-        self.world.run(max(0.0, self.schedule.faults_end - self.world.now) + recovery_s)
+        with quiet_workers():
+            self.world.run(max(0.0, self.schedule.faults_end - self.world.now) + recovery_s)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -265,4 +267,13 @@ class Simulation:
         self.world.is_over = True
 
 
-logging.getLogger("workers").setLevel(logging.CRITICAL)
+@contextlib.contextmanager
+def quiet_workers() -> Iterator[None]:
+    """Meanwhile workers log nothing: they raise and end all the time."""
+    log = logging.getLogger("workers")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
