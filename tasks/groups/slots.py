@@ -44,9 +44,9 @@ return {'sealed', found, #slots, 1}
 
 _ASK = """
 local digest, attempt = ARGV[2], ARGV[4]
-if redis.call('HGET', KEYS[1], 'digest') ~= digest then return {tonumber(attempt), 0} end
+local sealed, asked = redis.call('HGET', KEYS[1], 'digest'), redis.call('HGET', KEYS[1], 'attempt')
+if sealed ~= digest and (sealed or not asked) then return {tonumber(attempt), 0} end
 local asker, mine = 'asked' .. ARGV[1], ARGV[3] .. ' ' .. digest .. ' '
-local asked = redis.call('HGET', KEYS[1], 'attempt')
 local told = redis.call('HGET', KEYS[1], asker) or ''
 local was_told_before = asked and string.sub(told, 1, #mine + #asked + 1) == mine .. asked .. ' '
 local is_same_question = told == mine .. (asked or '') .. ' ' .. ARGV[5]

@@ -406,7 +406,8 @@ class GroupSlots:
 
     def ask(self, key: str, digest: str, rank: int, client: str, attempt: int, question: str) -> tuple[int, int]:
         fields = self._keys.get(key) or {}
-        if fields.get("digest") != digest:
+        sealed = fields.get("digest")
+        if sealed != digest and (sealed or "attempt" not in fields):
             return attempt, 0
         asked, had = fields.get("attempt"), fields.get(f"asked{rank}")
         was_told_before = had is not None and had.startswith(f"{client} {digest} {asked} ")

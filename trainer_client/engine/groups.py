@@ -63,6 +63,13 @@ class Group:
         """Whether its outcome is known here."""
         return self.awaited is not None and self.awaited.outcome is not None
 
+    def has_answer_of(self, address: str) -> bool:
+        """Whether its outcome at this address is known here. Asked for once more it would be another attempt's."""
+        awaited = self.awaited
+        if awaited is None or awaited.outcome is None:
+            return False
+        return awaited.address == address
+
     @property
     def is_full(self) -> bool:
         """Whether all members are there, those of this rank alone."""
