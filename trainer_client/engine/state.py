@@ -20,6 +20,7 @@ from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.model import (
     Awaited,
     Member,
+    Slot,
 )
 from trainer_client.engine.polling import Polling
 from trainer_client.engine.sealing import Sealing
@@ -166,9 +167,10 @@ class EngineState:
             self.core.abandon(slot)
 
     def _on_resumed(self, event: ev.TicketResumed) -> None:
-        addresses: dict[str, None] = {}
+        slots_of: dict[str, list[Slot]] = {}
         for slot in event.slots:
-            addresses.update((a.address, None) for a in slot.awaited.values())
+            for awaited in slot.awaited.values():
+                slots_of.setdefault(awaited.address, []).append(slot)
             self.core.take_up_slot(slot)
         requests = []
         for delivery in event.deliveries:
@@ -176,13 +178,18 @@ class EngineState:
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
                 is_group = delivery.spec.how in ("rank", "wins")
                 requests.append((delivery.request, is_group))
-        self.core.act(do.ReadRequests(requests, frozenset(addresses)))
+        self.core.act(do.ReadRequests(requests, slots_of))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:
+        """Keep the payloads of an earlier process until all is answered that their samples await.
+
+        A group of theirs that another rank has sent may need them too: this rank cannot read the request of that.
+        """
         for address, name, payload_digest in event.payloads:
-            awaited = self.core.awaited.get(address)
-            if awaited is not None:
-                self.core.payloads.use_foreign(name, payload_digest, awaited)
+            for slot in event.slots_of[address]:
+                for awaited in slot.awaited.values():
+                    if not awaited.is_ended:
+                        self.core.payloads.use_foreign(name, payload_digest, awaited)
         # What was answered before its payloads were known here needs them no more.
         self.core.payloads.free_unused(name for _, name, _ in event.payloads)
 
