@@ -325,14 +325,10 @@ class Core:
 
     def resume(self, delivery: Delivery) -> None:
         """Look after a message that an earlier process sent, for what no other delivery here is for."""
-        mine: list[Awaited] = []
-        for listed in delivery.awaited:
-            known = self.awaited.get(listed.address)
-            is_in_flight = known is not None and known.state is State.IN_FLIGHT
-            if known is None or not is_in_flight or known.delivery is not None:
-                continue
-            if known not in mine:
-                mine.append(known)
+        listed = (self.awaited.get(one.address) for one in delivery.awaited)
+        known = dict.fromkeys(one for one in listed if one is not None)
+        mine = [one for one in known if one.state is State.IN_FLIGHT]
+        mine = [one for one in mine if one.delivery is None]
         delivery.awaited = mine
         if not mine:
             return
