@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SETTLE_S = 1.3
 """Within this long after the last answer everything that is not needed any more is gone."""
 
+LOADED_WITHIN_S = 0.3
+"""A message that a worker takes and loads its model for within this long is not taken for lost."""
+
 KILLED = "its worker process ended without an answer each of the 3 times it was scored alone"
 HUNG = "no return within"
 UNLOADABLE = "no weights"
@@ -49,6 +52,7 @@ def check_answers(simulation: Simulation) -> None:
         else:
             for sample in oracle.samples:
                 oracle.check_sample(spec, sample)
+            oracle.check_equals(spec)
 
 
 class Oracle:
@@ -138,6 +142,24 @@ class Oracle:
             return self.is_like(outcome, *failure)
         return outcome.reward == score_of(address)
 
+    def check_equals(self, spec: RewardSpec) -> None:
+        """Equal samples have one outcome, on all ranks and in all steps: the first that was written stays.
+
+        Not where Redis was emptied meanwhile: it knows nothing of the first then.
+        """
+        if self.simulation.schedule.may_lose_payloads:
+            return
+        first: dict[str, Outcome] = {}
+        for sample in self.samples:
+            outcome = self.answer(spec, sample)
+            if outcome is None or outcome.reward is None:
+                continue
+            address = self.address(spec, sample)
+            in_redis = self.simulation.services.outcomes.look_up([address])[0]
+            for other in (first.setdefault(address, outcome), in_redis):
+                if outcome != other:
+                    self.wrong(spec, sample, f"{outcome}, and elsewhere {other}")
+
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def check_group(self, spec: RewardSpec, members: Sequence[Submitted]) -> None:
@@ -218,3 +240,28 @@ def check_left_over(simulation: Simulation) -> None:
     payloads = [name for name in simulation.services.store.names() if name.startswith(tuple(mine))]
     if payloads:
         raise BrokenPropertyError("left over", f"payloads and requests: {payloads}")
+
+
+def check_reasons(simulation: Simulation) -> None:
+    """Where nothing is awaited, there is no reason why it would be late."""
+    for rank in simulation.ranks:
+        words = rank.client.state.why_late.words()
+        if words is not None:
+            raise BrokenPropertyError("old reason", f"rank {rank.number} awaits nothing, and says: {words}")
+
+
+def check_sends(simulation: Simulation) -> None:
+    """Nothing was taken for lost if nothing was.
+
+    What waits for a permit is, once its permit was given to another; so is what waits for a load that takes long, where
+    another worker has the model.
+    """
+    schedule = simulation.schedule
+    if schedule.is_calm and simulation.services.outcomes.num_alone:
+        raise BrokenPropertyError("suspected", "a sample was scored alone, and no process had ended")
+    is_slow = any(worker.load_s > LOADED_WITHIN_S for worker in schedule.workers)
+    if not schedule.is_calm or is_slow or any(reward.budget is not None for reward in schedule.rewards):
+        return
+    for rank in simulation.ranks:
+        if rank.client.num_sent_again:
+            raise BrokenPropertyError("sent again", f"rank {rank.number} did so {rank.client.num_sent_again} times")

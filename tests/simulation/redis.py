@@ -98,6 +98,10 @@ class Outcomes:
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
         self._claim_ms, self._result_ms = round(1000 * claim_ttl_s), round(1000 * result_ttl_s)
+        self.written_ms: dict[str, int] = {}
+        """By address, when its outcome was written. This and what follows are for whoever checks a schedule."""
+        self.num_alone = 0
+        """How often a suspect was started alone."""
 
     # --- for workers -------------------------------------------------------------------------------------------------
 
@@ -140,9 +144,11 @@ class Outcomes:
         if old is not None and (old.is_final or (not outcome.is_final and old.attempt >= outcome.attempt)):
             return False
         self._keys.set(keys.outcome(address), outcome, self._result_ms)
+        self.written_ms[address] = self._keys.now_ms()
         return True
 
     def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
+        self.num_alone += 1
         now_ms, key = self._keys.now_ms(), keys.starts(address)
         fields = self._keys.get(key) or {}
         earlier = fields.get("alone", 0)
@@ -209,6 +215,11 @@ class Outcomes:
             if not nodes:
                 self._keys.delete(keys.WORKERS)
         self._keys.delete(keys.worker(node))
+
+    def claimed_by(self, prefix: str) -> list[str]:
+        """Claims whose token begins so; for whoever checks a schedule."""
+        claims = [name for name in self._keys.names() if name.startswith(keys.claim(""))]
+        return [name for name in claims if self._keys.get(name).startswith(prefix)]
 
     # --- for clients -------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,14 @@ class Schedule:
         return max(times)
 
     @property
+    def is_calm(self) -> bool:
+        """Whether nothing at all goes wrong: no fault, no odd worker, no sample that ends or holds up its process."""
+        is_weather_good = self.weather.until <= START_S
+        are_workers_plain = not any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
+        are_samples_harmless = not any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours)
+        return not self.faults and is_weather_good and are_workers_plain and are_samples_harmless
+
+    @property
     def may_lose_payloads(self) -> bool:
         """Whether a fault takes payloads out of the store."""
         return any(fault.kind in ("server emptied", "server restarted", "payload lost") for fault in self.faults)

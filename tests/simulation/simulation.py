@@ -17,7 +17,7 @@ from tests.simulation.redis import GroupSlots, Keyspace, Outcomes, PayloadStore
 from tests.simulation.schedules import SERVERS, START_S, Fault, RewardPlan, Schedule, refusal_of
 from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
-from tests.simulation.world import World
+from tests.simulation.world import MAX_EVENTS, World
 
 CLAIM_TTL_S = 1.0
 
@@ -75,11 +75,12 @@ class Simulation:
 
     Args:
         traces: Keep what happens, for people.
+        max_events: A schedule that takes more waits for ever.
     """
 
-    def __init__(self, schedule: Schedule, traces: bool = False) -> None:
+    def __init__(self, schedule: Schedule, traces: bool = False, max_events: int = MAX_EVENTS) -> None:
         self.schedule = schedule
-        self.world = World(schedule.seed, traces)
+        self.world = World(schedule.seed, traces, max_events)
         self.specs = tuple(spec_of(plan, number) for number, plan in enumerate(schedule.rewards))
         self._make_servers()
         self.models = self._make_models()
@@ -90,10 +91,9 @@ class Simulation:
             self.world,
             self.services,
             self.specs,
-            schedule.ranks,
             invalid,
             self._one_is_done,
-            schedule.may_lose_payloads,
+            schedule,
         )
         for fault in schedule.faults:
             self._plan(fault)
@@ -238,6 +238,8 @@ class Simulation:
             self.world.sleep(LOOK_EVERY_S)
         self.world.sleep(properties.SETTLE_S)
         properties.check_left_over(self)
+        properties.check_reasons(self)
+        properties.check_sends(self)
         self.world.is_over = True
 
 

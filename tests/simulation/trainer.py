@@ -169,6 +169,8 @@ class Client:
         self._work = {lane: Signal(self.world) for lane in do.Lane}
         self._waiters = itertools.count()
         self._num_under_way = 0
+        self.num_sent_again = 0
+        """How often something of its own was taken for lost."""
         self.backend, groups = self._backend()
         config = EngineConfig(
             run=RUN,
@@ -220,6 +222,7 @@ class Client:
         actions = self.state.apply(event, self.world.now)
         self._check(event)
         for action in actions:
+            self.num_sent_again += isinstance(action, do.Restore)
             if hasattr(action, "lane"):
                 self._num_under_way += 1
                 self._put(action)
