@@ -179,7 +179,17 @@ class EngineState:
         for address, name, payload_digest in event.payloads:
             awaited = self.core.awaited.get(address)
             if awaited is not None:
-                self.core.payloads.use_foreign(name, payload_digest, awaited)
+                self._use_foreign(name, payload_digest, awaited)
+
+    def _use_foreign(self, name: str, payload_digest: str, awaited: Awaited) -> None:
+        """Keep a payload of an earlier process until all is answered that its samples await.
+
+        A group of theirs that another rank has sent may need the payload too: this rank cannot read its request.
+        """
+        for slot in awaited.slots:
+            for user in slot.awaited.values():
+                if not user.is_ended:
+                    self.core.payloads.use_foreign(name, payload_digest, user)
 
     def _on_freed(self, _event: ev.Freed) -> None:
         self.core.freed()
