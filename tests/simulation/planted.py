@@ -1,20 +1,21 @@
 """Planted bugs: the real code with one slip each, which the simulation must find. `python -m tests.simulation.planted`.
 
 A simulation that finds nothing may be blind. So each of these bugs, of kinds that this project has had, is planted
-alone, and schedules are run until a property breaks. The invariants of the engine (`EngineState.check`) are not asserted
-meanwhile, unless a bug says so: what a property of outcomes finds is a bug whatever the engine looks like inside.
+alone, and schedules are run until a property breaks. The invariants of the engine (`EngineState.check`) are not
+asserted meanwhile: each bug breaks something that a user could see.
 
-To add a bug: write a `Bug` with the function that it is in, the code that it replaces there (a piece that occurs once),
-and the wrong code. Run `python -m tests.simulation.planted --bug its_name`, and enter the seeds that find it in `FOUND`.
-If no seed finds it, the bug is harmless (then it is none), or the schedules do not get there (`schedules.py`), or no
-property would notice (`properties.py`): mend that.
+To add a bug: write a `Bug` with the function that it is in, a piece of the function's source that occurs once there,
+and the wrong code that replaces it. Run `python -m tests.simulation.planted --bug its_name`, and enter the first seed
+that finds it, and the property that broke, in `FOUND`. If no seed finds a bug, the bug is harmless (then it is none),
+or no schedule gets there (`schedules.py`), or no property notices it (`properties.py`): mend that.
 """
 
 from __future__ import annotations
-import __future__
 
+import argparse
 import contextlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,6 @@ class Bug:
     right: str
     """A piece of its source that occurs once."""
     wrong: str
-    needs_check: bool = False
-    """Only the invariants find it."""
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
@@ -62,7 +61,7 @@ class Bug:
         right = self.function.__code__
         self.function.__code__ = self._wrong_code()
         try:
-            with contextlib.nullcontext() if self.needs_check else without_check():
+            with without_check():
                 yield
         finally:
             self.function.__code__ = right
@@ -71,8 +70,9 @@ class Bug:
         source = textwrap.dedent(inspect.getsource(self.function))
         assert source.count(self.right) == 1, f"{self.name}: {self.right!r} occurs {source.count(self.right)} times"
         wrong = source.replace(self.right, self.wrong)
-        flags = __future__.annotations.compiler_flag
-        code = compile(wrong, f"<planted: {self.name}>", "exec", flags=flags, dont_inherit=True)
+        code = compile(
+            wrong, f"<planted: {self.name}>", "exec"
+        )  # as this file, with annotations that are not evaluated
         found: dict[str, Any] = {}
         exec(code, self.function.__globals__, found)
         planted = found[self.function.__name__]
@@ -231,6 +231,13 @@ ENGINE = (
         "self._core.act(do.PublishAgain(delivery, delivery.request))",
         "pass",
     ),
+    Bug(
+        "successor_frees_media_of_group",
+        "a successor frees media that a group needs which another rank has sent",
+        EngineState._use_foreign,
+        "for user in slot.awaited.values():",
+        "for user in (awaited,):",
+    ),
 )
 
 WORKERS = (
@@ -329,13 +336,6 @@ SERVERS = (
         "if True:",
     ),
     Bug(
-        "others_claims_released",
-        "a task that comes late releases the claim of another",
-        servers.Outcomes.release,
-        "if self._keys.get(key) != token:",
-        "if self._keys.get(key) is None:",
-    ),
-    Bug(
         "starts_not_taken_back",
         "a claim that is released counts as a start",
         servers.Outcomes.release,
@@ -381,15 +381,88 @@ SERVERS = (
 
 BUGS = (*ENGINE, *WORKERS, *SERVERS)
 
+FOUND: dict[str, tuple[int, str]] = {
+    "looked_after_once": (4, "OutOfTimeError"),
+    "parts_never_freed": (5, "left over"),
+    "early_answer_never_freed": (47, "left over"),
+    "sealed_media_freed": (1, "OutOfTimeError"),
+    "media_freed_with_first_user": (1, "KeyError"),
+    "one_member_put_back": (12, "OutOfTimeError"),
+    "old_reason_kept": (20, "old reason"),
+    "throttled_forgotten": (24, "OutOfTimeError"),
+    "claims_ignored": (983, "sent again"),
+    "missed_once_is_lost": (995, "sent again"),
+    "attempt_not_grown": (72, "old failure"),
+    "any_failure_accepted": (72, "old failure"),
+    "shared_outcome_given_up": (167, "OutOfTimeError"),
+    "carried_dropped": (4, "OutOfTimeError"),
+    "answered_not_resumed": (626, "OutOfTimeError"),
+    "other_rank_not_looked_after": (34, "OutOfTimeError"),
+    "store_measured_once": (1, "spins"),
+    "full_store_deadlock": (1, "OutOfTimeError"),
+    "restored_under_wrong_name": (4, "OutOfTimeError"),
+    "resumed_not_sent_again": (448, "OutOfTimeError"),
+    "successor_frees_media_of_group": (591, "OutOfTimeError"),
+    "claims_not_released": (27, "claim kept"),
+    "answered_claims_kept": (1, "claim kept"),
+    "claims_not_extended": (4, "paid twice"),
+    "suspects_with_others": (27, "OutOfTimeError"),
+    "suspect_never_given_up": (27, "OutOfTimeError"),
+    "token_shared": (1, "paid twice"),
+    "others_claims_ignored": (1, "paid twice"),
+    "answered_scored_again": (5, "paid twice"),
+    "missing_media_ignored": (4, "media"),
+    "attempt_not_written": (5, "paid twice"),
+    "hung_not_timed_out": (4, "answer"),
+    "combined_without_all": (27, "KeyError"),
+    "consumed_offset_goes_back": (346, "seen late"),
+    "starts_not_taken_back": (240, "suspected"),
+    "starts_kept": (1, "left over"),
+    "later_twin_replaces": (2763, "replaced"),
+    "gone_media_not_told": (4, "OutOfTimeError"),
+    "sealed_without_last": (5, "answer"),
+    "old_failure_is_answer": (5, "OutOfTimeError"),
+}
+"""The first seed that finds each bug, and the property that breaks there."""
 
-def find(bug: Bug, seeds: Sequence[int], most: int) -> list[Failure]:
-    """The first schedules of these that find a bug."""
-    found = []
+
+def seed_passes(seed: int) -> bool:
+    """Whether all properties hold in a schedule, without a bug."""
+    return run(draw(seed), MAX_EVENTS) is None
+
+
+def find(bug: Bug, seed: int) -> Failure | None:
+    """What goes wrong in one schedule with a bug."""
     with bug.planted():
-        for seed in seeds:
-            failure = run(draw(seed), MAX_EVENTS)
-            if failure is not None:
-                found.append(failure)
-            if len(found) >= most:
+        return run(draw(seed), MAX_EVENTS)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print which of these seeds find which bug; returns 1 if a bug is found by none of them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.planted", description=__doc__)
+    parser.add_argument("--seeds", default="1..51", help="from..to, the last one not included")
+    parser.add_argument("--bug", help="this one alone, until a seed finds it")
+    given = parser.parse_args(arguments)
+    first, _, last = given.seeds.partition("..")
+    seeds = range(int(first), int(last))
+    bugs = [bug for bug in BUGS if given.bug in (None, bug.name)]
+    print(f"| bug | what it breaks | first seed | property | found by, of {len(seeds)} |\n|---|---|---|---|---|")
+    are_all_found = [_print_row(bug, seeds, is_first_enough=given.bug is not None) for bug in bugs]
+    return int(not all(are_all_found))
+
+
+def _print_row(bug: Bug, seeds: Sequence[int], is_first_enough: bool) -> bool:
+    failures = []
+    for seed in seeds:
+        failure = find(bug, seed)
+        if failure is not None and seed_passes(seed):
+            failures.append(failure)
+            if is_first_enough:
                 break
-    return found
+    seed, name = (failures[0].seed, failures[0].property) if failures else FOUND.get(bug.name, ("none", ""))
+    print(f"| `{bug.name}` | {bug.breaks} | {seed} | {name} | {len(failures)} |", flush=True)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

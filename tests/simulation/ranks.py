@@ -16,6 +16,9 @@ from tests.simulation.world import BrokenPropertyError, Process, Signal, World
 RESTART_S = 0.7
 """A trainer that was killed comes again so much later."""
 
+CHECKPOINT_EVERY_S = 0.15
+"""A trainer that collects a step pickles its tickets so often."""
+
 COLLECT_AGAIN_S = 50.0
 
 LATE_S = 0.01
@@ -69,10 +72,14 @@ class Rank:
     on_done: Callable[[], None]
     schedule: Schedule
     num_started: int = 0
+    _open: tuple[int, StepPlan, list[Any]] | None = None
+    """The step that is collected."""
     num_steps_done: int = 0
     is_done: bool = False
     answers: dict[Position, Outcome] = field(default_factory=dict)
     given_up: set[Position] = field(default_factory=set)
+    rewards_seen: dict[str, list[Outcome]] = field(default_factory=dict)
+    """By address, each other outcome that was a reward, or a group's with rewards only."""
     failed_before: dict[str, int] = field(default_factory=dict)
     """By address, the attempt whose failure was collected in an earlier step."""
     tickets: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -109,10 +116,12 @@ class Rank:
 
     def _start(self) -> None:
         self.num_started += 1
+        self._open = None
         name = f"r{self.number}.{self.num_started}"
         self.process = self.world.process(name)
         self.client = Client(self.process, self.services, self.settings, name)
         self.process.spawn(self._train, "main")
+        self.process.spawn(self._save_checkpoints, "checkpoints")
 
     # --- what it does ------------------------------------------------------------------------------------------------
 
@@ -127,19 +136,19 @@ class Rank:
 
     def _train_step(self, step: int, plan: StepPlan) -> None:
         slots = self._submit(step, plan)
+        self._open = step, plan, slots
         is_complete = self._collect(slots, plan.timeout_s)
         if not is_complete and plan.is_given_up:
             slots = self._give_up(slots)
-        elif not is_complete:
-            self._pickle(step, plan, slots)
         while not is_complete:
             is_complete = self._collect(slots, COLLECT_AGAIN_S)
         self.barrier.wait(self.number, step)
+        self._open = None
         self._remember_failures(slots)
         self.client.give_up(slots)
 
     def _give_up(self, slots: list[Any]) -> list[Any]:
-        """Cancel the first ticket of a step, or all of it where a group would wait for its members; returns the rest."""
+        """Cancel the first ticket of a step, or all where a group would wait for its members; returns the rest."""
         is_grouped = any(spec.is_groupwise for spec in self.settings.rewards)
         cancelled = [slot for slot in slots if is_grouped or slot.ticket == 0]
         for slot, reward, outcome in outcomes_of(cancelled):
@@ -178,6 +187,13 @@ class Rank:
             if mine:
                 self.tickets[step, number] = self.client.pickle(mine)
 
+    def _save_checkpoints(self) -> None:
+        """Pickle the tickets of the step that is collected, again and again: some of it is answered then."""
+        while True:
+            self.world.sleep(CHECKPOINT_EVERY_S)
+            if self._open is not None:
+                self._pickle(*self._open)
+
     def _collect(self, slots: Sequence[Any], timeout_s: float) -> bool:
         """Whether all is there by then."""
         began, deadline = self.world.now, self.world.now + timeout_s
@@ -187,6 +203,7 @@ class Rank:
         for slot, reward, outcome in outcomes_of(slots):
             if outcome is not None:
                 self._see((slot.step, slot.index, reward), outcome)
+        self._see_rewards(slots)
         self._check_are_tried_anew(slots)
         if is_complete and self.schedule.is_calm:
             self._check_is_soon(slots, began)
@@ -199,6 +216,13 @@ class Rank:
         last = max([began, *(written_ms.get(address, 0) / 1000 for address in addresses)])
         if self.world.now > last + SEEN_WITHIN_S:
             raise BrokenPropertyError("seen late", f"there since {last:.3f}, seen at {self.world.now:.3f}")
+
+    def _see_rewards(self, slots: Sequence[Any]) -> None:
+        for slot in slots:
+            for awaited in slot.awaited.values():
+                seen = self.rewards_seen.setdefault(awaited.address, [])
+                if awaited.outcome is not None and awaited.outcome.is_final and awaited.outcome not in seen:
+                    seen.append(awaited.outcome)
 
     def _remember_failures(self, slots: Sequence[Any]) -> None:
         for awaited in failures_of(slots):

@@ -100,8 +100,8 @@ class Outcomes:
         self._claim_ms, self._result_ms = round(1000 * claim_ttl_s), round(1000 * result_ttl_s)
         self.written_ms: dict[str, int] = {}
         """By address, when its outcome was written. This and what follows are for whoever checks a schedule."""
-        self.num_alone = 0
-        """How often a suspect was started alone."""
+        self.most_starts = 0
+        """Of a sample that had no answer."""
 
     # --- for workers -------------------------------------------------------------------------------------------------
 
@@ -121,6 +121,7 @@ class Outcomes:
             self._keys.set(key, token, self._claim_ms)
             fields = self._keys.hash(starts)
             fields["starts"] = fields.get("starts", 0) + 1
+            self.most_starts = max(self.most_starts, fields["starts"])
             self._keys.expire(starts, self._result_ms)
             return Claim("claimed", fields["starts"])
         if holder == token:
@@ -148,7 +149,6 @@ class Outcomes:
         return True
 
     def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
-        self.num_alone += 1
         now_ms, key = self._keys.now_ms(), keys.starts(address)
         fields = self._keys.get(key) or {}
         earlier = fields.get("alone", 0)

@@ -233,6 +233,7 @@ class Simulation:
     def _end(self) -> None:
         """Look at what is left, once what is under way has ended."""
         properties.check_answers(self)
+        properties.check_first_stays(self)
         self.world.sleep(max(0.0, self.schedule.faults_end - self.world.now))
         while not self._is_quiet:
             self.world.sleep(LOOK_EVERY_S)
