@@ -12,7 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
-from tasks.servers.redis_urls import (
+from tasks.redis_urls import (
     has_known_scheme,
     several_urls,
     tidied,

@@ -25,7 +25,8 @@ from tasks.errors import (
 )
 from tasks.samples import Sample
 from trainer_client.client import RewardClient
-from trainer_client.results import Failed, RewardBatch
+from trainer_client.failure_reasons import Failed
+from trainer_client.results import RewardBatch
 from trainer_client.ticket import Ticket
 
 __all__ = [

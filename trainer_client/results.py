@@ -10,32 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.errors import FailureKind
 from tasks.messages import Failure, Outcome
 from tasks.rewards import ConstantOnFailure, RewardSpec, Split
 from trainer_client.engine.model import Awaited, Slot
-from trainer_client.steps.failure_reasons import describe, on_workers
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Why one sample has no reward."""
-
-    sample: int
-    """Index in the batch."""
-    reward: str
-    """Name of the reward."""
-    kind: FailureKind
-    message: str
-    attempts: int
-    """How often it was tried, over all submits."""
-    worker: str = ""
-    """Name of the worker (`gpu.3211@host`) that reported it; empty where the trainer found it: unfit media, a
-    deadline."""
-
-    def __str__(self) -> str:
-        where = on_workers([self.worker] if self.worker else [])
-        return f"sample {self.sample}: {self.kind}{where}: {self.message}"
+from trainer_client.failure_reasons import Failed, describe
 
 
 class Failures(tuple[Failed, ...]):

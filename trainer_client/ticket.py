@@ -4,37 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tasks.messages import Failure
 from tasks.rewards import Split
 from tasks.source.code import Code
 
-if TYPE_CHECKING:
-    from trainer_client.engine.model import Slot
-
 
 @dataclass(frozen=True, slots=True)
 class SlotRecord:
-    """What a successor must know of one submitted sample."""
+    """What a successor of the process that submitted a sample must know of it."""
 
     index: int
     group: Any
     addresses: dict[str, tuple[str, int, int]] | None
-    """By reward name: where its outcome goes, the attempt asked for, its place in a group (-1: it is by itself);
-    None if it was not sent."""
+    """By reward name: the address of its outcome, the attempt that was asked for, and the sample's index among the
+    members of its group (-1 for a pointwise reward). None if the sample was not sent."""
     problem: Failure | None
-    """Why it cannot be scored at all."""
+    """Why the sample cannot be scored at all; None if it can."""
 
     @property
     def is_sent(self) -> bool:
-        """Whether it was sent."""
+        """Whether the sample was sent."""
         return self.addresses is not None
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """A message that was sent: its request's name in the payload store, its queue and number, and whom it is for."""
+    """A message that was sent: its request in the payload store, its queue, its number, and the outcomes it is for."""
 
     request: str
     label: str
@@ -43,24 +40,40 @@ class DeliveryRecord:
     fingerprint: str
     addresses: tuple[str, ...]
     is_other_ranks: bool = False
-    """Another rank sent it: there is no request of that name."""
+    """Whether another rank sent it. There is no request of that name then."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSnapshot:
-    """What a pickled ticket keeps of one submitted sample. Replaced as a whole, so that any thread reads one moment."""
+    """What a pickled ticket keeps of one submitted sample.
+
+    The engine replaces the snapshot of a slot as a whole: a thread that pickles reads one moment without a lock.
+    """
 
     record: SlotRecord
     deliveries: tuple[DeliveryRecord, ...] = ()
+
+
+class LiveSlot(Protocol):
+    """What a ticket asks of a submitted sample in the process that submitted it (`engine.model.Slot`)."""
+
+    index: int
+    group: Any
+    problem: Failure | None
+    snapshot: SlotSnapshot | None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether all that it needs is in a message, or answered."""
 
 
 @dataclass(frozen=True)
 class Ticket:
     """A claim on the outcomes of the samples of one `submit()`.
 
-    It can be pickled at any time: it then lists what has been sent so far (`num_sent`) and counts what has not. A
-    successor process with the same rewards collects it by `client.collect(ticket=...)`. The client that made it takes
-    it back too, and waits for all of it while its step is open.
+    A ticket can be pickled at any time. The pickle lists the samples that have been sent so far (`num_sent`) and counts
+    the others. A successor process with the same rewards collects it by `client.collect(ticket=...)`. So does the
+    client that made it, from the ticket or its pickle: while the step is open it waits for unsent samples as well.
     """
 
     run: str
@@ -74,44 +87,49 @@ class Ticket:
     """Index after its last sample."""
     fingerprints: tuple[tuple[str, str], ...]
     """(name, fingerprint) of each reward."""
-    slots: Sequence[Slot | SlotRecord]
+    slots: Sequence[LiveSlot | SlotRecord]
     """Its samples: live where it was made, records after a pickle."""
     deliveries: tuple[DeliveryRecord, ...] = ()
-    """Messages that were sent for it; filled in when it is pickled."""
+    """The messages that were sent for it. Empty until the ticket is pickled."""
     codes: tuple[tuple[str, Code], ...] = ()
     """(name, code) of each reward that is a class of the user's whose source the trainer has read."""
     client: str = ""
-    """Which client, in which process, has its live samples."""
+    """Id of the client, in one process, that has its live samples."""
     number: int = 0
-    """Its own among the tickets of that client."""
+    """Number of this ticket among the tickets of that client."""
 
     @property
     def place(self) -> tuple[str, str, int, int, int, int]:
-        """What no two tickets of a run have alike."""
+        """Launch, split, step, rank and range of indices: no two tickets of a run have the same."""
         return self.launch, self.split, self.step, self.rank, self.start, self.stop
 
     @property
     def num_samples(self) -> int:
-        """How many samples it is for."""
+        """Number of its samples."""
         return self.stop - self.start
 
     @property
     def num_sent(self) -> int:
-        """How many of them are on their way or answered."""
+        """Number of its samples that are in a message, answered, or cannot be scored."""
         return sum(slot.is_sent or slot.problem is not None for slot in self.slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        records = [
-            s if isinstance(s, SlotRecord) else _snapshot(s).record for s in self.slots
-        ]
-        deliveries: dict[str, DeliveryRecord] = {d.request: d for d in self.deliveries}
+        records: list[SlotRecord] = []
+        deliveries = list(self.deliveries)
         for slot in self.slots:
-            if not isinstance(slot, SlotRecord):
-                deliveries |= {d.request: d for d in _snapshot(slot).deliveries}
+            if isinstance(slot, SlotRecord):
+                records.append(slot)
+            else:
+                snapshot = _snapshot(slot)
+                records.append(snapshot.record)
+                deliveries += snapshot.deliveries
+
+        # Slots that went in one message name the same delivery.
+        by_request = {delivery.request: delivery for delivery in deliveries}
         return {
             **self.__dict__,
             "slots": tuple(records),
-            "deliveries": tuple(deliveries.values()),
+            "deliveries": tuple(by_request.values()),
         }
 
     def __repr__(self) -> str:
@@ -121,8 +139,8 @@ class Ticket:
         )
 
 
-def _snapshot(slot: Slot) -> SlotSnapshot:
-    """What a slot says of itself at this moment; of one that no engine has seen yet, that it was not sent."""
+def _snapshot(slot: LiveSlot) -> SlotSnapshot:
+    """What a slot says of itself at this moment. A slot that no engine has seen yet was not sent."""
     if slot.snapshot is not None:
         return slot.snapshot
     return SlotSnapshot(SlotRecord(slot.index, slot.group, None, None))

@@ -44,19 +44,22 @@ return {'sealed', found, #slots, 1}
 
 _ASK = """
 local digest, attempt = ARGV[2], ARGV[4]
-if redis.call('HGET', KEYS[1], 'digest') ~= digest then return {tonumber(attempt), 0} end
+local sealed, asked = redis.call('HGET', KEYS[1], 'digest'), redis.call('HGET', KEYS[1], 'attempt')
+if sealed ~= digest and (sealed or not asked) then return {tonumber(attempt), 0} end
 local asker, mine = 'asked' .. ARGV[1], ARGV[3] .. ' ' .. digest .. ' '
-local asked = redis.call('HGET', KEYS[1], 'attempt')
-if not asked or redis.call('HGET', KEYS[1], asker) == mine .. asked then
+local told = redis.call('HGET', KEYS[1], asker) or ''
+local was_told_before = asked and string.sub(told, 1, #mine + #asked + 1) == mine .. asked .. ' '
+local is_same_question = told == mine .. (asked or '') .. ' ' .. ARGV[5]
+if not asked or (was_told_before and not is_same_question) then
   redis.call('HSET', KEYS[1], 'attempt', attempt)
   redis.call('HDEL', KEYS[1], 'number')
   asked = attempt
 end
-redis.call('HSET', KEYS[1], asker, mine .. asked)
+redis.call('HSET', KEYS[1], asker, mine .. asked .. ' ' .. ARGV[5])
 return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
 """
-"""KEYS: the group. ARGV: rank, digest, client, attempt. Returns the attempt that this rank asks for and the number of
-the message sent for it (0: none)."""
+"""KEYS: the group. ARGV: rank, digest, client, attempt, question. Returns the attempt that this rank asks for and the
+number of the message sent for it (0: none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +110,33 @@ class GroupSlots:
         )
 
     def ask(
-        self, key: str, digest: str, rank: int, client: str, attempt: int
+        self,
+        key: str,
+        digest: str,
+        rank: int,
+        client: str,
+        attempt: int,
+        question: str,
     ) -> tuple[int, int]:
         """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
 
         It is the attempt that another rank asked for before, so that a group has one outcome on all ranks also where
         a part of it failed. It is `attempt` where no rank has asked, or this client has had the other rank's already.
+
+        Args:
+            question: A name that this client gives to no other question. Where the reply is lost, the same question is
+                asked again, and must not count as one of a client that has had the attempt.
         """
-        found = self._ask(keys=[key], args=[rank, digest, client, attempt])
+        args = [rank, digest, client, attempt, question]
+        found = self._ask(keys=[key], args=args)
         return int(found[0]), int(found[1])
 
     def put_back(
         self, key: str, digest: str, rank: int, client: str, attempt: int
     ) -> None:
         """Note in an emptied Redis that this rank has had this attempt; its members are registered anew after it."""
-        fields = {"attempt": attempt, f"asked{rank}": f"{client} {digest} {attempt}"}
+        told = f"{client} {digest} {attempt} "
+        fields = {"attempt": attempt, f"asked{rank}": told}
         with self._redis.pipeline() as pipe:
             pipe.hset(key, mapping=fields).pexpire(key, self._ttl_ms)
             pipe.execute()

@@ -13,7 +13,14 @@ from tasks.rewards.fields import (
     no_such_field,
     with_numbers,
 )
-from tasks.rewards.spec import DTYPES, JPEG, RAW, ConstantOnFailure, RewardSpec
+from tasks.rewards.spec import (
+    DTYPES,
+    JPEG,
+    RAW,
+    ConstantOnFailure,
+    OnFailure,
+    RewardSpec,
+)
 
 __all__ = [
     "BY_NAME",
@@ -24,6 +31,7 @@ __all__ = [
     "SAMPLE_FIELDS",
     "THEIR_NAMES",
     "ConstantOnFailure",
+    "OnFailure",
     "RewardConfig",
     "RewardSpec",
     "Split",

@@ -65,6 +65,10 @@ Count = Annotated[
 ]
 
 
+OnFailure = Literal["raise", "nan"]
+"""What `collect()` makes of a sample without a reward: an error, or NaN in the batch."""
+
+
 class ConstantOnFailure(BaseModel):
     """`on_failure: {value: x}`: a failed sample gets `x` in the rewards and is still listed as failed."""
 
@@ -95,7 +99,7 @@ class RewardSpec(BaseModel):
     version: Annotated[str, BeforeValidator(_text_of_number)] = ""
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
     on_failure: Annotated[
-        Literal["raise", "nan"] | ConstantOnFailure | None,
+        OnFailure | ConstantOnFailure | None,
         BeforeValidator(_word_of_nan),
     ] = None
     timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0

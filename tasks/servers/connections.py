@@ -10,7 +10,7 @@ from redis.exceptions import ClusterDownError, TryAgainError
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
-from tasks.servers.redis_urls import several_urls
+from tasks.redis_urls import several_urls
 from tasks.settings import Sentinels, without_password
 
 SOCKET_TIMEOUT_S = 30.0

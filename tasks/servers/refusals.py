@@ -22,8 +22,8 @@ from redis.exceptions import (
     NoPermissionError,
 )
 
+from tasks.redis_urls import several_urls
 from tasks.servers.connections import SERVES_NOT_NOW
-from tasks.servers.redis_urls import several_urls
 from tasks.settings import Settings, without_password
 
 OLDEST = "6.2"

@@ -12,7 +12,7 @@ from tasks.servers.connections import connect
 from tasks.settings import load_settings
 from tests.delivery import trainers_die
 from tests.delivery.seen import reward_of
-from tests.delivery.trainers_die import LEASE_S, job
+from tests.delivery.trainers_die import RANK_LOCK_S, job
 from tests.pipeline.conftest import jpeg_bytes, together
 from tests.reward_models import image_of
 from tests.servers import wait_until
@@ -50,14 +50,14 @@ def test_a_second_trainer_of_the_same_rank_is_refused_with_the_name_of_the_first
     started = time.monotonic()
     with pytest.raises(RankTakenError, match=f"process {first.pid} on {platform.node()} .*, which is alive"):
         bench.clients(reward_of("Logged", calls="unused"), run="job", launch="one")
-    assert time.monotonic() - started < LEASE_S
+    assert time.monotonic() - started < RANK_LOCK_S
     bench.clients(reward_of("Logged", calls="unused"), run="job", launch="two")
     bench.clients(reward_of("Logged", calls="unused"), run="job", launch="one", rank=1, world_size=2)
 
 
 def test_a_trainer_that_was_paused_and_replaced_stops_instead_of_mixing_its_steps(bench):
     waited_s, words = trainers_die.pause_trainer(bench)
-    assert waited_s < LEASE_S + 3
+    assert waited_s < RANK_LOCK_S + 3
     assert words.startswith("RankTakenError: run 'job', launch 'one', rank 0 is taken by process")
     assert f"process {os.getpid()} on" in words
 

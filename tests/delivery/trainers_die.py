@@ -31,8 +31,8 @@ client = RewardClient.from_dict(config_of(*rewards), run, **options)
 say("ready")
 """
 
-LEASE_S = 10.0
-"""A successor waits at most about so long for the place of a trainer that was killed."""
+RANK_LOCK_S = 10.0
+"""A successor waits at most about so long for the rank lock of a trainer that was killed."""
 
 ORPHANS_LIVE_S = 20
 """Time to live of payloads where one trainer waits for those of another that was killed; 900 s by default."""
@@ -55,7 +55,7 @@ def job(
 
 
 def successor(bench: Bench, reward: Mapping[str, Any], *, launch: str) -> tuple[RewardClient, float]:
-    """A client in the place of one that was killed, and the seconds that it waited for it."""
+    """A client that takes the rank of one that was killed, and the seconds that it waited for the rank lock."""
     started = time.monotonic()
     client = bench.clients(reward, run="job", launch=launch)
     return client, time.monotonic() - started
@@ -93,7 +93,7 @@ time.sleep(600)
         assert 0 < num_pending <= most_pending
         trainer.kill()
         client, waited_s = successor(bench, reward, launch=f"launch{i}")
-        assert waited_s < LEASE_S + 3
+        assert waited_s < RANK_LOCK_S + 3
         seen.check(client.collect(timeout_s=60, ticket=read(path), on_failure="nan"), own)
         seen.added_s.append(waited_s)
         client.close()

@@ -286,8 +286,8 @@ def test_a_pickled_ticket_is_collected_by_another_process(clients, workers, sett
     copy = pickle.loads(saved)
     assert isinstance(copy, Ticket)
     assert copy.num_sent == 40
-    client._engine._loop.close()  # as if this process were gone, its lease too
-    client._rank_lock.release()
+    client._engine._loop.close()  # as if this process were gone, its rank lock too
+    client._process.rank_lock.release()
     script = tmp_path / "successor.py"
     script.write_text(
         "import pickle, sys, json\n"

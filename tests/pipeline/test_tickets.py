@@ -16,9 +16,9 @@ ORDER = {"reward_model": "OrderInGroup", "version": "1"}
 
 
 def end(client):
-    """As if its process were gone, and its lease too."""
+    """As if its process were gone, and its rank lock too."""
     client._engine._loop.close()
-    client._rank_lock.release()
+    client._process.rank_lock.release()
 
 
 @pytest.mark.parametrize("num_answered", [8, 5])

@@ -183,7 +183,7 @@ def test_a_worker_of_an_older_wire_version_is_named_and_a_right_one_takes_over(c
     old = start_worker_of_wire_version(0, settings, tmp_path)
     try:
         client = clients("PixelCode")
-        wait_until(client._open_engine().outcomes.workers, 30)
+        wait_until(client._engine.outcomes.workers, 30)
         client.submit(samples_of([1, 2, 3]))
         words = rf"wire version {WIRE_VERSION}\): gpu\.\d+@\S+ speaks wire version 0; install the same rewardq on both"
         with pytest.raises(CollectTimeoutError, match=words):

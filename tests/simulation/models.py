@@ -15,8 +15,8 @@ from tasks.messages import Failure, Outcome, SampleRequest
 from tests.simulation.network import Server
 from tests.simulation.world import BrokenPropertyError, Process, World
 
-Behaviour = Literal["fine", "raises", "kills", "hangs"]
-"""What a model's call does for a sample: answers, raises, ends its process, never returns."""
+Behaviour = Literal["fine", "raises", "fails once", "kills", "hangs"]
+"""What a call does for a sample: answers, raises, raises at the first attempt, ends its process, never returns."""
 
 MESSAGES: Mapping[Behaviour, str] = {"raises": "bad luck"}
 
@@ -47,21 +47,18 @@ class Payment:
 
 @dataclass
 class Models:
-    """All reward models, as every worker has them.
-
-    Args:
-        behaviours: By fingerprint and key of a sample; fine unless named.
-        budgets: By fingerprint of a judge: how many calls its fleet may make at once.
-        unloadable: Fingerprints that no worker can load.
-        comparing: Fingerprints of judges that compare two samples.
-    """
+    """All reward models, as every worker has them."""
 
     world: World
     results: Server
-    behaviours: Mapping[tuple[str, str], Behaviour] = field(default_factory=dict)
-    budgets: Mapping[str, int] = field(default_factory=dict)
-    unloadable: frozenset[str] = frozenset()
-    comparing: frozenset[str] = frozenset()
+    behaviours: dict[tuple[str, str], Behaviour] = field(default_factory=dict)
+    """By fingerprint and key of a sample; fine unless named."""
+    budgets: dict[str, int] = field(default_factory=dict)
+    """By fingerprint of a judge: how many calls its fleet may make at once."""
+    unloadable: set[str] = field(default_factory=set)
+    """Fingerprints that no worker can load."""
+    comparing: set[str] = field(default_factory=set)
+    """Fingerprints of judges that compare two samples."""
     payments: dict[tuple[str, int], list[Payment]] = field(default_factory=dict)
     hung_with: set[str] = field(default_factory=set)
     """Addresses whose call hung, each with all that were in the same call."""
@@ -73,7 +70,7 @@ class Models:
         for worst in ("kills", "hangs", "raises"):
             if worst in found:
                 return worst
-        return "fine"
+        return "raises" if "fails once" in found and sample.attempt == 1 else "fine"
 
     def _behaviour_at(self, address: str) -> Behaviour:
         _run, fingerprint, key = address.split(":")

@@ -360,8 +360,8 @@ SERVERS = (
         "gone_media_not_told",
         "who renews media is not told that they are gone",
         servers.PayloadStore._count,
-        "gone.append(name)",
-        "pass",
+        "return gone",
+        "return []",
     ),
     Bug(
         "sealed_without_last",

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
-from tests.simulation.schedules import RankPlan, Schedule, StepPlan
+from tests.simulation.schedules import RankPlan, Schedule, StepPlan, incomplete_groups
 from tests.simulation.trainer import Client, Settings, outcomes_of
 from tests.simulation.workers import Services
 from tests.simulation.world import BrokenPropertyError, Process, Signal, World
@@ -32,6 +32,8 @@ ENDED_WITH_PROCESS = (
     "its media left the payload store with the process that held them",
 )
 """What samples of a process that was killed may be told."""
+
+INCOMPLETE = "its group lacks a member"
 
 Position = tuple[int, int, str]
 """A step, an index in it, the name of a reward."""
@@ -136,6 +138,10 @@ class Rank:
 
     def _train_step(self, step: int, plan: StepPlan) -> None:
         slots = self._submit(step, plan)
+        if self.settings.world_size == 1:
+            words = dict.fromkeys(incomplete_groups(plan.submits), INCOMPLETE)
+            if words and self.client.has_groups:
+                self.client.give_up_groups(step, words)
         self._open = step, plan, slots
         is_complete = self._collect(slots, plan.timeout_s)
         if not is_complete and plan.is_given_up:
@@ -205,7 +211,7 @@ class Rank:
                 self._see((slot.step, slot.index, reward), outcome)
         self._see_rewards(slots)
         self._check_are_tried_anew(slots)
-        if is_complete and self.schedule.is_calm:
+        if is_complete and self.schedule.is_faultless:
             self._check_is_soon(slots, began)
         return is_complete
 
@@ -232,7 +238,7 @@ class Rank:
         """What failed in an earlier step was tried anew, unless Redis was emptied and knows nothing of that."""
         for awaited in failures_of(slots):
             before = self.failed_before.get(awaited.address, 0)
-            if awaited.outcome.attempt <= before and not self.schedule.may_lose_payloads:
+            if awaited.outcome.attempt <= before and not self.schedule.may_lose_results:
                 raise BrokenPropertyError("old failure", f"{awaited.address} failed before: {awaited.outcome}")
 
     def _see(self, position: Position, outcome: Outcome) -> None:
@@ -268,6 +274,6 @@ def make_ranks(
     barrier = Barrier(world, len(plans))
     ranks = []
     for number, plan in enumerate(plans):
-        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes)
+        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes, schedule.is_calm)
         ranks.append(Rank(world, services, plan, settings, barrier, on_done, schedule))
     return ranks

@@ -317,28 +317,33 @@ class PayloadStore:
 
     def _count(self, names: Sequence[str], ttl_ms: int) -> list[str]:
         """The script `_LEDGER`; returns the names that are gone."""
-        gone, now_ms = [], self._keys.now_ms()
-        for name in names:
-            key = keys.payload(name)
-            data = self._keys.get(key)
-            member = f"{0 if data is None else len(data)}|{key}"
-            if ttl_ms == 0:
-                self._keys.delete(key)
-                self._forget(member)
-            elif not self._keys.expire(key, ttl_ms):
-                gone.append(name)
-            else:
-                self._remember(member, now_ms + ttl_ms)
+        now_ms = self._keys.now_ms()
+        gone = [name for name in names if not self._count_one(keys.payload(name), ttl_ms)]
         ledger = self._keys.get(keys.PAYLOAD_LEDGER) or {}
         for member in [m for m, expires_ms in ledger.items() if expires_ms <= now_ms]:
             self._forget(member)
         if self._keys.get(keys.PAYLOAD_LEDGER) is None:
             self._keys.delete(keys.PAYLOAD_BYTES)
-        if ttl_ms > 0:
-            for key in (keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES):
-                if self._keys.ttl_ms(key) < ttl_ms:
-                    self._keys.expire(key, ttl_ms)
+        self._let_ledger_live(ttl_ms)
         return gone
+
+    def _let_ledger_live(self, ttl_ms: int) -> None:
+        for key in (keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES):
+            if ttl_ms > 0 and self._keys.ttl_ms(key) < ttl_ms:
+                self._keys.expire(key, ttl_ms)
+
+    def _count_one(self, key: str, ttl_ms: int) -> bool:
+        """Drop a payload, or let it live on; whether it could be."""
+        data = self._keys.get(key)
+        member = f"{0 if data is None else len(data)}|{key}"
+        if ttl_ms == 0:
+            self._keys.delete(key)
+            self._forget(member)
+        elif self._keys.expire(key, ttl_ms):
+            self._remember(member, self._keys.now_ms() + ttl_ms)
+        else:
+            return False
+        return True
 
     def _remember(self, member: str, expires_ms: int) -> None:
         ledger = self._keys.hash(keys.PAYLOAD_LEDGER)
@@ -410,26 +415,28 @@ class GroupSlots:
             fields["digest"] = hashlib.sha1("".join(fields[slot] for slot in slots).encode()).hexdigest()
         return Registered("sealed", fields["digest"], len(slots), is_now)
 
-    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int) -> tuple[int, int]:
+    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int, question: str) -> tuple[int, int]:
         fields = self._keys.get(key) or {}
-        if fields.get("digest") != digest:
+        sealed = fields.get("digest")
+        if sealed != digest and (sealed or "attempt" not in fields):
             return attempt, 0
         asked, had = fields.get("attempt"), fields.get(f"asked{rank}")
-        if asked is None or had == f"{client} {digest} {asked}":
+        was_told_before = had is not None and had.startswith(f"{client} {digest} {asked} ")
+        if asked is None or (was_told_before and had != f"{client} {digest} {asked} {question}"):
             fields["attempt"] = asked = attempt
             fields.pop("number", None)
-        fields[f"asked{rank}"] = f"{client} {digest} {asked}"
+        fields[f"asked{rank}"] = f"{client} {digest} {asked} {question}"
         return asked, fields.get("number", 0)
 
     def put_back(self, key: str, digest: str, rank: int, client: str, attempt: int) -> None:
         fields = self._keys.hash(key)
-        fields["attempt"], fields[f"asked{rank}"] = attempt, f"{client} {digest} {attempt}"
+        fields["attempt"], fields[f"asked{rank}"] = attempt, f"{client} {digest} {attempt} "
         self._keys.expire(key, self._ttl_ms)
 
     def digests(self, group_keys: Sequence[str]) -> list[str]:
         return [(self._keys.get(key) or {}).get("digest", "") for key in group_keys]
 
-    def places(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
+    def filled_slots(self, group_keys: Sequence[str]) -> list[list[tuple[int, int]]]:
         found = []
         for key in group_keys:
             names = self._keys.get(key) or {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -43,6 +46,7 @@ class SamplePlan:
     content: int
     group: int
     group_size: int | None = None
+    """One more than its group gets, where the trainer forgets a member."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class StepPlan:
     """What is not there at that deadline is cancelled."""
     is_pickled: bool = False
     """Its tickets are pickled after each submit, and found by a successor."""
+
+
+def incomplete_groups(submits: Sequence[Sequence[SamplePlan]]) -> list[int]:
+    """Groups of a step of a trainer with one rank that lack a member."""
+    sizes: dict[int, int | None] = {}
+    counts: Counter[int] = Counter()
+    for sample in itertools.chain.from_iterable(submits):
+        sizes[sample.group] = sample.group_size
+        counts[sample.group] += 1
+    return [group for group, size in sizes.items() if size is not None and counts[group] < size]
 
 
 @dataclass(frozen=True)
@@ -107,17 +121,31 @@ class Schedule:
         return max(times)
 
     @property
-    def is_calm(self) -> bool:
-        """Whether nothing at all goes wrong: no fault, no odd worker, no sample that ends or holds up its process."""
-        is_weather_good = self.weather.until <= START_S
-        are_workers_plain = not any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
-        are_samples_harmless = not any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours)
-        return not self.faults and is_weather_good and are_workers_plain and are_samples_harmless
-
-    @property
     def may_lose_payloads(self) -> bool:
         """Whether a fault takes payloads out of the store."""
         return any(fault.kind in ("server emptied", "server restarted", "payload lost") for fault in self.faults)
+
+    @property
+    def may_lose_results(self) -> bool:
+        """Whether a fault takes outcomes out of Redis."""
+        return any(fault.kind in ("server emptied", "server restarted") for fault in self.faults)
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether samples end or hold up their workers, or workers can do nothing for a while."""
+        if any(behaviour in ("kills", "hangs") for _, behaviour in self.behaviours):
+            return True
+        return any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
+
+    @property
+    def is_faultless(self) -> bool:
+        """Whether nothing goes wrong at all."""
+        return not (self.faults or self.weather.until or self.is_odd)
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing is to be sent twice: nothing goes wrong, and no judge is asked too much."""
+        return self.is_faultless and all(reward.budget is None for reward in self.rewards)
 
     @property
     def num_samples(self) -> int:
@@ -200,7 +228,7 @@ def _draw_step(rng: random.Random, num_ranks: int) -> list[StepPlan]:
     for group in range(rng.choice((1, 1, 2, 3))):
         size = rng.choice((1, 2, 3, 4, 5))
         contents = [rng.randint(0, 12) for _ in range(size)]
-        known_size = None if num_ranks == 1 and rng.random() < 0.3 else size
+        known_size = rng.choice((None, size, size, size + 1)) if num_ranks == 1 else size
         groups += [SamplePlan(content, group, known_size) for content in contents]
     if rng.random() < 0.3:
         rng.shuffle(groups)
@@ -266,7 +294,16 @@ def _draw_faults(rng: random.Random, num_ranks: int, num_workers: int) -> tuple[
         else:
             kind, target = rng.choice(SERVER_FAULTS), rng.randrange(len(SERVERS))
         faults.append(Fault(at, kind, target, seconds, rng.randrange(12)))
+    if num_ranks > 1 and rng.random() < 0.25:
+        faults += _draw_late_rank(rng, num_ranks)
     return tuple(sorted(faults, key=lambda fault: fault.at))
+
+
+def _draw_late_rank(rng: random.Random, num_ranks: int) -> list[Fault]:
+    """A rank stands still while the others get their answers, and these are lost before it has read them."""
+    at = START_S + rng.uniform(0.2, 1.5)
+    stall = Fault(at, "stall trainer", rng.randrange(num_ranks), rng.uniform(1.0, 2.0))
+    return [stall, Fault(at + rng.uniform(0.3, 1.3), "server emptied", SERVERS.index("results"))]
 
 
 def _draw_weather(rng: random.Random) -> Weather:
@@ -293,6 +330,8 @@ def _draw_behaviours(
             behaviours[content] = "raises"
         elif draw < 0.09:
             behaviours[content] = "invalid"
+        elif draw < 0.14:
+            behaviours[content] = "fails once"
     if rng.random() < 0.06:
         behaviours[rng.choice(contents)] = rng.choice(("kills", "hangs"))
     return tuple(sorted(behaviours.items()))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tasks import keys
+from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
 from tests.simulation import properties
 from tests.simulation.models import Behaviour, Models
@@ -17,12 +20,15 @@ from tests.simulation.redis import GroupSlots, Keyspace, Outcomes, PayloadStore
 from tests.simulation.schedules import SERVERS, START_S, Fault, RewardPlan, Schedule, refusal_of
 from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
-from tests.simulation.world import MAX_EVENTS, World
+from tests.simulation.world import MAX_EVENTS, BrokenPropertyError, World
 
 CLAIM_TTL_S = 1.0
 
-MAX_S = 900.0
-"""A schedule is over after this much virtual time, or something waits for ever."""
+RECOVERY_S = 60.0
+"""So long after the last fault every sample has ended, or something waits for what does not come."""
+
+ODD_RECOVERY_S = 200.0
+"""And so long where samples end or hold up their workers, or these can do nothing for a while: pauses grow."""
 
 LOOK_EVERY_S = 0.1
 
@@ -70,6 +76,18 @@ def spec_of(plan: RewardPlan, number: int) -> RewardSpec:
     )
 
 
+class WatchedOutcomes(Outcomes):
+    """Outcomes that see to it that no suspect is given up too early."""
+
+    def _write_one(self, address: str, outcome: Outcome) -> bool:
+        if outcome.failure is not None and outcome.failure.message.startswith(properties.KILLED):
+            starts = self._keys.get(keys.starts(address)) or {}
+            since_ms = self._keys.now_ms() - starts.get("first_alone_ms", self._keys.now_ms())
+            if starts and since_ms < 1000 * REWARD_TIMEOUT_S:
+                raise BrokenPropertyError("given up early", f"{address} after {since_ms} ms alone")
+        return super()._write_one(address, outcome)
+
+
 class Simulation:
     """A schedule that is carried out.
 
@@ -104,7 +122,9 @@ class Simulation:
         Raises:
             BrokenPropertyError, OutOfTimeError: What must not happen.
         """
-        self.world.run(MAX_S)
+        recovery_s = ODD_RECOVERY_S if self.schedule.is_odd else RECOVERY_S
+        with quiet_workers():
+            self.world.run(max(0.0, self.schedule.faults_end - self.world.now) + recovery_s)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -116,20 +136,25 @@ class Simulation:
         self.servers = tuple(made[name] for name in names)
 
     def _make_models(self) -> Models:
+        models = Models(self.world, self.servers[0])
+        for spec, plan in zip(self.specs, self.schedule.rewards, strict=True):
+            fingerprint = spec.part.fingerprint
+            if plan.budget is not None:
+                models.budgets[fingerprint] = plan.budget
+            if plan.is_unloadable:
+                models.unloadable.add(fingerprint)
+            if spec.how == "wins":
+                models.comparing.add(fingerprint)
+            else:
+                models.behaviours |= self._behaviours_for(fingerprint)
+        return models
+
+    def _behaviours_for(self, fingerprint: str) -> dict[tuple[str, str], Behaviour]:
         behaviours: dict[tuple[str, str], Behaviour] = {}
         for content, behaviour in self.schedule.behaviours:
-            for spec in self.specs:
-                if behaviour != "invalid" and spec.how != "wins":
-                    behaviours[spec.part.fingerprint, key_of_content(content)] = behaviour
-        pairs = list(zip(self.specs, self.schedule.rewards, strict=True))
-        return Models(
-            self.world,
-            self.servers[0],
-            behaviours,
-            budgets={spec.part.fingerprint: plan.budget for spec, plan in pairs if plan.budget is not None},
-            unloadable=frozenset(spec.part.fingerprint for spec, plan in pairs if plan.is_unloadable),
-            comparing=frozenset(spec.fingerprint for spec in self.specs if spec.how == "wins"),
-        )
+            if behaviour != "invalid":
+                behaviours[fingerprint, key_of_content(content)] = behaviour
+        return behaviours
 
     def _make_services(self) -> Services:
         results, broker, payloads = self.servers
@@ -142,7 +167,7 @@ class Simulation:
             results_server=results,
             broker_server=broker,
             payloads_server=payloads,
-            outcomes=Outcomes(self.keyspace, CLAIM_TTL_S, RESULT_TTL_S),
+            outcomes=WatchedOutcomes(self.keyspace, CLAIM_TTL_S, RESULT_TTL_S),
             store=PayloadStore(self.media_keyspace, "store"),
             other_store=PayloadStore(Keyspace(self._now_ms), "other store"),
             queues=Queues(self.world, broker, self._copies),
@@ -239,9 +264,17 @@ class Simulation:
             self.world.sleep(LOOK_EVERY_S)
         self.world.sleep(properties.SETTLE_S)
         properties.check_left_over(self)
-        properties.check_reasons(self)
-        properties.check_sends(self)
+        properties.check_starts(self)
         self.world.is_over = True
 
 
-logging.getLogger("workers").setLevel(logging.CRITICAL)
+@contextlib.contextmanager
+def quiet_workers() -> Iterator[None]:
+    """Meanwhile workers log nothing: they raise and end all the time."""
+    log = logging.getLogger("workers")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

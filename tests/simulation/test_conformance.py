@@ -120,14 +120,19 @@ class Pair:
             assert real == pytest.approx(ours, rel=0, abs=NEAR_MS), key
         elif kind == b"hash":
             self._compare_hash(key, client.hgetall(key), ours)
-        elif key.startswith(keys.outcome("")):
-            assert unpack_outcome(client.get(key)) == ours, key
-        elif key.startswith((keys.note(""), keys.worker(""))):
-            assert unpack(type(ours), client.get(key)) == ours, key
-        elif key.startswith(keys.payload("")):
-            assert client.get(key) == ours, key
         else:
-            assert client.get(key).decode() == str(ours), key
+            self._compare_text(key, client.get(key), ours)
+
+    @staticmethod
+    def _compare_text(key: str, real: bytes, ours: Any) -> None:
+        if key.startswith(keys.outcome("")):
+            assert unpack_outcome(real) == ours, key
+        elif key.startswith((keys.note(""), keys.worker(""))):
+            assert unpack(type(ours), real) == ours, key
+        elif key.startswith(keys.payload("")):
+            assert real == ours, key
+        else:
+            assert real.decode() == str(ours), key
 
     def _compare_hash(self, key: str, real: dict[bytes, bytes], ours: dict[str, Any]) -> None:
         assert {field.decode() for field in real} == set(ours), key
@@ -247,7 +252,9 @@ def register(pair: Pair, rng: random.Random) -> None:
 def ask(pair: Pair, rng: random.Random) -> None:
     key = group_key(rng)
     digest = rng.choice([pair.slots[1].digests([key])[0] or "none", "other"])
-    pair.call(pair.slots, "ask", key, digest, rng.randint(0, 1), rng.choice(TOKENS), rng.randint(1, 3))
+    pair.call(
+        pair.slots, "ask", key, digest, rng.randint(0, 1), rng.choice(TOKENS), rng.randint(1, 3), rng.choice("xy")
+    )
 
 
 def score_group(pair: Pair, rng: random.Random) -> None:
@@ -269,7 +276,7 @@ OF_GROUPS: tuple[Callable[[Pair, random.Random], None], ...] = (
     score_group,
     lambda p, r: p.call(p.slots, "put_back", group_key(r), "digest", r.randint(0, 1), r.choice(TOKENS), 2),
     lambda p, r: p.call(p.slots, "digests", [group_key(r)]),
-    lambda p, r: p.call(p.slots, "places", [group_key(r)]),
+    lambda p, r: p.call(p.slots, "filled_slots", [group_key(r)]),
     lambda p, r: p.call(p.slots, "set_number", group_key(r), r.randint(1, 9)),
     lambda p, r: p.call(p.slots, "members", group_key(r)),
 )

@@ -143,6 +143,8 @@ class Settings:
     rewards: tuple[RewardSpec, ...]
     invalid: frozenset[int]
     max_store_bytes: int
+    is_calm: bool
+    """Nothing goes wrong in this schedule."""
 
     # As `slots_and_deliveries` asks a `RewardConfig`.
     eval_rewards: tuple[RewardSpec, ...] = ()
@@ -169,8 +171,6 @@ class Client:
         self._work = {lane: Signal(self.world) for lane in do.Lane}
         self._waiters = itertools.count()
         self._num_under_way = 0
-        self.num_sent_again = 0
-        """How often something of its own was taken for lost."""
         self.backend, groups = self._backend()
         config = EngineConfig(
             run=RUN,
@@ -222,7 +222,8 @@ class Client:
         actions = self.state.apply(event, self.world.now)
         self._check(event)
         for action in actions:
-            self.num_sent_again += isinstance(action, do.Restore)
+            if self.settings.is_calm:
+                self._check_first(action)
             if hasattr(action, "lane"):
                 self._num_under_way += 1
                 self._put(action)
@@ -238,6 +239,14 @@ class Client:
             self.state.check()
         except AssertionError as error:
             raise BrokenPropertyError("invariant", f"after {event}: {error!r}") from error
+
+    @staticmethod
+    def _check_first(action: Any) -> None:
+        """Where nothing goes wrong nothing is sent twice."""
+        deliveries = action.deliveries if isinstance(action, do.Publish) else ()
+        again = [a.address for delivery in deliveries for a in delivery.awaited if a.num_sends > 1]
+        if again or isinstance(action, do.PublishAgain):
+            raise BrokenPropertyError("sent again", f"without a fault: {action}")
 
     def _serve(self, lane: do.Lane) -> None:
         actions, work = self._lanes[lane], self._work[lane]
@@ -307,6 +316,15 @@ class Client:
             self.changed.wait(deadline - self.world.now)
         self.feed(ev.WaitEnded(waiter))
         return is_done
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a reward needs whole groups."""
+        return any(spec.is_groupwise for spec in self.settings.rewards)
+
+    def give_up_groups(self, step: int, words: dict[int, str]) -> None:
+        """These groups of a step get no further member."""
+        self.feed(ev.GroupsIncomplete(SPLIT, step, words))
 
     def give_up(self, slots: Sequence[Slot]) -> None:
         """Wait for these no more."""

@@ -122,17 +122,18 @@ def test_ranks_ask_for_one_attempt_of_a_group_until_one_that_has_had_it_asks_aga
     slots = GroupSlots(outcomes.redis, "run", "launch", 60)
     key = slots.key("train", 0, "f", "g")
     sealed = [slots.register(key, (rank, 0), f"k{rank}", sample(f"k{rank}"), 2, "f") for rank in range(2)][-1].digest
-    assert slots.ask(key, sealed, 0, "a", 1) == (1, 0)
+    assert slots.ask(key, sealed, 0, "a", 1, "1") == (1, 0)
     slots.set_number(key, 7)
-    assert slots.ask(key, sealed, 1, "b", 2) == (1, 7)  # its failure is there already
-    assert slots.ask(key, sealed, 1, "b", 2) == (2, 0)  # the step is submitted again
+    assert slots.ask(key, sealed, 1, "b", 2, "1") == (1, 7)  # its failure is there already
+    assert slots.ask(key, sealed, 1, "b", 2, "1") == (1, 7)  # the reply was lost
+    assert slots.ask(key, sealed, 1, "b", 2, "2") == (2, 0)  # the step is submitted again
     slots.set_number(key, 8)
-    assert slots.ask(key, sealed, 0, "a", 3) == (2, 8)
-    assert slots.ask(key, sealed, 0, "restarted", 3) == (2, 8)
-    assert slots.ask(key, digest(["other"]), 0, "a", 1) == (1, 0)  # sealed anew meanwhile: nothing is noted
-    assert slots.ask(key, sealed, 1, "b", 3) == (3, 0)
+    assert slots.ask(key, sealed, 0, "a", 3, "2") == (2, 8)
+    assert slots.ask(key, sealed, 0, "restarted", 3, "1") == (2, 8)
+    assert slots.ask(key, digest(["other"]), 0, "a", 1, "3") == (1, 0)  # sealed anew meanwhile: nothing is noted
+    assert slots.ask(key, sealed, 1, "b", 3, "3") == (3, 0)
     anew = slots.register(key, (0, 0), "other", sample("other"), 2, "f").digest
-    assert slots.ask(key, anew, 1, "b", 1) == (1, 0)
-    assert slots.ask(key, anew, 0, "a", 2) == (1, 0)
-    slots.ask("gone", anew, 0, "a", 1)
+    assert slots.ask(key, anew, 1, "b", 1, "4") == (1, 0)
+    assert slots.ask(key, anew, 0, "a", 2, "4") == (1, 0)
+    slots.ask("gone", anew, 0, "a", 1, "5")
     assert not outcomes.redis.exists("gone")

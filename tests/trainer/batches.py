@@ -16,7 +16,8 @@ import pytest
 from hypothesis import strategies as st
 
 from trainer_client.advantages.formulas import gdpo, weighted_sum
-from trainer_client.results import Failed, RewardBatch
+from trainer_client.failure_reasons import Failed
+from trainer_client.results import RewardBatch
 
 NAN = math.nan
 Numbers = Sequence[float]

@@ -12,7 +12,8 @@ import pytest
 from tests.trainer.batches import NAN, Ranks, batch_of
 from trainer_client.advantages.formulas import gdpo
 from trainer_client.advantages.metrics import failure_rate_by_group, metrics
-from trainer_client.results import Failed, RewardBatch
+from trainer_client.failure_reasons import Failed
+from trainer_client.results import RewardBatch
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from tasks.errors import MissingExtraError
 from tasks.messages import Failure
 from tests.trainer.batches import NAN, batch_of
+from trainer_client.failure_reasons import Failed, ranges, reasons_of
 from trainer_client.ranks.verdict import error_for
-from trainer_client.results import Failed, Failures
-from trainer_client.steps.failure_reasons import ranges, reasons_of
+from trainer_client.results import Failures
 
 
 def failed(sample, message, worker="gpu.7@host", kind="failed", reward="text"):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.servers import ROOT, clean_env, run_python
 from tests.trainer.batches import NAN, batch_of
-from trainer_client.results import Failed
+from trainer_client.failure_reasons import Failed
 from trainer_client.steps import step_log as steplog
 from trainer_client.steps.step_log import WaitLog, tell_step
 from trainer_client.steps.step_summary import (

@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from tasks.errors import CollectTimeoutError, ConfigError, ScoringError
-from tasks.rewards import RewardConfig, Split
+from tasks.rewards import OnFailure, RewardConfig, Split
 from tasks.samples import Sample
 from tasks.settings import load_settings
 from trainer_client.adapters.flow_factory_samples import metadata_of, sample_of
 from trainer_client.advantages.formulas import gdpo, weighted_sum
 from trainer_client.advantages.metrics import Detail
 from trainer_client.client import COLLECT_TIMEOUT_S, RewardClient
-from trainer_client.ranks.verdict import OnFailure
 from trainer_client.results import RewardBatch
 
 ModelKind = Literal["pointwise", "groupwise", "all"]

@@ -14,8 +14,8 @@ from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import ConfigError, nearest
 from tasks.servers.needs import check_servers
 from tasks.settings import Settings, load_settings, without_password
-from trainer_client.client import RUN_NAME
 from trainer_client.runs.registry import RegisteredReward, RunRegistry
+from trainer_client.runs.start_checks import RUN_NAME
 
 KEYS_A_CALL = 1000
 """Keys that Redis looks at, or drops, in one call. Between calls it serves others, so that no run stalls."""

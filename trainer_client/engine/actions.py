@@ -90,6 +90,8 @@ class LookUpGroup:
 
     lane: ClassVar[Lane] = Lane.POLL
     group: Awaited
+    question: str
+    """Its name: the same where the call is made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ class ReadRequests:
     lane: ClassVar[Lane] = Lane.UPKEEP
     requests: Sequence[tuple[str, bool]]
     """Each with whether it is a group's."""
+    addresses: frozenset[str]
+    """Only the payloads of these outcomes: the request may be for other tickets too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class Backend:
             missing = {d: name for name, d in lost.digest_of.items() if name in gone}
             problem = self._bring_back(lost.slots, missing) if missing else None
             problems[lost.awaited] = problem
-        return ev.Restored(problems)
+        return ev.Restored(problems, frozenset(gone))
 
     def _bring_back(
         self, slots: Sequence[Slot], missing: Mapping[str, str]
@@ -199,6 +199,7 @@ class Backend:
                 self._rank,
                 self._client_id,
                 attempt,
+                action.question,
             )
         parts: dict[str, Outcome | None] = {}
         is_answered = outcome is not None and outcome.attempt >= attempt
@@ -288,6 +289,8 @@ class Backend:
         payloads = []
         for request, is_group in action.requests:
             for address, sample in self._samples_of(request, is_group=is_group):
+                if address not in action.addresses:
+                    continue
                 for ref in _refs_of(sample):
                     payloads.append((address, ref.name, ref.digest))
         return ev.RequestsRead(payloads)

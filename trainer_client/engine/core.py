@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tasks.messages import Failure, Note, Outcome
 from tasks.rewards import RewardSpec
@@ -59,6 +59,8 @@ class Core:
         """By the number of whoever waits, the steps that it collects."""
         self.num_group_calls = 0
         """Calls under way that may seal a group."""
+        self.on_delivery_ended: Callable[[Delivery], None] = lambda _delivery: None
+        """Called with each delivery of which nothing is awaited any more."""
         self._actions: list[do.Action] = []
         self._is_freeing = False
 
@@ -302,6 +304,7 @@ class Core:
         delivery.awaited.remove(awaited)
         if not delivery.awaited:
             del self.deliveries[delivery.request]
+            self.on_delivery_ended(delivery)
             if delivery.state is not State.PUBLISHING:  # else once it has arrived
                 self.payloads.free_later(delivery.requests)
 
@@ -322,25 +325,26 @@ class Core:
 
     def resume(self, delivery: Delivery) -> None:
         """Look after a message that an earlier process sent, for what no other delivery here is for."""
-        mine = []
+        mine: list[Awaited] = []
         for listed in delivery.awaited:
             known = self.awaited.get(listed.address)
-            if known is not None and known.delivery is None and known not in mine:
-                is_unsent_here = known.state is not State.IN_FLIGHT
-                if not is_unsent_here:
-                    mine.append(known)
-        known_delivery = self.deliveries.get(delivery.request)
-        if known_delivery is not None:
+            is_in_flight = known is not None and known.state is State.IN_FLIGHT
+            if known is None or not is_in_flight or known.delivery is not None:
+                continue
+            if known not in mine:
+                mine.append(known)
+        delivery.awaited = mine
+        if not mine:
+            return
+        # Another ticket may have been for the same message.
+        known_delivery = self.deliveries.setdefault(delivery.request, delivery)
+        if known_delivery is not delivery:
             known_delivery.awaited += mine
-            delivery = known_delivery
-        elif mine:
-            delivery.awaited = mine
-            self.deliveries[delivery.request] = delivery
         for awaited in mine:
-            awaited.delivery = delivery
-        delivery.state = State.IN_FLIGHT
-        if mine:
-            self.renumbered(delivery)
+            awaited.delivery = known_delivery
+            if awaited.state is not known_delivery.state:
+                self.move(awaited, known_delivery.state)
+        self.renumbered(known_delivery)
 
     # --- invariants ------------------------------------------------------------------
 

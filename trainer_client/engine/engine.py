@@ -38,7 +38,6 @@ from trainer_client.engine.why_late import Source
 from trainer_client.progress import bars
 from trainer_client.runs.code_versions import CodeVersions
 from trainer_client.runs.registry import RunRegistry
-from trainer_client.steps.step_log import WaitLog
 from trainer_client.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -62,6 +61,9 @@ TELL_EVERY_S = 600.0
 
 COMPARE_EVERY_S = 0.5
 """How often the code that answered is compared with what other clients of the run have seen."""
+
+TellWaiting = Callable[[Callable[[], str]], None]
+"""Tells the log what a wait is for. It calls its argument, which may ask Redis, only if the log is due to be told."""
 
 
 class Engine:
@@ -259,11 +261,11 @@ class Engine:
         slots: Sequence[Slot],
         deadline: float,
         progress: bool | None,
-        waiting: WaitLog | None = None,
+        tell_waiting: TellWaiting | None = None,
     ) -> bool:
         """Wait until all slots are done or the deadline (monotonic); whether they are.
 
-        `waiting` tells the log meanwhile what is waited for.
+        `tell_waiting` is called now and then with a function that says what is waited for.
         """
         names = _reward_names(slots)
         left = list(slots)
@@ -280,8 +282,8 @@ class Engine:
                 self.raise_if_broken()
                 if left_s <= 0:
                     return False
-                if waiting is not None:
-                    waiting.tell(lambda: self.what_is_missing(slots))
+                if tell_waiting is not None:
+                    tell_waiting(lambda: self.what_is_missing(slots))
                 if time.monotonic() > ask_at:
                     ask_at = NEVER
                     self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)

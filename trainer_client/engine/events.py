@@ -162,6 +162,8 @@ class Restored:
     """The media of outcomes that were lost are in the store; or why they cannot be."""
 
     problems: Mapping[Awaited, Failure | None]
+    names: frozenset[str]
+    """Of the payloads that were gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,13 @@ class Group:
         """Whether its outcome is known here."""
         return self.awaited is not None and self.awaited.outcome is not None
 
+    def has_answer_of(self, address: str) -> bool:
+        """Whether its outcome at this address is known here. Asked for once more it would be another attempt's."""
+        awaited = self.awaited
+        if awaited is None or awaited.outcome is None:
+            return False
+        return awaited.address == address
+
     @property
     def is_full(self) -> bool:
         """Whether all members are there, those of this rank alone."""
@@ -212,7 +219,14 @@ class Groups:
     ) -> Awaited:
         """A group that all ranks together have completed, or completed anew with another member."""
         group.digest = digest([key for key, _ in members.values()])
-        return self._awaited_of(group, members)
+        known = dict(members)
+        # What Redis has of a member of ours may be from before this rank was started again, and name media of
+        # the process that is gone: nobody could store them again.
+        for position, member in group.members.items():
+            key, _ = known.get(position, ("", None))
+            if key == member.key and member.request is not None:
+                known[position] = (key, member.request)
+        return self._awaited_of(group, known)
 
     def refuse(self, group: Group, member: Member, found: Registered) -> Failure:
         """Take out a member that its group does not take; returns what it is told."""

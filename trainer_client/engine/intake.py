@@ -97,10 +97,13 @@ class Intake:
             self._core.act(do.Encode(slot))
 
     def _may_encode(self) -> bool:
+        """Whether what is encoded and not stored leaves room for another: it is held in memory."""
         if self._num_encoding >= 2 * self._num_encoders:
             return False
-        is_far_ahead = len(self._to_store) >= UNSTORED_SAMPLES
-        return not is_far_ahead and self._unstored_bytes < UNSTORED_BYTES
+        if self._unstored_bytes >= UNSTORED_BYTES:
+            return False
+        num_looked_up = len(self._to_look_up) + len(self._looked_up)
+        return num_looked_up + len(self._to_store) < UNSTORED_SAMPLES
 
     def on_encoded(self, event: ev.SampleEncoded) -> None:
         """A sample is encoded, or cannot be."""
@@ -117,6 +120,7 @@ class Intake:
             return
 
         slot.stage = SlotStage.LOOKING_UP
+        self._unstored_bytes += encoded.num_bytes
         if self._await_pointwise(slot, encoded):
             self._to_look_up.append(slot)
         else:
@@ -178,6 +182,7 @@ class Intake:
         What others await of a slot that was given up meanwhile is stored all the same.
         """
         encoded, slot.encoded = slot.encoded, None
+        self._unstored_bytes -= encoded.num_bytes  # what is new of it is counted again
         slot.stage = SlotStage.STORING
         for awaited in _awaited_in(slot.unsettled):
             self._core.move(awaited, State.STORING)
@@ -312,6 +317,14 @@ class Intake:
         elif isinstance(user, Member):
             self._sealing.add_member(user)
         self._core.unsettle(user)
+
+    def forget_members(self, slot: Slot) -> None:
+        """Nobody waits for a sample any more: it becomes a member of no group."""
+        for member in [user for user in slot.unsettled if isinstance(user, Member)]:
+            self._core.payloads.release(member)
+            carried, member.carried = member.carried, []
+            self._core.unsettle(member)
+            self._sending.go_alone(carried)
 
     def is_looking_up(self, awaited: Awaited) -> bool:
         """Whether it is being asked, or about to be, if an outcome is there already."""

@@ -38,6 +38,9 @@ AWAY: tuple[type[Exception], ...] = (*LOST, OperationalError, BatchPublishError)
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 """Pauses between two tries of a call that must be made."""
 
+MAX_DOUBLINGS = 10
+"""Of a pause: an outage of a day has thousands of tries, and no float holds two to the power of that."""
+
 LAST_POLL_PAUSE_S = 1.0
 """Longest pause between two tries of a call whose answer somebody may be waiting for."""
 
@@ -138,8 +141,8 @@ class Loop:
         self._lanes: dict[do.Lane, queue.SimpleQueue[_Call | None]] = {}
         self._retries: list[tuple[float, int, _Call]] = []
         self._numbers = itertools.count()
-        self._failing: dict[do.Lane, _Call] = {}
-        """By lane, a call whose server is away."""
+        self._failing: dict[do.Lane, set[_Call]] = {lane: set() for lane in do.Lane}
+        """By lane, the calls whose server is away."""
         self._say_at: dict[do.Lane, float] = {}
         self._warned: set[str] = set()
         self._seconds: dict[str, float] = defaultdict(float)
@@ -305,9 +308,10 @@ class Loop:
         call.num_failures += 1
         is_sent = call.lane in SENDS
         longest_s = LAST_PAUSE_S if is_sent else LAST_POLL_PAUSE_S
-        pause_s = min(longest_s, FIRST_PAUSE_S * 2 ** (call.num_failures - 1))
+        num_doublings = min(call.num_failures - 1, MAX_DOUBLINGS)
+        pause_s = min(longest_s, FIRST_PAUSE_S * 2**num_doublings)
         heapq.heappush(self._retries, (now + pause_s, next(self._numbers), call))
-        self._failing[call.lane] = call
+        self._failing[call.lane].add(call)
         source = Source.SENDING if is_sent else Source.POLLING
         self.state.why_late.set(source, _why_it_waits(call, error), call.lane.value)
         if now >= self._say_at.get(call.lane, 0.0):
@@ -316,17 +320,15 @@ class Loop:
             log.warning("%s waits for redis error=%s", what, type(error).__name__)
 
     def _is_back(self, call: _Call) -> None:
-        """The server of a lane answers, at least this call. Another call of it may still be waiting."""
+        """The server of a lane answers, at least this call. Another call of the lane may still be failing."""
         if isinstance(call.action, Chore):
             call.action.is_running = False
-        failing = self._failing.get(call.lane)
-        if failing is None or (failing is not call and call.num_failures == 0):
+        failing = self._failing[call.lane]
+        if call not in failing:
             return
-        waiting = [other for _, _, other in self._retries if other.lane is call.lane]
-        if waiting:
-            self._failing[call.lane] = waiting[0]
+        failing.remove(call)
+        if failing:
             return
-        del self._failing[call.lane]
         source = Source.SENDING if call.lane in SENDS else Source.POLLING
         self.state.why_late.withdraw(source, call.lane.value)
 

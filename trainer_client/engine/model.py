@@ -82,6 +82,23 @@ class GroupPlan:
             return len(self.comparisons)
         return sum(member.failure is None for member in self.members)
 
+    def take_media_of(self, newer: GroupPlan) -> None:
+        """The same members are stored under other names by now: a rank was started again, or came late."""
+        self.members = _with_attempts_of(self.members, newer.members)
+        self.comparisons = _with_attempts_of(self.comparisons, newer.comparisons)
+
+
+def _with_attempts_of(
+    known: tuple[SampleRequest, ...], newer: tuple[SampleRequest, ...]
+) -> tuple[SampleRequest, ...]:
+    """The newer requests, for the attempts that are known to be asked for."""
+    requests = []
+    for before, request in zip(known, newer, strict=True):
+        if before.attempt != request.attempt:
+            request = request.model_copy(update={"attempt": before.attempt})
+        requests.append(request)
+    return tuple(requests)
+
 
 @dataclass(slots=True, eq=False)
 class Awaited(PayloadUser):

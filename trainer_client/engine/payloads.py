@@ -94,6 +94,11 @@ class PayloadLedger:
         """Requests that are not needed any more."""
         self._to_free.extend(names)
 
+    def free_unused(self, names: Iterable[str]) -> None:
+        """Free what is in the store, as others say, and what nothing here needs."""
+        unused = [name for name in names if name not in self._by_name]
+        self._to_free.extend(dict.fromkeys(unused))
+
     def take_to_free(self) -> list[str]:
         """Names that nothing needs any more; the caller frees them."""
         names, self._to_free = self._to_free, []

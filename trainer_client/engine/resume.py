@@ -41,7 +41,15 @@ def slots_and_deliveries(
         if mine:
             request = new_name("answered")
             deliveries.append(
-                Delivery(request, "", spec, SentBy.EARLIER_PROCESS, mine, pause_s)
+                Delivery(
+                    request=request,
+                    label="",
+                    spec=spec,
+                    sent_by=SentBy.EARLIER_PROCESS,
+                    awaited=mine,
+                    pause_s=pause_s,
+                    state=State.IN_FLIGHT,
+                )
             )
     return slots, deliveries
 

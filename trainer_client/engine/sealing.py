@@ -84,10 +84,14 @@ class Sealing:
     ) -> None:
         """Let the members of this rank await the outcome of their sealed group."""
         awaited = self._core.awaited.get(sealed.address)
+        if awaited is None and group.has_answer_of(sealed.address):
+            awaited = group.awaited  # a member that came late gets what the others got
         is_new = awaited is None
         if awaited is None:
             awaited = sealed
             self._core.add(awaited, State.LOOKING_UP)
+        elif awaited.group is not None and sealed.group is not None:
+            awaited.group.take_media_of(sealed.group)
         group.awaited = awaited
         left_behind: dict[Awaited, None] = {}
         for position, member in members.items():
@@ -95,16 +99,21 @@ class Sealing:
             if index is not None:
                 self._join_member(group, awaited, member, index, left_behind)
         for before in left_behind:
-            # It has the payloads of those of its members that stayed the same.
-            for payload in before.payloads:
-                self._core.payloads.share(payload, awaited)
-            if not before.slots:
-                self._sending.give_up(before)
+            self._leave_behind(before, awaited)
         if not awaited.slots:
             self._sending.give_up(awaited)
         elif is_new:
             self._core.num_group_calls += 1
-            self._core.act(do.LookUpGroup(awaited))
+            question = self._core.new_name("question")
+            self._core.act(do.LookUpGroup(awaited, question))
+
+    def _leave_behind(self, before: Awaited, awaited: Awaited) -> None:
+        """A group was sealed anew: what it was before has the payloads of those of its members that stayed the same."""
+        if not awaited.is_ended:
+            for payload in before.payloads:
+                self._core.payloads.share(payload, awaited)
+        if not before.slots:
+            self._sending.give_up(before)
 
     def _join_member(
         self,
@@ -133,7 +142,10 @@ class Sealing:
         )
         self._core.join(slot, awaited)
         self._core.set_awaited(slot, {**slot.awaited, name: awaited})
-        self._core.payloads.hand_over(member, awaited)
+        if awaited.is_ended:
+            self._core.payloads.release(member)
+        else:
+            self._core.payloads.hand_over(member, awaited)
         carried, member.carried = member.carried, []
         if awaited.state is State.LOOKING_UP and awaited.group is not None:
             awaited.group.carried += carried

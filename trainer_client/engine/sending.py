@@ -132,9 +132,6 @@ class Sending:
         if awaited.group is not None and not awaited.is_ended:
             carried, awaited.group.carried = awaited.group.carried, []
             self.go_alone(carried)
-        delivery = awaited.delivery
-        if delivery is not None and delivery.awaited == [awaited]:  # the last of it
-            self._throttle.discard(delivery)
 
     def take_answers(self, outcomes: Mapping[str, Outcome | None]) -> int:
         """Outcomes that were asked for; returns how many were awaited."""

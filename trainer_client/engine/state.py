@@ -66,6 +66,7 @@ class EngineState:
         self.core.now = now
         self.groups = Groups(config.run, config.rank, config.shared_key)
         self.throttle = Throttle()
+        self.core.on_delivery_ended = self.throttle.discard
         self.polling = Polling(config.reconcile_s, config.payload_ttl_s, now)
         losses = LossPolicy(config.reconcile_s)
         self.sending = Sending(self.core, config.run, losses, self.throttle)
@@ -83,6 +84,8 @@ class EngineState:
         self.tracking = Tracking(
             self.core, self.sending, self.sealing, losses, self.throttle, self.polling
         )
+        self._resumed: dict[str, Awaited] = {}
+        """By address, what tickets of earlier processes await or awaited."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.Submitted: self.intake.on_submitted,
             ev.WaitBegan: self._on_wait_began,
@@ -157,6 +160,7 @@ class EngineState:
                 self.core.leave(slot, awaited)
                 if not awaited.slots:
                     self.sending.give_up(awaited)
+            self.intake.forget_members(slot)
         for member in self.groups.forget(event.slots):
             self.core.payloads.release(member)
             self.sending.go_alone(member.carried)
@@ -164,22 +168,25 @@ class EngineState:
             self.core.abandon(slot)
 
     def _on_resumed(self, event: ev.TicketResumed) -> None:
+        addresses: dict[str, None] = {}
         for slot in event.slots:
+            addresses.update((a.address, None) for a in slot.awaited.values())
             self.core.take_up_slot(slot)
-        read = []
+            for awaited in slot.awaited.values():
+                self._resumed[awaited.address] = awaited
+        requests = []
         for delivery in event.deliveries:
             self.tracking.follow(delivery)
-            self.core.resume(delivery)
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
                 is_group = delivery.spec.how in ("rank", "wins")
-                read.append((delivery.request, is_group))
-        self.core.act(do.ReadRequests(read))
+                requests.append((delivery.request, is_group))
+        self.core.act(do.ReadRequests(requests, frozenset(addresses)))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:
         for address, name, payload_digest in event.payloads:
-            awaited = self.core.awaited.get(address)
-            if awaited is not None:
-                self._use_foreign(name, payload_digest, awaited)
+            self._use_foreign(name, payload_digest, self._resumed[address])
+        # What was answered before its payloads were known here needs them no more.
+        self.core.payloads.free_unused(name for _, name, _ in event.payloads)
 
     def _use_foreign(self, name: str, payload_digest: str, awaited: Awaited) -> None:
         """Keep a payload of an earlier process until all is answered that its samples await.

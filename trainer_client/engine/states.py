@@ -12,7 +12,9 @@ from enum import Enum
 class State(Enum):
     """What an awaited outcome waits for."""
 
-    __hash__ = object.__hash__  # members are hashed with each transition; that of `Enum` runs in Python
+    __hash__ = (
+        object.__hash__
+    )  # members are hashed with each transition; that of `Enum` runs in Python
 
     LOOKING_UP = "looking up"
     """Redis is being asked whether the outcome is there already. In `Lookups`, or in the `LookUp` under way."""

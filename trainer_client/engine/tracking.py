@@ -194,6 +194,8 @@ class Tracking:
                 self._sending.fail(awaited, problem)
             else:
                 self._sending.accumulate(awaited)
+        # What was answered, or given up, meanwhile has been stored in vain.
+        self._core.payloads.free_unused(event.names)
 
     def on_request_checked(self, event: ev.RequestChecked) -> None:
         """It is known whether an earlier process's request is there."""

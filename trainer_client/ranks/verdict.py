@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from tasks.errors import (
     CollectTimeoutError,
@@ -14,12 +14,13 @@ from tasks.errors import (
     ScoringError,
 )
 from tasks.messages import Failure
-from tasks.rewards import ConstantOnFailure
+from tasks.rewards import ConstantOnFailure, OnFailure
 from trainer_client.ranks.gather import OnWaiting, RankGather
 from trainer_client.results import RewardBatch
 from trainer_client.steps.step_summary import StepSummary, failure_words, joined
 
-OnFailure = Literal["raise", "nan"]
+MAX_FAILURE_RATE = 0.5
+"""Where more than half of the rewards are missing, something is broken that `on_failure: nan` was not meant for."""
 
 OK, LATE, FAILED = "ok", "late", "failed"
 """What a rank tells the others of its own verdict."""
@@ -32,6 +33,25 @@ def check_max_failure_rate(share: float) -> None:
         raise ConfigError(
             f"max_failure_rate must be a share, from 0.0 to 1.0, found {share!r}"
         )
+
+
+def max_failure_rate_of(
+    of_this_call: float | None, of_client: float | None, on_failure: OnFailure
+) -> float:
+    """The share of pairs without a reward above which one `collect()` raises.
+
+    Who asks for NaN in the call itself is given all of them, unless a share was named. A policy in the config is no
+    such word, since nobody may be looking at the failures.
+
+    Raises:
+        ConfigError: The share of this call is none.
+    """
+    if of_this_call is not None:
+        check_max_failure_rate(of_this_call)
+        return of_this_call
+    if of_client is not None:
+        return of_client
+    return 1.0 if on_failure == "nan" else MAX_FAILURE_RATE
 
 
 def check_call(timeout_s: float, on_failure: OnFailure) -> None:

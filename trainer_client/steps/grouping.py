@@ -10,6 +10,7 @@ import msgpack
 
 from tasks import media
 from tasks.errors import InvalidSampleError
+from tasks.rewards import RewardSpec, Split
 from tasks.samples import Sample
 from trainer_client.texts import shorten
 
@@ -20,6 +21,11 @@ ID_DIGITS = 16
 
 MAX_ID_CHARS = 200
 """Of a longer prompt, its group's id has the beginning and the digest: ids are in tickets and in error texts."""
+
+
+def are_compared(split: Split, rewards: Sequence[RewardSpec]) -> bool:
+    """Whether the samples of a group are compared: by advantages, or by a groupwise reward."""
+    return split == "train" or any(spec.is_groupwise for spec in rewards)
 
 
 def groups_of(samples: Sequence[Sample], call_name: str) -> list[Hashable]:

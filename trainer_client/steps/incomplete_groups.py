@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from tasks.rewards import RewardSpec
-from trainer_client.ranks.verdict import OnFailure
+from tasks.rewards import OnFailure, RewardSpec
 from trainer_client.steps.open_steps import OpenStep
 
 GROUPS_SHOWN = 3

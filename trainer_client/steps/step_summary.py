@@ -12,8 +12,8 @@ import msgpack
 import numpy as np
 
 from trainer_client.advantages.group_ids import ids_to_plain
+from trainer_client.failure_reasons import Reason, on_workers, reasons_of
 from trainer_client.results import RewardBatch
-from trainer_client.steps.failure_reasons import Reason, on_workers, reasons_of
 from trainer_client.texts import shorten
 
 REASONS_KEPT = 5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.groups import Registered
+from tasks.groups import Registered, digest
 from tasks.messages import Failure, Heartbeat, Note, Outcome, SampleRequest
 from tasks.outcomes import address
 from tasks.rewards import RAW, RewardConfig, RewardSpec
@@ -26,6 +26,7 @@ RUN, LAUNCH = "run", "launch"
 RECONCILE_S = 2.0
 NOTHING_BESIDE = Beside(metadata={}, fps=None, sample_rate=None, withheld=())
 OUR_STORE = "our store"
+FAILURE = Failure(kind="failed", message="bad luck")
 OPEN = Registered("open", "", 1, False)
 
 
@@ -35,12 +36,14 @@ def rewards_of(*blocks: Mapping[str, Any]) -> tuple[RewardSpec, ...]:
 
 
 (POINT,) = rewards_of({"reward_model": "PickScore", "batch_size": 2})
+SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
 (HELD,) = rewards_of({"reward_model": "PickScore", "batch_size": 2, "async_reward": False})
 (OTHER,) = rewards_of({"reward_model": "jpeg_compressibility", "batch_size": 2})
 (JUDGE,) = rewards_of(
     {"reward_model": "vllm_evaluate", "name": "judge", "vlm_model": "m", "api_base_url": "http://judge/v1"}
 )
 (RANKED,) = rewards_of({"reward_model": "PickScore_Rank", "batch_size": 4})
+BOTH = (POINT, RANKED)
 (HELD_RANKED,) = rewards_of({"reward_model": "PickScore_Rank", "batch_size": 4, "async_reward": False})
 
 
@@ -131,8 +134,12 @@ class EngineByHand:
     ) -> Slot:
         """Submit a sample; equal contents are equal samples."""
         slot = self.new_slot(content, group, size=size, step=step, invalid=invalid)
-        self.apply(ev.Submitted([slot]))
+        self.submit_all([slot])
         return slot
+
+    def submit_all(self, slots: Sequence[Slot]) -> None:
+        """Submit these samples together."""
+        self.apply(ev.Submitted(slots))
 
     def new_slot(
         self, content: int, group: Any = None, *, size: int | None = None, step: int = 0, invalid: bool = False
@@ -182,10 +189,12 @@ class EngineByHand:
         self.outcomes[at] = outcome
         self.apply(ev.OutcomesFound({at: outcome}, do.Purpose.EVERYTHING))
 
-    def note(self, slot: Slot, reason: Any, *, of: RewardSpec | None = None, detail: str = "detail") -> None:
-        """A worker says this of the message that a slot's reward waits for."""
+    def note(
+        self, slot: Slot, reason: Any, *, of: RewardSpec | None = None, detail: str = "detail", store: str = ""
+    ) -> None:
+        """A worker, which uses this store, says this of the message that a slot's reward waits for."""
         delivery = self.delivery(slot, of)
-        note = Note(reason=reason, worker="worker", detail=detail)
+        note = Note(reason=reason, worker="worker", detail=detail, store=store)
         self.apply(ev.NotesRead([(delivery, delivery.request, note)], OUR_STORE))
 
     def resume(self, ticket: Ticket) -> list[Slot]:
@@ -250,7 +259,8 @@ class EngineByHand:
     def _restore(self, action: do.Restore) -> ev.Event:
         for lost in action.lost:
             self.stored.update(lost.digest_of)
-        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost})
+        names = frozenset(name for lost in action.lost for name in lost.digest_of)
+        return ev.Restored({lost.awaited: self.problems.get(lost.awaited) for lost in action.lost}, names)
 
     def _look_up(self, action: do.LookUp) -> ev.Event:
         return ev.OutcomesFound({at: self.outcomes.get(at) for at in action.addresses}, action.purpose)
@@ -377,6 +387,31 @@ class _Rewards:
 
     def of(self, _split: str) -> tuple[RewardSpec, ...]:
         return self.rewards
+
+
+def in_flight(engine: EngineByHand, content: int = 1) -> Slot:
+    """A sample whose message is in flight."""
+    slot = engine.submit(content)
+    engine.run()
+    assert engine.state_of(slot) is State.IN_FLIGHT
+    return slot
+
+
+def seal(engine: EngineByHand) -> None:
+    """All members that are in their slots over ranks are the whole group."""
+    keys = [key for key, _ in dict(sorted(engine.members.items())).values()]
+    engine.registered = Registered("sealed", digest(keys), len(keys), False)
+    for group in engine.state.groups:
+        engine.digests[group.shared_key] = digest(keys)
+
+
+def another_rank_joins(engine: EngineByHand) -> Slot:
+    """A member of this rank, and one of another."""
+    slot = engine.submit(1, "g", size=2)
+    engine.run()
+    ((_, request),) = engine.members.values()
+    engine.members[1, 0] = "key of another rank", request
+    return slot
 
 
 def in_states(slots: Iterable[Slot], of: RewardSpec | None = None) -> list[State | None]:

@@ -12,16 +12,16 @@ from collections import Counter
 import pytest
 import redis
 
-from tasks.errors import RankTakenError
+from tasks.errors import CollectTimeoutError, RankTakenError, RedisRefusalError, RewardError
 from tasks.messages import Outcome
-from tests.trainer.engine.by_hand import EngineByHand, rewards_of
+from tests.trainer.engine.by_hand import SINGLE, EngineByHand
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
+from trainer_client.engine.engine import Engine
 from trainer_client.engine.loop import Chore, Loop
 from trainer_client.engine.why_late import Source
 
-SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
 LONG_S = 10.0
 """Longer than anything takes here, however slow the machine."""
 
@@ -98,7 +98,8 @@ def submit(loop, backend, content=1):
 
 def is_in_flight(loop):
     with loop.lock:
-        return any(d.number for d in loop.state.core.deliveries.values())
+        deliveries = loop.state.core.deliveries.values()
+        return bool(deliveries) and all(d.number for d in deliveries)
 
 
 def test_a_sample_goes_from_submit_to_its_outcome_and_whoever_waits_is_woken(backend):
@@ -108,8 +109,10 @@ def test_a_sample_goes_from_submit_to_its_outcome_and_whoever_waits_is_woken(bac
         eventually(lambda: is_in_flight(loop))
         backend.by_hand.outcomes[slot.awaited["PickScore"].address] = Outcome(reward=0.75)
         loop.put(ev.WaitBegan(1, frozenset({("train", 0)})))
+        started = time.monotonic()
         with loop.changed:
             assert loop.changed.wait_for(lambda: slot.is_done, LONG_S)
+        assert time.monotonic() - started < LONG_S / 2, "it was woken"
         assert slot.outcome_for("PickScore").reward == 0.75
         eventually(lambda: announced)
     assert [(one.spec, one.outcome.reward) for one in announced] == [(SINGLE[0], 0.75)]
@@ -269,6 +272,15 @@ def test_calls_of_one_lane_are_made_one_by_one_in_order(backend):
     assert order == [(number, "rewardq-poll") for number in range(50)]
 
 
+def test_an_outage_of_a_day_ends_no_loop(backend):
+    with loop_of(backend) as loop:
+        call = loop_module._Call(do.Renew([]), num_failures=20_000)
+        loop._inbox.put(loop_module._Failed(call, redis.ConnectionError("refused")))
+        eventually(lambda: loop.state.why_late.words(Source.POLLING))
+        eventually(lambda: not loop.state.why_late.words(Source.POLLING))
+        assert loop.broken is None
+
+
 def test_a_call_that_waits_for_its_server_does_not_hold_up_those_behind_it(backend):
     num_made = []
 
@@ -280,6 +292,27 @@ def test_a_call_that_waits_for_its_server_does_not_hold_up_those_behind_it(backe
         loop.do_once(do.Lane.POLL, lambda: num_made.append(1))
         eventually(lambda: num_made)
         assert loop.state.why_late.words(Source.POLLING), "the first call still waits"
+
+
+def test_a_lane_waits_for_its_server_until_the_last_of_its_calls_is_made(backend, monkeypatch):
+    monkeypatch.setattr(loop_module, "LAST_POLL_PAUSE_S", 60.0)
+    num_tries = Counter()
+
+    def fail(name, num_failures):
+        num_tries[name] += 1
+        if num_tries[name] <= num_failures:
+            raise redis.ConnectionError("refused")
+
+    with loop_of(backend) as loop:
+        monkeypatch.setattr(loop_module, "FIRST_PAUSE_S", 60.0)
+        loop.do_once(do.Lane.POLL, lambda: fail("waits long", 2))
+        eventually(lambda: loop._retries)
+        monkeypatch.setattr(loop_module, "FIRST_PAUSE_S", 0.01)
+        loop.do_once(do.Lane.POLL, lambda: fail("waits shortly", 1))
+        eventually(lambda: num_tries["waits shortly"] == 2)
+        loop.do_once(do.Lane.POLL, lambda: num_tries.update(["afterwards"]))
+        eventually(lambda: num_tries["afterwards"])
+        assert loop.state.why_late.words(Source.POLLING)
 
 
 # --- chores ---------------------------------------------------------------------------------------
@@ -345,6 +378,24 @@ def test_what_is_freed_in_the_last_turn_is_freed(backend):
     assert not backend.by_hand.stored
 
 
+def test_what_was_given_up_before_the_end_is_freed_though_the_loop_had_not_taken_it_up(backend):
+    is_in_turn, may_go_on = threading.Event(), threading.Event()
+
+    def announce(_):
+        is_in_turn.set()
+        assert may_go_on.wait(LONG_S)
+
+    with loop_of(backend, announce) as loop:
+        first, second = submit(loop, backend, 1), submit(loop, backend, 2)
+        eventually(lambda: len(loop.state.core.deliveries) == 2 and is_in_flight(loop))
+        loop.put(ev.OutcomesFound({first.awaited["PickScore"].address: Outcome(reward=1.0)}, do.Purpose.EVERYTHING))
+        assert is_in_turn.wait(LONG_S)
+        loop.put(ev.SlotsGivenUp([second]))
+        threading.Timer(0.1, may_go_on.set).start()
+        loop.close()
+    assert not backend.by_hand.stored
+
+
 def test_what_is_not_sent_at_the_end_stays_unsent(backend):
     backend.hangs[do.LookUp] = threading.Event()
     with loop_of(backend) as loop:
@@ -354,6 +405,18 @@ def test_what_is_not_sent_at_the_end_stays_unsent(backend):
         threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
         loop.close()
     assert backend.started[do.Publish] == 0
+
+
+def test_calls_that_wait_for_their_lane_at_the_end_are_not_made(backend):
+    may_go_on, made = threading.Event(), []
+    with loop_of(backend) as loop:
+        loop.do_once(do.Lane.POLL, lambda: may_go_on.wait(LONG_S))
+        for number in range(20):
+            loop.do_once(do.Lane.POLL, lambda number=number: made.append(number))
+        eventually(lambda: loop._inbox.empty())
+        threading.Timer(0.05, may_go_on.set).start()
+        loop.close()
+    assert made == []
 
 
 def test_the_end_is_not_held_up_for_ever_by_a_call_that_hangs(backend, monkeypatch):
@@ -393,3 +456,153 @@ def test_the_log_says_a_warning_once(backend, caplog):
         loop.warn_once("a queue has no worker")
         loop.warn_once("a queue has no worker")
     assert caplog.messages == ["a queue has no worker"]
+
+
+# --- waiters --------------------------------------------------------------------------------------
+
+
+class NothingToSay:
+    """In the place of a `Diagnosis`: no server says why anything is late."""
+
+    def idle_queues(self, _queues, _ended):
+        return None
+
+    def loads(self, _specs):
+        return None
+
+    def suspects(self, _addresses):
+        return None
+
+
+def engine_on(loop: Loop) -> Engine:
+    """What callers have of an engine, on a loop without servers."""
+    engine = Engine.__new__(Engine)
+    engine._loop, engine._state = loop, loop.state
+    engine._waiters, engine._counting, engine._num_submitted = itertools.count(), threading.Lock(), 0
+    engine._slots_over_ranks, engine._positions_seen = None, {}
+    engine._diagnosis = NothingToSay()
+    return engine
+
+
+def submit_by(engine, backend, content=1):
+    slot = backend.by_hand.new_slot(content)
+    engine.submit([slot])
+    return slot
+
+
+def wait(engine, slot, timeout_s=LONG_S):
+    return engine.wait([slot], time.monotonic() + timeout_s, progress=False)
+
+
+WAITS = {
+    "collect": lambda engine, slot: wait(engine, slot),
+    "flush": lambda engine, _: engine.flush(LONG_S),
+    "submit": lambda engine, _: engine.wait_for_backlog(0, LONG_S),
+}
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_is_told_of_a_bug_at_once(backend, waits_in, caplog):
+    bug = ValueError("a bug")
+    backend.hangs[do.LookUp] = threading.Event()
+    backend.raises[do.LookUp] = bug
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
+        with pytest.raises(RewardError, match="ended by a bug: ValueError") as error:
+            WAITS[waits_in](engine, slot)
+        assert error.value.__cause__ is bug
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_is_told_that_another_process_took_the_rank(backend, waits_in):
+    taken = RankTakenError("rank 0", "host:1")
+
+    def lose():
+        raise taken
+
+    backend.hangs[do.Encode] = threading.Event()
+    with loop_of(backend, chores=[Chore(0.05, lose)]) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        with pytest.raises(RankTakenError) as error:
+            WAITS[waits_in](engine, slot)
+        assert error.value is taken
+
+
+def test_whoever_waits_is_told_what_a_redis_refuses(backend, caplog):
+    backend.raises[do.LookUp] = redis.ResponseError("NOPERM this user has no permissions")
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        with pytest.raises(RedisRefusalError, match="NOPERM"):
+            wait(engine, submit_by(engine, backend))
+
+
+@pytest.mark.parametrize("waits_in", WAITS)
+def test_whoever_waits_notices_that_the_engine_was_closed(backend, waits_in):
+    backend.hangs[do.LookUp] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        eventually(lambda: backend.started[do.LookUp])
+        threading.Timer(0.05, backend.hangs[do.LookUp].set).start()
+        loop.close()
+        with pytest.raises(RewardError, match="this client was closed"):
+            WAITS[waits_in](engine, slot)
+
+
+def test_a_wait_ends_at_its_deadline_and_the_samples_are_still_awaited(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        assert not wait(engine, slot, timeout_s=0.1)
+        assert not slot.is_done
+        backend.by_hand.outcomes[slot.awaited["PickScore"].address] = Outcome(reward=1.0)
+        assert wait(engine, slot)
+
+
+def test_flush_waits_until_everything_is_in_its_queue(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        for number in range(20):
+            submit_by(engine, backend, number)
+        engine.flush(LONG_S)
+        assert engine.num_unsent == 0
+        assert len([None for kind, _ in backend.times if kind is do.Store]) == 20
+
+
+def test_flush_names_at_its_deadline_what_keeps_samples_from_being_sent(backend, quick):
+    backend.raises[do.Store] = redis.ConnectionError("refused")
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        submit_by(engine, backend)
+        with pytest.raises(CollectTimeoutError, match=r"1 samples were not sent within 0\.3 s: sending waits: "):
+            engine.flush(0.3)
+
+
+def test_submit_waits_only_while_its_backlog_is_above_the_bound(backend):
+    backend.hangs[do.Store] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        for number in range(3):
+            submit_by(engine, backend, number)
+        engine.wait_for_backlog(3, 0.0)
+        with pytest.raises(CollectTimeoutError, match="more than REWARDQ_MAX_BACKLOG=2"):
+            engine.wait_for_backlog(2, 0.1)
+        threading.Timer(0.05, backend.hangs[do.Store].set).start()
+        engine.wait_for_backlog(0, LONG_S)
+
+
+def test_samples_count_as_unsent_from_submit_on_though_the_loop_has_not_taken_them_up(backend):
+    may_go_on = threading.Event()
+    with loop_of(backend, announce=lambda _: may_go_on.wait(LONG_S)) as loop:
+        engine = engine_on(loop)
+        first = submit_by(engine, backend, 1)
+        engine.flush(LONG_S)
+        loop.put(ev.OutcomesFound({first.awaited["PickScore"].address: Outcome(reward=1.0)}, do.Purpose.EVERYTHING))
+        eventually(lambda: first.is_done)
+        submit_by(engine, backend, 2)
+        assert engine.num_unsent == 1
+        may_go_on.set()
+        engine.flush(LONG_S)

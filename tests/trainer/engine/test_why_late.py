@@ -9,15 +9,13 @@ import pytest
 import redis
 
 from tasks.messages import Outcome
-from tests.trainer.engine.by_hand import JUDGE, POINT, EngineByHand, rewards_of
+from tests.trainer.engine.by_hand import JUDGE, POINT, SINGLE, EngineByHand, in_flight, rewards_of
 from tests.trainer.engine.test_loop import FakeBackend, eventually, loop_of
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.room import MEASURE_S
-from trainer_client.engine.states import State
 from trainer_client.engine.why_late import Source, WhyLate
 
-SINGLE = rewards_of({"reward_model": "PickScore", "batch_size": 1})
 (JUDGE_OF_ONE,) = (JUDGE.model_copy(update={"batch_size": 1}),)
 PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in itertools.permutations(Source, 2)]
 
@@ -26,13 +24,6 @@ PAIRS = [pytest.param(a, b, id=f"{a.name}-{b.name}") for a, b in itertools.permu
 def why_late():
     """No reasons yet."""
     return WhyLate()
-
-
-def in_flight(engine, content=1):
-    slot = engine.submit(content)
-    engine.run()
-    assert engine.state_of(slot) is State.IN_FLIGHT
-    return slot
 
 
 # --- the reasons ----------------------------------------------------------------------------------
@@ -115,6 +106,15 @@ def test_a_note_goes_when_its_reward_is_answered(reason):
     engine.note(slot, reason)
     assert words_of(engine, Source.NOTE)
     engine.answer(slot)
+    assert words_of(engine) is None
+
+
+def test_a_note_goes_with_the_first_answer_of_its_reward_for_a_worker_serves_it():
+    engine = EngineByHand(SINGLE)
+    noted, answered = in_flight(engine, 1), in_flight(engine, 2)
+    engine.note(noted, "wire")
+    engine.answer(answered)
+    assert not noted.is_done
     assert words_of(engine) is None
 
 

@@ -1,14 +1,12 @@
-"""Failures as people read them: equal reasons together, samples as ranges, the workers named."""
+"""Why a sample has no reward, as people read it: equal reasons together, samples as ranges, the workers named."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainer_client.results import Failed
+from tasks.errors import FailureKind
 
 REASONS_SHOWN = 5
 """So many different reasons of a reward are written out; the others are counted."""
@@ -20,6 +18,27 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 _OWN_SAMPLE = re.compile(r"sample \d+: ")
 """How a reason that the trainer gives begins where it names its sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why one sample has no reward."""
+
+    sample: int
+    """Index in the batch."""
+    reward: str
+    """Name of the reward."""
+    kind: FailureKind
+    message: str
+    attempts: int
+    """How often it was tried, over all submits."""
+    worker: str = ""
+    """Name of the worker (`gpu.3211@host`) that reported it; empty where the trainer found it: unfit media, a
+    deadline."""
+
+    def __str__(self) -> str:
+        where = on_workers([self.worker] if self.worker else [])
+        return f"sample {self.sample}: {self.kind}{where}: {self.message}"
 
 
 @dataclass(slots=True)

@@ -1,0 +1,157 @@
+"""Tickets of earlier processes that are resumed: scenarios through `EngineState.apply`."""
+
+from __future__ import annotations
+
+from tests.trainer.engine.by_hand import (
+    RECONCILE_S,
+    EngineByHand,
+    another_rank_joins,
+    in_flight,
+    in_states,
+    seal,
+)
+from trainer_client.engine import actions as do
+from trainer_client.engine.states import SentBy, State
+
+
+def successor(engine: EngineByHand) -> EngineByHand:
+    """A process that is started after this one is gone; it has the same servers."""
+    return EngineByHand(
+        engine.rewards, client_id="successor", stored=engine.stored, outcomes=engine.outcomes, now=engine.now
+    )
+
+
+def test_a_resumed_sample_is_awaited_by_the_message_that_the_earlier_process_sent(single):
+    ticket = single.ticket(in_flight(single))
+    after = successor(single)
+    (slot,) = after.resume(ticket)
+    after.run()
+    assert after.delivery(slot).sent_by is SentBy.EARLIER_PROCESS
+    assert not after.published
+    after.answer(slot, 0.75)
+    assert slot.outcome_for("PickScore").reward == 0.75
+    after.run()
+    assert not [name for name in after.stored if "request" in name]
+
+
+def test_a_sample_that_was_not_sent_when_its_ticket_was_pickled_is_failed(single):
+    slot = single.submit(1)
+    single.run(but=[do.Publish, do.Store])
+    (resumed,) = successor(single).resume(single.ticket(slot))
+    assert "ended before it was sent" in resumed.outcome_for("PickScore").failure.message
+
+
+def test_what_was_answered_when_its_ticket_was_pickled_is_asked_for_once_more(single):
+    slot = in_flight(single)
+    single.answer(slot, 0.75)
+    after = successor(single)
+    (resumed,) = after.resume(single.ticket(slot))
+    after.wait(RECONCILE_S)
+    assert resumed.outcome_for("PickScore").reward == 0.75
+
+
+def test_a_lost_message_of_an_earlier_process_goes_again_as_it_was_while_its_request_is_there(single):
+    slot = in_flight(single)
+    ticket = single.ticket(slot)
+    after = successor(single)
+    (resumed,) = after.resume(ticket)
+    after.run()
+    after.wait(RECONCILE_S)
+    after.wait(RECONCILE_S)
+    assert after.published_again == [single.delivery(slot).request]
+    assert after.state_of(resumed) is State.IN_FLIGHT
+
+
+def test_a_lost_message_of_an_earlier_process_whose_request_is_gone_fails_its_samples(single):
+    ticket = single.ticket(in_flight(single))
+    single.stored.clear()
+    after = successor(single)
+    (slot,) = after.resume(ticket)
+    after.run()
+    after.wait(RECONCILE_S)
+    after.wait(RECONCILE_S)
+    assert "left the payload store" in slot.outcome_for("PickScore").failure.message
+
+
+def test_the_payloads_of_an_earlier_process_live_on_and_are_freed_with_the_answer(single):
+    before = in_flight(single)
+    (payload,) = single.awaited(before).payloads
+    after = successor(single)
+    (slot,) = after.resume(single.ticket(before))
+    after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    after.run()
+    assert payload.name in after.state.core.payloads.names_in_use()
+    after.answer(slot)
+    after.assert_nothing_is_left()
+
+
+def test_the_payloads_of_an_earlier_process_are_freed_also_if_the_answer_comes_before_they_are_known(single):
+    before = in_flight(single)
+    (payload,) = single.awaited(before).payloads
+    after = successor(single)
+    (slot,) = after.resume(single.ticket(before))
+    after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    after.answer(slot)
+    after.assert_nothing_is_left()
+
+
+def test_what_is_awaited_here_already_is_shared_with_a_resumed_sample(single):
+    ticket = single.ticket(in_flight(single))
+    after = successor(single)
+    own = in_flight(after)
+    (resumed,) = after.resume(ticket)
+    assert after.awaited(own) is after.awaited(resumed)
+    assert after.delivery(own).sent_by is SentBy.US
+    after.answer(own)
+    assert resumed.is_done
+
+
+def test_media_that_are_gone_with_their_process_fail_an_equal_sample_of_this_one_until_it_is_submitted_again(single):
+    before = in_flight(single)
+    single.stored.clear()
+    after = successor(single)
+    after.resume(single.ticket(before))
+    own = after.submit(1)
+    after.run()
+    after.wait(RECONCILE_S)
+    after.wait(RECONCILE_S)
+    assert "its media left the payload store" in own.outcome_for(own.rewards[0].name).failure.message
+    again = after.submit(1)
+    after.run()
+    assert after.state_of(again) in (State.LINGERING, State.IN_FLIGHT)
+
+
+def test_two_tickets_of_one_message_are_awaited_by_one_delivery(engine):
+    slots = [engine.submit(1), engine.submit(2)]
+    engine.run()
+    tickets = [engine.ticket(slot) for slot in slots]
+    after = successor(engine)
+    resumed = [after.resume(ticket)[0] for ticket in tickets]
+    assert len(after.state.core.deliveries) == 1
+    assert after.delivery(resumed[0]) is after.delivery(resumed[1])
+
+
+def test_a_second_ticket_of_a_message_that_waits_for_a_permit_waits_with_it(engine):
+    slots = [engine.submit(1), engine.submit(2)]
+    engine.run()
+    tickets = [engine.ticket(slot) for slot in slots]
+    after = successor(engine)
+    (first,) = after.resume(tickets[0])
+    after.run()
+    after.note(first, "busy")
+    (second,) = after.resume(tickets[1])
+    assert in_states([first, second]) == [State.THROTTLED] * 2
+
+
+def test_a_group_that_another_rank_sent_for_an_earlier_process_is_only_watched(shared):
+    before = another_rank_joins(shared)
+    seal(shared)
+    shared.other_ranks_number = 7
+    shared.wait(1.0)
+    after = successor(shared)
+    (slot,) = after.resume(shared.ticket(before))
+    for _ in range(5):
+        after.wait(RECONCILE_S)
+    assert after.delivery(slot).sent_by is SentBy.OTHER_RANK_EARLIER
+    assert not after.published
+    assert not after.published_again
