@@ -57,6 +57,21 @@ def check_answers(simulation: Simulation) -> None:
                 oracle.check_sample(spec, sample)
 
 
+def check_first_stays(simulation: Simulation) -> None:
+    """The first reward that was written at an address stays: all ranks have seen it in all steps, and it is there.
+
+    Not where Redis was emptied meanwhile: it knows nothing of the first then.
+    """
+    if simulation.schedule.may_lose_results:
+        return
+    for rank in simulation.ranks:
+        for address, outcomes in rank.rewards_seen.items():
+            there = simulation.services.outcomes.look_up([address])[0]
+            for outcome in outcomes:
+                if outcome != there:
+                    raise BrokenPropertyError("replaced", f"{address}: rank {rank.number} saw {outcome}, now {there}")
+
+
 class Oracle:
     """Knows what each sample of a schedule should end with."""
 
@@ -290,3 +305,10 @@ def check_none(what: str, prefixes: tuple[str, ...], names: Sequence[str]) -> No
     found = [name for name in names if name.startswith(prefixes)]
     if found:
         raise BrokenPropertyError("left over", f"{what}: {found}")
+
+
+def check_starts(simulation: Simulation) -> None:
+    """Where nothing goes wrong no sample is started twice: a start without an answer is taken back."""
+    most_starts = simulation.services.outcomes.most_starts
+    if simulation.schedule.is_faultless and most_starts > 1:
+        raise BrokenPropertyError("suspected", f"a sample was started {most_starts} times, and no process has ended")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
-from tests.simulation.schedules import RankPlan, StepPlan, incomplete_groups
+from tests.simulation.schedules import RankPlan, Schedule, StepPlan, incomplete_groups
 from tests.simulation.trainer import Client, Settings, outcomes_of
 from tests.simulation.workers import Services
 from tests.simulation.world import BrokenPropertyError, Process, Signal, World
@@ -16,10 +16,16 @@ from tests.simulation.world import BrokenPropertyError, Process, Signal, World
 RESTART_S = 0.7
 """A trainer that was killed comes again so much later."""
 
+CHECKPOINT_EVERY_S = 0.15
+"""A trainer that collects a step pickles its tickets so often."""
+
 COLLECT_AGAIN_S = 50.0
 
 LATE_S = 0.01
 """A wait may outlive its deadline by so much."""
+
+SEEN_WITHIN_S = 0.5
+"""An answer is seen within this long after it was written, if nothing goes wrong."""
 
 ENDED_WITH_PROCESS = (
     "the process that submitted it ended before it was sent",
@@ -66,13 +72,18 @@ class Rank:
     settings: Settings
     barrier: Barrier
     on_done: Callable[[], None]
-    may_lose_payloads: bool
-    """A fault of the schedule takes payloads out of the store."""
+    schedule: Schedule
     num_started: int = 0
+    _open: tuple[int, StepPlan, list[Any]] | None = None
+    """The step that is collected."""
     num_steps_done: int = 0
     is_done: bool = False
     answers: dict[Position, Outcome] = field(default_factory=dict)
     given_up: set[Position] = field(default_factory=set)
+    rewards_seen: dict[str, list[Outcome]] = field(default_factory=dict)
+    """By address, each other outcome that was a reward, or a group's with rewards only."""
+    failed_before: dict[str, int] = field(default_factory=dict)
+    """By address, the attempt whose failure was collected in an earlier step."""
     tickets: dict[tuple[int, int], Any] = field(default_factory=dict)
     """On disk: by step and number of the submit, what was pickled."""
 
@@ -107,10 +118,12 @@ class Rank:
 
     def _start(self) -> None:
         self.num_started += 1
+        self._open = None
         name = f"r{self.number}.{self.num_started}"
         self.process = self.world.process(name)
         self.client = Client(self.process, self.services, self.settings, name)
         self.process.spawn(self._train, "main")
+        self.process.spawn(self._save_checkpoints, "checkpoints")
 
     # --- what it does ------------------------------------------------------------------------------------------------
 
@@ -129,16 +142,26 @@ class Rank:
             words = dict.fromkeys(incomplete_groups(plan.submits), INCOMPLETE)
             if words and self.client.has_groups:
                 self.client.give_up_groups(step, words)
+        self._open = step, plan, slots
         is_complete = self._collect(slots, plan.timeout_s)
         if not is_complete and plan.is_given_up:
-            for slot, reward, outcome in outcomes_of(slots):
-                if outcome is None:
-                    self.given_up.add((slot.step, slot.index, reward))
-        elif not is_complete:
-            while not self._collect(slots, COLLECT_AGAIN_S):
-                pass
+            slots = self._give_up(slots)
+        while not is_complete:
+            is_complete = self._collect(slots, COLLECT_AGAIN_S)
         self.barrier.wait(self.number, step)
+        self._open = None
+        self._remember_failures(slots)
         self.client.give_up(slots)
+
+    def _give_up(self, slots: list[Any]) -> list[Any]:
+        """Cancel the first ticket of a step, or all where a group would wait for its members; returns the rest."""
+        is_grouped = any(spec.is_groupwise for spec in self.settings.rewards)
+        cancelled = [slot for slot in slots if is_grouped or slot.ticket == 0]
+        for slot, reward, outcome in outcomes_of(cancelled):
+            if outcome is None:
+                self.given_up.add((slot.step, slot.index, reward))
+        self.client.give_up(cancelled)
+        return [slot for slot in slots if slot not in cancelled]
 
     def _submit(self, step: int, plan: StepPlan) -> list[Any]:
         slots: list[Any] = []
@@ -158,7 +181,7 @@ class Rank:
         """Whether the samples of a ticket are not to be submitted anew. A group waits for ever for a member that was
         not sent, and other ranks also for one whose media are gone with its process."""
         if self.settings.world_size > 1:
-            return not self.may_lose_payloads and self.client.is_sent(ticket)
+            return not self.schedule.may_lose_payloads and self.client.is_sent(ticket)
         is_submitted = all((step, number) in self.tickets for number in range(len(self.plan.steps[step].submits)))
         return is_submitted or not any(spec.is_groupwise for spec in self.settings.rewards)
 
@@ -170,16 +193,53 @@ class Rank:
             if mine:
                 self.tickets[step, number] = self.client.pickle(mine)
 
+    def _save_checkpoints(self) -> None:
+        """Pickle the tickets of the step that is collected, again and again: some of it is answered then."""
+        while True:
+            self.world.sleep(CHECKPOINT_EVERY_S)
+            if self._open is not None:
+                self._pickle(*self._open)
+
     def _collect(self, slots: Sequence[Any], timeout_s: float) -> bool:
         """Whether all is there by then."""
-        deadline = self.world.now + timeout_s
+        began, deadline = self.world.now, self.world.now + timeout_s
         is_complete = self.client.collect(slots, timeout_s)
         if self.world.now > deadline + LATE_S and not self.process.hit_since(deadline):
             raise BrokenPropertyError("late", f"a wait until {deadline:.3f} ended at {self.world.now:.3f}")
         for slot, reward, outcome in outcomes_of(slots):
             if outcome is not None:
                 self._see((slot.step, slot.index, reward), outcome)
+        self._see_rewards(slots)
+        self._check_are_tried_anew(slots)
+        if is_complete and self.schedule.is_faultless:
+            self._check_is_soon(slots, began)
         return is_complete
+
+    def _check_is_soon(self, slots: Sequence[Any], began: float) -> None:
+        """An answer is seen soon after it was written, if nothing goes wrong."""
+        written_ms = self.services.outcomes.written_ms
+        addresses = [awaited.address for slot in slots for awaited in slot.awaited.values()]
+        last = max([began, *(written_ms.get(address, 0) / 1000 for address in addresses)])
+        if self.world.now > last + SEEN_WITHIN_S:
+            raise BrokenPropertyError("seen late", f"there since {last:.3f}, seen at {self.world.now:.3f}")
+
+    def _see_rewards(self, slots: Sequence[Any]) -> None:
+        for slot in slots:
+            for awaited in slot.awaited.values():
+                seen = self.rewards_seen.setdefault(awaited.address, [])
+                if awaited.outcome is not None and awaited.outcome.is_final and awaited.outcome not in seen:
+                    seen.append(awaited.outcome)
+
+    def _remember_failures(self, slots: Sequence[Any]) -> None:
+        for awaited in failures_of(slots):
+            self.failed_before[awaited.address] = awaited.outcome.attempt
+
+    def _check_are_tried_anew(self, slots: Sequence[Any]) -> None:
+        """What failed in an earlier step was tried anew, unless Redis was emptied and knows nothing of that."""
+        for awaited in failures_of(slots):
+            before = self.failed_before.get(awaited.address, 0)
+            if awaited.outcome.attempt <= before and not self.schedule.may_lose_results:
+                raise BrokenPropertyError("old failure", f"{awaited.address} failed before: {awaited.outcome}")
 
     def _see(self, position: Position, outcome: Outcome) -> None:
         """An answer is seen: from now on it is no other. (A failure may be, to a process that tries again.)"""
@@ -192,20 +252,28 @@ class Rank:
         self.world.say(self.process, "sees", position, outcome.reward, outcome.failure)
 
 
+def failures_of(slots: Sequence[Any]) -> Iterator[Any]:
+    """What is awaited of these slots, and was answered by a failure."""
+    for slot in slots:
+        for awaited in slot.awaited.values():
+            outcome = awaited.outcome
+            if awaited.address and outcome is not None and not outcome.is_final:
+                yield awaited
+
+
 def make_ranks(
     world: World,
     services: Services,
     rewards: tuple[RewardSpec, ...],
-    plans: Sequence[RankPlan],
     invalid: frozenset[int],
     on_done: Callable[[], None],
-    may_lose_payloads: bool,
-    is_calm: bool,
+    schedule: Schedule,
 ) -> list[Rank]:
     """All ranks of a trainer."""
+    plans = schedule.ranks
     barrier = Barrier(world, len(plans))
     ranks = []
     for number, plan in enumerate(plans):
-        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes, is_calm)
-        ranks.append(Rank(world, services, plan, settings, barrier, on_done, may_lose_payloads))
+        settings = Settings(number, len(plans), rewards, invalid, plan.max_store_bytes, schedule.is_calm)
+        ranks.append(Rank(world, services, plan, settings, barrier, on_done, schedule))
     return ranks

@@ -98,6 +98,10 @@ class Outcomes:
     def __init__(self, keyspace: Keyspace, claim_ttl_s: float, result_ttl_s: float) -> None:
         self._keys = keyspace
         self._claim_ms, self._result_ms = round(1000 * claim_ttl_s), round(1000 * result_ttl_s)
+        self.written_ms: dict[str, int] = {}
+        """By address, when its outcome was written. This and what follows are for whoever checks a schedule."""
+        self.most_starts = 0
+        """Of a sample that had no answer."""
 
     # --- for workers -------------------------------------------------------------------------------------------------
 
@@ -117,6 +121,7 @@ class Outcomes:
             self._keys.set(key, token, self._claim_ms)
             fields = self._keys.hash(starts)
             fields["starts"] = fields.get("starts", 0) + 1
+            self.most_starts = max(self.most_starts, fields["starts"])
             self._keys.expire(starts, self._result_ms)
             return Claim("claimed", fields["starts"])
         if holder == token:
@@ -140,6 +145,7 @@ class Outcomes:
         if old is not None and (old.is_final or (not outcome.is_final and old.attempt >= outcome.attempt)):
             return False
         self._keys.set(keys.outcome(address), outcome, self._result_ms)
+        self.written_ms[address] = self._keys.now_ms()
         return True
 
     def start_alone(self, address: str, most: int, token: str) -> tuple[int, float]:
@@ -209,6 +215,11 @@ class Outcomes:
             if not nodes:
                 self._keys.delete(keys.WORKERS)
         self._keys.delete(keys.worker(node))
+
+    def claimed_by(self, prefix: str) -> list[str]:
+        """Claims whose token begins so; for whoever checks a schedule."""
+        claims = [name for name in self._keys.names() if name.startswith(keys.claim(""))]
+        return [name for name in claims if self._keys.get(name).startswith(prefix)]
 
     # --- for clients -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from tests.simulation.schedules import RankPlan, Schedule, StepPlan, draw
 from tests.simulation.simulation import Simulation
+from tests.simulation.world import MAX_EVENTS
 
 SEEDS_A_TURN = 50
 """One process of several takes so many seeds at a time."""
@@ -36,10 +37,10 @@ class Failure:
         return f"seed {self.seed}: {self.property}: {self.words}"
 
 
-def run(schedule: Schedule) -> Failure | None:
+def run(schedule: Schedule, max_events: int = MAX_EVENTS) -> Failure | None:
     """Carry out a schedule; returns what went wrong."""
     try:
-        Simulation(schedule).run()
+        Simulation(schedule, max_events=max_events).run()
     except Exception as error:
         name = getattr(error, "name", None) or type(error).__name__
         return Failure(schedule.seed, str(name), str(error))

@@ -138,11 +138,14 @@ class Schedule:
         return any(w.load_hangs or w.other_wire or w.other_store or w.outdated for w in self.workers)
 
     @property
+    def is_faultless(self) -> bool:
+        """Whether nothing goes wrong at all."""
+        return not (self.faults or self.weather.until or self.is_odd)
+
+    @property
     def is_calm(self) -> bool:
-        """Whether nothing goes wrong at all, so that nothing is to be sent twice."""
-        if self.faults or self.weather.until or self.is_odd:
-            return False
-        return all(reward.budget is None for reward in self.rewards)
+        """Whether nothing is to be sent twice: nothing goes wrong, and no judge is asked too much."""
+        return self.is_faultless and all(reward.budget is None for reward in self.rewards)
 
     @property
     def num_samples(self) -> int:

@@ -20,7 +20,7 @@ from tests.simulation.redis import GroupSlots, Keyspace, Outcomes, PayloadStore
 from tests.simulation.schedules import SERVERS, START_S, Fault, RewardPlan, Schedule, refusal_of
 from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
-from tests.simulation.world import BrokenPropertyError, World
+from tests.simulation.world import MAX_EVENTS, BrokenPropertyError, World
 
 CLAIM_TTL_S = 1.0
 
@@ -93,11 +93,12 @@ class Simulation:
 
     Args:
         traces: Keep what happens, for people.
+        max_events: A schedule that takes more waits for ever.
     """
 
-    def __init__(self, schedule: Schedule, traces: bool = False) -> None:
+    def __init__(self, schedule: Schedule, traces: bool = False, max_events: int = MAX_EVENTS) -> None:
         self.schedule = schedule
-        self.world = World(schedule.seed, traces)
+        self.world = World(schedule.seed, traces, max_events)
         self.specs = tuple(spec_of(plan, number) for number, plan in enumerate(schedule.rewards))
         self._make_servers()
         self.models = self._make_models()
@@ -108,11 +109,9 @@ class Simulation:
             self.world,
             self.services,
             self.specs,
-            schedule.ranks,
             invalid,
             self._one_is_done,
-            schedule.may_lose_payloads,
-            schedule.is_calm,
+            schedule,
         )
         for fault in schedule.faults:
             self._plan(fault)
@@ -259,11 +258,13 @@ class Simulation:
     def _end(self) -> None:
         """Look at what is left, once what is under way has ended."""
         properties.check_answers(self)
+        properties.check_first_stays(self)
         self.world.sleep(max(0.0, self.schedule.faults_end - self.world.now))
         while not self._is_quiet:
             self.world.sleep(LOOK_EVERY_S)
         self.world.sleep(properties.SETTLE_S)
         properties.check_left_over(self)
+        properties.check_starts(self)
         self.world.is_over = True
 
 

@@ -11,13 +11,14 @@ from kombu.exceptions import OperationalError
 
 from tasks.celery_app import COMBINE, GROUP, PRIORITY_FIRST, SCORE
 from tasks.errors import BusyError, ModelLoadError, StaleCodeError
+from tasks.media import digest
 from tasks.messages import WIRE_VERSION, GroupRequest, Heartbeat, Outcome, RewardCall, SampleRequest, ScoreRequest
 from tasks.servers.connections import LOST
 from tests.simulation.models import Models
 from tests.simulation.network import Connection, Remote, Server, Weather
 from tests.simulation.queues import Chords, Message, Queues
 from tests.simulation.redis import GroupSlots, Outcomes, PayloadStore
-from tests.simulation.world import Clock, Lock, Signal, World
+from tests.simulation.world import BrokenPropertyError, Clock, Lock, Signal, World
 from workers.process.heartbeat import BEATS_A_TTL, REDIS_ERRORS
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
@@ -32,6 +33,9 @@ PUBLISH_TRIES, PUBLISH_PAUSE_S = 4, 0.2
 
 RECONNECT_S = 0.3
 """A slot whose connection to the broker broke asks again so much later."""
+
+QUIET_S = 3.0
+"""A fault explains what is left of claims for so long."""
 
 LONG_LOAD_S = 8.0
 HAND_BACK_S = 1.5
@@ -179,6 +183,17 @@ class WorkerProcess:
             self.num_in_hand += 1
             self._do(message)
             self.num_in_hand -= 1
+            if not self.num_in_hand:
+                self._check_claims()
+
+    def _check_claims(self) -> None:
+        """A process that has nothing in hand claims nothing, unless a fault has hit it or Redis a moment ago."""
+        services, then = self.worker.services, self.world.now - QUIET_S
+        if self.process.hit_since(then) or services.results_server.hit_since(then):
+            return
+        claims = services.outcomes.claimed_by(f"{self.node}/")
+        if claims or self.claims.tokens:
+            raise BrokenPropertyError("claim kept", f"{self.node} has nothing in hand, and claims {claims}")
 
     def _do(self, message: Message) -> None:
         kind, work = HANDLERS[message.task]
@@ -320,6 +335,15 @@ class Claims(HeldClaims):
         super().hold(sorted(addresses), token)
 
 
+def check_media(sample: SampleRequest, payloads: Mapping[str, bytes]) -> None:
+    """A model is called with the media of its samples, and with no others."""
+    for one in sample.members or (sample,):
+        for refs in one.media.values():
+            for ref in refs if isinstance(refs, tuple) else (refs,):
+                if ref.name not in payloads or digest(payloads[ref.name]) != ref.digest:
+                    raise BrokenPropertyError("media", f"{one.address} is scored without its own {ref.name}")
+
+
 class Runner:
     """In the place of `workers.scoring.runner.ModelRunner`."""
 
@@ -363,8 +387,10 @@ class Runner:
             raise BusyError("its fleet's budget is in use")
 
     def run(
-        self, model: RewardCall, call: RewardCall, samples: Sequence[SampleRequest], _payloads: Mapping[str, bytes]
+        self, model: RewardCall, call: RewardCall, samples: Sequence[SampleRequest], payloads: Mapping[str, bytes]
     ) -> Iterator[dict[str, Outcome]]:
+        for sample in samples:
+            check_media(sample, payloads)
         left = list(samples)
         while left:
             size = 1 if left[0].members else call.batch_size

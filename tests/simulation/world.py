@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 LATER = float("inf")
 
+MAX_EVENTS = 200_000
+"""A schedule that takes more waits for ever, in a circle."""
+
 
 class KilledError(BaseException):
     """This process is dead: unwinds its threads. Nothing of a dead process has an effect on the world any more."""
@@ -182,7 +185,7 @@ class Clock:
 class World:
     """Everything there is in one schedule."""
 
-    def __init__(self, seed: int, traces: bool = False, max_events: int = 200_000) -> None:
+    def __init__(self, seed: int, traces: bool = False, max_events: int = MAX_EVENTS) -> None:
         self.seed = seed
         self.now = 1000.0
         self.random = self.random_of("world")
