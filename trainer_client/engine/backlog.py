@@ -1,4 +1,4 @@
-"""The backlog: samples that were accepted and are not sent. `submit()` waits while it is long, `flush()` for its end."""
+"""The backlog: samples accepted and not yet sent. `submit()` waits while it is long, `flush()` while there is one."""
 
 from __future__ import annotations
 
