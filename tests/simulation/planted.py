@@ -234,9 +234,9 @@ ENGINE = (
     Bug(
         "successor_frees_media_of_group",
         "a successor frees media that a group needs which another rank has sent",
-        EngineState._use_foreign,
-        "for user in slot.awaited.values():",
-        "for user in (awaited,):",
+        EngineState._on_requests_read,
+        "if not awaited.is_ended:",
+        "if not awaited.is_ended and awaited.address == address:",
     ),
 )
 

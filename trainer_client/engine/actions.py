@@ -186,8 +186,8 @@ class ReadRequests:
     lane: ClassVar[Lane] = Lane.UPKEEP
     requests: Sequence[tuple[str, bool]]
     """Each with whether it is a group's."""
-    addresses: frozenset[str]
-    """Only the payloads of these outcomes: the request may be for other tickets too."""
+    slots_of: Mapping[str, Sequence[Slot]]
+    """By address, the samples of the ticket: a request may be for other tickets too, whose payloads are not read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,11 +289,11 @@ class Backend:
         payloads = []
         for request, is_group in action.requests:
             for address, sample in self._samples_of(request, is_group=is_group):
-                if address not in action.addresses:
+                if address not in action.slots_of:
                     continue
                 for ref in _refs_of(sample):
                     payloads.append((address, ref.name, ref.digest))
-        return ev.RequestsRead(payloads)
+        return ev.RequestsRead(payloads, action.slots_of)
 
     def _samples_of(
         self, request: str, *, is_group: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tasks.messages import Failure, Note, Outcome
 from tasks.rewards import RewardSpec
@@ -325,15 +325,7 @@ class Core:
 
     def resume(self, delivery: Delivery) -> None:
         """Look after a message that an earlier process sent, for what no other delivery here is for."""
-        mine: list[Awaited] = []
-        for listed in delivery.awaited:
-            known = self.awaited.get(listed.address)
-            is_in_flight = known is not None and known.state is State.IN_FLIGHT
-            if known is None or not is_in_flight or known.delivery is not None:
-                continue
-            if known not in mine:
-                mine.append(known)
-        delivery.awaited = mine
+        mine = delivery.awaited = self._without_delivery(delivery.awaited)
         if not mine:
             return
         # Another ticket may have been for the same message.
@@ -345,6 +337,17 @@ class Core:
             if awaited.state is not known_delivery.state:
                 self.move(awaited, known_delivery.state)
         self.renumbered(known_delivery)
+
+    def _without_delivery(self, listed: Iterable[Awaited]) -> list[Awaited]:
+        """Those of what a ticket lists that are in flight for no delivery yet, as they are known here."""
+        found: dict[Awaited, None] = {}
+        for one in listed:
+            known = self.awaited.get(one.address)
+            if known is None or known.delivery is not None:
+                continue
+            if known.state is State.IN_FLIGHT:
+                found[known] = None
+        return list(found)
 
     # --- invariants ------------------------------------------------------------------
 

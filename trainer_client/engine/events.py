@@ -179,6 +179,8 @@ class RequestsRead:
     """What the requests of a resumed ticket name: address, name and digest of each payload."""
 
     payloads: Sequence[tuple[str, str, str]]
+    slots_of: Mapping[str, Sequence[Slot]]
+    """By address, the samples of the ticket."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,11 @@ class Group:
         return awaited.address == address
 
     @property
+    def carries(self) -> bool:
+        """Whether outcomes of its members wait for it."""
+        return any(member.carried for member in self.members.values())
+
+    @property
     def is_full(self) -> bool:
         """Whether all members are there, those of this rank alone."""
         return self.size is not None and len(self.members) >= self.size
@@ -188,11 +193,7 @@ class Groups:
 
     def overdue_at(self) -> float:
         """When outcomes that wait for their group next go by themselves."""
-        times = [
-            group.opened_at + OVERDUE_S
-            for group in self
-            if any(member.carried for member in group.members.values())
-        ]
+        times = [group.opened_at + OVERDUE_S for group in self if group.carries]
         return min(times, default=NEVER)
 
     def unanswered(self) -> list[Group]:

@@ -83,16 +83,8 @@ class Sealing:
         self, group: Group, sealed: Awaited, members: Mapping[Any, Member]
     ) -> None:
         """Let the members of this rank await the outcome of their sealed group."""
-        awaited = self._core.awaited.get(sealed.address)
-        if awaited is None and group.has_answer_of(sealed.address):
-            awaited = group.awaited  # a member that came late gets what the others got
-        is_new = awaited is None
-        if awaited is None:
-            awaited = sealed
-            self._core.add(awaited, State.LOOKING_UP)
-        elif awaited.group is not None and sealed.group is not None:
-            awaited.group.take_media_of(sealed.group)
-        group.awaited = awaited
+        awaited = group.awaited = self._known_or_new(group, sealed)
+        is_new = awaited is sealed
         left_behind: dict[Awaited, None] = {}
         for position, member in members.items():
             index = sealed.group.index_of.get(position) if sealed.group else None
@@ -106,6 +98,18 @@ class Sealing:
             self._core.num_group_calls += 1
             question = self._core.new_name("question")
             self._core.act(do.LookUpGroup(awaited, question))
+
+    def _known_or_new(self, group: Group, sealed: Awaited) -> Awaited:
+        """What the members of a sealed group await: `sealed`, unless the same is awaited here, or answered, already."""
+        known = self._core.awaited.get(sealed.address)
+        if known is not None:
+            if known.group is not None and sealed.group is not None:
+                known.group.take_media_of(sealed.group)
+            return known
+        if group.awaited is not None and group.has_answer_of(sealed.address):
+            return group.awaited  # a member that came late gets what the others got
+        self._core.add(sealed, State.LOOKING_UP)
+        return sealed
 
     def _leave_behind(self, before: Awaited, awaited: Awaited) -> None:
         """A group was sealed anew: what it was before has the payloads of those of its members that stayed the same."""

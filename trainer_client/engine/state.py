@@ -20,6 +20,7 @@ from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.model import (
     Awaited,
     Member,
+    Slot,
 )
 from trainer_client.engine.polling import Polling
 from trainer_client.engine.sealing import Sealing
@@ -84,8 +85,6 @@ class EngineState:
         self.tracking = Tracking(
             self.core, self.sending, self.sealing, losses, self.throttle, self.polling
         )
-        self._resumed: dict[str, Awaited] = {}
-        """By address, what tickets of earlier processes await or awaited."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             ev.Submitted: self.intake.on_submitted,
             ev.WaitBegan: self._on_wait_began,
@@ -168,35 +167,31 @@ class EngineState:
             self.core.abandon(slot)
 
     def _on_resumed(self, event: ev.TicketResumed) -> None:
-        addresses: dict[str, None] = {}
+        slots_of: dict[str, list[Slot]] = {}
         for slot in event.slots:
-            addresses.update((a.address, None) for a in slot.awaited.values())
-            self.core.take_up_slot(slot)
             for awaited in slot.awaited.values():
-                self._resumed[awaited.address] = awaited
+                slots_of.setdefault(awaited.address, []).append(slot)
+            self.core.take_up_slot(slot)
         requests = []
         for delivery in event.deliveries:
             self.tracking.follow(delivery)
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
                 is_group = delivery.spec.how in ("rank", "wins")
                 requests.append((delivery.request, is_group))
-        self.core.act(do.ReadRequests(requests, frozenset(addresses)))
+        self.core.act(do.ReadRequests(requests, slots_of))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:
+        """Keep the payloads of an earlier process until all is answered that their samples await.
+
+        A group of theirs that another rank has sent may need them too: this rank cannot read the request of that.
+        """
         for address, name, payload_digest in event.payloads:
-            self._use_foreign(name, payload_digest, self._resumed[address])
+            for slot in event.slots_of[address]:
+                for awaited in slot.awaited.values():
+                    if not awaited.is_ended:
+                        self.core.payloads.use_foreign(name, payload_digest, awaited)
         # What was answered before its payloads were known here needs them no more.
         self.core.payloads.free_unused(name for _, name, _ in event.payloads)
-
-    def _use_foreign(self, name: str, payload_digest: str, awaited: Awaited) -> None:
-        """Keep a payload of an earlier process until all is answered that its samples await.
-
-        A group of theirs that another rank has sent may need the payload too: this rank cannot read its request.
-        """
-        for slot in awaited.slots:
-            for user in slot.awaited.values():
-                if not user.is_ended:
-                    self.core.payloads.use_foreign(name, payload_digest, user)
 
     def _on_freed(self, _event: ev.Freed) -> None:
         self.core.freed()

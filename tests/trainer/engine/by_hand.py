@@ -319,8 +319,9 @@ class EngineByHand:
     def _check_request(self, action: do.CheckRequest) -> ev.Event:
         return ev.RequestChecked(action.delivery, action.delivery.request in self.stored)
 
-    def _read_requests(self, _action: do.ReadRequests) -> ev.Event:
-        return ev.RequestsRead(self.named)
+    def _read_requests(self, action: do.ReadRequests) -> ev.Event:
+        named = [payload for payload in self.named if payload[0] in action.slots_of]
+        return ev.RequestsRead(named, action.slots_of)
 
     def _register(self, action: do.RegisterMember) -> ev.Event:
         assert action.member.request is not None
