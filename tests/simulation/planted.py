@@ -27,10 +27,10 @@ from tests.simulation.schedules import draw
 from trainer_client.engine import model, resume, tracking
 from trainer_client.engine.backend import Backend
 from trainer_client.engine.core import Core
-from trainer_client.engine.group_sealing import Sealing
 from trainer_client.engine.intake import Intake
 from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.payloads import PayloadLedger
+from trainer_client.engine.sealing import Sealing
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.tracking import Tracking
@@ -235,8 +235,8 @@ ENGINE = (
         "successor_frees_media_of_group",
         "a successor frees media that a group needs which another rank has sent",
         EngineState._on_requests_read,
-        "for awaited in slot.awaited.values():",
-        "for awaited in [a for a in slot.awaited.values() if a.address == address]:",
+        "if not awaited.is_ended:",
+        "if not awaited.is_ended and awaited.address == address:",
     ),
 )
 

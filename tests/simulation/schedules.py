@@ -144,8 +144,12 @@ class Schedule:
 
     @property
     def is_calm(self) -> bool:
-        """Whether nothing is to be sent twice: nothing goes wrong, and no judge is asked too much."""
-        return self.is_faultless and all(reward.budget is None for reward in self.rewards)
+        """Whether nothing is to be sent twice: nothing goes wrong, no judge is asked too much, and nothing is cancelled.
+
+        What is cancelled takes its media with it, and the others of its chunk are sent again.
+        """
+        is_cancelled = any(step.is_given_up for rank in self.ranks for step in rank.steps)
+        return self.is_faultless and not is_cancelled and all(reward.budget is None for reward in self.rewards)
 
     @property
     def num_samples(self) -> int:
