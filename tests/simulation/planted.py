@@ -34,7 +34,7 @@ from trainer_client.engine.payloads import PayloadLedger
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.tracking import Tracking
-from workers.scoring import group, timeouts
+from workers.scoring import group, quarantine, timeouts
 from workers.scoring.chunk import ChunkScorer
 from workers.scoring.context import ScoringContext
 from workers.scoring.held_claims import HeldClaims
@@ -276,7 +276,7 @@ WORKERS = (
     Bug(
         "suspect_never_given_up",
         "a sample that ends its process each time is started for ever",
-        ChunkScorer._run_suspect,
+        quarantine.decide,
         "if earlier < MOST_STARTS_ALONE:",
         "if True:",
     ),

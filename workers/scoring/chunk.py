@@ -16,10 +16,8 @@ from tasks.messages import Failure, MediaRef, Outcome, SampleRequest, ScoreReque
 from tasks.outcomes import USUAL_STARTS
 from workers.scoring.context import ScoringContext, context_of
 from workers.scoring.handling import handle
+from workers.scoring.quarantine import MOST_STARTS_ALONE, decide, given_up
 from workers.scoring.task_message import TaskMessage, queue_of
-
-MOST_STARTS_ALONE = 3
-"""How often a suspect is started alone without an answer before it is given up."""
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
@@ -101,7 +99,7 @@ class ChunkScorer:
         """Score claimed samples, given with their starts: the usual ones together, then each suspect alone."""
         usual = [sample for sample, starts in claimed if starts <= USUAL_STARTS]
         suspects = [sample for sample, starts in claimed if starts > USUAL_STARTS]
-        if not usual and self.context.quarantine.locked():
+        if not usual and self.context.quarantine.is_occupied:
             return "suspects, sent back: another is being scored alone"
         payloads = self._fetch([*usual, *suspects])
         self._run(model, usual, payloads)
@@ -130,27 +128,21 @@ class ChunkScorer:
     def _run_suspect(
         self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]
     ) -> None:
-        """Run a suspect in quarantine, one at a time in this process; if another is there, the sample is sent back.
+        """Do with a suspect what the quarantine decides. The claim of a suspect that is sent back is released."""
+        with self.context.quarantine.entered() as is_free:
+            if not is_free:
+                return
 
-        A suspect that ended its process each time is given up, but not before `timeout_s` has passed: what ends
-        processes for a while (a host out of memory, a deployment) is not the sample's fault.
-        """
-        if not self.context.quarantine.acquire(blocking=False):
-            return
-        try:
             earlier, since_s = self.context.retry(
                 lambda: self.context.outcomes.start_alone(
                     sample.address, MOST_STARTS_ALONE, self.token
                 )
             )
-            if earlier < MOST_STARTS_ALONE:
+            decision = decide(earlier, since_s, self.request.reward.timeout_s)
+            if decision == "score alone":
                 self._run(model, [sample], payloads)
-            elif since_s >= self.request.reward.timeout_s:
-                message = f"its worker process ended without an answer each of the {earlier} times it was scored alone"
-                failure = Failure(kind="failed", message=message)
-                self._write({sample.address: Outcome(failure=failure)})
-        finally:
-            self.context.quarantine.release()
+            elif decision == "give up":
+                self._write({sample.address: Outcome(failure=given_up(earlier))})
 
     def _has_unanswered(self) -> bool:
         addresses = [sample.address for sample in self.request.samples]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import random
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import PayloadStore
 from workers.scoring.held_claims import HeldClaims
+from workers.scoring.quarantine import Quarantine
 from workers.scoring.retry import Clock, retry
 from workers.scoring.runner import ModelRunner
 from workers.scoring.tally import Tally
@@ -43,8 +43,8 @@ class ScoringContext:
     """Why this process ends, if an error says that a Redis will not serve the process any more; else empty."""
     send_body: Callable[[TaskMessage], None] = send_body
     """Sends the body of a group's chord; by Celery, unless a simulation gives another."""
-    quarantine: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a suspect is scored, one at a time in a process: if the process dies, that sample did it."""
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    """Where suspects are scored, one at a time in a process."""
     clock: Clock = field(default_factory=Clock)
     rng: random.Random = field(default_factory=random.Random)
     """Draws how long a retry pauses."""
