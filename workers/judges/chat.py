@@ -1,4 +1,4 @@
-"""One question to a judge: which of its servers is asked, with which permit and deadline, and what came back."""
+"""One question to a judge: with which permit and deadline its servers are asked, and what came back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from workers.judges.budget import FleetBudget, fleet_budget
 from workers.judges.client import Requests, api_key, judge_loop, requests
 from workers.judges.endpoints import LIST_TIMEOUT_S, Endpoint, says_no_such_model
 from workers.judges.reply import Reply, read_reply
+from workers.judges.retry import ask_with_retries
 from workers.network.servers import choose_server
 
 __all__ = ["Chat", "Reply", "read_reply"]
@@ -111,9 +112,15 @@ class Chat:
     async def _ask_one(self, messages: list[Any], params: Mapping[str, Any]) -> Reply:
         count = Requests()
         requests.set(count)
+
+        async def ask(endpoint: Endpoint, retries: int) -> Reply:
+            return await self._ask_at(endpoint, retries, messages, params, count)
+
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._ask_somewhere(messages, params, count)
+                return await ask_with_retries(
+                    self._endpoints, self._max_retries, count, self._permitted, ask
+                )
         except TimeoutError:
             raise failures.no_answer_in_time(self._timeout_s, count) from None
         except openai.OpenAIError as error:
@@ -126,35 +133,6 @@ class Chat:
             found.message += await count.endpoint.refused(self._model)
         found.message += failures.way_to(count)
         return found
-
-    async def _ask_somewhere(
-        self, messages: list[Any], params: Mapping[str, Any], count: Requests
-    ) -> Reply:
-        """Ask the least busy server, and after its failure the next one.
-
-        A server is asked without retries while another server is well, and with all retries that are left otherwise:
-        a well server answers sooner than one that has just failed.
-        """
-        left = list(self._endpoints)
-        while True:
-            async with self._permitted(left) as endpoint:
-                left.remove(endpoint)
-                count.endpoint = endpoint
-                another_is_well = any(other.is_well for other in left)
-                retries = (
-                    0 if another_is_well else max(0, self._max_retries - count.num)
-                )
-                try:
-                    reply = await self._ask_at(
-                        endpoint, retries, messages, params, count
-                    )
-                except (openai.APIConnectionError, openai.APIStatusError) as error:
-                    _note_failure(endpoint, error)
-                    if another_is_well and failures.may_help_elsewhere(error):
-                        continue
-                    raise
-                endpoint.answered()
-                return reply
 
     async def _ask_at(
         self,
@@ -260,15 +238,6 @@ class Chat:
 
 
 # --- private -------------------------------------------------------------------------------------
-
-
-def _note_failure(endpoint: Endpoint, error: openai.OpenAIError) -> None:
-    """Keep what an error says of the server: whether its list of models is outdated, and whether it cools down."""
-    endpoint.is_doubted |= says_no_such_model(error)
-    if failures.is_the_servers(error):
-        endpoint.failed()
-    else:
-        endpoint.answered()
 
 
 def _redis_is_away(error: Exception) -> BusyError:
