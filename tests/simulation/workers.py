@@ -19,12 +19,12 @@ from tests.simulation.network import Connection, Remote, Server, Weather
 from tests.simulation.queues import Chords, Message, Queues
 from tests.simulation.redis import GroupSlots, Outcomes, PayloadStore
 from tests.simulation.world import BrokenPropertyError, Clock, Lock, Signal, World
-from workers.process.heartbeat import BEATS_A_TTL, REDIS_ERRORS
+from workers.process.heartbeat import REDIS_ERRORS
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
 from workers.scoring.group import score_and_combine, wait_and_combine
 from workers.scoring.handling import handle
-from workers.scoring.held_claims import HeldClaims
+from workers.scoring.held_claims import EXTENSIONS_A_TTL, HeldClaims
 from workers.scoring.task_message import TaskMessage
 from workers.scoring.timeouts import write_timeouts
 
@@ -245,7 +245,7 @@ class WorkerProcess:
             started = self.world.now
             with contextlib.suppress(*REDIS_ERRORS):
                 call()
-            self.world.sleep(max(0.1, ttl_s / BEATS_A_TTL - (self.world.now - started)))
+            self.world.sleep(max(0.1, ttl_s / EXTENSIONS_A_TTL - (self.world.now - started)))
 
     def _beat(self) -> None:
         loading = tuple(self.runner.loading)

@@ -18,15 +18,12 @@ from tasks.payloads import PayloadStore
 from tasks.servers.connections import LOST
 from workers.loading.cache import ModelCache
 from workers.process.terminal import RedisLog
-from workers.scoring.held_claims import HeldClaims
+from workers.scoring.held_claims import EXTENSIONS_A_TTL, HeldClaims
 
 log = logging.getLogger(__name__)
 
 REDIS_ERRORS = (redis.RedisError, OSError)
 """What a server raises that is away, full, or forbids something. The next beat may succeed."""
-
-BEATS_A_TTL = 4
-"""How many times a claim is extended within its life, so that it survives a few lost packets."""
 
 LOG_EVERY_S = 60.0
 """How often the log says that a server forbids something; that it is away is said once, by `RedisLog`."""
@@ -112,7 +109,7 @@ class HeartbeatThread(threading.Thread):
                     log_from_s = started_s + LOG_EVERY_S
             except Exception:  # without this thread others would take what is being scored here, or find no worker
                 log.exception("%s", event)
-            pause_s = self._ttl_s / BEATS_A_TTL - (time.monotonic() - started_s)
+            pause_s = self._ttl_s / EXTENSIONS_A_TTL - (time.monotonic() - started_s)
             if self._ended.wait(max(0.1, pause_s)):
                 return
 

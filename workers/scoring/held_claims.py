@@ -1,4 +1,4 @@
-"""The claims that the tasks of a worker process hold."""
+"""The claims that the tasks of a worker process hold, and how often they are extended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import threading
 from collections.abc import Iterable
 
 from tasks.outcomes import WorkerOutcomes
+
+EXTENSIONS_A_TTL = 4
+"""How many times a claim is extended within its life, so that it survives a few lost packets. A worker's heartbeat is
+written as often."""
 
 
 class HeldClaims:
