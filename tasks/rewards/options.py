@@ -117,15 +117,6 @@ def _shown(value: Any) -> Any:
     return without_password(f"://{value}").removeprefix("://")
 
 
-def answer_options(builtin: ModelEntry, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options on which a reward may depend."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in builtin.options or builtin.options[name].is_answer:
-            found[name] = value
-    return found
-
-
 def _read_files(
     builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path
 ) -> None:

@@ -1,21 +1,19 @@
-"""What a reward is: its model, its options, what it takes of a sample, and the fingerprint of its computation."""
+"""What a reward is: its model, its options, and what it takes of a sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from tasks.catalog import CATALOG
 from tasks.catalog.entry import How, ModelEntry
-from tasks.hashing import canonical, hash_of
 from tasks.messages import RewardCall
 from tasks.rewards.fields import SAMPLE_FIELDS
+from tasks.rewards.fingerprint import fingerprint_of, instance_of
 from tasks.rewards.numerals import in_exponent_form
-from tasks.rewards.options import answer_options
-from tasks.source.code import Code, digest_of
+from tasks.source.code import Code
 
 DTYPES = {
     "bf16": "bfloat16",
@@ -31,8 +29,6 @@ DTYPES = {
 
 RAW, JPEG = "raw", "jpeg"
 """How pixels travel to a local model: uint8 as they are (lossless), or as JPEG at quality 95."""
-
-FINGERPRINT_DIGITS = 16
 
 
 def _no_bool(value: Any) -> Any:
@@ -193,38 +189,13 @@ class RewardSpec(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of what makes two rewards the same computation: not name, weight, batch size, timeouts.
-
-        Code of the user's counts as far as its source can be read: outcomes of two codes never mix.
-        """
-        if not self.code:
-            return self.instance
-        return hash_of([*self._computation, digest_of(self.code)], FINGERPRINT_DIGITS)
+        """16 hex digits that name the computation: equal for two rewards whose outcomes are the same."""
+        return fingerprint_of(self)
 
     @property
     def instance(self) -> str:
-        """Cache key of the model on a worker: the fingerprint without the code, of which a process has only one."""
-        return hash_of(self._computation, FINGERPRINT_DIGITS)
-
-    @property
-    def _computation(self) -> list[Any]:
-        """The parts of a fingerprint. Their order and form are part of it: another one makes old rewards no answer."""
-        uses_dtype = self._entry is None or self._entry.uses_dtype
-        of_groups = " of groups" if self.how == "model" else ""
-        return [
-            f"{self.reward_model}{of_groups}",
-            self.model_version,
-            self.dtype if uses_dtype else "",
-            canonical(self._answer_options),
-            self.image_format,
-            self.launch,
-        ]
-
-    @property
-    def _answer_options(self) -> Mapping[str, Any]:
-        if self._entry is None:
-            return self.options
-        return answer_options(self._entry, self.options)
+        """Cache key of the model on a worker: the fingerprint without the code."""
+        return instance_of(self)
 
     @property
     def _entry(self) -> ModelEntry | None:
