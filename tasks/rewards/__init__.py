@@ -2,7 +2,7 @@
 
 `yaml_file` reads the file, `yaml_keys` sorts the keys of an entry, `parser` makes a `RewardSpec` of an entry, `options`
 checks a built-in's options, `own_class` asks the source of a user's class. `fingerprint` says when two rewards are the
-same computation. `schema` has the JSON schema for editors.
+same computation, `queues` where messages go. `schema` has the JSON schema for editors.
 """
 
 from tasks.rewards.config import RewardConfig, Split

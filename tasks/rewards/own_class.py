@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from tasks import catalog
 from tasks.errors import ConfigError
 from tasks.rewards.fields import (
     BY_NAME,
@@ -18,11 +15,9 @@ from tasks.rewards.fields import (
     no_such_field,
     with_numbers,
 )
+from tasks.rewards.queues import queue_of_own_class
 from tasks.source.class_names import check_class
 from tasks.source.declared import Declared, declared_by
-from tasks.source.modules import why_not_read
-
-log = logging.getLogger(__name__)
 
 
 def fields_of_own_class(
@@ -46,9 +41,8 @@ def fields_of_own_class(
     fields: dict[str, Any] = {
         "absent": absent,
         "how": _how(keys.get("kind"), declared, where),
+        "queue": queue_of_own_class(path, keys, declared, where),
     }
-    if "queue" not in keys:
-        fields["queue"] = _queue_of(declared, path, where) if is_path else catalog.GPU
     return fields | _sample_fields(keys.get("required_fields"), declared, where)
 
 
@@ -60,30 +54,6 @@ def _how(given: Any, declared: Declared | None, where: str) -> str:
             f"{where}: kind must be pointwise or groupwise, found {kind!r}"
         )
     return "model" if kind == "groupwise" else "each"
-
-
-def _queue_of(declared: Declared | None, path: str, where: str) -> str:
-    """The queue that a class names, or the usual one."""
-    if declared is None:
-        _say_queue_is_assumed(path, why_not_read(path.rpartition(".")[0]))
-        return catalog.GPU
-    if not declared.unread_queue:
-        return declared.queue or catalog.GPU
-    if declared.is_queue_assigned:
-        raise ConfigError(
-            f"{where}: {path} names a queue in a way that cannot be read without running its module "
-            f"({declared.unread_queue}); say it in the config too, queue: its_name"
-        )
-    _say_queue_is_assumed(path, declared.unread_queue)
-    return catalog.GPU
-
-
-@functools.cache
-def _say_queue_is_assumed(path: str, why: str) -> None:
-    log.warning(
-        "%s is sent to the queue %s: whether it names another cannot be read (%s); say it in the config, queue: %s",
-        path, catalog.GPU, why, catalog.GPU,
-    )  # fmt: skip
 
 
 def _sample_fields(

@@ -19,6 +19,7 @@ from tasks.errors import ConfigError
 from tasks.rewards.fields import BY_NAME
 from tasks.rewards.options import check_options
 from tasks.rewards.own_class import fields_of_own_class
+from tasks.rewards.queues import queue_of_builtin
 from tasks.rewards.spec import DTYPES, JPEG, RAW, RewardSpec
 from tasks.rewards.yaml_keys import (
     KEYS,
@@ -207,11 +208,11 @@ def _fields_of_builtin(
         key: value for key, value in written.keys.items() if key not in builtin.options
     }
     return {
-        "queue": builtin.queue,
         "batch_size": builtin.batch_size,
         "timeout_s": builtin.timeout_s,
         "image_format": builtin.image_format if builtin.is_judge else RAW,
         **keys,
+        "queue": queue_of_builtin(builtin, keys),
         "reward_model": name,
         "how": builtin.how,
         "options": options,
