@@ -70,9 +70,7 @@ class Bug:
         source = textwrap.dedent(inspect.getsource(self.function))
         assert source.count(self.right) == 1, f"{self.name}: {self.right!r} occurs {source.count(self.right)} times"
         wrong = source.replace(self.right, self.wrong)
-        code = compile(
-            wrong, f"<planted: {self.name}>", "exec"
-        )  # as this file, with annotations that are not evaluated
+        code = compile(wrong, f"<planted: {self.name}>", "exec")
         found: dict[str, Any] = {}
         exec(code, self.function.__globals__, found)
         planted = found[self.function.__name__]
