@@ -32,6 +32,7 @@ from trainer_client.runs.start_checks import (
     check_trainer_servers,
 )
 from trainer_client.session import forks
+from trainer_client.session.client_process import ClientProcess
 from trainer_client.session.client_steps import ClientSteps
 from trainer_client.session.collection import (
     Collected,
@@ -39,7 +40,6 @@ from trainer_client.session.collection import (
     CollectOptions,
     Wanted,
 )
-from trainer_client.session.rank_process import RankProcess
 from trainer_client.session.tickets import ticket_of
 from trainer_client.steps.client_log import ClientLog
 from trainer_client.steps.grouping import are_compared
@@ -109,7 +109,7 @@ class RewardClient:
         self._app = default_app if settings is None else make_app(settings)
         self.settings: Settings = self._app.settings
         check_trainer_servers(self.settings, self.config.queues)
-        self._process = RankProcess(
+        self._process = ClientProcess(
             self._app,
             self.config,
             run=run,

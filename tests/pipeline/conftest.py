@@ -57,7 +57,7 @@ def clients(settings: Settings) -> Iterator[Callable[..., RewardClient]]:
 @pytest.fixture
 def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk that is not full does not go by itself, however slow this machine is."""
-    monkeypatch.setattr("trainer_client.engine.accumulator.LINGER_S", 60.0)
+    monkeypatch.setattr("trainer_client.engine.chunk_accumulator.LINGER_S", 60.0)
 
 
 def assert_rewards(batch: Any, numbers: Sequence[int], name: str = "PixelCode") -> None:

@@ -27,6 +27,7 @@ from trainer_client.engine.backend import Backend
 from trainer_client.engine.encoding import Content, EncodedSample, Identity
 from trainer_client.engine.loop import AWAY, FIRST_PAUSE_S, LAST_PAUSE_S, LAST_POLL_PAUSE_S, SENDS
 from trainer_client.engine.model import Slot
+from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.requests import RequestWriter, TaskNames
 from trainer_client.engine.resume import slots_and_deliveries
 from trainer_client.engine.state import EngineConfig, EngineState
@@ -199,18 +200,26 @@ class Client:
         if self.settings.world_size > 1:
             groups = Remote(services.groups, results)
             groups.key = services.groups.key
+        outcomes: Any = Remote(services.outcomes, results)
+        store: Any = Remote(services.store, payloads)
+        publisher = Publisher(
+            outcomes,
+            store,
+            SimulatedBroker(queues, chords, f"{self.client_id}.p"),
+            RequestWriter(RUN, TaskNames(SCORE, GROUP, COMBINE)),
+            PAYLOAD_TTL_S,
+            RESULT_TTL_S,
+        )
         backend = Backend(
-            outcomes=Remote(services.outcomes, results),  # type: ignore[arg-type]
-            store=Remote(services.store, payloads),  # type: ignore[arg-type]
+            outcomes=outcomes,
+            store=store,
             groups=groups,
-            publisher=SimulatedBroker(queues, chords, f"{self.client_id}.p"),
+            publisher=publisher,
             inspector=SimulatedBroker(queues, chords, f"{self.client_id}.i"),
             encoder=Encoder(self.world, process, self.settings.invalid, self.settings.rank),  # type: ignore[arg-type]
-            writer=RequestWriter(RUN, TaskNames(SCORE, GROUP, COMBINE)),
             rank=self.settings.rank,
             client_id=self.client_id,
             payload_ttl_s=PAYLOAD_TTL_S,
-            result_ttl_s=RESULT_TTL_S,
         )
         return backend, groups
 

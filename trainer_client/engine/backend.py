@@ -28,7 +28,7 @@ from trainer_client.engine import events as ev
 from trainer_client.engine.broker import Broker
 from trainer_client.engine.encoding import Content, EncodedSample
 from trainer_client.engine.model import Awaited, Delivery, Slot
-from trainer_client.engine.requests import Message, RequestWriter, Times
+from trainer_client.engine.publisher import Publisher
 
 
 class Encoder(Protocol):
@@ -43,11 +43,11 @@ class Backend:
 
     Args:
         outcomes, store, groups: The result backend, the payload store, and of several ranks the slots of groups.
-        publisher, inspector: Two connections to the broker: one for what is sent, one for what is asked.
+        publisher: Sends messages.
+        inspector: A connection to the broker of its own, for what is asked of its queues.
         encoder: Encodes samples of this rank.
-        writer: Composes requests of this run.
         rank, client_id: Who asks for a group's attempt.
-        payload_ttl_s, result_ttl_s: As the settings of these names.
+        payload_ttl_s: As the setting of this name.
     """
 
     def __init__(  # noqa: PLR0913  (wires parts)
@@ -56,20 +56,18 @@ class Backend:
         outcomes: ClientOutcomes,
         store: PayloadStore,
         groups: GroupSlots | None,
-        publisher: Broker,
+        publisher: Publisher,
         inspector: Broker,
         encoder: Encoder,
-        writer: RequestWriter,
         rank: int,
         client_id: str,
         payload_ttl_s: float,
-        result_ttl_s: float,
     ) -> None:
         self._outcomes, self._store, self._groups = outcomes, store, groups
         self._publisher, self._inspector = publisher, inspector
-        self._encoder, self._writer = encoder, writer
+        self._encoder = encoder
         self._rank, self._client_id = rank, client_id
-        self._payload_ttl_s, self._result_ttl_s = payload_ttl_s, result_ttl_s
+        self._payload_ttl_s = payload_ttl_s
 
     def perform(self, action: do.Action) -> ev.Event:
         """Carry out an action; raises what its server raises."""
@@ -127,36 +125,14 @@ class Backend:
     # --- publish ---------------------------------------------------------------------
 
     def _publish(self, action: do.Publish) -> ev.Event:
-        """Number the messages, store their requests, put them into their queues: in that order, so that no worker finds
-        a message whose request is not there."""
-        now_ms = self._outcomes.now_ms()
-        times = Times(now_ms, now_ms + round(1000 * self._result_ttl_s))
-        messages, requests = [], {}
-        for delivery in action.deliveries:
-            message, own = self._writer.compose(delivery, times)
-            messages.append(message)
-            requests.update(own)
-        self._number(messages)
-        self._store.put(requests, self._payload_ttl_s)
-        self._publisher.publish(messages, self._store.identity())
-
-        numbers = {}
-        for delivery, message in zip(action.deliveries, messages, strict=True):
-            last = message.header[-1] if message.header else message
-            numbers[delivery] = last.number
-            self._tell_other_ranks(delivery, last.number)
+        numbers = self._publisher.publish(action.deliveries)
+        for delivery, number in numbers.items():
+            self._tell_other_ranks(delivery, number)
         return ev.Published(numbers)
 
-    def _number(self, messages: Sequence[Message]) -> None:
-        """Give every message but the bodies of chords its number, in the order in which they go."""
-        by_queue: dict[str, list[Message]] = {}
-        for message in messages:
-            numbered = message.header or [message]
-            by_queue.setdefault(message.queue, []).extend(numbered)
-        for queue, numbered in by_queue.items():
-            first = self._outcomes.number(queue, len(numbered))
-            for number, message in enumerate(numbered, first):
-                message.number = number
+    def _publish_again(self, action: do.PublishAgain) -> ev.Event:
+        number = self._publisher.publish_again(action.delivery, action.request)
+        return ev.Published({action.delivery: number})
 
     def _tell_other_ranks(self, delivery: Delivery, number: int) -> None:
         """Which message was sent for a group."""
@@ -165,12 +141,6 @@ class Backend:
         for awaited in delivery.awaited_when_sent:
             if awaited.group is not None and awaited.group.shared_key:
                 self._groups.set_number(awaited.group.shared_key, number)
-
-    def _publish_again(self, action: do.PublishAgain) -> ev.Event:
-        message = self._writer.again(action.delivery, action.request)
-        self._number([message])
-        self._publisher.publish([message], self._store.identity())
-        return ev.Published({action.delivery: message.number})
 
     # --- look up ---------------------------------------------------------------------
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import redis
-
 from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
-from tasks.errors import CollectTimeoutError, RedisRefusalError, RewardError
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
 from tasks.outcomes import ClientOutcomes
@@ -26,11 +22,13 @@ from tasks.settings import Settings
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.backend import Backend
+from trainer_client.engine.backlog import Backlog
 from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.diagnosis import Diagnosis
 from trainer_client.engine.encoding import SampleEncoder
 from trainer_client.engine.loop import AWAY, Chore, Loop
 from trainer_client.engine.model import RankIndex, Slot
+from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.requests import RequestWriter, TaskNames
 from trainer_client.engine.resume import slots_and_deliveries
 from trainer_client.engine.state import EngineConfig, EngineState
@@ -47,9 +45,6 @@ NO_WORKER_AFTER_S = 2.0
 
 ASK_S = 2.0
 """Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
-
-SAY_EVERY_S = 60.0
-"""How often the log says that `submit()` waits, and why."""
 
 NEVER = float("inf")
 
@@ -100,9 +95,6 @@ class Engine:
         slots = self._slots_over_ranks
         self._brokers = [CeleryBroker(app), CeleryBroker(app)]
         self._diagnosis = Diagnosis(self.outcomes, self.store)
-        self._waiters = itertools.count()
-        self._counting = threading.Lock()
-        self._num_submitted = 0
         self._positions_seen: dict[str, list[RankIndex]] = {}
         """By group over ranks, which slots were filled when Redis was last asked."""
 
@@ -119,18 +111,24 @@ class Engine:
             ),
             time.monotonic(),
         )
+        publisher = Publisher(
+            self.outcomes,
+            self.store,
+            self._brokers[0],
+            RequestWriter(run, TaskNames(SCORE, GROUP, COMBINE)),
+            settings.payload_ttl_s,
+            settings.result_ttl_s,
+        )
         backend = Backend(
             outcomes=self.outcomes,
             store=self.store,
             groups=slots,
-            publisher=self._brokers[0],
+            publisher=publisher,
             inspector=self._brokers[1],
             encoder=SampleEncoder(run, rank),
-            writer=RequestWriter(run, TaskNames(SCORE, GROUP, COMBINE)),
             rank=rank,
             client_id=self.client_id,
             payload_ttl_s=settings.payload_ttl_s,
-            result_ttl_s=settings.result_ttl_s,
         )
         self._code_versions = code_versions = CodeVersions(run)
         self._registry = registry = RunRegistry(
@@ -150,6 +148,7 @@ class Engine:
                 Chore(COMPARE_EVERY_S, lambda: code_versions.compare(registry)),
             ],
         )
+        self._backlog = Backlog(self._loop, self.why_unsent)
 
     def close(self) -> None:
         """End the threads and give back the connections."""
@@ -164,8 +163,7 @@ class Engine:
 
     def submit(self, slots: Sequence[Slot]) -> None:
         """Encode and send these samples in the background."""
-        with self._counting:
-            self._num_submitted += len(slots)
+        self._backlog.count(len(slots))
         self._loop.put(ev.Submitted(slots))
 
     def give_up(self, slots: Sequence[Slot]) -> None:
@@ -198,63 +196,20 @@ class Engine:
         """Seconds that background threads have spent since this was asked last, by what."""
         return self._loop.take_seconds()
 
+    # --- waits -------------------------------------------------------------------------
+
     @property
     def num_unsent(self) -> int:
         """Samples that were accepted and are not in a message yet."""
-        with self._loop.lock:
-            num_on_their_way_in = self._num_submitted - self._state.intake.num_submitted
-            return num_on_their_way_in + self._state.num_unsent
-
-    # --- waits -------------------------------------------------------------------------
-
-    def raise_if_broken(self) -> None:
-        """Raise what ended a background thread."""
-        broken = self._loop.broken
-        if broken is None and not self._loop.is_alive:
-            raise RewardError("the engine's thread is gone: this client was closed")
-        if isinstance(broken, RewardError):  # no bug: another process took this rank
-            raise broken
-        if isinstance(broken, redis.ResponseError):
-            raise RedisRefusalError(
-                f"a Redis refuses what it allowed when this client was made: {broken}; look at the rights of its user "
-                "(`ACL GETUSER`) and at its configuration, then make a new client"
-            ) from broken
-        if broken is not None:
-            raise RewardError(
-                f"a background thread ended by a bug: {broken!r}"
-            ) from broken
+        return self._backlog.num_unsent
 
     def wait_for_backlog(self, max_backlog: int, timeout_s: float) -> None:
         """Wait while more than `max_backlog` samples are accepted and not yet sent. Raises `CollectTimeoutError`."""
-        if self._wait_for_unsent(max_backlog, 0.0):
-            return
-        now = time.monotonic()
-        ends_at, say_at = now + timeout_s, now + SAY_EVERY_S
-        with self._waiting():
-            while True:
-                pause_s = min(say_at, ends_at) - time.monotonic()
-                if self._wait_for_unsent(max_backlog, pause_s):
-                    return
-                because = _because(self.why_unsent())
-                if time.monotonic() >= ends_at:
-                    raise CollectTimeoutError(
-                        f"nothing was queued: {self.num_unsent} samples submitted before, more than "
-                        f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{because}",
-                        None,
-                    )
-                log.warning("submit waits num_unsent=%d%s", self.num_unsent, because)
-                say_at += SAY_EVERY_S
+        self._backlog.wait_for_room(max_backlog, timeout_s)
 
     def flush(self, timeout_s: float) -> None:
         """Wait until everything submitted has been encoded and sent. Raises `CollectTimeoutError`."""
-        with self._waiting():
-            is_sent = self._wait_for_unsent(0, timeout_s)
-        if not is_sent:
-            because = _because(self.why_unsent())
-            raise CollectTimeoutError(
-                f"{self.num_unsent} samples were not sent within {timeout_s:g} s{because}",
-                None,
-            )
+        self._backlog.flush(timeout_s)
 
     def wait(
         self,
@@ -271,15 +226,15 @@ class Engine:
         left = list(slots)
         ask_at = time.monotonic() + NO_WORKER_AFTER_S
         steps = frozenset(slot.step_key for slot in slots)
-        with self._waiting(steps), bars(names, len(slots), progress) as report:
+        with self._loop.waiting(steps), bars(names, len(slots), progress) as report:
             while True:
                 left_s = deadline - time.monotonic()
-                self._wait_for(lambda: _are_done(left), min(left_s, LOOK_EVERY_S))
+                self._loop.wait_for(lambda: _are_done(left), min(left_s, LOOK_EVERY_S))
                 if report is not None:
                     report({name: _count(slots, name) for name in names})
                 if not left:
                     return True
-                self.raise_if_broken()
+                self._loop.raise_if_broken()
                 if left_s <= 0:
                     return False
                 if tell_waiting is not None:
@@ -406,43 +361,13 @@ class Engine:
         if words:
             self._loop.warn_once(words)
 
-    # --- private: waits ----------------------------------------------------------------------
-
-    def _wait_for(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until something is so, the engine is broken, or the time has passed; whether it is so."""
-        with self._loop.changed:
-            self._loop.changed.wait_for(
-                lambda: is_over() or self._loop.broken is not None,
-                max(0.0, timeout_s),
-            )
-            return is_over()
-
-    def _wait_for_unsent(self, num_unsent: int, timeout_s: float) -> bool:
-        """Whether at most so many samples are accepted and not yet sent, within `timeout_s`."""
-        ends_at = time.monotonic() + timeout_s
-        while True:
-            left_s = min(LOOK_EVERY_S, ends_at - time.monotonic())
-            is_below = self._wait_for(lambda: self.num_unsent <= num_unsent, left_s)
-            self.raise_if_broken()
-            if is_below or time.monotonic() >= ends_at:
-                return is_below
+    # --- private: resume ---------------------------------------------------------------
 
     def _wait_until_taken_up(self) -> None:
         """Wait until what was put before is taken up, for a short time (where Redis is away it takes longer)."""
         is_done = threading.Event()
         self._loop.do_once(do.Lane.UPKEEP, is_done.set)
         is_done.wait(ASK_S)
-
-    @contextlib.contextmanager
-    def _waiting(
-        self, steps: frozenset[tuple[Split, int]] = frozenset()
-    ) -> Iterator[None]:
-        waiter = next(self._waiters)
-        self._loop.put(ev.WaitBegan(waiter, steps))
-        try:
-            yield
-        finally:
-            self._loop.put(ev.WaitEnded(waiter))
 
 
 def _reward_names(slots: Sequence[Slot]) -> tuple[str, ...]:

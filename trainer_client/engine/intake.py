@@ -12,6 +12,7 @@ from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.core import Core
 from trainer_client.engine.encoding import EncodedSample, refs_of
+from trainer_client.engine.group_sealing import Sealing
 from trainer_client.engine.groups import Groups
 from trainer_client.engine.model import (
     Awaited,
@@ -21,7 +22,6 @@ from trainer_client.engine.model import (
     Slot,
 )
 from trainer_client.engine.room import Room
-from trainer_client.engine.sealing import Sealing
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.states import (
     PayloadStage,

@@ -16,17 +16,19 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import redis
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from tasks.errors import RankTakenError
+from tasks.errors import RankTakenError, RedisRefusalError, RewardError
 from tasks.servers.connections import LOST, why_away
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.backend import Backend
+from trainer_client.engine.model import StepKey
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.why_late import Source
 
@@ -171,6 +173,41 @@ class Loop:
     def put(self, event: ev.Event) -> None:
         """Tell the state something. Returns at once."""
         self._inbox.put(event)
+
+    @contextlib.contextmanager
+    def waiting(self, steps: frozenset[StepKey] = frozenset()) -> Iterator[None]:
+        """Somebody waits meanwhile, and collects these steps."""
+        waiter = next(self._numbers)
+        self.put(ev.WaitBegan(waiter, steps))
+        try:
+            yield
+        finally:
+            self.put(ev.WaitEnded(waiter))
+
+    def wait_for(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until something is so, the loop is broken, or the time has passed; whether it is so."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: is_over() or self.broken is not None, max(0.0, timeout_s)
+            )
+            return is_over()
+
+    def raise_if_broken(self) -> None:
+        """Raise what ended a background thread."""
+        broken = self.broken
+        if broken is None and not self.is_alive:
+            raise RewardError("the engine's thread is gone: this client was closed")
+        if isinstance(broken, RewardError):  # no bug: another process took this rank
+            raise broken
+        if isinstance(broken, redis.ResponseError):
+            raise RedisRefusalError(
+                f"a Redis refuses what it allowed when this client was made: {broken}; look at the rights of its user "
+                "(`ACL GETUSER`) and at its configuration, then make a new client"
+            ) from broken
+        if broken is not None:
+            raise RewardError(
+                f"a background thread ended by a bug: {broken!r}"
+            ) from broken
 
     @property
     def is_alive(self) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from tasks.messages import Failure, Outcome
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
-from trainer_client.engine.accumulator import Accumulator
+from trainer_client.engine.chunk_accumulator import Accumulator
 from trainer_client.engine.core import Core
+from trainer_client.engine.judge_permits import Throttle
 from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.model import (
     Awaited,
@@ -18,7 +19,6 @@ from trainer_client.engine.states import (
     SentBy,
     State,
 )
-from trainer_client.engine.throttle import Throttle
 from trainer_client.engine.why_late import Source
 
 

@@ -14,8 +14,10 @@ from typing import Any
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.core import Core
+from trainer_client.engine.group_sealing import Sealing
 from trainer_client.engine.groups import Groups, SharedKey
 from trainer_client.engine.intake import Intake
+from trainer_client.engine.judge_permits import Throttle
 from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.model import (
     Awaited,
@@ -23,13 +25,11 @@ from trainer_client.engine.model import (
     Slot,
 )
 from trainer_client.engine.polling import Polling
-from trainer_client.engine.sealing import Sealing
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.states import (
     SentBy,
     State,
 )
-from trainer_client.engine.throttle import Throttle
 from trainer_client.engine.tracking import Tracking
 from trainer_client.engine.why_late import WhyLate
 

@@ -8,19 +8,19 @@ from tasks.messages import Failure, Note
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.core import Core
+from trainer_client.engine.group_sealing import Sealing
+from trainer_client.engine.judge_permits import Throttle
 from trainer_client.engine.losses import LossPolicy, loaders_of
 from trainer_client.engine.model import (
     Awaited,
     Delivery,
 )
 from trainer_client.engine.polling import Polling
-from trainer_client.engine.sealing import Sealing
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.states import (
     SentBy,
     State,
 )
-from trainer_client.engine.throttle import Throttle
 from trainer_client.engine.why_late import Source
 
 

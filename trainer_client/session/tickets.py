@@ -12,14 +12,14 @@ from tasks.rewards import RewardConfig, RewardSpec
 from tasks.source.code import changed_files
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.model import Slot
-from trainer_client.session.rank_process import RankProcess
+from trainer_client.session.client_process import ClientProcess
 from trainer_client.steps.open_steps import OpenSteps
 from trainer_client.steps.submission import Added, Submission
 from trainer_client.ticket import Ticket
 
 
 def ticket_of(
-    submission: Submission, added: Added, process: RankProcess, client_id: str
+    submission: Submission, added: Added, process: ClientProcess, client_id: str
 ) -> Ticket:
     """The ticket of samples that were added to a step."""
     rewards = submission.rewards

@@ -18,6 +18,7 @@ from tests.trainer.engine.by_hand import SINGLE, EngineByHand
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
+from trainer_client.engine.backlog import Backlog
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.loop import Chore, Loop
 from trainer_client.engine.why_late import Source
@@ -478,7 +479,7 @@ def engine_on(loop: Loop) -> Engine:
     """What callers have of an engine, on a loop without servers."""
     engine = Engine.__new__(Engine)
     engine._loop, engine._state = loop, loop.state
-    engine._waiters, engine._counting, engine._num_submitted = itertools.count(), threading.Lock(), 0
+    engine._backlog = Backlog(loop, engine.why_unsent)
     engine._slots_over_ranks, engine._positions_seen = None, {}
     engine._diagnosis = NothingToSay()
     return engine

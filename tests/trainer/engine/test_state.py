@@ -18,7 +18,7 @@ from tests.trainer.engine.by_hand import (
     in_states,
 )
 from trainer_client.engine import actions as do
-from trainer_client.engine.accumulator import LINGER_S
+from trainer_client.engine.chunk_accumulator import LINGER_S
 from trainer_client.engine.groups import OVERDUE_S
 from trainer_client.engine.intake import UNSTORED_SAMPLES
 from trainer_client.engine.room import MEASURE_S, STUCK_S

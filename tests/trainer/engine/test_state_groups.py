@@ -22,7 +22,7 @@ from tests.trainer.engine.by_hand import (
 )
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
-from trainer_client.engine.accumulator import LINGER_S
+from trainer_client.engine.chunk_accumulator import LINGER_S
 from trainer_client.engine.groups import OVERDUE_S
 from trainer_client.engine.states import SentBy, State
 

@@ -21,7 +21,7 @@ from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.runs.registry import RunRegistry
 
 
-class RankProcess:
+class ClientProcess:
     """One rank of one start of the job. Safe between threads; a forked child must call `start_fresh`.
 
     The constructor gets the rank lock, and compares this rank's code with that of the other ranks before they wait for

@@ -6,7 +6,7 @@ import pytest
 
 from tests.trainer.engine.by_hand import rewards_of
 from tests.trainer.engine.parts import new_delivery
-from trainer_client.engine.throttle import EVERY_S, FEWEST, NEVER, Throttle
+from trainer_client.engine.judge_permits import EVERY_S, FEWEST, NEVER, Throttle
 
 
 def deliveries_of(reward, num_deliveries):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.trainer.engine.by_hand import HELD, OTHER, POINT, RANKED
 from tests.trainer.engine.parts import new_awaited
-from trainer_client.engine.accumulator import LINGER_S, NEVER, Accumulator
+from trainer_client.engine.chunk_accumulator import LINGER_S, NEVER, Accumulator
 from trainer_client.engine.states import State
 
 NOTHING = frozenset()
