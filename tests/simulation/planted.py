@@ -27,10 +27,10 @@ from tests.simulation.schedules import draw
 from trainer_client.engine import model, resume, tracking
 from trainer_client.engine.backend import Backend
 from trainer_client.engine.core import Core
+from trainer_client.engine.group_sealing import Sealing
 from trainer_client.engine.intake import Intake
 from trainer_client.engine.losses import LossPolicy
 from trainer_client.engine.payloads import PayloadLedger
-from trainer_client.engine.sealing import Sealing
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.tracking import Tracking
