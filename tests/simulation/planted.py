@@ -74,9 +74,7 @@ class Bug:
         source = textwrap.dedent(inspect.getsource(self.function))
         assert source.count(self.right) == 1, f"{self.name}: {self.right!r} occurs {source.count(self.right)} times"
         wrong = source.replace(self.right, self.wrong)
-        code = compile(
-            wrong, f"<planted: {self.name}>", "exec"
-        )  # as this file, with annotations that are not evaluated
+        code = compile(wrong, f"<planted: {self.name}>", "exec")
         found: dict[str, Any] = {}
         exec(code, self.function.__globals__, found)
         planted = found[self.function.__name__]
@@ -235,13 +233,6 @@ ENGINE = (
         "self._core.act(do.PublishAgain(delivery, delivery.request))",
         "pass",
     ),
-    Bug(
-        "successor_frees_media_of_group",
-        "a successor frees media that a group needs which another rank has sent",
-        EngineState._on_requests_read,
-        "if not awaited.is_ended:",
-        "if not awaited.is_ended and awaited.address == address:",
-    ),
 )
 
 WORKERS = (
@@ -354,13 +345,6 @@ SERVERS = (
         "pass",
     ),
     Bug(
-        "later_twin_replaces",
-        "a later answer replaces the first",
-        servers.Outcomes._write_one,
-        "old is not None and (",
-        "False and (",
-    ),
-    Bug(
         "gone_media_not_told",
         "who renews media is not told that they are gone",
         servers.PayloadStore._count,
@@ -386,43 +370,41 @@ SERVERS = (
 BUGS = (*ENGINE, *WORKERS, *SERVERS)
 
 FOUND: dict[str, tuple[int, str]] = {
-    "looked_after_once": (4, "OutOfTimeError"),
+    "looked_after_once": (3, "OutOfTimeError"),
     "parts_never_freed": (5, "left over"),
     "early_answer_never_freed": (47, "left over"),
     "sealed_media_freed": (1, "OutOfTimeError"),
     "media_freed_with_first_user": (1, "KeyError"),
-    "one_member_put_back": (12, "OutOfTimeError"),
+    "one_member_put_back": (27, "OutOfTimeError"),
     "old_reason_kept": (20, "old reason"),
-    "throttled_forgotten": (24, "OutOfTimeError"),
-    "claims_ignored": (983, "sent again"),
-    "missed_once_is_lost": (995, "sent again"),
-    "attempt_not_grown": (72, "old failure"),
-    "any_failure_accepted": (72, "old failure"),
-    "shared_outcome_given_up": (167, "OutOfTimeError"),
+    "throttled_forgotten": (20, "OutOfTimeError"),
+    "claims_ignored": (177, "sent again"),
+    "missed_once_is_lost": (2, "sent again"),
+    "attempt_not_grown": (46, "old failure"),
+    "any_failure_accepted": (46, "old failure"),
+    "shared_outcome_given_up": (165, "OutOfTimeError"),
     "carried_dropped": (4, "OutOfTimeError"),
-    "answered_not_resumed": (626, "OutOfTimeError"),
+    "answered_not_resumed": (399, "OutOfTimeError"),
     "other_rank_not_looked_after": (34, "OutOfTimeError"),
     "store_measured_once": (1, "spins"),
     "full_store_deadlock": (1, "OutOfTimeError"),
     "restored_under_wrong_name": (4, "OutOfTimeError"),
-    "resumed_not_sent_again": (448, "OutOfTimeError"),
-    "successor_frees_media_of_group": (591, "OutOfTimeError"),
-    "claims_not_released": (27, "claim kept"),
+    "resumed_not_sent_again": (146, "OutOfTimeError"),
+    "claims_not_released": (35, "claim kept"),
     "answered_claims_kept": (1, "claim kept"),
-    "claims_not_extended": (4, "paid twice"),
-    "suspects_with_others": (27, "OutOfTimeError"),
-    "suspect_never_given_up": (27, "OutOfTimeError"),
+    "claims_not_extended": (26, "answer"),
+    "suspects_with_others": (11, "paid twice"),
+    "suspect_never_given_up": (11, "OutOfTimeError"),
     "token_shared": (1, "paid twice"),
     "others_claims_ignored": (1, "paid twice"),
     "answered_scored_again": (5, "paid twice"),
     "missing_media_ignored": (4, "media"),
-    "attempt_not_written": (5, "paid twice"),
-    "hung_not_timed_out": (4, "answer"),
-    "combined_without_all": (27, "KeyError"),
-    "consumed_offset_goes_back": (346, "seen late"),
-    "starts_not_taken_back": (240, "suspected"),
+    "attempt_not_written": (12, "OutOfTimeError"),
+    "hung_not_timed_out": (26, "answer"),
+    "combined_without_all": (11, "KeyError"),
+    "consumed_offset_goes_back": (130, "seen late"),
+    "starts_not_taken_back": (40, "left over"),
     "starts_kept": (1, "left over"),
-    "later_twin_replaces": (2763, "replaced"),
     "gone_media_not_told": (4, "OutOfTimeError"),
     "sealed_without_last": (5, "answer"),
     "old_failure_is_answer": (5, "OutOfTimeError"),

@@ -144,7 +144,7 @@ class Schedule:
 
     @property
     def is_calm(self) -> bool:
-        """Whether nothing is to be sent twice: nothing goes wrong, no judge is asked too much, nothing is cancelled.
+        """Whether nothing is to be sent twice: nothing goes wrong, no judge has a budget, nothing is cancelled.
 
         What is cancelled takes its media with it, and the others of its chunk are sent again.
         """
