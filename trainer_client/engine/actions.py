@@ -106,7 +106,8 @@ class ReadNumbers:
 class ReadNotes:
     """Ask what workers say of requests, and forget what they said. Result: `NotesRead`."""
 
-    lane: ClassVar[Lane] = Lane.POLL
+    # Of the two servers that it asks one is the payload store, which may hang: the poll lane extends the rank lock.
+    lane: ClassVar[Lane] = Lane.UPKEEP
     requests: Sequence[tuple[Delivery, str]]
 
 
