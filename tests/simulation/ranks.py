@@ -234,7 +234,9 @@ class Rank:
 
     def _remember_failures(self, slots: Sequence[Any]) -> None:
         for awaited in failures_of(slots):
-            self.failed_before[awaited.address] = awaited.outcome.attempt
+            told = (awaited.outcome, *awaited.outcome.members)
+            if any(one.origin for one in told):  # else it is the client's own reason, which Redis does not know
+                self.failed_before[awaited.address] = awaited.outcome.attempt
 
     def _check_are_tried_anew(self, slots: Sequence[Any]) -> None:
         """What failed in an earlier step was tried anew, unless Redis was emptied and knows nothing of that."""
