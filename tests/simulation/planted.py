@@ -317,8 +317,8 @@ WORKERS = (
         "combined_without_all",
         "a group is put together although parts of it are missing",
         group.combine_parts,
-        "if missing:",
-        "if False:",
+        "there, missing = _look_up_parts(context, request)\n    if missing:\n        if",
+        "there, missing = _look_up_parts(context, request)[0], []\n    if missing:\n        if",
     ),
 )
 
@@ -378,7 +378,7 @@ FOUND: dict[str, tuple[int, str]] = {
     "one_member_put_back": (27, "OutOfTimeError"),
     "old_reason_kept": (20, "old reason"),
     "throttled_forgotten": (20, "OutOfTimeError"),
-    "claims_ignored": (177, "sent again"),
+    "claims_ignored": (1276, "OutOfTimeError"),
     "missed_once_is_lost": (2, "sent again"),
     "attempt_not_grown": (46, "old failure"),
     "any_failure_accepted": (46, "old failure"),

@@ -146,16 +146,23 @@ class Schedule:
     def is_calm(self) -> bool:
         """Whether nothing is to be sent twice: nothing goes wrong, no judge has a budget, nothing is cancelled.
 
-        What is cancelled takes its media with it, and the others of its chunk are sent again.
+        What is cancelled takes its media with it, and the others of its chunk are sent again. So is what waits for a
+        slow load, once another worker has the model.
         """
         is_cancelled = any(step.is_given_up for rank in self.ranks for step in rank.steps)
-        return self.is_faultless and not is_cancelled and all(reward.budget is None for reward in self.rewards)
+        if is_cancelled or any(reward.budget is not None for reward in self.rewards):
+            return False
+        loads_slowly = len(self.workers) > 1 and any(worker.load_s > LOADED_WITHIN_S for worker in self.workers)
+        return self.is_faultless and not loads_slowly
 
     @property
     def num_samples(self) -> int:
         """Over all ranks and steps."""
         return sum(len(some) for rank in self.ranks for step in rank.steps for some in step.submits)
 
+
+LOADED_WITHIN_S = 0.1
+"""A worker that loads longer may have messages in hand for which others look meanwhile."""
 
 WORKER_FAULTS = ("kill worker", "stall worker", "stop worker", "cut off worker")
 TRAINER_FAULTS = ("stall trainer", "cut off trainer", "kill trainer")

@@ -13,6 +13,9 @@ from tests.simulation.schedules import draw
 
 RANGES = [range(at, at + 250) for at in range(0, 2000, 250)]
 
+FOUND_BUGS = (265, 561, 591, 3251, 3307, 4258, 4291, 11974, 17214)
+"""Seeds of other ranges that have found a bug, of the product or of the oracle."""
+
 NUM_TRACED = 25
 
 
@@ -22,6 +25,10 @@ def test_whatever_goes_wrong_each_sample_ends_with_its_own_answer(seeds):
     assert not failures, "\n".join(map(str, failures)) + (
         f"\nread one by: python -m tests.simulation.run --shrink {failures[0].seed}"
     )
+
+
+def test_what_was_found_once_stays_mended():
+    assert not run.run_seeds(FOUND_BUGS)
 
 
 def traces_in_a_process(hash_seed: str) -> str:

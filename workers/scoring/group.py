@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.celery_app import COMBINE, GROUP, app
 from tasks.groups import combine
-from tasks.messages import GroupRequest
+from tasks.messages import GroupRequest, Outcome
 from workers.scoring.chunk import ChunkScorer, answers
 from workers.scoring.context import ScoringContext, context_of
 from workers.scoring.handling import handle
@@ -103,19 +103,14 @@ def wait_and_combine(
 
 def combine_parts(context: ScoringContext, request: GroupRequest) -> str:
     """Read the outcomes of a group's parts and write the group's once; returns what came of it, in words."""
-    outcomes, parts = context.outcomes, request.parts
-    addresses = [part.address for part in parts]
-    found = context.retry(lambda: outcomes.look_up(addresses))
-
-    there, missing = {}, []
-    for part, outcome in zip(parts, found, strict=True):
-        if outcome is not None:
-            there[part.address] = outcome
-        if not answers(outcome, part.attempt):
-            missing.append(part.address)
+    outcomes = context.outcomes
+    there, missing = _look_up_parts(context, request)
     if missing:
         if any(context.retry(lambda: outcomes.claimed(missing))):
             return WAITING
+        # An answer that ended its claim between the two questions is seen now.
+        there, missing = _look_up_parts(context, request)
+    if missing:
         return f"{len(missing)} parts are missing"
 
     token = context.new_token()
@@ -129,6 +124,22 @@ def combine_parts(context: ScoringContext, request: GroupRequest) -> str:
     combined = combine(request, there)
     context.retry(lambda: outcomes.write({request.address: combined}, token))
     return "combined"
+
+
+def _look_up_parts(
+    context: ScoringContext, request: GroupRequest
+) -> tuple[dict[str, Outcome], list[str]]:
+    """The outcomes of a group's parts that are there, by address, and the addresses of those that are not answered."""
+    addresses = [part.address for part in request.parts]
+    found = context.retry(lambda: context.outcomes.look_up(addresses))
+    there: dict[str, Outcome] = {}
+    missing = []
+    for part, outcome in zip(request.parts, found, strict=True):
+        if outcome is not None:
+            there[part.address] = outcome
+        if not answers(outcome, part.attempt):
+            missing.append(part.address)
+    return there, missing
 
 
 def _is_answered(context: ScoringContext, request: GroupRequest) -> bool:
