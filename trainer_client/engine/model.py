@@ -313,3 +313,5 @@ class Member(PayloadUser):
     media: dict[str, MediaRef | tuple[MediaRef, ...]] = field(default_factory=dict)
     carried: list[Awaited] = field(default_factory=list)
     """Outcomes of the same sample for the reward that is ranked: they go with the group."""
+    num_registrations: int = 0
+    """Calls under way that put it into its slot over ranks."""

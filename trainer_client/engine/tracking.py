@@ -84,6 +84,8 @@ class Tracking:
         num_new = self._sending.take_answers(event.outcomes)
         if event.purpose is do.Purpose.POLL:
             self._end_poll(num_new)
+        elif event.purpose is do.Purpose.EVERYTHING:
+            self._polling.everything_read()
 
     def _look_up_everything(self) -> None:
         """Also what is still queued: another client may have had the same scored."""
@@ -91,6 +93,7 @@ class Tracking:
         for delivery in self._core.deliveries.values():
             addresses.update((a.address, None) for a in delivery.awaited)
         if addresses:
+            self._polling.reading_everything()
             self._core.act(do.LookUp(list(addresses), do.Purpose.EVERYTHING))
 
     def _read_notes(self) -> None:
@@ -107,7 +110,12 @@ class Tracking:
         requests = (r for d in self._core.deliveries.values() for r in d.requests)
         names = [*self._core.payloads.names_in_use(), *requests]
         if names:
+            self._polling.renewing()
             self._core.act(do.Renew(names))
+
+    def on_renewed(self, _event: ev.Renewed) -> None:
+        """Payloads live on."""
+        self._polling.renewed()
 
     def _inspect(self) -> None:
         """Look after what may be lost; and put members into their slots again, should Redis have been emptied."""
