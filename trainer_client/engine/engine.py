@@ -46,6 +46,12 @@ NO_WORKER_AFTER_S = 2.0
 ASK_S = 2.0
 """Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
 
+KEEPS_UNSENT = tuple(
+    source for source in Source if source not in (Source.LOADING, Source.SUSPECTS)
+)
+"""What may keep samples from being sent. The others are about samples that were sent, and `collect()` asks for them: a
+model that was loading at the last `collect()` may be loaded by now."""
+
 NEVER = float("inf")
 
 LOOK_EVERY_S = 0.25
@@ -268,7 +274,7 @@ class Engine:
         with self._loop.lock:
             deliveries = list(self._state.core.deliveries.values())
         queues = {delivery.spec.queue for delivery in deliveries}
-        return self._ask(lambda: self._ask_of_queues(queues))
+        return self._ask(lambda: self._ask_of_queues(queues), KEEPS_UNSENT)
 
     def known_reasons(self) -> str | None:
         """What is known to keep things waiting, without asking anybody; None if nothing is."""
@@ -331,8 +337,14 @@ class Engine:
         with self._loop.lock:
             self._state.why_late.put(source, words)
 
-    def _ask(self, question: Callable[[], object]) -> str | None:
-        """Let Redis say why, or say that it is away: within `ASK_S`, whatever its sockets would wait for."""
+    def _ask(
+        self, question: Callable[[], object], sources: Sequence[Source] = ()
+    ) -> str | None:
+        """Let Redis say why, or say that it is away: within `ASK_S`, whatever its sockets would wait for.
+
+        Args:
+            sources: Whose reasons are wanted; all unless given.
+        """
         failures: list[str] = []
         has_ended = threading.Event()
 
@@ -341,7 +353,8 @@ class Engine:
                 question()
             except AWAY as error:
                 failures.append(why_away(error))
-            has_ended.set()
+            finally:
+                has_ended.set()
 
         threading.Thread(target=ask, name="rewardq-ask", daemon=True).start()
         if not has_ended.wait(ASK_S):
@@ -350,7 +363,7 @@ class Engine:
             if failures:  # what was known of workers is not known any more
                 for source in (Source.QUEUE, Source.LOADING, Source.SUSPECTS):
                     self._state.why_late.withdraw(source)
-            words = self._state.why_late.words()
+            words = self._state.why_late.words(*sources)
         return words or (failures[0] if failures else None)
 
     def _warn_of_idle_queues(self) -> None:

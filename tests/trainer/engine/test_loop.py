@@ -607,3 +607,39 @@ def test_samples_count_as_unsent_from_submit_on_though_the_loop_has_not_taken_th
         assert engine.num_unsent == 1
         may_go_on.set()
         engine.flush(LONG_S)
+
+
+class Says(NothingToSay):
+    """A `Diagnosis` that knows of a worker that loads, or that raises."""
+
+    def __init__(self, loading=None, error=None):
+        self.loading, self.error = loading, error
+
+    def idle_queues(self, _queues, _ended):
+        if self.error is not None:
+            raise self.error
+
+    def loads(self, _specs):
+        return self.loading
+
+
+def test_what_was_loading_at_the_last_collect_is_no_reason_of_samples_that_are_not_sent(backend):
+    backend.hangs[do.Store] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._diagnosis = Says(loading="worker is still loading PickScore")
+        slot = submit_by(engine, backend)
+        assert "is still loading" in engine.why_late([slot], 1.0).message
+        engine._diagnosis = NothingToSay()
+        with pytest.raises(CollectTimeoutError, match=r"were not sent within 0\.1 s$"):
+            engine.flush(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_question_that_fails_is_no_server_that_is_away(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._diagnosis = Says(error=ValueError("a bug"))
+        started = time.monotonic()
+        assert engine.why_unsent() is None
+        assert time.monotonic() - started < 1.5, "it is not waited for"
