@@ -101,6 +101,7 @@ class Engine:
         slots = self._slots_over_ranks
         self._brokers = [CeleryBroker(app), CeleryBroker(app)]
         self._diagnosis = Diagnosis(self.outcomes, self.store)
+        self._is_asking_of_idle_queues = False
         self._positions_seen: dict[str, list[RankIndex]] = {}
         """By group over ranks, which slots were filled when Redis was last asked."""
 
@@ -247,7 +248,7 @@ class Engine:
                     tell_waiting(lambda: self.what_is_missing(slots))
                 if time.monotonic() > ask_at:
                     ask_at = NEVER
-                    self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
+                    self._ask_of_idle_queues()
 
     # --- why it is late ------------------------------------------------------------------
 
@@ -366,11 +367,19 @@ class Engine:
             words = self._state.why_late.words(*sources)
         return words or (failures[0] if failures else None)
 
+    def _ask_of_idle_queues(self) -> None:
+        """Have it asked which queues have no worker, once for all who wait: while Redis is away the question waits, and
+        each `collect()` of an outage would add another."""
+        if not self._is_asking_of_idle_queues:
+            self._is_asking_of_idle_queues = True
+            self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
+
     def _warn_of_idle_queues(self) -> None:
         """Let the log say once which queue of what is under way has no worker."""
         with self._loop.lock:
             deliveries = list(self._state.core.deliveries.values())
         words = self._ask_of_queues({d.spec.queue for d in deliveries})
+        self._is_asking_of_idle_queues = False
         if words:
             self._loop.warn_once(words)
 

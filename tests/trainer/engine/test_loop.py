@@ -16,6 +16,7 @@ from tasks.errors import CollectTimeoutError, RankTakenError, RedisRefusalError,
 from tasks.messages import Outcome
 from tests.trainer.engine.by_hand import SINGLE, EngineByHand
 from trainer_client.engine import actions as do
+from trainer_client.engine import engine as engine_module
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
 from trainer_client.engine.backlog import Backlog
@@ -481,6 +482,7 @@ def engine_on(loop: Loop) -> Engine:
     engine._loop, engine._state = loop, loop.state
     engine._backlog = Backlog(loop, engine.why_unsent)
     engine._slots_over_ranks, engine._positions_seen = None, {}
+    engine._is_asking_of_idle_queues = False
     engine._diagnosis = NothingToSay()
     return engine
 
@@ -643,3 +645,18 @@ def test_a_question_that_fails_is_no_server_that_is_away(backend):
         started = time.monotonic()
         assert engine.why_unsent() is None
         assert time.monotonic() - started < 1.5, "it is not waited for"
+
+
+def test_waits_during_an_outage_ask_for_workers_once_in_all(backend, monkeypatch):
+    monkeypatch.setattr(engine_module, "NO_WORKER_AFTER_S", 0.0)
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        engine._diagnosis = Says(error=redis.ConnectionError("refused"))
+        for _ in range(3):
+            assert not wait(engine, slot, timeout_s=0.3)
+        with loop.lock:
+            assert len(loop._failing[do.Lane.UPKEEP]) == 1
+        engine._diagnosis = NothingToSay()
+        eventually(lambda: not loop._failing[do.Lane.UPKEEP])
+        assert not engine._is_asking_of_idle_queues, "the next outage is asked about again"
