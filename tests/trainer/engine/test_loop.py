@@ -442,6 +442,21 @@ def test_a_store_that_is_away_at_the_end_keeps_nobody_waiting(backend):
     assert loop.broken is None
 
 
+def test_a_store_that_hangs_at_the_end_keeps_nobody_waiting(backend, monkeypatch):
+    monkeypatch.setattr(loop_module, "CLOSE_S", 0.1)
+    with loop_of(backend) as loop:
+        slots = [submit(loop, backend, number) for number in range(2)]
+        eventually(lambda: len(loop.state.core.deliveries) == 2 and is_in_flight(loop))
+        backend.hangs[do.Free] = threading.Event()
+        for slot in slots:
+            loop.put(ev.SlotsGivenUp([slot]))
+        eventually(lambda: backend.started[do.Free])
+        started = time.monotonic()
+        loop.close()
+        assert time.monotonic() - started < LONG_S / 2
+        assert backend.started[do.Free] == 1, "the second is not called for by whoever closes"
+
+
 def test_seconds_are_summed_by_what_they_were_spent_on_until_they_are_taken(backend):
     with loop_of(backend) as loop:
         submit(loop, backend)
