@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import redis
+
 from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
@@ -160,7 +162,8 @@ class Engine:
     def close(self) -> None:
         """End the threads and give back the connections."""
         self._loop.close()
-        with contextlib.suppress(*AWAY):  # of the last answers, for other clients
+        # Of the last answers, for other clients. What Redis refuses, those who waited were told.
+        with contextlib.suppress(*AWAY, redis.ResponseError):
             self._code_versions.compare(self._registry)
         for broker in self._brokers:
             broker.disconnect()

@@ -675,3 +675,26 @@ def test_waits_during_an_outage_ask_for_workers_once_in_all(backend, monkeypatch
         engine._diagnosis = NothingToSay()
         eventually(lambda: not loop._failing[do.Lane.UPKEEP])
         assert not engine._is_asking_of_idle_queues, "the next outage is asked about again"
+
+
+def test_a_redis_that_refuses_at_the_end_keeps_no_connection_open(backend):
+    """An error of `close()` would hide the error that ended the `with` block of the client, which says what to do."""
+    ended = []
+
+    class Refused:
+        def compare(self, _registry):
+            raise redis.ResponseError("NOPERM this user has no permissions")
+
+    class Server:
+        def disconnect(self):
+            ended.append("broker")
+
+        def close(self):
+            ended.append("store")
+
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._code_versions, engine._registry = Refused(), None
+        engine._brokers, engine.store = [Server()], Server()
+        engine.close()
+    assert ended == ["broker", "store"]
