@@ -259,6 +259,8 @@ class Delivery:
     """At the last look it was neither answered, claimed nor queued."""
     was_claimed: bool = False
     """At an earlier look a worker had it in hand."""
+    is_being_checked: bool = False
+    """Of an earlier process: it is being asked whether its request is still in the store."""
     awaited_when_sent: tuple[Awaited, ...] = ()
     """Whom its request is for, a group's own outcome first. Never changed: the backend composes the request of it."""
     record: DeliveryRecord = field(init=False)

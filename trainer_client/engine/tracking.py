@@ -171,10 +171,13 @@ class Tracking:
             self._losses.sent(delivery, self._core.now)
             return  # its rank sends it again, or whoever resumes that rank's ticket
         self._losses.grow_pause(delivery, self._core.now)
-        if delivery.sent_by is SentBy.EARLIER_PROCESS:
-            self._core.act(do.CheckRequest(delivery))
-        else:
+        if delivery.sent_by is not SentBy.EARLIER_PROCESS:
             self._restore(delivery, lost)
+        elif (
+            not delivery.is_being_checked
+        ):  # it may be: the payload store can be away for long
+            delivery.is_being_checked = True
+            self._core.act(do.CheckRequest(delivery))
 
     def _restore(self, delivery: Delivery, lost: Sequence[Awaited]) -> None:
         group = next((a for a in lost if a.group is not None), None)
@@ -208,6 +211,7 @@ class Tracking:
     def on_request_checked(self, event: ev.RequestChecked) -> None:
         """It is known whether an earlier process's request is there."""
         delivery = event.delivery
+        delivery.is_being_checked = False
         if not delivery.awaited:
             return
         if event.is_there:
