@@ -87,3 +87,19 @@ def test_a_ticket_of_another_run_is_refused():
     steps = ClientSteps(world_size=1)
     with pytest.raises(TicketError, match="this ticket is of run 'run', this client of 'other'"):
         wanted(steps, SlowEngine(), submit(steps, 1), run="other")
+
+
+def test_only_groups_of_samples_that_are_collected_are_given_up():
+    """The engine would remember the others for ever, and tell samples of a later step of the same number."""
+    ranked = RewardConfig.from_dict({"rewards": [{"reward_model": "PickScore_Rank"}]})
+    steps = ClientSteps(world_size=1)
+    tickets = []
+    for group in ("by its ticket", "by its step"):
+        samples = [Sample(prompt="a", image=np.zeros((8, 8, 3), np.uint8), group=group)]
+        submission = Submission("train", ranked.of("train"), samples, 2, steps.new_ticket_number(), 0.0)
+        submission.check(0, 0, 1, 10**6)
+        tickets.append(ticket_of(submission, steps.add(submission, None), Process, "this"))
+    steps.close(steps.wanted_of_ticket(SlowEngine(), ranked, "run", tickets[0]))
+    step = steps.wanted_of_step(SlowEngine(), ranked, "train", None)
+    assert set(step.incomplete) == {"by its ticket", "by its step"}
+    assert set(step.given_up_groups) == {"by its step"}

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import redis
+
 from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
@@ -45,6 +47,12 @@ NO_WORKER_AFTER_S = 2.0
 
 ASK_S = 2.0
 """Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
+
+KEEPS_UNSENT = tuple(
+    source for source in Source if source not in (Source.LOADING, Source.SUSPECTS)
+)
+"""What may keep samples from being sent. The others are about samples that were sent, and `collect()` asks for them: a
+model that was loading at the last `collect()` may be loaded by now."""
 
 NEVER = float("inf")
 
@@ -95,6 +103,7 @@ class Engine:
         slots = self._slots_over_ranks
         self._brokers = [CeleryBroker(app), CeleryBroker(app)]
         self._diagnosis = Diagnosis(self.outcomes, self.store)
+        self._is_asking_of_idle_queues = False
         self._positions_seen: dict[str, list[RankIndex]] = {}
         """By group over ranks, which slots were filled when Redis was last asked."""
 
@@ -153,7 +162,8 @@ class Engine:
     def close(self) -> None:
         """End the threads and give back the connections."""
         self._loop.close()
-        with contextlib.suppress(*AWAY):  # of the last answers, for other clients
+        # Of the last answers, for other clients. What Redis refuses, those who waited were told.
+        with contextlib.suppress(*AWAY, redis.ResponseError):
             self._code_versions.compare(self._registry)
         for broker in self._brokers:
             broker.disconnect()
@@ -241,7 +251,7 @@ class Engine:
                     tell_waiting(lambda: self.what_is_missing(slots))
                 if time.monotonic() > ask_at:
                     ask_at = NEVER
-                    self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
+                    self._ask_of_idle_queues()
 
     # --- why it is late ------------------------------------------------------------------
 
@@ -268,7 +278,7 @@ class Engine:
         with self._loop.lock:
             deliveries = list(self._state.core.deliveries.values())
         queues = {delivery.spec.queue for delivery in deliveries}
-        return self._ask(lambda: self._ask_of_queues(queues))
+        return self._ask(lambda: self._ask_of_queues(queues), KEEPS_UNSENT)
 
     def known_reasons(self) -> str | None:
         """What is known to keep things waiting, without asking anybody; None if nothing is."""
@@ -331,8 +341,14 @@ class Engine:
         with self._loop.lock:
             self._state.why_late.put(source, words)
 
-    def _ask(self, question: Callable[[], object]) -> str | None:
-        """Let Redis say why, or say that it is away: within `ASK_S`, whatever its sockets would wait for."""
+    def _ask(
+        self, question: Callable[[], object], sources: Sequence[Source] = ()
+    ) -> str | None:
+        """Let Redis say why, or say that it is away: within `ASK_S`, whatever its sockets would wait for.
+
+        Args:
+            sources: Whose reasons are wanted; all unless given.
+        """
         failures: list[str] = []
         has_ended = threading.Event()
 
@@ -341,7 +357,8 @@ class Engine:
                 question()
             except AWAY as error:
                 failures.append(why_away(error))
-            has_ended.set()
+            finally:
+                has_ended.set()
 
         threading.Thread(target=ask, name="rewardq-ask", daemon=True).start()
         if not has_ended.wait(ASK_S):
@@ -350,14 +367,22 @@ class Engine:
             if failures:  # what was known of workers is not known any more
                 for source in (Source.QUEUE, Source.LOADING, Source.SUSPECTS):
                     self._state.why_late.withdraw(source)
-            words = self._state.why_late.words()
+            words = self._state.why_late.words(*sources)
         return words or (failures[0] if failures else None)
+
+    def _ask_of_idle_queues(self) -> None:
+        """Have it asked which queues have no worker, once for all who wait: while Redis is away the question waits, and
+        each `collect()` of an outage would add another."""
+        if not self._is_asking_of_idle_queues:
+            self._is_asking_of_idle_queues = True
+            self._loop.do_once(do.Lane.UPKEEP, self._warn_of_idle_queues)
 
     def _warn_of_idle_queues(self) -> None:
         """Let the log say once which queue of what is under way has no worker."""
         with self._loop.lock:
             deliveries = list(self._state.core.deliveries.values())
         words = self._ask_of_queues({d.spec.queue for d in deliveries})
+        self._is_asking_of_idle_queues = False
         if words:
             self._loop.warn_once(words)
 

@@ -42,6 +42,7 @@ class Sealing:
     ) -> None:
         self._core, self._groups, self._sending = core, groups, sending
         self._losses, self._polling = losses, polling
+        self._is_putting_back = False
 
     @property
     def is_shared(self) -> bool:
@@ -193,6 +194,7 @@ class Sealing:
 
     def _register(self, group: Group, member: Member) -> None:
         self._core.num_group_calls += 1
+        member.num_registrations += 1
         position = self._groups.position_of(member)
         self._core.act(
             do.RegisterMember(group.shared_key, position, member, group.size or 0)
@@ -202,6 +204,7 @@ class Sealing:
         """A member is in its slot over ranks, or is refused."""
         self._core.num_group_calls -= 1
         member, found = event.member, event.found
+        member.num_registrations -= 1
         slot = member.slot
         group = self._groups.of_member(member)
         if group is None or slot.is_given_up:
@@ -258,7 +261,11 @@ class Sealing:
         """Let an emptied Redis know again what this rank knows."""
         for group in self._groups.unanswered():
             for member in list(group.members.values()):
-                self._register(group, member)
+                # While Redis is away the last registration waits: one more each time would be many after an hour.
+                if not member.num_registrations:
+                    self._register(group, member)
+        if self._is_putting_back:
+            return
         answered = []
         for group in self._groups.answered():
             awaited = group.awaited
@@ -273,10 +280,12 @@ class Sealing:
                     )
                 )
         if answered:
+            self._is_putting_back = True
             self._core.act(do.PutGroupsBack(answered))
 
     def on_put_back(self, event: ev.GroupsPutBack) -> None:
         """Some groups had to be put back: their members follow."""
+        self._is_putting_back = False
         for shared_key in event.lost:
             group = self._groups.of_shared_key(shared_key)
             for member in list(group.members.values()) if group else ():

@@ -247,7 +247,9 @@ class Loop:
                 if isinstance(action, do.Free):
                     names += action.names
         names += self.state.core.payloads.take_to_free()
-        if names:
+        # While its lane still hangs the store does: the caller must not hang with it.
+        is_hanging = any(one.is_alive() for one in self._workers[do.Free.lane])
+        if names and not is_hanging:
             with contextlib.suppress(*AWAY, OSError):
                 self._backend.perform(do.Free(names))
 

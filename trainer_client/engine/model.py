@@ -259,6 +259,8 @@ class Delivery:
     """At the last look it was neither answered, claimed nor queued."""
     was_claimed: bool = False
     """At an earlier look a worker had it in hand."""
+    is_being_checked: bool = False
+    """Of an earlier process: it is being asked whether its request is still in the store."""
     awaited_when_sent: tuple[Awaited, ...] = ()
     """Whom its request is for, a group's own outcome first. Never changed: the backend composes the request of it."""
     record: DeliveryRecord = field(init=False)
@@ -313,3 +315,5 @@ class Member(PayloadUser):
     media: dict[str, MediaRef | tuple[MediaRef, ...]] = field(default_factory=dict)
     carried: list[Awaited] = field(default_factory=list)
     """Outcomes of the same sample for the reward that is ranked: they go with the group."""
+    num_registrations: int = 0
+    """Calls under way that put it into its slot over ranks."""

@@ -27,6 +27,8 @@ same scored."""
 RENEW_EVERY_S = 60.0
 """How often payloads are renewed, at most: they live `REWARDQ_PAYLOAD_TTL_S`."""
 
+NEVER = float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class Due:
@@ -54,6 +56,7 @@ class Polling:
         self._renew_at = now + self._renew_every_s
         self._is_polling = self._is_reading_digests = False
         self._is_reading_notes = self._is_inspecting = False
+        self._is_reading_everything = self._is_renewing = False
         self._sent: dict[str, int] = {}
         self._taken: dict[str, int] = {}
 
@@ -65,8 +68,8 @@ class Polling:
             digests=is_poll_due and not self._is_reading_digests,
             notes=not self._is_reading_notes and now >= self._notes_at,
             inspect=not self._is_inspecting and now >= self._inspect_at,
-            everything=now >= self._everything_at,
-            renew=now >= self._renew_at,
+            everything=not self._is_reading_everything and now >= self._everything_at,
+            renew=not self._is_renewing and now >= self._renew_at,
         )
         self._count_as_asked(due, now)
         return due
@@ -87,14 +90,18 @@ class Polling:
 
     def wake_at(self) -> float:
         """When something is due next."""
-        times = [self._everything_at, self._renew_at]
+        times = []
+        if not self._is_reading_everything:
+            times.append(self._everything_at)
+        if not self._is_renewing:
+            times.append(self._renew_at)
         if not self._is_polling:
             times.append(self._poll_at)
         if not self._is_reading_notes:
             times.append(self._notes_at)
         if not self._is_inspecting:
             times.append(self._inspect_at)
-        return min(times)
+        return min(times, default=NEVER)
 
     def hurry(self, now: float) -> None:
         """Somebody waits from now on."""
@@ -140,3 +147,19 @@ class Polling:
     def inspected(self) -> None:
         """They are looked after."""
         self._is_inspecting = False
+
+    def reading_everything(self) -> None:
+        """Everything in flight is being asked for."""
+        self._is_reading_everything = True
+
+    def everything_read(self) -> None:
+        """Everything in flight was asked for."""
+        self._is_reading_everything = False
+
+    def renewing(self) -> None:
+        """Payloads are being renewed."""
+        self._is_renewing = True
+
+    def renewed(self) -> None:
+        """Payloads are renewed."""
+        self._is_renewing = False

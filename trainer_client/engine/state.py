@@ -106,7 +106,7 @@ class EngineState:
             ev.RequestChecked: self.tracking.on_request_checked,
             ev.RequestsRead: self._on_requests_read,
             ev.Freed: self._on_freed,
-            ev.Renewed: self._on_nothing,
+            ev.Renewed: self.tracking.on_renewed,
             ev.MemberRegistered: self.sealing.on_registered,
             ev.DigestsRead: self.sealing.on_digests,
             ev.MembersRead: self.sealing.on_members,

@@ -84,6 +84,8 @@ class Tracking:
         num_new = self._sending.take_answers(event.outcomes)
         if event.purpose is do.Purpose.POLL:
             self._end_poll(num_new)
+        elif event.purpose is do.Purpose.EVERYTHING:
+            self._polling.everything_read()
 
     def _look_up_everything(self) -> None:
         """Also what is still queued: another client may have had the same scored."""
@@ -91,6 +93,7 @@ class Tracking:
         for delivery in self._core.deliveries.values():
             addresses.update((a.address, None) for a in delivery.awaited)
         if addresses:
+            self._polling.reading_everything()
             self._core.act(do.LookUp(list(addresses), do.Purpose.EVERYTHING))
 
     def _read_notes(self) -> None:
@@ -107,7 +110,12 @@ class Tracking:
         requests = (r for d in self._core.deliveries.values() for r in d.requests)
         names = [*self._core.payloads.names_in_use(), *requests]
         if names:
+            self._polling.renewing()
             self._core.act(do.Renew(names))
+
+    def on_renewed(self, _event: ev.Renewed) -> None:
+        """Payloads live on."""
+        self._polling.renewed()
 
     def _inspect(self) -> None:
         """Look after what may be lost; and put members into their slots again, should Redis have been emptied."""
@@ -163,10 +171,13 @@ class Tracking:
             self._losses.sent(delivery, self._core.now)
             return  # its rank sends it again, or whoever resumes that rank's ticket
         self._losses.grow_pause(delivery, self._core.now)
-        if delivery.sent_by is SentBy.EARLIER_PROCESS:
-            self._core.act(do.CheckRequest(delivery))
-        else:
+        if delivery.sent_by is not SentBy.EARLIER_PROCESS:
             self._restore(delivery, lost)
+        elif (
+            not delivery.is_being_checked
+        ):  # it may be: the payload store can be away for long
+            delivery.is_being_checked = True
+            self._core.act(do.CheckRequest(delivery))
 
     def _restore(self, delivery: Delivery, lost: Sequence[Awaited]) -> None:
         group = next((a for a in lost if a.group is not None), None)
@@ -200,6 +211,7 @@ class Tracking:
     def on_request_checked(self, event: ev.RequestChecked) -> None:
         """It is known whether an earlier process's request is there."""
         delivery = event.delivery
+        delivery.is_being_checked = False
         if not delivery.awaited:
             return
         if event.is_there:

@@ -8,6 +8,8 @@ import platform
 import threading
 from typing import Any
 
+from redis import ResponseError
+
 from tasks.celery_app import client_outcomes
 from tasks.errors import ConfigError, RedisUnreachableError
 from tasks.rewards import RewardConfig
@@ -90,7 +92,8 @@ class ClientProcess:
             engine, self._engine = self._engine, None
         if engine is not None and engine.pid == os.getpid():
             engine.close()
-        with contextlib.suppress(*LOST):
+        # A lock that cannot be given back expires. An error here would hide what ended the `with` block of the client.
+        with contextlib.suppress(*LOST, ResponseError):
             self.rank_lock.release()
         self.ranks.close()
         # Else the garbage collector may come to its sockets first, which warn. Another client may be using the rest.

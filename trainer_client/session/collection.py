@@ -50,6 +50,13 @@ class Wanted:
     incomplete: Mapping[Hashable, str] = field(default_factory=dict)
     """The groups that lack members which nobody else can submit, and what is said of each."""
 
+    @property
+    def given_up_groups(self) -> dict[Hashable, str]:
+        """The incomplete groups that wanted samples are in, and what is said of each. (Tickets may have brought all the
+        samples of a group. The engine remembers a group that is given up as long as the samples that are.)"""
+        groups = {slot.group for slot in self.slots}
+        return {id_: said for id_, said in self.incomplete.items() if id_ in groups}
+
     def take_all_of(self, step: OpenStep, world_size: int) -> None:
         """Want what is in the open step now. Other threads may go on submitting to it."""
         self.open_step = step
@@ -137,7 +144,7 @@ class Collection:
         in_vain = why_not_to_wait(wanted.incomplete, wanted.rewards, options.on_failure)
         if in_vain is not None:
             return Failure(kind="timeout", message=in_vain)
-        wanted.engine.give_up_groups(wanted.split, wanted.step, wanted.incomplete)
+        wanted.engine.give_up_groups(wanted.split, wanted.step, wanted.given_up_groups)
 
         deadline = options.deadline
         if self._ranks is not None:

@@ -441,3 +441,6 @@ _RESULTS: dict[type, Callable[[EngineByHand, Any], ev.Event]] = {
     do.ReadMembers: EngineByHand._read_members,
     do.PutGroupsBack: EngineByHand._put_back,
 }
+
+IO = tuple(_RESULTS)
+"""The kinds of all actions that ask a server, or encode."""

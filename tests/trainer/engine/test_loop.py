@@ -16,6 +16,7 @@ from tasks.errors import CollectTimeoutError, RankTakenError, RedisRefusalError,
 from tasks.messages import Outcome
 from tests.trainer.engine.by_hand import SINGLE, EngineByHand
 from trainer_client.engine import actions as do
+from trainer_client.engine import engine as engine_module
 from trainer_client.engine import events as ev
 from trainer_client.engine import loop as loop_module
 from trainer_client.engine.backlog import Backlog
@@ -441,6 +442,21 @@ def test_a_store_that_is_away_at_the_end_keeps_nobody_waiting(backend):
     assert loop.broken is None
 
 
+def test_a_store_that_hangs_at_the_end_keeps_nobody_waiting(backend, monkeypatch):
+    monkeypatch.setattr(loop_module, "CLOSE_S", 0.1)
+    with loop_of(backend) as loop:
+        slots = [submit(loop, backend, number) for number in range(2)]
+        eventually(lambda: len(loop.state.core.deliveries) == 2 and is_in_flight(loop))
+        backend.hangs[do.Free] = threading.Event()
+        for slot in slots:
+            loop.put(ev.SlotsGivenUp([slot]))
+        eventually(lambda: backend.started[do.Free])
+        started = time.monotonic()
+        loop.close()
+        assert time.monotonic() - started < LONG_S / 2
+        assert backend.started[do.Free] == 1, "the second is not called for by whoever closes"
+
+
 def test_seconds_are_summed_by_what_they_were_spent_on_until_they_are_taken(backend):
     with loop_of(backend) as loop:
         submit(loop, backend)
@@ -481,6 +497,7 @@ def engine_on(loop: Loop) -> Engine:
     engine._loop, engine._state = loop, loop.state
     engine._backlog = Backlog(loop, engine.why_unsent)
     engine._slots_over_ranks, engine._positions_seen = None, {}
+    engine._is_asking_of_idle_queues = False
     engine._diagnosis = NothingToSay()
     return engine
 
@@ -607,3 +624,77 @@ def test_samples_count_as_unsent_from_submit_on_though_the_loop_has_not_taken_th
         assert engine.num_unsent == 1
         may_go_on.set()
         engine.flush(LONG_S)
+
+
+class Says(NothingToSay):
+    """A `Diagnosis` that knows of a worker that loads, or that raises."""
+
+    def __init__(self, loading=None, error=None):
+        self.loading, self.error = loading, error
+
+    def idle_queues(self, _queues, _ended):
+        if self.error is not None:
+            raise self.error
+
+    def loads(self, _specs):
+        return self.loading
+
+
+def test_what_was_loading_at_the_last_collect_is_no_reason_of_samples_that_are_not_sent(backend):
+    backend.hangs[do.Store] = threading.Event()
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._diagnosis = Says(loading="worker is still loading PickScore")
+        slot = submit_by(engine, backend)
+        assert "is still loading" in engine.why_late([slot], 1.0).message
+        engine._diagnosis = NothingToSay()
+        with pytest.raises(CollectTimeoutError, match=r"were not sent within 0\.1 s$"):
+            engine.flush(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_question_that_fails_is_no_server_that_is_away(backend):
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._diagnosis = Says(error=ValueError("a bug"))
+        started = time.monotonic()
+        assert engine.why_unsent() is None
+        assert time.monotonic() - started < 1.5, "it is not waited for"
+
+
+def test_waits_during_an_outage_ask_for_workers_once_in_all(backend, monkeypatch):
+    monkeypatch.setattr(engine_module, "NO_WORKER_AFTER_S", 0.0)
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        slot = submit_by(engine, backend)
+        engine._diagnosis = Says(error=redis.ConnectionError("refused"))
+        for _ in range(3):
+            assert not wait(engine, slot, timeout_s=0.3)
+        with loop.lock:
+            assert len(loop._failing[do.Lane.UPKEEP]) == 1
+        engine._diagnosis = NothingToSay()
+        eventually(lambda: not loop._failing[do.Lane.UPKEEP])
+        assert not engine._is_asking_of_idle_queues, "the next outage is asked about again"
+
+
+def test_a_redis_that_refuses_at_the_end_keeps_no_connection_open(backend):
+    """An error of `close()` would hide the error that ended the `with` block of the client, which says what to do."""
+    ended = []
+
+    class Refused:
+        def compare(self, _registry):
+            raise redis.ResponseError("NOPERM this user has no permissions")
+
+    class Server:
+        def disconnect(self):
+            ended.append("broker")
+
+        def close(self):
+            ended.append("store")
+
+    with loop_of(backend) as loop:
+        engine = engine_on(loop)
+        engine._code_versions, engine._registry = Refused(), None
+        engine._brokers, engine.store = [Server()], Server()
+        engine.close()
+    assert ended == ["broker", "store"]

@@ -161,3 +161,19 @@ def test_each_queue_has_numbers_of_its_own(polling):
     polling.numbers_read({"vlm": 5}, {"vlm": 5})
     assert not polling.has_left_queue("gpu", 5)
     assert polling.has_left_queue("vlm", 5)
+
+
+def test_everything_is_not_asked_for_while_the_last_question_is_open(polling):
+    assert polling.take_due(100.0).everything
+    polling.reading_everything()
+    assert not polling.take_due(200.0).everything
+    polling.everything_read()
+    assert polling.take_due(200.0).everything
+
+
+def test_payloads_are_not_renewed_while_they_are_being_renewed(polling):
+    assert polling.take_due(100.0).renew
+    polling.renewing()
+    assert not polling.take_due(200.0).renew
+    polling.renewed()
+    assert polling.take_due(200.0).renew

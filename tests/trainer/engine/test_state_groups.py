@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tasks.groups import Registered
@@ -11,6 +13,7 @@ from tests.trainer.engine.by_hand import (
     FAILURE,
     HELD,
     HELD_RANKED,
+    IO,
     POINT,
     RANKED,
     RECONCILE_S,
@@ -293,3 +296,22 @@ def test_a_group_that_is_answered_is_put_back_into_a_redis_that_was_emptied(shar
     assert [one.address for one in put_back.groups] == [awaited.address]
     assert sum(isinstance(action, do.RegisterMember) for action in shared.done) == num_before + 1
     assert slot.outcome_for(RANKED.name).reward == 0.0
+
+
+def test_calls_do_not_pile_up_while_redis_is_away_for_long(shared):
+    """All of them would be made once it is back, and each is tried again every second until then."""
+    slot = another_rank_joins(shared)
+    seal(shared)
+    shared.wait(1.0)
+    shared.answer(slot)
+    shared.submit(3, "incomplete", size=2)
+    shared.run()
+    for _ in range(1000):
+        shared.wait(RECONCILE_S, but=IO)
+    kinds = Counter(type(action) for action in shared.pending)
+    assert kinds[do.RegisterMember] == kinds[do.PutGroupsBack] == 1
+    assert set(kinds.values()) == {1}, kinds
+    shared.run()
+    shared.wait(RECONCILE_S, but=IO)
+    assert shared.asked(do.RegisterMember), "Redis may be emptied again"
+    assert shared.asked(do.PutGroupsBack)

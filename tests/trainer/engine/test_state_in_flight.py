@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 from tasks.messages import WIRE_VERSION, Heartbeat, Note, Outcome
 from tests.trainer.engine.by_hand import (
+    IO,
     JUDGE,
     OTHER,
     OUR_STORE,
@@ -314,3 +316,15 @@ def test_every_outcome_that_arrives_is_announced(single):
     single.run()
     announced = [action for action in single.done if isinstance(action, do.Announce)]
     assert [(one.spec, one.outcome.reward) for one in announced] == [(SINGLE[0], 0.75)]
+
+
+def test_calls_do_not_pile_up_while_redis_is_away_for_long(single):
+    slot = in_flight(single)
+    for _ in range(1000):
+        single.wait(RECONCILE_S, but=IO)
+    kinds = Counter(type(action) for action in single.pending)
+    assert kinds[do.LookUp] == kinds[do.Renew] == 1
+    assert set(kinds.values()) == {1}, kinds
+    single.outcomes[single.awaited(slot).address] = Outcome(reward=1.0)
+    single.run()
+    assert slot.is_done

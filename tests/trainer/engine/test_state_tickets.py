@@ -62,6 +62,20 @@ def test_a_lost_message_of_an_earlier_process_goes_again_as_it_was_while_its_req
     assert after.state_of(resumed) is State.IN_FLIGHT
 
 
+def test_a_lost_message_of_an_earlier_process_is_sent_once_after_the_payload_store_was_away_for_long(single):
+    after = successor(single)
+    after.resume(single.ticket(in_flight(single)))
+    after.run()
+    for _ in range(1000):
+        after.wait(RECONCILE_S, but=[do.CheckRequest])
+    assert len(after.asked(do.CheckRequest)) == 1
+    after.run()
+    assert len(after.published_again) == 1
+    for _ in range(50):
+        after.wait(RECONCILE_S)
+    assert len(after.published_again) > 1, "it may be lost once more"
+
+
 def test_a_lost_message_of_an_earlier_process_whose_request_is_gone_fails_its_samples(single):
     ticket = single.ticket(in_flight(single))
     single.stored.clear()
