@@ -140,6 +140,9 @@ class Sending:
             awaited = self._core.awaited.get(address)
             if outcome is None or awaited is None or not awaited.accepts(outcome):
                 continue
+            # Asked for by an earlier step, perhaps: which attempt this one asks for is not known yet.
+            if awaited.state is State.LOOKING_UP and not outcome.is_final:
+                continue
             self.answer(awaited, outcome)
             num_new += 1
         return num_new

@@ -216,6 +216,12 @@ class Tracking:
             return
         if event.is_there:
             self._core.act(do.PublishAgain(delivery, delivery.request))
+        elif self._sealing.is_shared and delivery.spec.is_groupwise:
+            # Its process may have died before it had sent the group, which another rank sends
+            # too: a failure here would differ from the others' answer, and free media that they need.
+            delivery.sent_by = SentBy.OTHER_RANK_EARLIER
+            self._losses.sent(delivery, self._core.now)
+            self._core.renumbered(delivery)
         else:
             self._media_are_gone(delivery)
 

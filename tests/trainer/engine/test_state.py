@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.messages import Outcome
+from tasks.messages import Failure, Outcome
 from tests.trainer.engine.by_hand import (
     BOTH,
     FAILURE,
@@ -18,6 +18,7 @@ from tests.trainer.engine.by_hand import (
     in_states,
 )
 from trainer_client.engine import actions as do
+from trainer_client.engine import events as ev
 from trainer_client.engine.chunk_accumulator import LINGER_S
 from trainer_client.engine.groups import OVERDUE_S
 from trainer_client.engine.intake import UNSTORED_SAMPLES
@@ -49,6 +50,18 @@ def test_a_failure_that_is_there_is_no_answer_and_the_next_attempt_is_asked_for(
     assert not slot.is_done
     single.put_outcome(single.awaited(slot).address, Outcome(failure=FAILURE, attempt=3))
     assert slot.outcome_for("PickScore").failure == FAILURE
+
+
+def test_a_failure_that_was_asked_for_by_an_earlier_step_is_no_answer_of_the_next(single):
+    slot = single.submit(1)
+    single.run(but=[do.LookUp])
+    address = single.awaited(slot).address
+    old = Outcome(failure=Failure(kind="failed", message="bad luck"), attempt=1)
+    single.apply(ev.OutcomesFound({address: old}, do.Purpose.POLL))
+    assert not slot.is_done
+    single.outcomes[address] = old
+    single.run()
+    assert single.awaited(slot).attempt == 2
 
 
 def test_equal_samples_await_one_outcome_and_are_sent_once(engine):
