@@ -295,9 +295,8 @@ class FileStore:
             os.utime(path, (expires_at, expires_at))
         except FileNotFoundError:
             return False
-        except (
-            PermissionError
-        ):  # another user's file, which lives for as long as that user says
+        except PermissionError:
+            # Another user's file, which lives for as long as that user says.
             return True
         return True
 

@@ -159,6 +159,11 @@ class RewardSpec(BaseModel):
         return self.how != "each"
 
     @property
+    def is_combined(self) -> bool:
+        """Whether a group's reward is computed from the answers for its parts, not by a model that sees the group."""
+        return self.how in ("rank", "wins")
+
+    @property
     def part(self) -> RewardSpec:
         """The reward whose outcomes this reward is made of, for a rank the reward that is ranked; else itself."""
         if self.how != "rank":

@@ -277,9 +277,8 @@ class Backend:
                 group = unpack(GroupRequest, data)
                 return [(group.address, member) for member in group.members]
             samples = unpack(ScoreRequest, data).samples
-        except (
-            WireError
-        ):  # of another version of this package: workers say so, in a note
+        except WireError:
+            # Of another version of this package: workers say so, in a note.
             return []
         found = []
         for sample in samples:

@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable
 
 from tasks.errors import CollectTimeoutError
-from trainer_client.engine.loop import Loop
+from trainer_client.engine.loop import SAY_EVERY_S, Loop
+from trainer_client.engine.why_late import because
 
 log = logging.getLogger(__name__)
 
-SAY_EVERY_S = 60.0
-"""How often the log says that `submit()` waits, and why."""
-
 LOOK_EVERY_S = 0.25
-"""How often a wait looks whether the loop is alive."""
+"""How often a wait looks at the clock and whether the loop is alive, and shows how far it is."""
 
 
 class Backlog:
@@ -59,14 +57,14 @@ class Backlog:
                 pause_s = min(say_at, ends_at) - time.monotonic()
                 if self._is_down_to(max_backlog, pause_s):
                     return
-                because = self._because()
+                ending = because(self._why_unsent())
                 if time.monotonic() >= ends_at:
                     raise CollectTimeoutError(
                         f"nothing was queued: {self.num_unsent} samples submitted before, more than "
-                        f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{because}",
+                        f"REWARDQ_MAX_BACKLOG={max_backlog}, were not sent within {timeout_s:g} s{ending}",
                         None,
                     )
-                log.warning("submit waits num_unsent=%d%s", self.num_unsent, because)
+                log.warning("submit waits num_unsent=%d%s", self.num_unsent, ending)
                 say_at += SAY_EVERY_S
 
     def flush(self, timeout_s: float) -> None:
@@ -75,7 +73,7 @@ class Backlog:
             is_sent = self._is_down_to(0, timeout_s)
         if not is_sent:
             raise CollectTimeoutError(
-                f"{self.num_unsent} samples were not sent within {timeout_s:g} s{self._because()}",
+                f"{self.num_unsent} samples were not sent within {timeout_s:g} s{because(self._why_unsent())}",
                 None,
             )
 
@@ -90,7 +88,3 @@ class Backlog:
             self._loop.raise_if_broken()
             if is_below or time.monotonic() >= ends_at:
                 return is_below
-
-    def _because(self) -> str:
-        why = self._why_unsent()
-        return f": {why}" if why else ""

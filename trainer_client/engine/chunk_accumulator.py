@@ -6,14 +6,12 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer_client.engine.model import Awaited, StepKey
+from trainer_client.engine.model import NEVER, Awaited, StepKey
 from trainer_client.engine.states import State
 
 LINGER_S = 0.2
 """A chunk that is not full goes after this long without a new sample. (Kafka's linger counts from the first sample: at
 the pace of a diffusion sampler that would send chunks of one or two.)"""
-
-NEVER = float("inf")
 
 
 @dataclass(slots=True)

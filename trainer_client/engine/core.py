@@ -170,12 +170,10 @@ class Core:
         slot.stage = SlotStage.STORING
         self._look_at(slot)
 
-    def fail_reward(
-        self, slot: Slot, spec: RewardSpec, failure: Failure, now: float
-    ) -> None:
+    def fail_reward(self, slot: Slot, spec: RewardSpec, failure: Failure) -> None:
         """One reward of a slot cannot be had; its others can."""
         failed = Awaited("", spec, slots=[slot], state=State.ANSWERED)
-        failed.outcome, failed.answered_at = Outcome(failure=failure), now
+        failed.outcome, failed.answered_at = Outcome(failure=failure), self.now
         self.set_awaited(slot, {**slot.awaited, spec.name: failed})
         self.act(do.Announce(spec, failed.outcome))
 
@@ -223,11 +221,9 @@ class Core:
         if state in ENDED:
             self._end(awaited)
 
-    def answer(
-        self, awaited: Awaited, outcome: Outcome, now: float, *, is_hit: bool
-    ) -> None:
+    def answer(self, awaited: Awaited, outcome: Outcome, *, is_hit: bool) -> None:
         """Its outcome is there."""
-        awaited.outcome, awaited.is_hit, awaited.answered_at = outcome, is_hit, now
+        awaited.outcome, awaited.is_hit, awaited.answered_at = outcome, is_hit, self.now
         self.move(awaited, State.ANSWERED)
         self.act(do.Announce(awaited.spec, outcome))
         for slot in awaited.slots:
@@ -238,7 +234,7 @@ class Core:
         self.move(awaited, State.GIVEN_UP)
 
     def _count(self, awaited: Awaited, state: State | None, change: int) -> None:
-        if state is None:
+        if state is None or state in ENDED:
             return
         self._num_in[state] += change
         if state in UNSENT:
@@ -249,7 +245,6 @@ class Core:
 
     def _end(self, awaited: Awaited) -> None:
         del self.awaited[awaited.address]
-        self._num_in[awaited.state or State.GIVEN_UP] -= 1
         self._leave_delivery(awaited)
         self.payloads.release(awaited)
         self.unsettle(awaited)

@@ -24,17 +24,17 @@ from tasks.settings import Settings
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.backend import Backend
-from trainer_client.engine.backlog import Backlog
+from trainer_client.engine.backlog import LOOK_EVERY_S, Backlog
 from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.diagnosis import Diagnosis
 from trainer_client.engine.encoding import SampleEncoder
 from trainer_client.engine.loop import AWAY, Chore, Loop
-from trainer_client.engine.model import RankIndex, Slot
+from trainer_client.engine.model import NEVER, RankIndex, Slot
 from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.requests import RequestWriter, TaskNames
 from trainer_client.engine.resume import slots_and_deliveries
 from trainer_client.engine.state import EngineConfig, EngineState
-from trainer_client.engine.why_late import Source
+from trainer_client.engine.why_late import Source, because
 from trainer_client.progress import bars
 from trainer_client.runs.code_versions import CodeVersions
 from trainer_client.runs.registry import RunRegistry
@@ -53,11 +53,6 @@ KEEPS_UNSENT = tuple(
 )
 """What may keep samples from being sent. The others are about samples that were sent, and `collect()` asks for them: a
 model that was loading at the last `collect()` may be loaded by now."""
-
-NEVER = float("inf")
-
-LOOK_EVERY_S = 0.25
-"""How often a wait in `collect()` looks at the clock, and shows how far it is."""
 
 TELL_EVERY_S = 600.0
 """How often Redis is told what this run's rewards are, at most: it may have been emptied."""
@@ -258,10 +253,10 @@ class Engine:
     def why_late(self, slots: Sequence[Slot], timeout_s: float) -> Failure:
         """The client's own reason for what is missing at the deadline; never stored."""
         num_late = sum(not slot.is_done for slot in slots)
-        because = _because(self._why_missing(slots))
+        ending = because(self._why_missing(slots))
         return Failure(
             kind="timeout",
-            message=f"{num_late} of {len(slots)} samples had no answer after {timeout_s:g} s{because}",
+            message=f"{num_late} of {len(slots)} samples had no answer after {timeout_s:g} s{ending}",
         )
 
     def what_is_missing(self, slots: Sequence[Slot]) -> str:
@@ -271,7 +266,7 @@ class Engine:
             num = sum(not slot.is_done_for(name) for slot in slots)
             if num:
                 left.append(f"{name} ({num} of {len(slots)} samples)")
-        return f"{', '.join(left)}{_because(self._why_missing(slots))}"
+        return f"{', '.join(left)}{because(self._why_missing(slots))}"
 
     def why_unsent(self) -> str | None:
         """What keeps samples from being sent: a Redis that is away, a full store, a queue without a worker."""
@@ -418,7 +413,3 @@ def _count(slots: Sequence[Slot], name: str) -> tuple[int, int]:
     num_done = sum(slot.is_done_for(name) for slot in slots)
     num_failed = sum(slot.has_failed_for(name) for slot in slots)
     return num_done, num_failed
-
-
-def _because(why: str | None) -> str:
-    return f": {why}" if why else ""

@@ -26,11 +26,7 @@ from trainer_client.engine.states import (
 
 
 class Sealing:
-    """Does what the life of a group (`groups.Groups`) leads to.
-
-    Args:
-        look_every_s: A message that another rank has sent is looked after so often.
-    """
+    """Does what the life of a group (`groups.Groups`) leads to."""
 
     def __init__(
         self,
@@ -60,7 +56,7 @@ class Sealing:
         reason = self._groups.why_given_up(slot)
         group = self._groups.add(member, self._core.now)
         if reason is not None:
-            self._core.fail_reward(slot, member.spec, reason, self._core.now)
+            self._core.fail_reward(slot, member.spec, reason)
         elif self._groups.is_shared:
             self._register(group, member)
         elif group.is_full:
@@ -142,9 +138,8 @@ class Sealing:
             self._core.leave(slot, before)
             left_behind[before] = None
 
-        slot.member_index[name] = (
-            index  # of equal members in other slots, the order is the same
-        )
+        # Of equal members in other slots, the order is the same.
+        slot.member_index[name] = index
         self._core.join(slot, awaited)
         self._core.set_awaited(slot, {**slot.awaited, name: awaited})
         if awaited.is_ended:
@@ -188,9 +183,6 @@ class Sealing:
         )
         self._losses.sent(delivery, self._core.now)
         self._core.take_up(delivery, State.IN_FLIGHT)
-        assert group.group is not None
-        carried, group.group.carried = group.group.carried, []
-        self._sending.go_alone(carried)
 
     def _register(self, group: Group, member: Member) -> None:
         self._core.num_group_calls += 1
@@ -211,7 +203,7 @@ class Sealing:
             return
         if found.state in ("full", "scored", "size"):
             failure = self._groups.refuse(group, member, found)
-            self._core.fail_reward(slot, member.spec, failure, self._core.now)
+            self._core.fail_reward(slot, member.spec, failure)
             self._core.payloads.release(member)
         elif found.state == "sealed":
             self._read_if_changed(group, found.digest)
@@ -295,7 +287,7 @@ class Sealing:
         """Groups get no further member."""
         told = self._groups.give_up_incomplete(event.split, event.step, event.words)
         for group, member, failure in told:
-            self._core.fail_reward(member.slot, group.spec, failure, self._core.now)
+            self._core.fail_reward(member.slot, group.spec, failure)
 
     def release_groups(self) -> None:
         """Somebody collects, and nothing is on its way: groups are as large as they are, and keep nobody waiting."""

@@ -16,6 +16,7 @@ from tasks.groups import Registered, digest, draw_pairs
 from tasks.messages import Failure, SampleRequest
 from tasks.rewards import RewardSpec, Split
 from trainer_client.engine.model import (
+    NEVER,
     Awaited,
     GroupPlan,
     Member,
@@ -26,8 +27,6 @@ from trainer_client.engine.model import (
 
 OVERDUE_S = 1.0
 """While someone waits, pointwise samples wait at most so long for the group that would carry them."""
-
-NEVER = float("inf")
 
 SharedKey = Callable[[Split, int, str, str], str]
 """Where a group's slots over ranks are: of split, step, the reward's fingerprint, and a name of the group."""

@@ -15,6 +15,7 @@ from trainer_client.engine.encoding import EncodedSample, refs_of
 from trainer_client.engine.group_sealing import Sealing
 from trainer_client.engine.groups import Groups
 from trainer_client.engine.model import (
+    NEVER,
     Awaited,
     Member,
     Payload,
@@ -29,8 +30,6 @@ from trainer_client.engine.states import (
     State,
 )
 from trainer_client.engine.why_late import Source
-
-NEVER = float("inf")
 
 UNSTORED_BYTES = 256 * 2**20
 """Samples are encoded ahead of their storing up to so many bytes: two videos, or some hundred images."""

@@ -11,12 +11,10 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
-from trainer_client.engine.model import Delivery
+from trainer_client.engine.model import NEVER, Delivery
 
 FEWEST, EVERY_S = 2, 0.5
 """So many messages of a reward go again so often at least."""
-
-NEVER = float("inf")
 
 Message = tuple[Delivery, str]
 """A delivery's request, or that of a part of it."""

@@ -28,7 +28,7 @@ from tasks.servers.connections import LOST, why_away
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.backend import Backend
-from trainer_client.engine.model import StepKey
+from trainer_client.engine.model import NEVER, StepKey
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.why_late import Source
 
@@ -47,15 +47,13 @@ LAST_POLL_PAUSE_S = 1.0
 """Longest pause between two tries of a call whose answer somebody may be waiting for."""
 
 SAY_EVERY_S = 60.0
-"""How often the log says that a lane waits for its server."""
+"""How often the log says that a lane waits for its server, or `submit()` for the backlog, and why."""
 
 EVENTS_AT_ONCE = 256
 """So many events are taken up at most before those who wait are told."""
 
 CLOSE_S = 5.0
 """How long the end waits for calls under way."""
-
-NEVER = float("inf")
 
 MAX_WAIT_S = 5.0
 """The loop looks around at least this often."""
@@ -259,9 +257,8 @@ class Loop:
         try:
             while not self._is_closing.is_set():
                 self._turn()
-        except (
-            BaseException
-        ) as error:  # a bug of ours must end every wait, not only this thread
+        except BaseException as error:
+            # A bug of ours must end every wait, not only this thread.
             log.exception("the engine's loop ended")
             self._break_with(error)
 

@@ -34,7 +34,7 @@ class LossPolicy:
 
     def seen_in_hand(self, delivery: Delivery) -> None:
         """A worker has some of it in hand. (Not so of a group: its parts come and go.)"""
-        if delivery.spec.how in ("each", "model"):
+        if not delivery.spec.is_combined:
             delivery.was_claimed = True
 
     def is_lost(self, delivery: Delivery, num_missing: int, now: float) -> bool:

@@ -21,6 +21,9 @@ from trainer_client.engine.states import (
 )
 from trainer_client.ticket import DeliveryRecord, SlotRecord, SlotSnapshot
 
+NEVER = float("inf")
+"""The time at which something is due that is not due at all."""
+
 StepKey = tuple[Split, int]
 """A step of a split."""
 

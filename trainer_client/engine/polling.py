@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainer_client.engine.model import NEVER
+
 FASTEST_S, SLOWEST_S = 0.005, 0.1
 """Pace of polling while someone waits in `collect()`: fast while outcomes come, slower while none do."""
 
@@ -26,8 +28,6 @@ same scored."""
 
 RENEW_EVERY_S = 60.0
 """How often payloads are renewed, at most: they live `REWARDQ_PAYLOAD_TTL_S`."""
-
-NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class RequestWriter:
         A group that is larger than a chunk is a chord: its parts in the header, what combines them in the body.
         """
         first, spec = delivery.awaited_when_sent[0], delivery.spec
-        if first.group is None or spec.how not in ("rank", "wins"):
+        if first.group is None or not spec.is_combined:
             samples = tuple(sample_request(a) for a in delivery.awaited_when_sent)
             request = self._chunk(
                 delivery.request, delivery.label, spec, samples, times
@@ -74,7 +74,7 @@ class RequestWriter:
 
     def again(self, delivery: Delivery, request: str) -> Message:
         """The message of one of its requests, as it was; what was a chord goes as one task."""
-        is_group = delivery.spec.how in ("rank", "wins") and request == delivery.request
+        is_group = delivery.spec.is_combined and request == delivery.request
         task = self._tasks.group if is_group else self._tasks.score
         return Message(task, delivery.label, request, delivery.spec.queue)
 

@@ -112,7 +112,7 @@ class Sending:
         """An outcome is there."""
         fingerprint = awaited.spec.fingerprint
         self._forget(awaited)
-        self._core.answer(awaited, outcome, self._core.now, is_hit=is_hit)
+        self._core.answer(awaited, outcome, is_hit=is_hit)
         self._throttle.count_answer(fingerprint)
         self._core.why_late.withdraw(Source.NOTE, fingerprint)
 
@@ -151,7 +151,7 @@ class Sending:
 def _part_requests(request: str, first: Awaited) -> tuple[str, ...]:
     """Names of the requests of a chord's parts, for a group that is larger than a chunk."""
     plan, spec = first.group, first.spec
-    if plan is None or spec.how not in ("rank", "wins"):
+    if plan is None or not spec.is_combined:
         return ()
     num_parts = plan.num_scored(spec.how)
     if num_parts <= spec.batch_size:

@@ -1,8 +1,8 @@
 """The engine's state: events in, actions out. Pure and synchronous: no lock, no clock, no I/O, no randomness.
 
 One loop owns it (`loop.py`); the same state runs under a virtual clock in `tests/simulation`. `Core` has what a
-transition is. Policies decide: `accumulator`, `room`, `losses`, `throttle`, `groups`, `polling`. What follows from what
-is in `intake`, `sealing`, `sending` and `tracking`.
+transition is. Policies decide: `chunk_accumulator`, `room`, `losses`, `judge_permits`, `groups`, `polling`. What
+follows from what is in `intake`, `group_sealing`, `sending` and `tracking`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,12 @@ from trainer_client.engine.groups import Groups, SharedKey
 from trainer_client.engine.intake import Intake
 from trainer_client.engine.judge_permits import Throttle
 from trainer_client.engine.losses import LossPolicy
-from trainer_client.engine.model import (
-    Awaited,
-    Member,
-    Slot,
-)
+from trainer_client.engine.model import Awaited, Member, Slot
 from trainer_client.engine.polling import Polling
 from trainer_client.engine.sending import Sending
-from trainer_client.engine.states import (
-    SentBy,
-    State,
-)
+from trainer_client.engine.states import SentBy, State
 from trainer_client.engine.tracking import Tracking
 from trainer_client.engine.why_late import WhyLate
-
-NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +167,7 @@ class EngineState:
         for delivery in event.deliveries:
             self.tracking.follow(delivery)
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
-                is_group = delivery.spec.how in ("rank", "wins")
-                requests.append((delivery.request, is_group))
+                requests.append((delivery.request, delivery.spec.is_combined))
         self.core.act(do.ReadRequests(requests, slots_of))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:

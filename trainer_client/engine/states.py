@@ -12,9 +12,8 @@ from enum import Enum
 class State(Enum):
     """What an awaited outcome waits for."""
 
-    __hash__ = (
-        object.__hash__
-    )  # members are hashed with each transition; that of `Enum` runs in Python
+    # Members are hashed with each transition; the hash of `Enum` runs in Python.
+    __hash__ = object.__hash__
 
     LOOKING_UP = "looking up"
     """Redis is being asked whether the outcome is there already. In `Lookups`, or in the `LookUp` under way."""

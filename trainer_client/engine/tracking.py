@@ -173,9 +173,8 @@ class Tracking:
         self._losses.grow_pause(delivery, self._core.now)
         if delivery.sent_by is not SentBy.EARLIER_PROCESS:
             self._restore(delivery, lost)
-        elif (
-            not delivery.is_being_checked
-        ):  # it may be: the payload store can be away for long
+        elif not delivery.is_being_checked:
+            # It may be: the payload store can be away for long.
             delivery.is_being_checked = True
             self._core.act(do.CheckRequest(delivery))
 

@@ -18,6 +18,11 @@ class Source(Enum):
     POLLING = "a server that is away, for what is read"
 
 
+def because(why: str | None) -> str:
+    """The reason as the end of a sentence; nothing if there is none."""
+    return f": {why}" if why else ""
+
+
 class WhyLate:
     """The reasons at this moment. A source may have several, each about something of its own.
 

@@ -273,9 +273,8 @@ class ModelCache:
                 model = LoadedModel(build(call, self._settings))
                 signature_of(model.model)
             model.load_warnings = in_short(heard)
-        except (
-            BaseException
-        ) as error:  # a constructor may raise anything, SystemExit too
+        except BaseException as error:
+            # A constructor may raise anything, SystemExit too.
             self._note_failure(cached, error)
         else:
             device = f" device={model.device}" if model.device else ""

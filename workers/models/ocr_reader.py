@@ -61,9 +61,8 @@ class Reader:
         try:
             # RapidOCR loads its recognition model at the first image with text.
             self.read(_sign())
-        except (
-            Exception
-        ) as error:  # RapidOCR, onnxruntime and requests each raise errors of their own
+        except Exception as error:
+            # RapidOCR, onnxruntime and requests each raise errors of their own.
             raise ModelLoadError(_what_to_do(lang, rec_model_path, error)) from error
         self.alphabet = _alphabet(self._engine.text_rec, rec_model_path)
         self._engine.text_rec = _OneLongLineAtATime(self._engine.text_rec)

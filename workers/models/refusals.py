@@ -77,9 +77,8 @@ def refuse_other_numbers(option: str, name: str, heard: Sequence[Said]) -> None:
         ModelLoadError: Repeats the warning, and says what to write instead.
     """
     for said in heard:
-        if (
-            said.source == "rewardq"
-        ):  # a remark of ours, recorded by note() and no reason to refuse
+        # A remark of ours, recorded by note(), is no reason to refuse.
+        if said.source == "rewardq":
             continue
         for pattern, advice in OTHER_NUMBERS:
             if re.search(pattern, said.text):

@@ -30,9 +30,8 @@ def end_without_device(loss: RuntimeError) -> None:
 def end_to_start_anew(error: StaleCodeError) -> None:
     """Take no further task, finish those in hand, and end, for a supervisor to start a process with the new code."""
     status = worker_state.should_stop
-    if (
-        status is None or status is False
-    ):  # 0 is the status of a stop that was asked for
+    # 0 is the status of a stop that was asked for.
+    if status is None or status is False:
         log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, error)
         worker_state.should_stop = EXIT_HUNG
 

@@ -101,9 +101,8 @@ class BatchScorer:
             return [outcome_of(error)] * len(batch)  # not split: Ctrl-C is for all
         except BusyError as error:
             return [error] * len(batch)
-        except (
-            BaseException
-        ) as error:  # a reward model is the user's code and may raise anything
+        except BaseException as error:
+            # A reward model is the user's code and may raise anything.
             raised = self._read(batch, error)
         # Not within the except: the error's frames hold what the call had on the device.
         return self._after(batch, raised)
