@@ -89,6 +89,8 @@ class SampleRequest(_Message):
     """Of a whole group that goes to a groupwise model: its members in slot order. The group has no media of its own."""
     failure: Failure | None = None
     """A member that cannot be scored, and why: the others are scored without it."""
+    shared_key: Text = ""
+    """Of a group that several ranks have filled: where its slots are in Redis (`GroupSlots.key`)."""
 
 
 class RewardCall(_Message):
@@ -150,6 +152,8 @@ class GroupRequest(_Request):
     """For wins: the parts, each with the media of two members."""
     pairs: tuple[tuple[int, int], ...] = ()
     """For each comparison, which members it compares."""
+    shared_key: Text = ""
+    """If several ranks have filled the group: where its slots are in Redis (`GroupSlots.key`)."""
 
     @property
     def parts(self) -> tuple[SampleRequest, ...]:
@@ -199,6 +203,9 @@ class Outcome(_Answer):
     origin: dict[str, Any] = {}
     """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took. Warnings
     that libraries gave while the model was loaded are under `load_warnings`."""
+    shared_key: Text = ""
+    """Of a group that several ranks have filled: the slots that it was computed for. To a rank that fills these slots too
+    it is the answer, not a failure of an earlier step."""
 
     @property
     def is_final(self) -> bool:

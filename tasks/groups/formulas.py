@@ -70,7 +70,11 @@ def _meetings(num_members: int, opponents: int) -> Iterator[tuple[int, int]]:
 def combine(request: GroupRequest, found: Mapping[str, Outcome]) -> Outcome:
     """The outcome of a group from the outcomes of its parts, `found` by address. Every part has one."""
     members = _wins(request, found) if request.how == "wins" else _ranks(request, found)
-    return Outcome(members=tuple(members), attempt=request.attempt)
+    return Outcome(
+        members=tuple(members),
+        attempt=request.attempt,
+        shared_key=request.shared_key,
+    )
 
 
 def _ranks(request: GroupRequest, found: Mapping[str, Outcome]) -> list[Outcome]:

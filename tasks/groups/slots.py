@@ -43,23 +43,23 @@ return {'sealed', found, #slots, 1}
 (open, sealed, full, scored, size), the digest, how many slots there are, and whether this call completed the group."""
 
 _ASK = """
-local digest, attempt = ARGV[2], ARGV[4]
+local digest, attempt, first = ARGV[2], ARGV[4], ARGV[6]
 local sealed, asked = redis.call('HGET', KEYS[1], 'digest'), redis.call('HGET', KEYS[1], 'attempt')
-if sealed ~= digest and (sealed or not asked) then return {tonumber(attempt), 0} end
+if sealed ~= digest and (sealed or not asked) then return {tonumber(first), 0} end
 local asker, mine = 'asked' .. ARGV[1], ARGV[3] .. ' ' .. digest .. ' '
 local told = redis.call('HGET', KEYS[1], asker) or ''
 local was_told_before = asked and string.sub(told, 1, #mine + #asked + 1) == mine .. asked .. ' '
 local is_same_question = told == mine .. (asked or '') .. ' ' .. ARGV[5]
 if not asked or (was_told_before and not is_same_question) then
-  redis.call('HSET', KEYS[1], 'attempt', attempt)
+  asked = asked and attempt or first
+  redis.call('HSET', KEYS[1], 'attempt', asked)
   redis.call('HDEL', KEYS[1], 'number')
-  asked = attempt
 end
 redis.call('HSET', KEYS[1], asker, mine .. asked .. ' ' .. ARGV[5])
 return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
 """
-"""KEYS: the group. ARGV: rank, digest, client, attempt, question. Returns the attempt that this rank asks for and the
-number of the message sent for it (0: none)."""
+"""KEYS: the group. ARGV: rank, digest, client, attempt, question, first attempt. Returns the attempt that this rank asks
+for and the number of the message sent for it (0: none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +117,21 @@ class GroupSlots:
         client: str,
         attempt: int,
         question: str,
+        first: int | None = None,
     ) -> tuple[int, int]:
         """Which attempt of a sealed group's outcome this rank asks for, and the number of its message (0: none yet).
 
         It is the attempt that another rank asked for before, so that a group has one outcome on all ranks also where
-        a part of it failed. It is `attempt` where no rank has asked, or this client has had the other rank's already.
+        a part of it failed. It is `attempt` where this client has had the other rank's already, `first` where no rank
+        has asked.
 
         Args:
+            first: `attempt`, if it is not given. Less where the outcome of these very slots is there, and who had asked
+                for it was forgotten with an emptied Redis.
             question: A name that this client gives to no other question. Where the reply is lost, the same question is
                 asked again, and must not count as one of a client that has had the attempt.
         """
-        args = [rank, digest, client, attempt, question]
+        args = [rank, digest, client, attempt, question, first or attempt]
         found = self._ask(keys=[key], args=args)
         return int(found[0]), int(found[1])
 

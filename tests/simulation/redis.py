@@ -415,15 +415,18 @@ class GroupSlots:
             fields["digest"] = hashlib.sha1("".join(fields[slot] for slot in slots).encode()).hexdigest()
         return Registered("sealed", fields["digest"], len(slots), is_now)
 
-    def ask(self, key: str, digest: str, rank: int, client: str, attempt: int, question: str) -> tuple[int, int]:
+    def ask(
+        self, key: str, digest: str, rank: int, client: str, attempt: int, question: str, first: int | None = None
+    ) -> tuple[int, int]:
+        first = first or attempt
         fields = self._keys.get(key) or {}
         sealed = fields.get("digest")
         if sealed != digest and (sealed or "attempt" not in fields):
-            return attempt, 0
+            return first, 0
         asked, had = fields.get("attempt"), fields.get(f"asked{rank}")
         was_told_before = had is not None and had.startswith(f"{client} {digest} {asked} ")
         if asked is None or (was_told_before and had != f"{client} {digest} {asked} {question}"):
-            fields["attempt"] = asked = attempt
+            fields["attempt"] = asked = first if asked is None else attempt
             fields.pop("number", None)
         fields[f"asked{rank}"] = f"{client} {digest} {asked} {question}"
         return asked, fields.get("number", 0)

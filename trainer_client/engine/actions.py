@@ -178,6 +178,8 @@ class CheckRequest:
 
     lane: ClassVar[Lane] = Lane.UPKEEP
     delivery: Delivery
+    shared_keys: Mapping[Awaited, str]
+    """Of its groups that several ranks have filled: where their slots are in Redis."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,10 @@ class Backend:
         attempt = group.attempt if outcome is None else outcome.attempt + 1
         number = 0
         if self._groups is not None and plan.shared_key:
+            # Of these slots, it is what the other ranks had, or get: also where Redis was emptied meanwhile, and
+            # does not know any more that they have asked.
+            is_of_these = outcome is not None and outcome.shared_key == plan.shared_key
+            first = outcome.attempt if outcome is not None and is_of_these else attempt
             attempt, number = self._groups.ask(
                 plan.shared_key,
                 key_of(group.address),
@@ -170,6 +174,7 @@ class Backend:
                 self._client_id,
                 attempt,
                 action.question,
+                first,
             )
         parts: dict[str, Outcome | None] = {}
         is_answered = outcome is not None and outcome.attempt >= attempt
@@ -253,7 +258,13 @@ class Backend:
 
     def _check_request(self, action: do.CheckRequest) -> ev.Event:
         gone = self._store.renew([action.delivery.request], self._payload_ttl_s)
-        return ev.RequestChecked(action.delivery, not gone)
+        is_shared: dict[Awaited, bool | None] = {}
+        if gone and self._groups is not None and action.shared_keys:
+            slots = self._groups.filled_slots(list(action.shared_keys.values()))
+            for awaited, filled in zip(action.shared_keys, slots, strict=True):
+                ranks = {rank for rank, _ in filled}
+                is_shared[awaited] = ranks != {self._rank} if ranks else None
+        return ev.RequestChecked(action.delivery, not gone, is_shared)
 
     def _read_requests(self, action: do.ReadRequests) -> ev.Event:
         payloads = []

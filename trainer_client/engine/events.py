@@ -172,6 +172,8 @@ class RequestChecked:
 
     delivery: Delivery
     is_there: bool
+    is_shared: Mapping[Awaited, bool | None]
+    """If it is gone, of its groups over ranks: whether other ranks have members in their slots; None if nobody has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tasks.groups import digest
@@ -44,6 +44,17 @@ class Sealing:
     def is_shared(self) -> bool:
         """Whether other ranks have members of the same groups."""
         return self._groups.is_shared
+
+    def shared_keys_of(self, concerned: Iterable[Awaited]) -> dict[Awaited, str]:
+        """Where the slots of these groups are in Redis; nothing on one rank."""
+        if not self._groups.is_shared:
+            return {}
+        keys = {}
+        for awaited in concerned:
+            if awaited.spec.is_groupwise and awaited.slots:
+                slot = awaited.slots[0]
+                keys[awaited] = self._groups.name_shared_key(slot, awaited.spec)
+        return keys
 
     def add_member(self, member: Member) -> None:
         """Its media are stored, or it cannot be scored: it is a member of its group now."""

@@ -288,6 +288,13 @@ class Groups:
             f"{group.size - len(positions)} missing ({there} are there)"
         )
 
+    def name_shared_key(self, slot: Slot, spec: RewardSpec) -> str:
+        """Where the slots of a slot's group are in Redis, also of one that is not remembered; empty on one rank."""
+        if self._shared_key is None:
+            return ""
+        name = hashlib.sha256(_text_of(slot.group).encode()).hexdigest()[:16]
+        return self._shared_key(slot.split, slot.step, spec.fingerprint, name)
+
     def shared_key_of(self, slot: Slot, reward: str) -> str:
         """Where the slots of a slot's group are in Redis; empty if it has none, or none any more."""
         group = self._groups.get((slot.split, slot.step, reward, slot.group))
@@ -297,10 +304,6 @@ class Groups:
 
     def _new_group(self, member: Member, now: float) -> Group:
         slot, spec = member.slot, member.spec
-        shared_key = ""
-        if self._shared_key is not None:
-            name = hashlib.sha256(_text_of(slot.group).encode()).hexdigest()[:16]
-            shared_key = self._shared_key(slot.split, slot.step, spec.fingerprint, name)
         return Group(
             spec=spec,
             split=slot.split,
@@ -308,7 +311,7 @@ class Groups:
             id=slot.group,
             size=slot.group_size,
             opened_at=now,
-            shared_key=shared_key,
+            shared_key=self.name_shared_key(slot, spec),
         )
 
     def _forget_group(self, group: Group) -> None:

@@ -264,6 +264,8 @@ class Delivery:
     """At an earlier look a worker had it in hand."""
     is_being_checked: bool = False
     """Of an earlier process: it is being asked whether its request is still in the store."""
+    is_unheld: bool = False
+    """At the last such look no rank had members in the slots of a group of it."""
     awaited_when_sent: tuple[Awaited, ...] = ()
     """Whom its request is for, a group's own outcome first. Never changed: the backend composes the request of it."""
     record: DeliveryRecord = field(init=False)

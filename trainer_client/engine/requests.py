@@ -129,6 +129,7 @@ class RequestWriter:
             members=plan.members,
             comparisons=plan.comparisons,
             pairs=plan.pairs,
+            shared_key=plan.shared_key,
         )
 
 
@@ -141,5 +142,6 @@ def sample_request(awaited: Awaited) -> SampleRequest:
         media=awaited.media,
         attempt=awaited.attempt,
         members=awaited.group.members if awaited.group is not None else (),
+        shared_key=awaited.group.shared_key if awaited.group is not None else "",
         **beside,
     )

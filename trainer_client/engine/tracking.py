@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tasks.messages import Failure, Note
 from trainer_client.engine import actions as do
@@ -176,7 +176,8 @@ class Tracking:
         elif not delivery.is_being_checked:
             # It may be: the payload store can be away for long.
             delivery.is_being_checked = True
-            self._core.act(do.CheckRequest(delivery))
+            shared_keys = self._sealing.shared_keys_of(delivery.awaited)
+            self._core.act(do.CheckRequest(delivery, shared_keys))
 
     def _restore(self, delivery: Delivery, lost: Sequence[Awaited]) -> None:
         group = next((a for a in lost if a.group is not None), None)
@@ -216,19 +217,35 @@ class Tracking:
         if event.is_there:
             self._core.act(do.PublishAgain(delivery, delivery.request))
         elif self._sealing.is_shared and delivery.spec.is_groupwise:
-            # Its process may have died before it had sent the group, which another rank sends
-            # too: a failure here would differ from the others' answer, and free media that they need.
-            delivery.sent_by = SentBy.OTHER_RANK_EARLIER
-            self._losses.sent(delivery, self._core.now)
-            self._core.renumbered(delivery)
+            self._leave_to_other_ranks(delivery, event.is_shared)
         else:
-            self._media_are_gone(delivery)
+            self._media_are_gone(delivery.awaited)
 
-    def _media_are_gone(self, delivery: Delivery) -> None:
+    def _leave_to_other_ranks(
+        self, delivery: Delivery, is_shared: Mapping[Awaited, bool | None]
+    ) -> None:
+        """The process of a message may have died before it had sent its groups. Each other rank with members in a group
+        sends it too: a failure here would differ from their answer, and free media that they need."""
+        lost = [one for one in delivery.awaited if is_shared.get(one) is False]
+        unknown = [one for one in delivery.awaited if is_shared.get(one) is None]
+        if delivery.is_unheld:
+            lost += unknown
+        self._media_are_gone(lost)
+        if not delivery.awaited:
+            return
+        # Redis was emptied, perhaps: until the next look the other ranks have put their members back.
+        delivery.is_unheld = bool(unknown)
+        if not delivery.is_unheld:
+            delivery.sent_by = SentBy.OTHER_RANK_EARLIER
+        self._losses.sent(delivery, self._core.now)
+        self._core.renumbered(delivery)
+
+    def _media_are_gone(self, concerned: Sequence[Awaited]) -> None:
         """Media that an earlier process submitted are gone with it."""
         words = "its media left the payload store with the process that held them"
-        for awaited in list(delivery.awaited):
-            self._sending.fail(awaited, Failure(kind="failed", message=words))
+        for awaited in list(concerned):
+            if not awaited.is_ended:
+                self._sending.fail(awaited, Failure(kind="failed", message=words))
 
     def on_notes(self, event: ev.NotesRead) -> None:
         """Workers have said something."""
@@ -267,7 +284,7 @@ class Tracking:
 
     def _payloads_are_gone(self, delivery: Delivery) -> None:
         if delivery.sent_by in (SentBy.EARLIER_PROCESS, SentBy.OTHER_RANK_EARLIER):
-            self._media_are_gone(delivery)
+            self._media_are_gone(delivery.awaited)
         elif delivery.in_flight:
             self._send_again(delivery, delivery.in_flight)
 

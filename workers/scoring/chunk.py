@@ -209,13 +209,15 @@ class ChunkScorer:
             "fetch_s": round(self.fetch_s, 4),
             "worker": self.context.node,
         }
-        attempts = {sample.address: sample.attempt for sample in self.request.samples}
+        samples = {sample.address: sample for sample in self.request.samples}
         complete = {}
         for address, outcome in outcomes.items():
-            origin = {**outcome.origin, **times}
-            complete[address] = outcome.model_copy(
-                update={"attempt": attempts[address], "origin": origin}
-            )
+            answered = {
+                "attempt": samples[address].attempt,
+                "shared_key": samples[address].shared_key,
+                "origin": {**outcome.origin, **times},
+            }
+            complete[address] = outcome.model_copy(update=answered)
         self.context.retry(lambda: self.context.outcomes.write(complete, self.token))
         # Not at the end of the chunk: if Redis is emptied meanwhile, an extension would claim them again for nobody.
         self.context.claims.drop(complete, self.token)

@@ -23,6 +23,8 @@ def write_timeouts(
         token = tokens.get(sample.address)
         if token is None:
             continue
-        outcome = Outcome(failure=failure, attempt=sample.attempt)
+        outcome = Outcome(
+            failure=failure, attempt=sample.attempt, shared_key=sample.shared_key
+        )
         # A process that was stopped (SIGSTOP) for as long looks the same. By now another may score its samples.
         outcomes.write({sample.address: outcome}, token, only_claimed=True)

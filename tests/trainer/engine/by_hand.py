@@ -317,7 +317,8 @@ class EngineByHand:
         return ev.Renewed()
 
     def _check_request(self, action: do.CheckRequest) -> ev.Event:
-        return ev.RequestChecked(action.delivery, action.delivery.request in self.stored)
+        is_there = action.delivery.request in self.stored
+        return ev.RequestChecked(action.delivery, is_there, dict.fromkeys(action.shared_keys, self.is_shared))
 
     def _read_requests(self, action: do.ReadRequests) -> ev.Event:
         named = [payload for payload in self.named if payload[0] in action.slots_of]
