@@ -204,8 +204,8 @@ class Outcome(_Answer):
     """Where it was computed: worker, device (of a model that uses one), versions, and the seconds it took. Warnings
     that libraries gave while the model was loaded are under `load_warnings`."""
     shared_key: Text = ""
-    """Of a group that several ranks have filled: the slots that it was computed for. To a rank that fills these slots too
-    it is the answer, not a failure of an earlier step."""
+    """Of a group that several ranks have filled: the slots that it was computed for. To a rank that fills these slots
+    too it is the answer, not a failure of an earlier step."""
 
     @property
     def is_final(self) -> bool:

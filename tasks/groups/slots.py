@@ -58,8 +58,8 @@ end
 redis.call('HSET', KEYS[1], asker, mine .. asked .. ' ' .. ARGV[5])
 return {tonumber(asked), tonumber(redis.call('HGET', KEYS[1], 'number') or 0)}
 """
-"""KEYS: the group. ARGV: rank, digest, client, attempt, question, first attempt. Returns the attempt that this rank asks
-for and the number of the message sent for it (0: none)."""
+"""KEYS: the group. ARGV: rank, digest, client, attempt, question, first attempt. Returns the attempt that this rank
+asks for and the number of the message sent for it (0: none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class GroupSlots:
             state.decode(), found.decode(), int(num_members), bool(is_now)
         )
 
-    def ask(
+    def ask(  # noqa: PLR0913  (one question, told in parts)
         self,
         key: str,
         digest: str,

@@ -61,6 +61,14 @@ class Barrier:
         while len(arrived) < self._num_ranks:
             self._signal.wait()
 
+    def has_opened(self, step: int) -> bool:
+        """Whether all ranks have come as far."""
+        return len(self._arrived.get(step, ())) == self._num_ranks
+
+    def leave(self, rank: int, step: int) -> None:
+        """A rank that was killed while it waited has not arrived."""
+        self._arrived.get(step, set()).discard(rank)
+
 
 @dataclass
 class Rank:
@@ -105,6 +113,10 @@ class Rank:
             self.process.cut_off(seconds)
         elif not self.is_done:
             self.process.kill("killed")
+            if self.barrier.has_opened(self.num_steps_done):  # the others go on: they were all together
+                self.num_steps_done += 1
+            else:
+                self.barrier.leave(self.number, self.num_steps_done)
             self.world.nobody.spawn(self._start_again, f"launcher of rank {self.number}")
 
     def _start_first(self) -> None:

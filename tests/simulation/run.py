@@ -24,6 +24,9 @@ SEEDS_A_TURN = 50
 
 MOST_SHRINKING_RUNS = 300
 
+SAY_EVERY_S = 60.0
+"""How often a long run says how far it is."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -221,11 +224,15 @@ def _run_all(seeds: range, num_jobs: int) -> int:
     started = time.monotonic()
     turns = [range(at, min(at + SEEDS_A_TURN, seeds.stop)) for at in range(seeds.start, seeds.stop, SEEDS_A_TURN)]
     failures: list[Failure] = []
+    said_at = started
     with multiprocessing.Pool(num_jobs) as pool:
-        for found in pool.imap(run_seeds, turns):
+        for turn, found in zip(turns, pool.imap(run_seeds, turns), strict=True):
             for failure in found:
                 print(failure, flush=True)
             failures += found
+            if time.monotonic() >= said_at + SAY_EVERY_S:
+                said_at = time.monotonic()
+                print(f"{turn.stop - seeds.start:,} of {len(seeds):,} schedules", file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
     counts = Counter(failure.property for failure in failures)
     print(f"{len(seeds)} schedules in {seconds:.0f} s ({len(seeds) / seconds:.0f} a second), {len(failures)} failures")

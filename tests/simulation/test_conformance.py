@@ -252,9 +252,9 @@ def register(pair: Pair, rng: random.Random) -> None:
 def ask(pair: Pair, rng: random.Random) -> None:
     key = group_key(rng)
     digest = rng.choice([pair.slots[1].digests([key])[0] or "none", "other"])
-    pair.call(
-        pair.slots, "ask", key, digest, rng.randint(0, 1), rng.choice(TOKENS), rng.randint(1, 3), rng.choice("xy")
-    )
+    asker = rng.randint(0, 1), rng.choice(TOKENS)
+    attempt, first = rng.randint(2, 3), rng.choice([None, 1])
+    pair.call(pair.slots, "ask", key, digest, *asker, attempt, rng.choice("xy"), first)
 
 
 def score_group(pair: Pair, rng: random.Random) -> None:

@@ -137,3 +137,21 @@ def test_ranks_ask_for_one_attempt_of_a_group_until_one_that_has_had_it_asks_aga
     assert slots.ask(key, anew, 0, "a", 2, "4") == (1, 0)
     slots.ask("gone", anew, 0, "a", 1, "5")
     assert not outcomes.redis.exists("gone")
+
+
+def test_where_no_rank_has_asked_the_first_attempt_is_asked_for(outcomes):
+    slots = GroupSlots(outcomes.redis, "run", "launch", 60)
+    key = slots.key("train", 0, "f", "g")
+    sealed = [slots.register(key, (rank, 0), f"k{rank}", sample(f"k{rank}"), 2, "f") for rank in range(2)][-1].digest
+    assert slots.ask(key, sealed, 0, "a", 3, "1", first=2) == (2, 0)
+    assert slots.ask(key, sealed, 1, "b", 3, "1", first=2) == (2, 0)
+    assert slots.ask(key, sealed, 1, "b", 3, "2", first=2) == (3, 0), "it has had the second"
+    assert slots.ask("gone", sealed, 0, "a", 3, "3", first=2) == (2, 0)
+
+
+@pytest.mark.parametrize("how", ["rank", "wins"])
+def test_the_outcome_of_a_group_over_ranks_says_which_slots_it_is_of(how):
+    compared = {"comparisons": (sample("a-b"),), "pairs": ((0, 1),)} if how == "wins" else {}
+    asked = request((sample("a"), sample("b")), how=how, shared_key="its slots", **compared)
+    found = {part.address: Outcome(reward=0.5) for part in asked.parts}
+    assert combine(asked, found).shared_key == "its slots"

@@ -182,9 +182,10 @@ def test_a_chunk_becomes_outcomes(bench):
 
 
 def test_an_outcome_says_where_it_was_computed_and_how_long_it_took(bench):
-    bench.send(bench.sample("a", attempt=3))
+    bench.send(bench.sample("a", attempt=3).model_copy(update={"shared_key": "its slots"}))
     (outcome,) = bench.outcomes.look_up([at("a")])
     assert outcome.attempt == 3
+    assert outcome.shared_key == "its slots"
     assert outcome.origin["worker"] == "gpu.1@h"
     assert 0 <= outcome.origin["queued_s"] < 5
     assert 0 <= outcome.origin["fetch_s"] < 5

@@ -96,6 +96,8 @@ class EngineByHand:
     other_ranks_number: int = 0
     """Of the message that another rank has sent for a group."""
     lost_groups: frozenset[str] = frozenset()
+    is_shared_with_others: bool | None = True
+    """Whether other ranks have members in the slots of a group, as Redis says; None if nobody has."""
 
     def __post_init__(self) -> None:
         config = EngineConfig(
@@ -318,7 +320,9 @@ class EngineByHand:
 
     def _check_request(self, action: do.CheckRequest) -> ev.Event:
         is_there = action.delivery.request in self.stored
-        return ev.RequestChecked(action.delivery, is_there, dict.fromkeys(action.shared_keys, self.is_shared))
+        return ev.RequestChecked(
+            action.delivery, is_there, dict.fromkeys(action.shared_keys, self.is_shared_with_others)
+        )
 
     def _read_requests(self, action: do.ReadRequests) -> ev.Event:
         named = [payload for payload in self.named if payload[0] in action.slots_of]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.trainer.engine.by_hand import (
+    RANKED,
     RECONCILE_S,
     EngineByHand,
     another_rank_joins,
@@ -11,13 +12,20 @@ from tests.trainer.engine.by_hand import (
     seal,
 )
 from trainer_client.engine import actions as do
+from trainer_client.engine.chunk_accumulator import LINGER_S
+from trainer_client.engine.model import Slot
 from trainer_client.engine.states import SentBy, State
 
 
 def successor(engine: EngineByHand) -> EngineByHand:
     """A process that is started after this one is gone; it has the same servers."""
     return EngineByHand(
-        engine.rewards, client_id="successor", stored=engine.stored, outcomes=engine.outcomes, now=engine.now
+        engine.rewards,
+        is_shared=engine.is_shared,
+        client_id="successor",
+        stored=engine.stored,
+        outcomes=engine.outcomes,
+        now=engine.now,
     )
 
 
@@ -169,3 +177,61 @@ def test_a_group_that_another_rank_sent_for_an_earlier_process_is_only_watched(s
     assert after.delivery(slot).sent_by is SentBy.OTHER_RANK_EARLIER
     assert not after.published
     assert not after.published_again
+
+
+def resumed_group_that_was_not_sent(shared: EngineByHand) -> tuple[EngineByHand, Slot]:
+    """A group over ranks whose message this rank's earlier process listed in its ticket, and did not send."""
+    before = another_rank_joins(shared)
+    seal(shared)
+    shared.wait(1.0)
+    shared.wait(LINGER_S)
+    ticket = shared.ticket(before)
+    shared.stored.clear()
+    after = successor(shared)
+    (slot,) = after.resume(ticket)
+    after.run()
+    return after, slot
+
+
+def wait_for_looks(engine: EngineByHand, num: int) -> None:
+    """Let it look so often whether the request of the earlier process is there."""
+    for _ in range(1000):
+        if sum(isinstance(action, do.CheckRequest) for action in engine.done) >= num:
+            return
+        engine.wait(RECONCILE_S)
+    raise AssertionError(f"it has not looked {num} times")
+
+
+def test_a_group_that_an_earlier_process_may_not_have_sent_is_left_to_another_rank_with_members_in_it(shared):
+    after, slot = resumed_group_that_was_not_sent(shared)
+    after.is_shared_with_others = True
+    wait_for_looks(after, 1)
+    assert after.delivery(slot).sent_by is SentBy.OTHER_RANK_EARLIER
+    after.answer(slot)
+    assert slot.is_done
+
+
+def test_a_group_that_an_earlier_process_may_not_have_sent_fails_if_all_its_members_were_of_that_process(shared):
+    after, slot = resumed_group_that_was_not_sent(shared)
+    after.is_shared_with_others = False
+    wait_for_looks(after, 1)
+    assert "left the payload store" in slot.outcome_for(RANKED.name).failure.message
+
+
+def test_a_group_of_which_an_emptied_redis_says_nothing_fails_if_nobody_has_put_members_back_by_the_next_look(shared):
+    after, slot = resumed_group_that_was_not_sent(shared)
+    after.is_shared_with_others = None
+    wait_for_looks(after, 1)
+    assert not slot.is_done
+    assert after.delivery(slot).sent_by is SentBy.EARLIER_PROCESS
+    wait_for_looks(after, 2)
+    assert "left the payload store" in slot.outcome_for(RANKED.name).failure.message
+
+
+def test_a_group_whose_other_ranks_have_put_their_members_back_into_an_emptied_redis_is_left_to_them(shared):
+    after, slot = resumed_group_that_was_not_sent(shared)
+    after.is_shared_with_others = None
+    wait_for_looks(after, 1)
+    after.is_shared_with_others = True
+    wait_for_looks(after, 2)
+    assert after.delivery(slot).sent_by is SentBy.OTHER_RANK_EARLIER
