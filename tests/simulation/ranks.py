@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.messages import Outcome
 from tasks.rewards import RewardSpec
-from tests.simulation.schedules import RankPlan, Schedule, StepPlan, incomplete_groups
+from tests.simulation.schedules import MUCH_ROOM, RankPlan, Schedule, StepPlan, incomplete_groups
 from tests.simulation.trainer import Client, Settings, outcomes_of
 from tests.simulation.workers import Services
 from tests.simulation.world import BrokenPropertyError, Process, Signal, World
@@ -102,6 +102,11 @@ class Rank:
     def number(self) -> int:
         """Which rank it is."""
         return self.settings.rank
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether samples may wait until there is room for their media; they do not ask for answers meanwhile."""
+        return self.plan.max_store_bytes < MUCH_ROOM
 
     def hit(self, what: str, seconds: float) -> None:
         """A fault hits the process that it is now."""
@@ -223,7 +228,7 @@ class Rank:
                 self._see((slot.step, slot.index, reward), outcome)
         self._see_rewards(slots)
         self._check_are_tried_anew(slots)
-        if is_complete and self.schedule.is_faultless:
+        if is_complete and self.schedule.is_faultless and not self.waits_for_room:
             self._check_is_soon(slots, began)
         return is_complete
 

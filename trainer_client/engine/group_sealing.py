@@ -234,11 +234,11 @@ class Sealing:
         if keys:
             self._core.act(do.ReadDigests(keys))
         else:
-            self._polling.digests_read()
+            self._polling.digests.answered()
 
     def on_digests(self, event: ev.DigestsRead) -> None:
         """It is known which groups are sealed."""
-        self._polling.digests_read()
+        self._polling.digests.answered()
         for shared_key, found in event.digests.items():
             group = self._groups.of_shared_key(shared_key)
             if found and group is not None and not group.is_answered:

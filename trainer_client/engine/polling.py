@@ -42,81 +42,105 @@ class Due:
     renew: bool
 
 
+@dataclass(slots=True)
+class Question:
+    """What is asked every so often, but not while the last answer is still to come."""
+
+    every_s: float
+    due_at: float
+    is_open: bool = False
+    """It is asked, and not answered."""
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is to be asked now."""
+        return not self.is_open and now >= self.due_at
+
+    def take(self, now: float) -> bool:
+        """Whether it is to be asked now; if so, it is not due before its time is over again."""
+        is_due = self.is_due(now)
+        if is_due:
+            self.due_at = now + self.every_s
+        return is_due
+
+    def asked(self) -> None:
+        """There was something to ask."""
+        self.is_open = True
+
+    def answered(self) -> None:
+        """The answer is there."""
+        self.is_open = False
+
+    @property
+    def wake_at(self) -> float:
+        """When it is due next, as far as that is known."""
+        return NEVER if self.is_open else self.due_at
+
+
 class Polling:
-    """Counts the time to the next question of each kind; none is asked while the last of its kind is open."""
+    """Counts the time to the next question of each kind.
+
+    Args:
+        reconcile_s: REWARDQ_RECONCILE_S.
+        payload_ttl_s: REWARDQ_PAYLOAD_TTL_S.
+    """
 
     def __init__(self, reconcile_s: float, payload_ttl_s: float, now: float) -> None:
-        self._reconcile_s = reconcile_s
-        self._renew_every_s = min(RENEW_EVERY_S, payload_ttl_s / 4)
+        def every(seconds: float) -> Question:
+            return Question(seconds, due_at=now + seconds)
+
         self._pace_s = FASTEST_S
-        self._poll_at = self._poll_began = now
-        self._notes_at = now + NOTES_EVERY_S
-        self._inspect_at = now + reconcile_s
-        self._everything_at = now + EVERYTHING_EVERY * reconcile_s
-        self._renew_at = now + self._renew_every_s
-        self._is_polling = self._is_reading_digests = False
-        self._is_reading_notes = self._is_inspecting = False
-        self._is_reading_everything = self._is_renewing = False
+        self._began_at = now
+        self._numbers = Question(0.0, due_at=now)
+        self.digests = Question(0.0, due_at=now)
+        self.notes = every(NOTES_EVERY_S)
+        self.inspection = every(reconcile_s)
+        self.everything = every(EVERYTHING_EVERY * reconcile_s)
+        self.renewal = every(min(RENEW_EVERY_S, payload_ttl_s / 4))
         self._sent: dict[str, int] = {}
         self._taken: dict[str, int] = {}
 
     def take_due(self, now: float) -> Due:
-        """What is due; counts as asked."""
-        is_poll_due = not self._is_polling and now >= self._poll_at
-        due = Due(
+        """What is due; it is not due again before its time."""
+        is_poll_due = self._numbers.take(now)
+        if is_poll_due:
+            self._numbers.asked()
+            self._began_at = now
+        is_digests_due = is_poll_due and self.digests.take(now)
+        if is_digests_due:
+            self.digests.asked()
+        return Due(
             numbers=is_poll_due,
-            digests=is_poll_due and not self._is_reading_digests,
-            notes=not self._is_reading_notes and now >= self._notes_at,
-            inspect=not self._is_inspecting and now >= self._inspect_at,
-            everything=not self._is_reading_everything and now >= self._everything_at,
-            renew=not self._is_renewing and now >= self._renew_at,
+            digests=is_digests_due,
+            notes=self.notes.take(now),
+            inspect=self.inspection.take(now),
+            everything=self.everything.take(now),
+            renew=self.renewal.take(now),
         )
-        self._count_as_asked(due, now)
-        return due
-
-    def _count_as_asked(self, due: Due, now: float) -> None:
-        if due.numbers:
-            self._is_polling, self._poll_began = True, now
-        if due.digests:
-            self._is_reading_digests = True
-        if due.notes:
-            self._notes_at = now + NOTES_EVERY_S
-        if due.inspect:
-            self._inspect_at = now + self._reconcile_s
-        if due.everything:
-            self._everything_at = now + EVERYTHING_EVERY * self._reconcile_s
-        if due.renew:
-            self._renew_at = now + self._renew_every_s
 
     def wake_at(self) -> float:
-        """When something is due next."""
-        times = []
-        if not self._is_reading_everything:
-            times.append(self._everything_at)
-        if not self._is_renewing:
-            times.append(self._renew_at)
-        if not self._is_polling:
-            times.append(self._poll_at)
-        if not self._is_reading_notes:
-            times.append(self._notes_at)
-        if not self._is_inspecting:
-            times.append(self._inspect_at)
-        return min(times, default=NEVER)
+        """When something is due next. (Digests are asked for with the numbers.)"""
+        return min(
+            self._numbers.wake_at,
+            self.notes.wake_at,
+            self.inspection.wake_at,
+            self.everything.wake_at,
+            self.renewal.wake_at,
+        )
 
     def hurry(self, now: float) -> None:
         """Somebody waits from now on."""
         self._pace_s = FASTEST_S
-        self._poll_at = now
+        self._numbers.due_at = now
 
     def polled(self, num_new: int, now: float, *, is_awaited: bool) -> None:
         """A poll is over, with so many new outcomes; `is_awaited` says whether somebody waits for them."""
-        self._is_polling = False
+        self._numbers.answered()
         if not is_awaited:
-            self._poll_at = now + IDLE_PACE_S
+            self._numbers.due_at = now + IDLE_PACE_S
             return
         self._pace_s = FASTEST_S if num_new else min(1.5 * self._pace_s, SLOWEST_S)
-        pause_s = min(LONGEST_PAUSE_S, POLL_SHARE * (now - self._poll_began))
-        self._poll_at = now + max(self._pace_s, pause_s)
+        pause_s = min(LONGEST_PAUSE_S, POLL_SHARE * (now - self._began_at))
+        self._numbers.due_at = now + max(self._pace_s, pause_s)
 
     def numbers_read(self, sent: Mapping[str, int], taken: Mapping[str, int]) -> None:
         """How far the messages of some queues have come."""
@@ -127,39 +151,3 @@ class Polling:
         """Whether the message of this number was taken, as far as the numbers say; or Redis was emptied since."""
         taken, sent = self._taken.get(queue, 0), self._sent.get(queue, 0)
         return not taken < number <= sent
-
-    def digests_read(self) -> None:
-        """It is known which groups are sealed."""
-        self._is_reading_digests = False
-
-    def reading_notes(self) -> None:
-        """Notes are being read."""
-        self._is_reading_notes = True
-
-    def notes_read(self) -> None:
-        """Notes are read."""
-        self._is_reading_notes = False
-
-    def inspecting(self) -> None:
-        """Deliveries are being looked after."""
-        self._is_inspecting = True
-
-    def inspected(self) -> None:
-        """They are looked after."""
-        self._is_inspecting = False
-
-    def reading_everything(self) -> None:
-        """Everything in flight is being asked for."""
-        self._is_reading_everything = True
-
-    def everything_read(self) -> None:
-        """Everything in flight was asked for."""
-        self._is_reading_everything = False
-
-    def renewing(self) -> None:
-        """Payloads are being renewed."""
-        self._is_renewing = True
-
-    def renewed(self) -> None:
-        """Payloads are renewed."""
-        self._is_renewing = False

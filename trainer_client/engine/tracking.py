@@ -85,7 +85,7 @@ class Tracking:
         if event.purpose is do.Purpose.POLL:
             self._end_poll(num_new)
         elif event.purpose is do.Purpose.EVERYTHING:
-            self._polling.everything_read()
+            self._polling.everything.answered()
 
     def _look_up_everything(self) -> None:
         """Also what is still queued: another client may have had the same scored."""
@@ -93,7 +93,7 @@ class Tracking:
         for delivery in self._core.deliveries.values():
             addresses.update((a.address, None) for a in delivery.awaited)
         if addresses:
-            self._polling.reading_everything()
+            self._polling.everything.asked()
             self._core.act(do.LookUp(list(addresses), do.Purpose.EVERYTHING))
 
     def _read_notes(self) -> None:
@@ -102,7 +102,7 @@ class Tracking:
             if self._polling.has_left_queue(delivery.spec.queue, delivery.number):
                 requests += [(delivery, request) for request in delivery.requests]
         if requests:
-            self._polling.reading_notes()
+            self._polling.notes.asked()
             self._core.act(do.ReadNotes(requests))
 
     def _renew(self) -> None:
@@ -110,12 +110,12 @@ class Tracking:
         requests = (r for d in self._core.deliveries.values() for r in d.requests)
         names = [*self._core.payloads.names_in_use(), *requests]
         if names:
-            self._polling.renewing()
+            self._polling.renewal.asked()
             self._core.act(do.Renew(names))
 
     def on_renewed(self, _event: ev.Renewed) -> None:
         """Payloads live on."""
-        self._polling.renewed()
+        self._polling.renewal.answered()
 
     def _inspect(self) -> None:
         """Look after what may be lost; and put members into their slots again, should Redis have been emptied."""
@@ -127,7 +127,7 @@ class Tracking:
             and delivery.in_flight
         ]
         if due:
-            self._polling.inspecting()
+            self._polling.inspection.asked()
             suspicions = [
                 do.Suspicion(delivery, delivery.number, tuple(delivery.in_flight))
                 for delivery in due
@@ -138,7 +138,7 @@ class Tracking:
 
     def on_inspected(self, event: ev.DeliveriesInspected) -> None:
         """It is known what became of deliveries that may be lost."""
-        self._polling.inspected()
+        self._polling.inspection.answered()
         self._sending.take_answers(event.outcomes)
         for suspicion in event.suspicions:
             delivery = suspicion.delivery
@@ -157,13 +157,16 @@ class Tracking:
     ) -> None:
         """Whether a delivery is lost, and what follows."""
         lost: list[Awaited] = []
+        is_in_hand = False
         is_waiting = delivery in event.in_queue
         if not is_waiting and not loaders_of(delivery.spec, event.workers):
             lost = [a for a in in_flight if not _is_in_hand(a, event.claimed)]
-            if len(lost) < len(in_flight):
-                self._losses.seen_in_hand(delivery)
+            is_in_hand = len(lost) < len(in_flight)
         if self._losses.is_lost(delivery, len(lost), self._core.now):
             self._send_again(delivery, lost)
+        elif is_in_hand:
+            # From the next look on: another client may have claimed what equals some of it.
+            self._losses.seen_in_hand(delivery)
 
     def _send_again(self, delivery: Delivery, lost: Sequence[Awaited]) -> None:
         """What is lost goes once more: in a new message if this process has the media, else as it was."""
@@ -249,7 +252,7 @@ class Tracking:
 
     def on_notes(self, event: ev.NotesRead) -> None:
         """Workers have said something."""
-        self._polling.notes_read()
+        self._polling.notes.answered()
         for delivery, request, note in event.notes:
             if delivery.in_flight:
                 self._act_on_note(delivery, request, note, event.store_identity)

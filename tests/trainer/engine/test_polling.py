@@ -29,7 +29,7 @@ def poll(polling, now, *, num_new=0, is_awaited=True, takes_s=0.0):
     """One poll; returns how much later the next is due."""
     assert polling.take_due(now).numbers
     polling.polled(num_new, now + takes_s, is_awaited=is_awaited)
-    return polling._poll_at - (now + takes_s)
+    return polling._numbers.due_at - (now + takes_s)
 
 
 def test_outcomes_are_polled_at_once_and_not_while_the_last_poll_is_open(polling):
@@ -75,7 +75,7 @@ def test_whoever_begins_to_wait_is_polled_for_at_once(polling):
     polling.hurry(0.1)
     assert polling.take_due(0.1).numbers
     polling.polled(1, 0.1, is_awaited=True)
-    assert polling._poll_at == pytest.approx(0.1 + FASTEST_S)
+    assert polling._numbers.due_at == pytest.approx(0.1 + FASTEST_S)
 
 
 def test_digests_are_asked_for_with_each_poll_and_not_while_the_last_question_is_open(polling):
@@ -83,7 +83,7 @@ def test_digests_are_asked_for_with_each_poll_and_not_while_the_last_question_is
     polling.polled(1, 0.0, is_awaited=True)
     assert not polling.take_due(1.0).digests
     polling.polled(1, 1.0, is_awaited=True)
-    polling.digests_read()
+    polling.digests.answered()
     assert polling.take_due(2.0).digests
 
 
@@ -105,18 +105,18 @@ def test_notes_are_read_every_so_often(polling):
 
 def test_notes_are_not_read_while_they_are_being_read(polling):
     assert polling.take_due(1.0).notes
-    polling.reading_notes()
+    polling.notes.asked()
     assert not polling.take_due(10.0).notes
-    polling.notes_read()
+    polling.notes.answered()
     assert polling.take_due(10.0).notes
 
 
 def test_deliveries_are_looked_after_every_so_often_and_not_while_they_are_being_looked_after(polling):
     assert not polling.take_due(RECONCILE_S - 0.01).inspect
     assert polling.take_due(RECONCILE_S).inspect
-    polling.inspecting()
+    polling.inspection.asked()
     assert not polling.take_due(10.0).inspect
-    polling.inspected()
+    polling.inspection.answered()
     assert polling.take_due(10.0).inspect
 
 
@@ -165,15 +165,15 @@ def test_each_queue_has_numbers_of_its_own(polling):
 
 def test_everything_is_not_asked_for_while_the_last_question_is_open(polling):
     assert polling.take_due(100.0).everything
-    polling.reading_everything()
+    polling.everything.asked()
     assert not polling.take_due(200.0).everything
-    polling.everything_read()
+    polling.everything.answered()
     assert polling.take_due(200.0).everything
 
 
 def test_payloads_are_not_renewed_while_they_are_being_renewed(polling):
     assert polling.take_due(100.0).renew
-    polling.renewing()
+    polling.renewal.asked()
     assert not polling.take_due(200.0).renew
-    polling.renewed()
+    polling.renewal.answered()
     assert polling.take_due(200.0).renew

@@ -48,6 +48,19 @@ def test_a_message_that_was_claimed_and_is_no_more_is_sent_again_at_once(single)
     assert len(single.published) == 2
 
 
+def test_what_is_not_claimed_is_not_lost_at_once_where_another_client_has_claimed_what_equals_the_rest():
+    engine = EngineByHand((JUDGE.model_copy(update={"batch_size": 2}),))
+    slots = [engine.submit(1), engine.submit(2)]
+    engine.run()
+    engine.claimed.add(engine.awaited(slots[0]).address)
+    engine.wait(RECONCILE_S)
+    assert len(engine.published) == 1, "its message may be between the queue and the claims"
+    engine.wait(RECONCILE_S)
+    engine.collect(0)
+    engine.run()
+    assert len(engine.published) == 2
+
+
 def test_a_message_that_went_again_while_it_was_looked_after_is_not_lost(single):
     slot = in_flight(single)
     single.claimed.add(single.awaited(slot).address)
@@ -226,6 +239,7 @@ def test_a_message_of_which_nothing_is_awaited_any_more_waits_for_no_permit():
     lost, waits = engine.submit(1), engine.submit(2)
     engine.run()
     engine.claimed.add(engine.awaited(waits).address)
+    engine.wait(RECONCILE_S)
     engine.wait(RECONCILE_S, but=[do.Restore])
     assert engine.state_of(lost) is State.RESTORING
     engine.note(waits, "busy")
