@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.groups import formulas
 from tests.simulation import redis as servers
 from tests.simulation.run import Failure, run
 from tests.simulation.schedules import draw
@@ -93,6 +94,13 @@ def without_check() -> Iterator[None]:
 
 
 ENGINE = (
+    Bug(
+        "own_group_left_to_others",
+        "a group that only a killed process had, and had not sent, is left to other ranks",
+        Tracking._leave_to_other_ranks,
+        "is_shared.get(one) is False",
+        "False",
+    ),
     Bug(
         "looked_after_once",
         "a message is looked after once, and not again",
@@ -303,8 +311,15 @@ WORKERS = (
         "attempt_not_written",
         "a failure does not say which attempt it is of",
         ChunkScorer._write,
-        '"attempt": attempts[address], ',
+        '"attempt": samples[address].attempt,',
         "",
+    ),
+    Bug(
+        "slots_not_written",
+        "a group's outcome does not say which slots over ranks it is of",
+        formulas.combine,
+        "shared_key=request.shared_key",
+        "shared_key=''",
     ),
     Bug(
         "hung_not_timed_out",
@@ -400,6 +415,8 @@ FOUND: dict[str, tuple[int, str]] = {
     "answered_scored_again": (5, "paid twice"),
     "missing_media_ignored": (4, "media"),
     "attempt_not_written": (12, "OutOfTimeError"),
+    "slots_not_written": (102781, "OutOfTimeError"),
+    "own_group_left_to_others": (3748, "OutOfTimeError"),
     "hung_not_timed_out": (26, "answer"),
     "combined_without_all": (11, "KeyError"),
     "consumed_offset_goes_back": (130, "seen late"),
