@@ -104,6 +104,12 @@ class Rank:
         return self.settings.rank
 
     @property
+    def may_be_killed(self) -> bool:
+        """Whether a fault ends its process: then its tickets are needed."""
+        faults = self.schedule.faults
+        return any(fault.kind == "kill trainer" and fault.target == self.number for fault in faults)
+
+    @property
     def waits_for_room(self) -> bool:
         """Whether samples may wait until there is room for their media; they do not ask for answers meanwhile."""
         return self.plan.max_store_bytes < MUCH_ROOM
@@ -203,7 +209,7 @@ class Rank:
         return is_submitted or not any(spec.is_groupwise for spec in self.settings.rewards)
 
     def _pickle(self, step: int, plan: StepPlan, slots: Sequence[Any]) -> None:
-        if not plan.is_pickled:
+        if not (plan.is_pickled and self.may_be_killed):
             return
         for number in range(len(plan.submits)):
             mine = [slot for slot in slots if slot.ticket == number]

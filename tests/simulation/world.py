@@ -228,7 +228,8 @@ class World:
         if thread.process.is_dead:
             raise KilledError
         if until < LATER:
-            self.wake(thread, until)
+            self._num_wakes = thread.ticket = self._num_wakes + 1
+            heapq.heappush(self._heap, (until, thread.ticket, thread))
         else:
             thread.ticket = 0
         following = self._next()
@@ -247,9 +248,8 @@ class World:
 
     def wake(self, thread: Thread, at: float) -> None:
         """Let a thread go on at this time, and at no other that was said before."""
-        self._num_wakes += 1
-        thread.ticket = self._num_wakes
-        heapq.heappush(self._heap, (at, self._num_wakes, thread))
+        self._num_wakes = thread.ticket = self._num_wakes + 1
+        heapq.heappush(self._heap, (at, thread.ticket, thread))
 
     # --- the hub -----------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,9 @@ class Accumulator:
             released: Steps that somebody collects: what `async_reward: false` holds of them goes.
             is_flushing: Somebody waits, and nothing is on its way here that could still fill a chunk.
         """
-        chunks = []
+        chunks: list[list[Awaited]] = []
+        if not self._batches:
+            return chunks
         for batch in list(self._batches.values()):
             has_lingered = now >= batch.last_added + LINGER_S
             may_be_small = is_flushing or has_lingered
@@ -86,6 +88,8 @@ class Accumulator:
 
     def wake_at(self, released: Set[StepKey]) -> float:
         """When the next chunk has lingered for long enough."""
+        if not self._batches:
+            return NEVER
         times = [
             batch.last_added + LINGER_S
             for batch in self._batches.values()

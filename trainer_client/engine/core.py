@@ -47,7 +47,7 @@ class Core:
         """Slots that are not settled."""
         self.has_changed = False
         """Whether something has happened that somebody may wait for."""
-        self._num_in: Counter[State] = Counter()
+        self._num_in = dict.fromkeys(State, 0)
         self._num_groups_looked_up = 0
         self._num_of: Counter[str] = Counter()
         """By fingerprint, how many are awaited."""
@@ -119,7 +119,8 @@ class Core:
         """Whether nothing is on its way that could still fill a chunk."""
         if self.num_unsettled or self.num_group_calls:
             return False
-        return not self.num_in(State.LOOKING_UP, State.RESTORING)
+        num_in = self._num_in
+        return not (num_in[State.LOOKING_UP] or num_in[State.RESTORING])
 
     # --- counts ----------------------------------------------------------------------
 
@@ -349,14 +350,13 @@ class Core:
     def check(self) -> None:
         """Assert what must hold between two events."""
         self.payloads.check()
-        counted: Counter[State] = Counter()
+        counted = dict.fromkeys(State, 0)
         for address, awaited in self.awaited.items():
             assert awaited.address == address
             assert awaited.state is not None, address
             counted[awaited.state] += 1
             self._check_awaited(awaited)
-        for state, num in self._num_in.items():
-            assert num == counted[state], (state, num, counted[state])
+        assert self._num_in == counted, (self._num_in, counted)
         for request, delivery in self.deliveries.items():
             assert delivery.request == request
             self._check_delivery(delivery)

@@ -232,9 +232,8 @@ class Sealing:
         """Ask which groups the ranks have sealed."""
         keys = [group.shared_key for group in self._groups.unanswered()]
         if keys:
+            self._polling.digests.asked()
             self._core.act(do.ReadDigests(keys))
-        else:
-            self._polling.digests.answered()
 
     def on_digests(self, event: ev.DigestsRead) -> None:
         """It is known which groups are sealed."""

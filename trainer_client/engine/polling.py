@@ -30,18 +30,6 @@ RENEW_EVERY_S = 60.0
 """How often payloads are renewed, at most: they live `REWARDQ_PAYLOAD_TTL_S`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
-    """What is to be asked now."""
-
-    numbers: bool
-    digests: bool
-    notes: bool
-    inspect: bool
-    everything: bool
-    renew: bool
-
-
 @dataclass(slots=True)
 class Question:
     """What is asked every so often, but not while the last answer is still to come."""
@@ -92,6 +80,7 @@ class Polling:
         self._began_at = now
         self._numbers = Question(0.0, due_at=now)
         self.digests = Question(0.0, due_at=now)
+        """With each poll."""
         self.notes = every(NOTES_EVERY_S)
         self.inspection = every(reconcile_s)
         self.everything = every(EVERYTHING_EVERY * reconcile_s)
@@ -99,23 +88,13 @@ class Polling:
         self._sent: dict[str, int] = {}
         self._taken: dict[str, int] = {}
 
-    def take_due(self, now: float) -> Due:
-        """What is due; it is not due again before its time."""
-        is_poll_due = self._numbers.take(now)
-        if is_poll_due:
+    def begin_poll(self, now: float) -> bool:
+        """Whether a poll is due; it counts as asked until it is `polled`."""
+        is_due = self._numbers.take(now)
+        if is_due:
             self._numbers.asked()
             self._began_at = now
-        is_digests_due = is_poll_due and self.digests.take(now)
-        if is_digests_due:
-            self.digests.asked()
-        return Due(
-            numbers=is_poll_due,
-            digests=is_digests_due,
-            notes=self.notes.take(now),
-            inspect=self.inspection.take(now),
-            everything=self.everything.take(now),
-            renew=self.renewal.take(now),
-        )
+        return is_due
 
     def wake_at(self) -> float:
         """When something is due next. (Digests are asked for with the numbers.)"""

@@ -43,18 +43,18 @@ class Tracking:
 
     def poll(self) -> None:
         """Ask what is due to be asked."""
-        due = self._polling.take_due(self._core.now)
-        if due.numbers:
+        polling, now = self._polling, self._core.now
+        if polling.begin_poll(now):
             self._read_numbers()
-        if due.digests and self._sealing.is_shared:
-            self._sealing.read_digests()
-        if due.notes:
+            if self._sealing.is_shared and polling.digests.take(now):
+                self._sealing.read_digests()
+        if polling.notes.take(now):
             self._read_notes()
-        if due.inspect:
+        if polling.inspection.take(now):
             self._inspect()
-        if due.everything:
+        if polling.everything.take(now):
             self._look_up_everything()
-        if due.renew:
+        if polling.renewal.take(now):
             self._renew()
 
     def _read_numbers(self) -> None:

@@ -27,17 +27,17 @@ def polling():
 
 def poll(polling, now, *, num_new=0, is_awaited=True, takes_s=0.0):
     """One poll; returns how much later the next is due."""
-    assert polling.take_due(now).numbers
+    assert polling.begin_poll(now)
     polling.polled(num_new, now + takes_s, is_awaited=is_awaited)
     return polling._numbers.due_at - (now + takes_s)
 
 
 def test_outcomes_are_polled_at_once_and_not_while_the_last_poll_is_open(polling):
-    assert polling.take_due(0.0).numbers
-    assert not polling.take_due(100.0).numbers
+    assert polling.begin_poll(0.0)
+    assert not polling.begin_poll(100.0)
     polling.polled(0, 100.0, is_awaited=False)
-    assert not polling.take_due(100.0).numbers
-    assert polling.take_due(100.0 + IDLE_PACE_S).numbers
+    assert not polling.begin_poll(100.0)
+    assert polling.begin_poll(100.0 + IDLE_PACE_S)
 
 
 def test_while_nobody_waits_the_pace_is_slow(polling):
@@ -73,18 +73,17 @@ def test_that_pause_is_bounded_since_a_poll_takes_long_also_where_redis_is_away(
 def test_whoever_begins_to_wait_is_polled_for_at_once(polling):
     poll(polling, 0.0, is_awaited=False)
     polling.hurry(0.1)
-    assert polling.take_due(0.1).numbers
+    assert polling.begin_poll(0.1)
     polling.polled(1, 0.1, is_awaited=True)
     assert polling._numbers.due_at == pytest.approx(0.1 + FASTEST_S)
 
 
-def test_digests_are_asked_for_with_each_poll_and_not_while_the_last_question_is_open(polling):
-    assert polling.take_due(0.0).digests
-    polling.polled(1, 0.0, is_awaited=True)
-    assert not polling.take_due(1.0).digests
-    polling.polled(1, 1.0, is_awaited=True)
+def test_digests_are_not_asked_for_while_the_last_question_is_open(polling):
+    assert polling.digests.take(0.0)
+    polling.digests.asked()
+    assert not polling.digests.take(1.0)
     polling.digests.answered()
-    assert polling.take_due(2.0).digests
+    assert polling.digests.take(1.0)
 
 
 def times_of(polling, name, until_s, step_s=0.1):
@@ -92,7 +91,7 @@ def times_of(polling, name, until_s, step_s=0.1):
     found = []
     for number in range(round(until_s / step_s) + 1):
         now = number * step_s
-        if getattr(polling.take_due(now), name):
+        if getattr(polling, name).take(now):
             found.append(round(now, 3))
     return found
 
@@ -104,20 +103,20 @@ def test_notes_are_read_every_so_often(polling):
 
 
 def test_notes_are_not_read_while_they_are_being_read(polling):
-    assert polling.take_due(1.0).notes
+    assert polling.notes.take(1.0)
     polling.notes.asked()
-    assert not polling.take_due(10.0).notes
+    assert not polling.notes.take(10.0)
     polling.notes.answered()
-    assert polling.take_due(10.0).notes
+    assert polling.notes.take(10.0)
 
 
 def test_deliveries_are_looked_after_every_so_often_and_not_while_they_are_being_looked_after(polling):
-    assert not polling.take_due(RECONCILE_S - 0.01).inspect
-    assert polling.take_due(RECONCILE_S).inspect
+    assert not polling.inspection.take(RECONCILE_S - 0.01)
+    assert polling.inspection.take(RECONCILE_S)
     polling.inspection.asked()
-    assert not polling.take_due(10.0).inspect
+    assert not polling.inspection.take(10.0)
     polling.inspection.answered()
-    assert polling.take_due(10.0).inspect
+    assert polling.inspection.take(10.0)
 
 
 def test_everything_is_asked_for_once_in_some_inspections(polling):
@@ -127,15 +126,16 @@ def test_everything_is_asked_for_once_in_some_inspections(polling):
 @pytest.mark.parametrize(("ttl_s", "every_s"), [(900.0, RENEW_EVERY_S), (40.0, 10.0)])
 def test_payloads_are_renewed_well_before_they_expire(ttl_s, every_s):
     polling = Polling(RECONCILE_S, ttl_s, 0.0)
-    assert times_of(polling, "renew", 2.5 * every_s, 0.5) == [every_s, 2 * every_s]
+    assert times_of(polling, "renewal", 2.5 * every_s, 0.5) == [every_s, 2 * every_s]
 
 
 def test_after_what_is_due_is_taken_nothing_is_due_at_once(polling):
     now = 0.0
     for _ in range(200):
-        due = polling.take_due(now)
-        if due.numbers:
+        if polling.begin_poll(now):
             polling.polled(0, now, is_awaited=True)
+        for question in (polling.notes, polling.inspection, polling.everything, polling.renewal):
+            question.take(now)
         assert polling.wake_at() > now
         now = polling.wake_at()
 
@@ -164,16 +164,16 @@ def test_each_queue_has_numbers_of_its_own(polling):
 
 
 def test_everything_is_not_asked_for_while_the_last_question_is_open(polling):
-    assert polling.take_due(100.0).everything
+    assert polling.everything.take(100.0)
     polling.everything.asked()
-    assert not polling.take_due(200.0).everything
+    assert not polling.everything.take(200.0)
     polling.everything.answered()
-    assert polling.take_due(200.0).everything
+    assert polling.everything.take(200.0)
 
 
 def test_payloads_are_not_renewed_while_they_are_being_renewed(polling):
-    assert polling.take_due(100.0).renew
+    assert polling.renewal.take(100.0)
     polling.renewal.asked()
-    assert not polling.take_due(200.0).renew
+    assert not polling.renewal.take(200.0)
     polling.renewal.answered()
-    assert polling.take_due(200.0).renew
+    assert polling.renewal.take(200.0)
