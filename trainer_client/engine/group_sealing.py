@@ -240,7 +240,7 @@ class Sealing:
         self._polling.digests.answered()
         for shared_key, found in event.digests.items():
             group = self._groups.of_shared_key(shared_key)
-            if found and group is not None and not group.is_answered:
+            if found and group is not None and group.is_awaited:
                 self._read_if_changed(group, found)
 
     def on_members(self, event: ev.MembersRead) -> None:

@@ -79,6 +79,13 @@ class Group:
         """Whether all members are there, those of this rank alone."""
         return self.size is not None and len(self.members) >= self.size
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a member here waits for its outcome; also one that comes after the others have it."""
+        if self.is_answered:
+            return not all(self.has_joined(m) for m in self.members.values())
+        return bool(self.members)
+
     def has_joined(self, member: Member) -> bool:
         """Whether a member has the group's outcome to await; not so one that came after the group was sealed: with what
         a process before this one had submitted."""
@@ -196,8 +203,8 @@ class Groups:
         return min(times, default=NEVER)
 
     def unanswered(self) -> list[Group]:
-        """Of several ranks, those with members here whose outcome is not known."""
-        return [g for g in self if g.members and not g.is_answered]
+        """Of several ranks, those with members here that wait for the group's outcome."""
+        return [group for group in self if group.is_awaited]
 
     def answered(self) -> list[Group]:
         """Of several ranks, those whose outcome this rank has while others may not."""

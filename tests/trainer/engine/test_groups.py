@@ -254,6 +254,8 @@ def test_a_group_over_ranks_is_asked_for_until_its_outcome_is_known(shared):
     group.awaited = shared.seal_shared(group, {(0, 0): (member.key, member.request)})
     assert shared.unanswered() == [group]
     group.awaited.outcome = object()
+    assert shared.unanswered() == [group], "its member has not joined"
+    member.slot.awaited = {group.spec.name: group.awaited}
     assert shared.unanswered() == []
     assert shared.answered() == [group]
 

@@ -14,6 +14,7 @@ from tests.trainer.engine.by_hand import (
     HELD,
     HELD_RANKED,
     IO,
+    OPEN,
     POINT,
     RANKED,
     RECONCILE_S,
@@ -315,3 +316,26 @@ def test_calls_do_not_pile_up_while_redis_is_away_for_long(shared):
     shared.wait(RECONCILE_S, but=IO)
     assert shared.asked(do.RegisterMember), "Redis may be emptied again"
     assert shared.asked(do.PutGroupsBack)
+
+
+def test_a_member_that_comes_after_its_groups_answer_into_an_emptied_redis_gets_that_answer(shared):
+    first = shared.submit(1, "g", size=3)
+    shared.run()
+    ((_, request),) = shared.members.values()
+    shared.members[0, 1] = "key2", request  # an earlier process of this rank had put it there
+    shared.members[1, 0] = "key of another rank", request
+    seal(shared)
+    shared.wait(1.0)
+    members = tuple(Outcome(reward=number / 3) for number in range(3))
+    shared.put_outcome(shared.awaited(first).address, Outcome(members=members))
+    shared.run()
+    assert first.is_done
+
+    sealed, shared.registered = shared.registered, OPEN  # Redis was emptied
+    digests, shared.digests = shared.digests, {}
+    late = shared.submit(2, "g", size=3)
+    shared.wait(1.0)
+    assert not late.is_done
+    shared.registered, shared.digests = sealed, digests
+    shared.wait(1.0)
+    assert late.outcome_for(RANKED.name).reward == 1 / 3
