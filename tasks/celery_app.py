@@ -16,6 +16,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import celeryd_init, import_modules
 
+from tasks import keys
 from tasks.catalog import GPU
 from tasks.errors import SettingsError
 from tasks.outcomes import ClientOutcomes, WorkerOutcomes
@@ -83,13 +84,14 @@ def make_app(settings: Settings) -> Any:
         broker_channel_error_retry=True,  # a worker waits while Redis is full
         broker_transport_options={
             **sentinels,
+            "global_keyprefix": keys.BROKER,
             "ack_emulation": False,  # a taken message is gone; clients send a missing one again
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             "socket_keepalive": True,
             "health_check_interval": HEALTH_CHECK_S,
         },
-        result_backend_transport_options=sentinels,
+        result_backend_transport_options={**sentinels, "global_keyprefix": keys.ROOT},
         redis_socket_timeout=SOCKET_TIMEOUT_S,
         redis_socket_connect_timeout=CONNECT_TIMEOUT_S,
         redis_socket_keepalive=True,

@@ -1,8 +1,23 @@
-"""Every Redis key of this pipeline. All but the counters of queues and the identity of a store have a TTL."""
+"""Every Redis key of this pipeline. All but queues, their counters and the identity of a store have a TTL."""
 
 from __future__ import annotations
 
 ROOT = "rewardq:"
+
+BROKER = f"{ROOT}queue:"
+"""Prefix of all that Celery keeps in the broker's Redis: queues, bindings, mailboxes and channels. The messages of the
+queue `gpu` are in `rewardq:queue:gpu`. A queue `gpu` of another Celery application in the same Redis has other keys."""
+
+PRIORITY_SEPARATOR = "\x06\x16"
+PRIORITY_STEPS = ("", "3", "6", "9")
+"""Kombu's: it makes a list for each of four steps of priority, and names the first one like the queue."""
+
+
+def queue_lists(queue: str) -> tuple[str, ...]:
+    """The lists that have the messages of a queue, those that go first first."""
+    first, *others = PRIORITY_STEPS
+    name = f"{BROKER}{queue}{first}"
+    return (name, *(f"{name}{PRIORITY_SEPARATOR}{step}" for step in others))
 
 
 def outcome(address: str) -> str:

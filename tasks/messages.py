@@ -17,7 +17,7 @@ from pydantic import (
 
 from tasks.errors import FailureKind, WireError
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Raised whenever a worker of the previous version could misread a message of a client of this version."""
 
 Text = Annotated[str, Field(max_length=4096)]

@@ -257,9 +257,8 @@ def run_python(
 
 def messages_in(broker: redis.Redis, queue: str) -> list[bytes]:
     """The messages that wait in a queue; kombu keeps a list for each of its four steps of priority."""
-    return [
-        m for step in ("", "3", "6", "9") for m in broker.lrange(f"{queue}\x06\x16{step}" if step else queue, 0, -1)
-    ]
+    steps = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+    return [m for step in steps for m in broker.lrange(f"rewardq:queue:{queue}{step}", 0, -1)]
 
 
 def clean_env() -> dict[str, str]:

@@ -43,9 +43,6 @@ Side = Literal["trainer", "worker", "clean"]
 
 PROBE_TTL_MS = 10_000
 
-PRIORITY_STEP = "\x06\x163"
-"""Ends the name of one of the lists that kombu makes of a queue, one for each step of priority."""
-
 _SCRIPT = """
 local time = redis.call('TIME')
 redis.call('SET', KEYS[1], time[1], 'PX', ARGV[1])
@@ -137,10 +134,10 @@ def _ask(
 
 
 def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Commands that ask for the length of each queue, of its usual list and of a list of another priority."""
+    """Commands that ask for the length of each queue's lists."""
     for queue in queues:
-        yield "LLEN", queue
-        yield "LLEN", queue + PRIORITY_STEP
+        for name in keys.queue_lists(queue):
+            yield "LLEN", name
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
@@ -223,7 +220,7 @@ def _scripts(name: str) -> Commands:
 
 def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
     """The commands that kombu sends: queues are lists, bindings sets; scripts of a worker keep their deadlines."""
-    binding = f"_kombu.binding.{name}"
+    binding = f"{keys.BROKER}_kombu.binding.{name}"
     first = [
         ("SET", name, "1", "PX", PROBE_TTL_MS),
         ("SET", binding, "1", "PX", PROBE_TTL_MS),
@@ -237,7 +234,7 @@ def _for_queues(side: Side, name: str) -> tuple[Commands, Commands]:
         ("SREM", binding, "1"),
         ("ZADD", name, "GT", 1, "1"),
         ("DEL", binding),
-        ("LLEN", f"{name.removeprefix(keys.PROBE)}.reply.celery.pidbox{PRIORITY_STEP}"),
+        ("LLEN", f"{keys.BROKER}{name.removeprefix(keys.PROBE)}.reply.celery.pidbox"),
         *_scripts(name),
     ]
 
@@ -267,7 +264,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
         ("HINCRBY", name, "1", 1),
         ("ZADD", name, 1, "1"),
         ("TIME",),
-        ("GET", f"celery-taskset-meta-{name}"),
+        ("GET", f"{keys.ROOT}celery-taskset-meta-{name}"),
         *_scripts(name),
     ]
     if side == "worker":
@@ -317,7 +314,7 @@ _COMMANDS = {QUEUES: _for_queues, RESULTS: _for_results, PAYLOADS: _for_payloads
 
 def _errors_of_channels(client: Any, server: ConfiguredRedis) -> list[Exception]:
     """A worker's missing rights to channels, asked with the names that Celery uses; listeners are sent nothing."""
-    prefix = f"/{server.database}."
+    prefix = f"{keys.BROKER}/{server.database}."
     names = [f"{prefix}celery.pidbox", f"{prefix}celeryev/worker.*"]
     errors: list[Exception] = []
     with contextlib.closing(client.pubsub(ignore_subscribe_messages=False)) as channels:

@@ -22,6 +22,7 @@ from redis.exceptions import (
     NoPermissionError,
 )
 
+from tasks import keys
 from tasks.redis_urls import several_urls
 from tasks.servers.connections import SERVES_NOT_NOW
 from tasks.settings import Settings, without_password
@@ -131,8 +132,8 @@ def words_for_rights(errors: Iterable[BaseException], server: ConfiguredRedis) -
         lacks.append("use channels, by which Celery's workers hear of each other")
         rules.append("allchannels")
     if " key" in together:
-        lacks.append("use keys of any name")
-        rules.append("allkeys")
+        lacks.append(f"use the keys of rewardq, {keys.ROOT}*")
+        rules.append(f"~{keys.ROOT}*")
     if not rules:
         return f"it refuses the user {server.user!r}: {together}"
 

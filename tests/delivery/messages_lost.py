@@ -214,7 +214,7 @@ def queued_in(broker: Any, queue: str) -> list[tuple[bytes, bytes]]:
     """The messages in a queue, each with the list that it is in (one for each priority)."""
     return [
         (place, m)
-        for place in broker.keys(f"{queue}*")
+        for place in broker.keys(f"rewardq:queue:{queue}*")
         if broker.type(place) == b"list"
         for m in broker.lrange(place, 0, -1)
     ]

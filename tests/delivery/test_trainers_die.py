@@ -84,7 +84,7 @@ time.sleep(600)
         job(bench, rewards, what.format(100 * rank), env=env, launch="one", rank=rank, world_size=2) for rank in (0, 1)
     ]
     unseen = [f"rewardq:{kind}" for kind in ("outcome", "claim", "group", "payload", "ledger", "answer", "trainer")]
-    unseen.append("celery-taskset-meta-")  # of a chord
+    unseen.append("rewardq:celery-taskset-meta-")  # of a chord
 
     def all_were_seen():
         names = keys_of_runs(redis_url)
@@ -96,7 +96,7 @@ time.sleep(600)
         assert rank.line() == "sent"
     for rank in ranks:
         rank.kill()
-    long_lived = ("rewardq:answer:", "celery-")
+    long_lived = ("rewardq:answer:", "rewardq:celery-")
     wait_until(lambda: all(name.startswith(long_lived) for name in keys_of_runs(redis_url)), 60, pace_s=0.2)
     left = keys_of_runs(redis_url)
     assert {name: left_s for name, left_s in left.items() if not 0 < left_s <= 3600} == {}
@@ -106,7 +106,8 @@ time.sleep(600)
 def keys_of_runs(url):
     """Seconds left (-1: it lives for ever) of each key of the server that belongs to a run: all but those of workers,
     counters of queues, what marks a store as itself, and Kombu's bindings."""
-    of_none = ("rewardq:worker", "rewardq:sent:", "rewardq:taken:", "rewardq:store", "rewardq:room", "_kombu.binding")
+    of_workers = ("rewardq:worker", "rewardq:store", "rewardq:room")
+    of_none = (*of_workers, "rewardq:sent:", "rewardq:taken:", "rewardq:queue:_kombu.binding")
     found = {}
     with connect(url) as client:
         databases = [name.removeprefix("db") for name in client.info("keyspace")]

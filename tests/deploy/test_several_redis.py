@@ -72,7 +72,7 @@ class TlsRedis(GuardedRedis):
         self.tls_port = free_port()
         self.certificates = certificates
         users = folder / "users.acl"
-        users.write_text(f"user default off\nuser rewardq on >{PASSWORD} ~* &* +@all -@admin -@dangerous +info\n")
+        users.write_text(f"user default off\nuser rewardq on >{PASSWORD} ~rewardq:* &* +@all -@admin -@dangerous +info\n")
         super().__init__(
             folder,
             *("--tls-port", str(self.tls_port), "--tls-auth-clients", "no", "--aclfile", str(users)),

@@ -97,7 +97,7 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
     client.submit(rank_samples({"g": [noisy(i, 20 * i) for i in range(2)]}), group_size=2)
     client.flush()
     with connect(settings.broker_url) as broker:
-        broker.delete("gpu\x06\x166")  # taken, and not claimed before the model is there
+        broker.delete("rewardq:queue:gpu\x06\x166")  # taken, and not claimed before the model is there
         outcomes.take("gpu", 1)
         time.sleep(8 * settings.reconcile_s)
         assert messages_in(broker, "gpu") == []
@@ -466,7 +466,7 @@ def test_messages_that_arrive_twice_change_nothing(clients, workers, settings, r
     client.submit(rank_samples({"g": images}), group_size=6)
     client.flush()
     with redis_server.client() as broker, results_of_tasks(settings) as (app, results):
-        lists = [(name, messages) for name in broker.keys("gpu*") if (messages := list_in(broker, name))]
+        lists = [(name, messages) for name in broker.keys("rewardq:queue:gpu*") if (messages := list_in(broker, name))]
         assert sum(len(messages) for _, messages in lists) >= 4
         bodies = [body for _, messages in lists for m in messages if (body := body_in(m)) is not None]
         assert bodies

@@ -14,7 +14,7 @@ import redis
 
 from tasks import groups, keys, outcomes, payloads
 from tasks.celery_app import COMBINE, PRIORITY_FIRST, PRIORITY_USUAL, SCORE, make_app
-from tasks.messages import Failure, Heartbeat, Note, Outcome, SampleRequest, unpack, unpack_outcome
+from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome, SampleRequest, unpack, unpack_outcome
 from tasks.servers.connections import connect
 from tests.simulation import redis as simulated
 from tests.simulation.network import Server
@@ -165,7 +165,7 @@ def by_node(heartbeat: Heartbeat) -> str:
 
 
 def heartbeat(node: str) -> Heartbeat:
-    return Heartbeat(wire=2, node=node, queues=("gpu",), host="host", pid=1, store="s", state="ready")
+    return Heartbeat(wire=WIRE_VERSION, node=node, queues=("gpu",), host="host", pid=1, store="s", state="ready")
 
 
 def tokens_of(rng: random.Random) -> dict[str, str]:

@@ -59,7 +59,7 @@ def as_user(redis_server: RedisServer) -> Iterator[Any]:
 
 
 EVERYTHING = ("~*", "&*", "+@all")
-SOME_KEYS = ("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "~*.pidbox*")
+OUR_KEYS = ("~rewardq:*",)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -70,13 +70,9 @@ SOME_KEYS = ("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "~*.pidbox*")
         (*EVERYTHING, "-@admin", "-@dangerous", "+info"),  # as docker/README.md has it
         (*EVERYTHING, "-@admin", "-@dangerous"),
         (
-            "~rewardq:*",
-            "~_kombu*",
-            "~celery*",
-            "~gpu*",
-            "~*.pidbox*",
-            "&/0.celery.pidbox",
-            "&/0.celeryev/worker.*",
+            *OUR_KEYS,
+            "&rewardq:queue:/0.celery.pidbox",
+            "&rewardq:queue:/0.celeryev/worker.*",
             "+@all",
             "-info",
         ),
@@ -89,16 +85,16 @@ def test_a_user_with_the_rights_that_are_needed_is_let_in(as_user: Any, side: An
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_user_who_may_not_use_a_queue_of_this_config_is_refused(as_user: Any, side: Any) -> None:
-    settings = load_settings(
-        broker_url=as_user("~rewardq:*", "~_kombu*", "~celery*", "~gpu*", "~*.pidbox*", "&*", "+@all")
-    )
-    with pytest.raises(RedisRefusalError, match="the user 'mine' may not use keys of any name"):
+    others = ("outcome", "claim", "starts", "probe", "queue:_kombu", "queue:gpu")
+    some_keys = [f"~rewardq:{kind}*" for kind in others] + ["~rewardq:celery*", "~rewardq:queue:*.pidbox*"]
+    settings = load_settings(broker_url=as_user(*some_keys, "&*", "+@all"))
+    with pytest.raises(RedisRefusalError, match=r"the user 'mine' may not use the keys of rewardq, rewardq:\*: `ACL SETUSER mine ~rewardq:\*`"):
         check_servers(settings, side, ["gpu", "vlm"])
 
 
 def test_asking_leaves_nothing_behind_that_stays_and_tells_nobody_who_listens(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client, contextlib.closing(client.pubsub()) as everything:
-        everything.psubscribe("/0.celery*")
+        everything.psubscribe("rewardq:queue:/0.celery*")
         assert everything.get_message(timeout=5)
         for side in SIDES:
             check_servers(load_settings(broker_url=redis_url), side)  # type: ignore[arg-type]
@@ -122,8 +118,8 @@ def test_asking_leaves_nothing_behind_that_stays_and_tells_nobody_who_listens(re
         (("-@pubsub",), "worker", "+psubscribe +publish +punsubscribe"),
         (("resetchannels",), "worker", "allchannels"),
         (("resetchannels", "-lpush"), "worker", "+lpush allchannels"),
-        (("resetkeys", "~foo*"), "trainer", "allkeys"),
-        (("resetkeys", "~rewardq:*"), "worker", "allkeys"),
+        (("resetkeys", "~foo*"), "trainer", "~rewardq:*"),
+        (("resetkeys", "~rewardq:p*"), "worker", "~rewardq:*"),
         (("-select",), "trainer", "+select"),
     ],
 )
@@ -483,7 +479,7 @@ def test_each_command_of_our_scripts_is_asked_for() -> None:
     [
         (("-scan",), "the user 'mine' may not run SCAN: `ACL SETUSER mine +scan`"),
         (("-hgetall", "-unlink"), "`ACL SETUSER mine +hgetall +unlink`"),
-        (("resetkeys", "~foo"), "`ACL SETUSER mine allkeys`"),
+        (("resetkeys", "~foo"), "`ACL SETUSER mine ~rewardq:*`"),
     ],
 )
 def test_clean_says_which_right_is_missing(as_user: Any, rules: tuple[str, ...], words: str) -> None:

@@ -7,8 +7,6 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kombu.exceptions import ChannelError
-
 from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
 from tasks.messages import WIRE_VERSION
 from trainer_client.engine.requests import Message
@@ -58,9 +56,8 @@ class CeleryBroker:
         with self._lock:
             try:
                 channel = self._connect().default_channel
-                declared = channel.queue_declare(queue, passive=True)
-            except ChannelError:  # no such list in Redis: the queue is empty
-                return 0
+                # Not passive: kombu would look for the queue without its prefix, and find none.
+                declared = channel.queue_declare(queue)
             except BaseException:
                 self._disconnect()
                 raise
