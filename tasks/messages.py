@@ -245,6 +245,8 @@ class Heartbeat(_Message):
     """Names of the reward models in memory."""
     unanswered: tuple[Words, ...] = ()
     """Which preloaded rewards wait for a judge or a reward server that has not answered yet, and why."""
+    stuck: Words = ""
+    """Why the worker takes no message although it could; empty if it does. It ends soon, to be started again."""
 
 
 M = TypeVar("M", bound=_Message)

@@ -35,7 +35,7 @@ def test_the_two_commands_on_one_host_give_two_workers_with_names_threads_and_ou
     inspect = app.control.inspect(timeout=1)
     stats = wait_until(lambda: (s := inspect.stats()) and len(s) == 2 and s, 20)
     threads = {node: (s["pool"]["implementation"], s["pool"]["max-concurrency"]) for node, s in stats.items()}
-    pool = "celery.concurrency.thread:TaskPool"
+    pool = "workers.process.pool:ThreadsPool"
     assert threads == {names[gpu.pid]: (pool, 2), names[vlm.pid]: (pool, 32)}
     answers = wait_until(lambda: (r := inspect.registered()) and len(r) == 2 and r, 20)
     registered = {task.partition(" ")[0] for tasks in answers.values() for task in tasks}

@@ -76,6 +76,18 @@ def _end_if_refused(app: Any) -> None:
         raise WorkerShutdown(os.EX_CONFIG)
 
 
+class CountMessages(bootsteps.StartStopStep):  # type: ignore[misc]
+    """What a worker says of its messages (`inspect stats`, Flower): how many it took, and how many it dropped."""
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+
+    def info(self, parent: Any) -> dict[str, Any]:
+        """Counted since the worker's start."""
+        envelopes = parent.app.envelopes
+        counts = {"taken": envelopes.num_taken, "dropped": envelopes.num_dropped}
+        return {"messages": counts}
+
+
 class HideSentinelPassword(bootsteps.StartStopStep):  # type: ignore[misc]
     """What a worker says of its broker (`inspect stats`, Flower) leaves out how sentinels are asked: their password."""
 

@@ -42,6 +42,8 @@ class WorkerState:
     """Whether the worker takes no tasks yet, since it loads what it was told to."""
     unanswered: tuple[str, ...] = ()
     """Which rewards wait for a server that has not answered yet."""
+    stuck: str = ""
+    """Why the worker takes no message although it could; empty if it does."""
 
 
 class HeartbeatThread(threading.Thread):
@@ -150,5 +152,6 @@ class HeartbeatThread(threading.Thread):
             loaded=self._models.loaded,
             models=self._models.names,
             unanswered=state.unanswered,
+            stuck=state.stuck,
         )
         self._outcomes.beat(heartbeat, self._ttl_s)

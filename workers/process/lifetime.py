@@ -12,7 +12,7 @@ from celery.signals import worker_shutting_down
 from celery.worker import state as worker_state
 
 from tasks.errors import StaleCodeError
-from workers.process.watchdog import EXIT_HUNG
+from workers.process.watchdog import EXIT_HUNG, GRACE_S
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,41 @@ def end_without_device(loss: RuntimeError) -> None:
     os._exit(EXIT_HUNG)
 
 
-def end_to_start_anew(error: StaleCodeError) -> None:
-    """Take no further task, finish those in hand, and end, for a supervisor to start a process with the new code."""
+def end_to_start_anew(why: StaleCodeError | str) -> None:
+    """Take no further task, finish those in hand, and end, for a supervisor to start a new process.
+
+    Args:
+        why: The process has old code, or takes no messages any more.
+    """
     status = worker_state.should_stop
     # 0 is the status of a stop that was asked for.
     if status is None or status is False:
-        log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, error)
+        log.critical("worker ends, to be started again status=%d: %s", EXIT_HUNG, why)
         worker_state.should_stop = EXIT_HUNG
+
+
+def end_stuck(why: str, release_claims: Callable[[], None]) -> None:
+    """As `end_to_start_anew`, within `GRACE_S` whatever Celery's main thread and the tasks in hand do."""
+    end_to_start_anew(why)
+
+    def end() -> None:
+        _end_at_once(release_claims, EXIT_HUNG)
+
+    timer = threading.Timer(GRACE_S, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_at_once(release_claims: Callable[[], None], status: int) -> None:
+    """End the process with tasks unfinished, for whose samples other workers are given the claims."""
+    try:
+        releasing = threading.Thread(
+            target=release_claims, name="rewardq-release", daemon=True
+        )
+        releasing.start()
+        releasing.join(RELEASE_S)
+    finally:
+        os._exit(status)
 
 
 def end_in_time(release_claims: Callable[[], None], grace_s: float) -> None:
@@ -44,15 +72,8 @@ def end_in_time(release_claims: Callable[[], None], grace_s: float) -> None:
     """
 
     def end() -> None:
-        try:
-            releasing = threading.Thread(
-                target=release_claims, name="rewardq-release", daemon=True
-            )
-            releasing.start()
-            releasing.join(RELEASE_S)
-        finally:
-            log.warning("worker ends with tasks unfinished after grace_s=%g", grace_s)
-            os._exit(os.EX_OK)
+        log.warning("worker ends with tasks unfinished after grace_s=%g", grace_s)
+        _end_at_once(release_claims, os.EX_OK)
 
     def begin(**_: Any) -> None:
         timer = threading.Timer(grace_s, end)

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery.exceptions import CPendingDeprecationWarning
@@ -22,21 +22,28 @@ from PIL import Image
 from tasks.celery_app import worker_outcomes
 from tasks.errors import RewardError, SettingsError
 from tasks.payloads import open_store
+from tasks.servers.connections import connect
 from tasks.settings import Settings
 from workers.loading.cache import ModelCache
+from workers.process.channel import guard_channels
 from workers.process.consumer_steps import (
     AwaitRedis,
+    CountMessages,
     HideSentinelPassword,
     KeepTakenMessages,
 )
+from workers.process.envelopes import Envelopes
 from workers.process.heartbeat import REDIS_ERRORS, HeartbeatThread, WorkerState
 from workers.process.lifetime import (
     end_in_time,
+    end_stuck,
     end_to_start_anew,
     end_without_device,
 )
+from workers.process.pool import guarded
 from workers.process.preloading import AskServers, preload
 from workers.process.redis_refusals import RedisRefusals, refuse_early
+from workers.process.slots import SlotWatch, slots_of
 from workers.process.terminal import (
     RedisLog,
     ScoreLog,
@@ -66,9 +73,12 @@ def show_our_lines(**_: Any) -> None:
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def add_consumer_steps(sender: Any, **_: Any) -> None:
-    """Add our steps to those of Celery's consumer."""
-    steps = {AwaitRedis, HideSentinelPassword, KeepTakenMessages}
+    """Add our steps to those of Celery's consumer, and take our pool and channels for Celery's."""
+    steps = {AwaitRedis, CountMessages, HideSentinelPassword, KeepTakenMessages}
     sender.app.steps["consumer"] |= steps
+    sender.pool_cls = guarded(sender.pool_cls)
+    sender.app.envelopes = Envelopes()
+    guard_channels(sender.app.envelopes)
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
@@ -136,6 +146,7 @@ def _prepare(node: str, app: Any) -> None:
     end_in_time(lambda: release_and_end(claims, heartbeat), settings.stop_grace_s)
     _preload(settings, state, runner.models)
     _say_when_ready(settings, queues, runner.models)
+    _watch_slots_when_ready(app, state, lambda: release_and_end(claims, heartbeat))
 
 
 def _preload(settings: Settings, state: WorkerState, models: ModelCache) -> None:
@@ -160,6 +171,25 @@ def _say_when_ready(
 ) -> None:
     def ready(sender: Any, **_: Any) -> None:
         say_ready(settings, queues, models.names, sender.controller.concurrency)
+
+    worker_ready.connect(ready, weak=False)
+
+
+def _watch_slots_when_ready(
+    app: Any, state: WorkerState, release_claims: Callable[[], None]
+) -> None:
+    """Once the worker takes messages, look whether it goes on to."""
+    broker = connect(app.settings.broker_url, app.settings.sentinels)
+
+    def say(why: str) -> None:
+        state.stuck = why
+
+    def ready(sender: Any, **_: Any) -> None:
+        SlotWatch(
+            look=lambda: slots_of(sender, broker),
+            say=say,
+            end=lambda why: end_stuck(why, release_claims),
+        ).start()
 
     worker_ready.connect(ready, weak=False)
 

@@ -14,6 +14,7 @@ from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
 from tasks.messages import Failure, MediaRef, Outcome, SampleRequest, ScoreRequest
 from tasks.outcomes import USUAL_STARTS
+from workers.scoring.chord import count_header
 from workers.scoring.context import ScoringContext, context_of
 from workers.scoring.handling import handle
 from workers.scoring.quarantine import MOST_STARTS_ALONE, decide, given_up
@@ -35,7 +36,10 @@ def score(
     The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
     message = TaskMessage(label, queue_of(self), request_id, wire, store, number)
-    return handle(context_of(self.app), message, ScoreRequest, score_chunk)
+    try:
+        return handle(context_of(self.app), message, ScoreRequest, score_chunk)
+    finally:
+        count_header(self)
 
 
 def score_chunk(
