@@ -72,7 +72,8 @@ class TlsRedis(GuardedRedis):
         self.tls_port = free_port()
         self.certificates = certificates
         users = folder / "users.acl"
-        users.write_text(f"user default off\nuser rewardq on >{PASSWORD} ~rewardq:* &* +@all -@admin -@dangerous +info\n")
+        rules = f">{PASSWORD} ~rewardq:* &* +@all -@admin -@dangerous +info"
+        users.write_text(f"user default off\nuser rewardq on {rules}\n")
         super().__init__(
             folder,
             *("--tls-port", str(self.tls_port), "--tls-auth-clients", "no", "--aclfile", str(users)),

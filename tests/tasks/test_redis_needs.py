@@ -88,7 +88,8 @@ def test_a_user_who_may_not_use_a_queue_of_this_config_is_refused(as_user: Any, 
     others = ("outcome", "claim", "starts", "probe", "queue:_kombu", "queue:gpu")
     some_keys = [f"~rewardq:{kind}*" for kind in others] + ["~rewardq:celery*", "~rewardq:queue:*.pidbox*"]
     settings = load_settings(broker_url=as_user(*some_keys, "&*", "+@all"))
-    with pytest.raises(RedisRefusalError, match=r"the user 'mine' may not use the keys of rewardq, rewardq:\*: `ACL SETUSER mine ~rewardq:\*`"):
+    words = r"the user 'mine' may not use the keys of rewardq, rewardq:\*: `ACL SETUSER mine ~rewardq:\*`"
+    with pytest.raises(RedisRefusalError, match=words):
         check_servers(settings, side, ["gpu", "vlm"])
 
 
