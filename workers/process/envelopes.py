@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 import logging
 import re
@@ -33,6 +34,8 @@ MAX_LABEL_CHARS = 4096
 MAX_REPR_CHARS = 1024
 MAX_NUMBER = 2**53
 """Above the number of any message that was ever sent; Redis counts such numbers exactly in its scripts."""
+
+MAX_LATER_ARGUMENTS = 4
 
 LOGGED_A_MINUTE = 20
 """Lines on dropped messages; the others of a minute are counted, so that a flood of them fills no disk."""
@@ -229,15 +232,21 @@ def _body(text: str) -> _Body:
 
 
 def _arguments(task: str, args: list[Any]) -> list[Any]:
-    """The arguments that a task knows; a later client may send more.
+    """The arguments that a task knows, and further ones of a later client as long as they are ids or numbers.
 
-    Of a message of another wire version, which is answered by a note, only those that say so.
+    Of a message of another wire version, which is answered by a note, only the first three are known.
     """
-    common = _named(_Arguments, args)
-    known = common
-    if common.wire == WIRE_VERSION:
-        known = _named(_ARGUMENTS[task], args)
-    return [_printable(known.label), *list(known.model_dump().values())[1:]]
+    is_our_version = _named(_Arguments, args).wire == WIRE_VERSION
+    kind = _ARGUMENTS[task] if is_our_version else _Arguments
+    known = _named(kind, args).model_dump(exclude_unset=True)
+    known["label"] = _printable(known["label"])
+    later = args[len(kind.model_fields) :][:MAX_LATER_ARGUMENTS]
+    return [*known.values(), *itertools.takewhile(_is_plain, later)]
+
+
+def _is_plain(value: Any) -> bool:
+    is_id = isinstance(value, str) and re.fullmatch(ID[1:-1], value) is not None
+    return is_id or (type(value) is int and 0 <= value <= MAX_NUMBER)
 
 
 def _named(kind: type[_Arguments], args: list[Any]) -> Any:
@@ -281,8 +290,7 @@ def _printable(text: str) -> str:
 def _id_in(fields: Any) -> str:
     headers = fields.get("headers") if isinstance(fields, dict) else None
     found = headers.get("id") if isinstance(headers, dict) else None
-    is_id = isinstance(found, str) and re.fullmatch(ID[1:-1], found) is not None
-    return str(found) if is_id else "unknown"
+    return found if isinstance(found, str) and _is_plain(found) else "unknown"
 
 
 class Envelopes:

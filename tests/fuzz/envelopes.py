@@ -1,0 +1,313 @@
+"""Mutated envelopes: what a queue and the channels of remote control may hold, given to a real worker.
+
+`run(seconds)` starts a Redis and a worker with one slot, so that a single lost slot shows at once, and ends both.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import msgpack
+
+from tasks import keys
+from tasks.messages import WIRE_VERSION, Note, unpack
+from tasks.settings import load_settings
+from tests.servers import RedisServer, WorkerProcess, wait_until
+
+QUEUE = "gpu"
+BATCH = 250
+"""Envelopes between two looks at the worker."""
+
+ANSWER_S = 60.0
+"""How long the worker may take for a batch, and for a message that is right."""
+
+SECRET = "only-in-the-message"
+"""In each mutated envelope; the worker's log must not have it."""
+
+
+@dataclass
+class Counts:
+    """What came of a run.
+
+    Attributes:
+        sent: Mutated envelopes.
+        ended: How often the worker ended.
+        stuck: How often it took no message any more, so that it was stopped.
+        told: Whether its log has content of a message, or a line that a message has forged.
+        dropped: Messages that the worker says it has dropped.
+        worst: The batch after which it ended or was stuck, for a look at it.
+    """
+
+    sent: int = 0
+    ended: int = 0
+    stuck: int = 0
+    told: bool = False
+    dropped: int = 0
+    worst: list[bytes] | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing ended, was stuck, or was told."""
+        return self.sent > 0 and not (self.ended or self.stuck or self.told)
+
+
+def run(seconds: float, *, most: int | None = None, seed: int = 0) -> Counts:
+    """Send mutated envelopes to a worker.
+
+    Args:
+        seconds: For how long; a batch that is begun is ended.
+        most: End after so many envelopes.
+        seed: Of the first batch; each further batch has the next one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder))
+        bench = _Bench(server, Path(folder))
+        try:
+            _play(bench, time.monotonic() + seconds, most, seed)
+        finally:
+            bench.stop()
+            server.stop()
+    return bench.counts
+
+
+def _play(bench: _Bench, ends_at_s: float, most: int | None, seed: int) -> None:
+    for number in range(seed, 2**31):
+        bench.give(drawn(number, BATCH))
+        is_enough = most is not None and bench.counts.sent >= most
+        if is_enough or time.monotonic() > ends_at_s:
+            return
+
+
+class _Bench:
+    """A worker with one slot; another is started in its place if it ends or is stuck."""
+
+    def __init__(self, server: RedisServer, folder: Path) -> None:
+        self._settings = load_settings(broker_url=server.url)
+        self._folder = folder
+        self._redis = server.client()
+        self._worker = self._start()
+        self.counts = Counts()
+
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess(QUEUE, self._settings, self._folder, 1, {})
+        worker.wait_ready()
+        return worker
+
+    def give(self, envelopes: list[bytes]) -> None:
+        """Put envelopes into the queue and some into a channel, and see whether the worker serves a right one then."""
+        self._redis.lpush(keys.queue_lists(QUEUE)[0], *envelopes)
+        for envelope in envelopes[::10]:
+            self._redis.publish(f"{keys.BROKER}/0.celery.pidbox", envelope)
+        self.counts.sent += len(envelopes)
+        if self._serves():
+            return
+        has_ended = self._worker.process.poll() is not None
+        self.counts.ended += has_ended
+        self.counts.stuck += not has_ended
+        self.counts.worst = envelopes
+        self._read_log()
+        self._worker.kill()
+        self._redis.flushall()
+        self._worker = self._start()
+
+    def _serves(self) -> bool:
+        """Whether a message that is right is noted: its request is in no store."""
+        request_id = uuid.uuid4().hex
+        own = json.dumps(message(request_id=request_id)).encode()
+        self._redis.lpush(keys.queue_lists(QUEUE)[0], own)
+
+        def is_noted() -> bool:
+            return self._worker.process.poll() is not None or bool(self._redis.exists(keys.note(request_id)))
+
+        try:
+            wait_until(is_noted, ANSWER_S)
+        except AssertionError:
+            return False
+        if self._worker.process.poll() is not None:
+            return False
+        value = self._redis.get(keys.note(request_id))
+        return isinstance(value, bytes) and unpack(Note, value).reason == "store"
+
+    def _read_log(self) -> None:
+        text = self._worker.log_text
+        self.counts.told |= SECRET in text
+        self.counts.dropped += text.count("message dropped")
+        for line in text.splitlines():
+            if "more messages were dropped" in line:
+                self.counts.dropped += int(line.split("] ", 1)[1].split()[0])
+
+    def stop(self) -> None:
+        self._worker.stop()
+        self._read_log()
+        self._redis.close()
+
+
+def message(request_id: str = "c.1.request") -> dict[str, Any]:
+    """A message as a trainer's Celery makes it, as Python values; its request is in no store."""
+    task_id = str(uuid.uuid4())
+    label = "PickScore x 16, run demo step 3"
+    combine = {
+        "task": "rewardq.combine",
+        "args": [label, request_id, WIRE_VERSION, "store"],
+        "kwargs": {},
+        "options": {"queue": QUEUE, "priority": 0, "ignore_result": True},
+        "subtask_type": None,
+        "immutable": True,
+    }
+    embedded = {"callbacks": None, "errbacks": None, "chain": None, "chord": combine}
+    return {
+        "body": encoded([[label, request_id, WIRE_VERSION, 1, "store"], {}, embedded]),
+        "content-encoding": "binary",
+        "content-type": "application/x-msgpack",
+        "headers": {
+            "lang": "py",
+            "task": "rewardq.score",
+            "id": task_id,
+            "shadow": None,
+            "eta": None,
+            "expires": None,
+            "group": uuid.uuid4().hex,
+            "group_index": 0,
+            "retries": 0,
+            "timelimit": [None, None],
+            "root_id": task_id,
+            "parent_id": None,
+            "argsrepr": label,
+            "kwargsrepr": "",
+            "origin": "gen1@host",
+            "ignore_result": True,
+            "replaced_task_nesting": 0,
+            "stamped_headers": None,
+            "stamps": {},
+        },
+        "properties": {
+            "correlation_id": task_id,
+            "reply_to": str(uuid.uuid4()),
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": QUEUE},
+            "priority": 6,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid.uuid4()),
+        },
+    }
+
+
+def encoded(body: Any) -> str:
+    """The body of a message as it travels."""
+    return base64.b64encode(msgpack.packb(body)).decode()
+
+
+# --- mutations -----------------------------------------------------------------------------------
+
+DATES = ("2000-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00", "x", f"{SECRET}\n[CRITICAL] forged")
+NUMBERS = (0, 1, -1, 2**31, 2**62, -(2**63), 1e308, float("inf"), float("nan"), 0.5)
+NAMES = ("rewardq.score", "rewardq.group", "rewardq.combine", "celery.chord", "os.system", SECRET, "")
+PLAIN = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(DATES),
+    st.sampled_from(NAMES),
+    st.text(max_size=20),
+)
+VALUES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+"""What may stand anywhere in an envelope."""
+
+
+@st.composite
+def envelopes(draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
+    """A message with up to four of its parts exchanged, taken away or damaged, as it lies in Redis."""
+    whole = message()
+    whole["secret"] = SECRET
+    body = msgpack.unpackb(base64.b64decode(whole["body"]))
+    for _ in range(draw(st.integers(1, 4))):
+        target = draw(st.sampled_from((whole, body)))
+        there = list(places(target))
+        if there:  # a body of which all was taken away has none
+            place = draw(st.sampled_from(there))
+            change(target, place, draw(st.just(TAKEN_AWAY) | VALUES))
+    if draw(st.booleans()):
+        body_of(whole, body)
+    data = json.dumps(whole).encode()
+    return damaged(data, draw) if draw(st.integers(0, 9)) == 0 else data
+
+
+TAKEN_AWAY = object()
+
+
+def places(value: Any) -> Iterator[tuple[Any, ...]]:
+    """The way to each value within: keys and indices from the outside."""
+    if not isinstance(value, dict | list):
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (key,)
+        for rest in places(inner):
+            yield (key, *rest)
+
+
+def change(whole: Any, place: tuple[Any, ...], new: Any) -> None:
+    """Put `new` at a place, or take away what is there."""
+    *way, last = place
+    for key in way:
+        whole = whole[key]
+    if new is TAKEN_AWAY:
+        del whole[last]
+    else:
+        whole[last] = copy.deepcopy(new)
+
+
+def body_of(whole: dict[str, Any], body: Any) -> None:
+    """Put a mutated body into its envelope, unless msgpack cannot say it."""
+    try:
+        whole["body"] = encoded(body)
+    except (ValueError, OverflowError, TypeError):
+        whole["body"] = SECRET
+
+
+def damaged(data: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
+    """Bytes that were cut, or of which one was changed, or nested a thousand times over."""
+    how = draw(st.sampled_from(("cut", "flip", "nest", "garbage")))
+    at = draw(st.integers(0, len(data) - 1))
+    if how == "cut":
+        return data[:at]
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ (1 << draw(st.integers(0, 7)))]) + data[at + 1 :]
+    if how == "nest":
+        return b"[" * 100_000
+    return draw(st.binary(max_size=200))
+
+
+def drawn(seed: int, num: int) -> list[bytes]:
+    """So many envelopes; the same for the same seed."""
+    found: list[bytes] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=num,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(envelopes())
+    def collect(one: bytes) -> None:
+        found.append(one)
+
+    collect()
+    return found
