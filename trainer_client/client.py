@@ -170,7 +170,9 @@ class RewardClient:
         """Queue samples for every configured reward and return at once.
 
         Args:
-            samples: `N` samples. Media are kept by reference and must not be changed before `flush()` or `collect()`.
+            samples: `N` samples. Media are kept by reference and must not be changed before `flush()` or `collect()`;
+                a sample whose media were changed before they were sent is `invalid`, as far as a torch tensor's version
+                and REWARDQ_CHECK_MEDIA tell. All else of a sample is copied.
             group_size: Number of samples of each group, over all ranks. Samples beyond that are refused. The log warns
                 of groups that lack samples when the step is collected; they have no groupwise reward.
             split: `train`, or `eval`, which uses `eval_rewards` if the config has any, else the training rewards.
@@ -193,7 +195,15 @@ class RewardClient:
         rewards = self.config.of(split)
         engine = self._engine
         number = self._steps.new_ticket_number()
-        submission = Submission(split, rewards, samples, group_size, number, started)
+        submission = Submission(
+            split,
+            rewards,
+            samples,
+            group_size,
+            number,
+            started,
+            checks_media=self.settings.check_media,
+        )
         first = self._steps.num_submitted(split)
         submission.check(first, self.rank, self.world_size, self.settings.max_pixels)
 

@@ -4,7 +4,8 @@ An image is uint8 `(H, W, 3)` on the wire, a video `(T, H, W, 3)`, audio float32
 `(3, H, W)` in [0, 1] and are rounded to the nearest of 256 levels, as diffusers does when it makes PIL images. A value
 that rounding put up to half a level outside of [0, 1] is the level at that end.
 
-`checks` has what `submit()` looks at, `encode` what the client's background threads do, `decode` what a worker does.
+`checks` has what `submit()` looks at, `held` what it keeps, `encode`, `pil` and `whole_files` what the client's
+background threads do, `decode` what a worker does.
 """
 
 from tasks.media.arrays import PixelsHWC, PixelsTHWC, is_tensor
@@ -19,24 +20,26 @@ from tasks.media.checks import (
 from tasks.media.decode import from_jpeg, split_frames, to_pil, to_tensor, to_waveform
 from tasks.media.encode import (
     JPEG_QUALITY,
-    Held,
     digest,
     encode_audio,
     encode_image,
     encode_video,
-    hold,
     join_frames,
     to_jpeg,
 )
+from tasks.media.held import NUM_SPOTS, Held, check_unchanged, hold
+from tasks.media.pil import orientation_of
 
 __all__ = [
     "JPEG_QUALITY",
     "LONGEST_EDGE",
+    "NUM_SPOTS",
     "Held",
     "PixelsHWC",
     "PixelsTHWC",
     "check_audio",
     "check_image",
+    "check_unchanged",
     "check_video",
     "digest",
     "encode_audio",
@@ -46,6 +49,7 @@ __all__ = [
     "hold",
     "is_tensor",
     "join_frames",
+    "orientation_of",
     "size_of",
     "split_frames",
     "to_jpeg",

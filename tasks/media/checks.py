@@ -120,12 +120,21 @@ def _array_kind(value: Any, where: str, needs: str) -> tuple[tuple[int, ...], bo
     elif isinstance(value, np.ndarray):
         is_uint8 = value.dtype == np.uint8
     else:
-        raise InvalidSampleError(f"{where}: {needs}, found {_describe(value)}")
+        raise InvalidSampleError(
+            f"{where}: {needs}, found {_describe(value)}{_as_array(value)}"
+        )
 
     is_float = _is_float(value)
     if not (is_float or is_uint8):
         raise InvalidSampleError(f"{where}: {needs}, found {_describe(value)}")
     return tuple(value.shape), is_float
+
+
+def _as_array(value: Any) -> str:
+    """What to do with arrays of other libraries, whose axes and values nothing here knows."""
+    if isinstance(value, list | tuple) or not hasattr(type(value), "__array__"):
+        return ""
+    return "; np.asarray(x) makes a numpy array of it"
 
 
 def _plane(

@@ -1,17 +1,14 @@
 """Images, videos and audio (PIL, numpy, torch) to checked arrays and bytes: one pass over the values.
 
-`submit()` keeps media by reference (`hold`); a background thread of the client encodes them.
+`submit()` keeps media by reference (`held.hold`); a background thread of the client encodes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sys
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,8 @@ from PIL import Image
 
 from tasks.errors import InvalidSampleError
 from tasks.media.arrays import PixelsHWC, PixelsTHWC, is_tensor
+from tasks.media.held import Held, check_unchanged
+from tasks.media.pil import encode_pil
 
 JPEG_QUALITY = 95
 
@@ -33,43 +32,16 @@ LEAST_OF_LEVELS = 2.0
 """An image whose floats reach this is not in [0, 1] by any rounding: its scale is another."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A reference to the caller's media, with what is needed to notice a change before they are encoded."""
-
-    value: Any
-    version: int | None = None
-    """A torch tensor's `_version` at `submit()`; None for a tensor made in inference mode, which has no version."""
-    event: Any = None
-    """A CUDA event after which a tensor's data are there."""
-
-
-def hold(value: Any) -> Held:
-    """Keep `value` by reference until a sender's thread encodes it; nothing is copied."""
-    if isinstance(value, list | tuple):
-        return Held(tuple(hold(v) for v in value))
-    if not is_tensor(value):
-        return Held(value)
-
-    event = None
-    if value.is_cuda:
-        torch = sys.modules["torch"]
-        event = torch.cuda.current_stream(value.device).record_event()
-    return Held(
-        value, version=None if value.is_inference() else value._version, event=event
-    )
-
-
 def encode_image(held: Held, where: str) -> PixelsHWC:
     """The checked pixels of one image, uint8 `(H, W, 3)`, C-contiguous; shares memory with an array that is so already.
 
     Raises:
         InvalidSampleError: A float is NaN or more than half a level outside [0, 1], a file is truncated, an alpha
-            channel is not opaque, a tensor was changed in place after `submit()`, or its values are not here
-            (distributed, sparse, meta).
+            channel is not opaque, the image was changed after `submit()` (as far as `held` can tell), or a tensor's
+            values are not here (distributed, sparse, meta).
     """
     if isinstance(held.value, Image.Image):
-        return _encode_pil(held.value, where)
+        return encode_pil(held, where)
     return _encode_array(held, where)
 
 
@@ -88,7 +60,7 @@ def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:
     # A value that float32 cannot hold becomes infinite, and is refused below as every infinite value is.
     with np.errstate(over="ignore"):
         array = np.atleast_2d(_to_numpy(held, where).astype(np.float32))
-    _check_unchanged(held, where)
+    check_unchanged(held, where)
 
     if not np.isfinite(array).all():
         raise InvalidSampleError(
@@ -119,16 +91,8 @@ def _encode_array(held: Held, where: str) -> npt.NDArray[np.uint8]:
     array = _to_numpy(held, where)
     pixels = array if array.dtype == np.uint8 else _to_uint8(array, where)
     pixels = np.ascontiguousarray(pixels)
-    _check_unchanged(held, where)
+    check_unchanged(held, where)
     return pixels
-
-
-def _check_unchanged(held: Held, where: str) -> None:
-    if held.version is not None and held.value._version != held.version:
-        raise InvalidSampleError(
-            f"{where}: the tensor was changed in place after submit() and before it was sent; "
-            "submit a clone, or call flush() before you reuse it"
-        )
 
 
 def _from_cuda(held: Held) -> Any:
@@ -144,13 +108,25 @@ def _from_cuda(held: Held) -> Any:
 
 
 def _to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
-    """The values of an array or tensor, after checking that the tensor is still what was submitted."""
-    _check_unchanged(held, where)
+    """The values of an array or tensor, after checking that it is still what was submitted."""
+    check_unchanged(held, where)
     if is_tensor(held.value):
         return _tensor_to_numpy(held, where)
+    if np.ma.isMaskedArray(held.value):
+        _check_unmasked(held.value, where)
     array = np.asarray(held.value)
-    # 255 times a value needs more than the 11 bits that float16 has.
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+    # 255 times a value needs more than the 11 bits that float16 has, of either byte order.
+    is_half = array.dtype.kind == "f" and array.dtype.itemsize == 2
+    return array.astype(np.float32) if is_half else array
+
+
+def _check_unmasked(array: Any, where: str) -> None:
+    num_masked = int(np.ma.getmaskarray(array).sum())
+    if num_masked:
+        raise InvalidSampleError(
+            f"{where}: {num_masked} values of the array are masked, and have no level; "
+            "fill them as the image should look: array.filled(...)"
+        )
 
 
 def _tensor_to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
@@ -212,42 +188,3 @@ def _likely_cause(low: float, high: float) -> str:
     if is_near_zero and LEAST_OF_LEVELS < high <= 255.0 + 255.0 * NEAR_A_BOUND:
         return "; an image in 0..255 is x / 255, then .clamp(0, 1)"
     return "; bring them into [0, 1] as the image should look"
-
-
-_reading_files = threading.Lock()
-"""PIL reads a file at the first use of its pixels. Two threads that read one file at once get pieces of each other's
-image."""
-
-
-def _read_in_a_child() -> None:
-    """A new lock: the thread that may hold the old one does not exist in a forked child."""
-    global _reading_files
-    _reading_files = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_read_in_a_child)
-
-
-def _encode_pil(image: Image.Image, where: str) -> PixelsHWC:
-    try:
-        with _reading_files:
-            image.load()
-    except Exception as error:
-        # The decoders of image files raise anything, for a closed file an AssertionError.
-        reason = str(error) or f"{type(error).__name__}; was its file closed?"
-        raise InvalidSampleError(
-            f"{where}: the image cannot be read: {reason}"
-        ) from None
-
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        lowest_alpha = np.asarray(rgba)[..., 3].min()
-        if lowest_alpha < 255:
-            raise InvalidSampleError(
-                f"{where}: the image is transparent (alpha down to {lowest_alpha}); flatten it"
-            )
-        image = rgba
-
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return np.ascontiguousarray(np.asarray(image))

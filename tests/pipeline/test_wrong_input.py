@@ -48,8 +48,8 @@ def truncated_jpeg():
         (Sample(prompt=7, image=image_of(1)), "prompt must be text, found a int"),
         (Sample(prompt="p", image=image_of(1), metadata={"x": {1, 2}}), r"metadata\['x'\] is a set"),
         (
-            Sample(prompt="p", image=image_of(1), group=torch.tensor(3)),
-            r"sample 1: group .*found a tensor.*group=int\(",
+            Sample(prompt="p", image=image_of(1), group=torch.tensor([3])),
+            r"sample 1: group .*found a Tensor of shape \(1,\).*group=ids\[i\]",
         ),
         (
             Sample(prompt="p", image=image_of(1), group=np.float64("nan")),

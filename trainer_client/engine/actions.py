@@ -50,7 +50,7 @@ class Encode:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Store a payload. Result: `PayloadStored`."""
+    """Store a payload. Result: `PayloadStored` or `PayloadRefused`."""
 
     lane: ClassVar[Lane] = Lane.POOL
     name: str

@@ -29,6 +29,8 @@ from trainer_client.engine.broker import Broker
 from trainer_client.engine.encoding import Content, EncodedSample
 from trainer_client.engine.model import Awaited, Delivery, Slot
 from trainer_client.engine.publisher import Publisher
+from trainer_client.engine.server_errors import is_of_server
+from trainer_client.texts import words_of
 
 
 class Encoder(Protocol):
@@ -83,8 +85,22 @@ class Backend:
         return ev.SampleEncoded(slot, self._encoder.encode(slot, sample))
 
     def _store_payload(self, action: do.Store) -> ev.Event:
-        self._store.put({action.name: action.content.data}, self._payload_ttl_s)
+        failure = self._put({action.name: action.content.data})
+        if failure is not None:
+            return ev.PayloadRefused(action.name, failure)
         return ev.PayloadStored(action.name)
+
+    def _put(self, payloads: Mapping[str, Any]) -> Failure | None:
+        """Store media; returns what their sample is told if they cannot be stored. Raises what the server raises."""
+        try:
+            self._store.put(payloads, self._payload_ttl_s)
+        except Exception as error:
+            # Something else than the server: no memory, or an odd entry of that name in the payload folder.
+            if is_of_server(error):
+                raise
+            words = f"its media cannot be stored: {words_of(error)}"
+            return Failure(kind="failed", message=words)
+        return None
 
     def _restore(self, action: do.Restore) -> ev.Event:
         names: dict[str, None] = {}
@@ -118,17 +134,16 @@ class Backend:
         if not missing.keys() <= found.keys():
             words = "its media were changed after submit(), and had to be sent a second time"
             return Failure(kind="invalid", message=words)
-        payloads = {name: found[digest].data for digest, name in missing.items()}
-        self._store.put(payloads, self._payload_ttl_s)
-        return None
+        return self._put({n: found[digest].data for digest, n in missing.items()})
 
     # --- publish ---------------------------------------------------------------------
 
     def _publish(self, action: do.Publish) -> ev.Event:
-        numbers = self._publisher.publish(action.deliveries)
-        for delivery, number in numbers.items():
-            self._tell_other_ranks(delivery, number)
-        return ev.Published(numbers)
+        sent = self._publisher.publish(action.deliveries)
+        for delivery, number in sent.numbers.items():
+            if number:
+                self._tell_other_ranks(delivery, number)
+        return ev.Published(sent.numbers, sent.refused)
 
     def _publish_again(self, action: do.PublishAgain) -> ev.Event:
         number = self._publisher.publish_again(action.delivery, action.request)

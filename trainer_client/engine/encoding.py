@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from tasks import media, outcomes
 from tasks.errors import InvalidSampleError
 from tasks.messages import Failure, MediaRef
 from tasks.rewards import JPEG, RAW, RewardSpec
 from tasks.samples import Beside, Sample, beside, identity_of, sample_key
 from trainer_client.engine.model import Slot
+from trainer_client.texts import words_of
+
+NOTHING_BESIDE = Beside(metadata={}, fps=None, sample_rate=None, withheld=())
 
 ENCODERS = {
     "image": media.encode_image,
@@ -85,6 +90,8 @@ class EncodedSample:
     """The fields that are lists of media."""
     problem: Failure | None = None
     """Why it cannot be scored."""
+    hint: str = ""
+    """What the log may say of it: it can be scored, and something of it may not be as the user thinks."""
 
     @property
     def num_bytes(self) -> int:
@@ -118,45 +125,56 @@ class SampleEncoder:
     rank: int
 
     def encode(self, slot: Slot, sample: Sample) -> EncodedSample:
-        """The media of a slot's sample, and its identity for each reward; what is wrong with them is its `problem`."""
+        """The media of a slot's sample, and its identity for each reward; what is wrong with them is its `problem`.
+
+        Never raises: whatever the sample raises is its own outcome, and no other sample's.
+        """
         try:
             fields = _encode_fields(slot)
+            return EncodedSample(
+                prompt=sample.prompt,
+                identities=self._identities(slot, sample, fields),
+                contents=_contents_of(slot, fields),
+                lists=frozenset(name for name, one in fields.items() if one.is_list),
+                hint=_hint_of(slot),
+            )
         except InvalidSampleError as error:
-            problem = Failure(kind="invalid", message=str(error))
-            identities = self._identities(slot, sample, {}, is_fit=False)
-            return EncodedSample(sample.prompt, identities, problem=problem)
-        return EncodedSample(
-            prompt=sample.prompt,
-            identities=self._identities(slot, sample, fields, is_fit=True),
-            contents=_contents_of(slot, fields),
-            lists=frozenset(name for name, one in fields.items() if one.is_list),
-        )
+            return self._unfit(slot, Failure(kind="invalid", message=str(error)))
+        except Exception as error:
+            # Tensors and images of the user's classes, and no memory for a large one.
+            words = f"sample {slot.index} cannot be encoded: {words_of(error)}"
+            return self._unfit(slot, Failure(kind="failed", message=words))
 
     def _identities(
-        self,
-        slot: Slot,
-        sample: Sample,
-        fields: Mapping[str, EncodedField],
-        *,
-        is_fit: bool,
+        self, slot: Slot, sample: Sample, fields: Mapping[str, EncodedField]
     ) -> dict[str, Identity]:
         digests = {name: one.identity for name, one in fields.items()}
         identities = {}
         for spec in slot.rewards:
             scored = spec.part if spec.is_groupwise else spec
-            # A sample whose media cannot be read is like no other.
-            counts_slot = scored.counts_slot or not is_fit
-            position = (slot.split, slot.step, self.rank, slot.index)
             key = sample_key(
                 sample.prompt,
                 digests,
                 sample.metadata,
-                position if counts_slot else (),
+                self._position(slot) if scored.counts_slot else (),
                 identity_of(sample, scored),
             )
             address = outcomes.address(self.run, scored.fingerprint, key)
             identities[spec.name] = Identity(key, address, beside(sample, spec))
         return identities
+
+    def _unfit(self, slot: Slot, problem: Failure) -> EncodedSample:
+        """A sample that cannot be scored. It is like no other, and is known by its position alone."""
+        key = sample_key("", {}, {}, self._position(slot))
+        identities = {}
+        for spec in slot.rewards:
+            scored = spec.part if spec.is_groupwise else spec
+            address = outcomes.address(self.run, scored.fingerprint, key)
+            identities[spec.name] = Identity(key, address, NOTHING_BESIDE)
+        return EncodedSample("", identities, problem=problem)
+
+    def _position(self, slot: Slot) -> tuple[Any, ...]:
+        return slot.split, slot.step, self.rank, slot.index
 
 
 def _encode_fields(slot: Slot) -> dict[str, EncodedField]:
@@ -170,8 +188,26 @@ def _encode_fields(slot: Slot) -> dict[str, EncodedField]:
             encode = LIST_ENCODERS[name]
             arrays = [encode(h, f"{where}[{i}]") for i, h in enumerate(held.value)]
         digests = [media.digest(array) for array in arrays]
+        # An array that needed no copy may have been changed while its digest was computed.
+        media.check_unchanged(held, where)
         fields[name] = EncodedField(arrays, digests, is_list=name in LIST_ENCODERS)
     return fields
+
+
+def _hint_of(slot: Slot) -> str:
+    """What to say of images whose files say that they are to be turned."""
+    for name, held in slot.held.items():
+        several = held.value if isinstance(held.value, tuple) else (held,)
+        for one in several:
+            is_image = isinstance(one.value, Image.Image)
+            orientation = media.orientation_of(one.value) if is_image else 1
+            if orientation != 1:
+                return (
+                    f"sample {slot.index}: {name}: its file says EXIF orientation {orientation}, which is not applied: "
+                    "pixels are scored as they are stored. PIL.ImageOps.exif_transpose(image) turns them. "
+                    "(Said once; other samples may have it too.)"
+                )
+    return ""
 
 
 def _contents_of(

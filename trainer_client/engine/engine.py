@@ -28,11 +28,12 @@ from trainer_client.engine.backlog import LOOK_EVERY_S, Backlog
 from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.diagnosis import Diagnosis
 from trainer_client.engine.encoding import SampleEncoder
-from trainer_client.engine.loop import AWAY, Chore, Loop
+from trainer_client.engine.loop import Chore, Loop
 from trainer_client.engine.model import NEVER, RankIndex, Slot
 from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.requests import RequestWriter, TaskNames
 from trainer_client.engine.resume import slots_and_deliveries
+from trainer_client.engine.server_errors import AWAY
 from trainer_client.engine.state import EngineConfig, EngineState
 from trainer_client.engine.why_late import Source, because
 from trainer_client.progress import bars

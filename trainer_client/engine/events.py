@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.messages import Failure, Heartbeat, Note, Outcome, SampleRequest
@@ -112,6 +112,15 @@ class PayloadStored:
 
 
 @dataclass(frozen=True, slots=True)
+class PayloadRefused:
+    """A payload cannot be stored, and not since the store is away or full: another try would end so too."""
+
+    name: str
+    failure: Failure
+    """What those are told that need it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreMeasured:
     """Payload bytes in the store, of all clients; and whether any of these queues has messages, if that was asked."""
 
@@ -124,6 +133,9 @@ class Published:
     """Messages are in their queues, with these numbers."""
 
     numbers: Mapping[Delivery, int]
+    """0 of a delivery of which nothing could be packed: it has no message."""
+    refused: Mapping[Awaited, Failure] = field(default_factory=dict)
+    """Outcomes whose sample cannot be packed into a request, and why. The others of its delivery went without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +252,7 @@ Event = (
     | OutcomesFound
     | GroupLookedUp
     | PayloadStored
+    | PayloadRefused
     | StoreMeasured
     | Published
     | NumbersRead

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tasks.messages import Outcome
+from tasks.messages import Failure, Outcome
 from tasks.rewards import RewardSpec
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
@@ -69,6 +69,7 @@ class Intake:
         """Of their outcomes it is not known yet whether they are there already."""
         self._looked_up: list[Slot] = []
         """Those that the `LookUp` under way is for."""
+        self._has_hinted = False
 
     @property
     def wake_at(self) -> float:
@@ -112,6 +113,9 @@ class Intake:
             self._core.settle(slot)
             return
         slot.encoded = encoded
+        if encoded.hint and not self._has_hinted:
+            self._has_hinted = True
+            self._core.warn(encoded.hint)
         if encoded.problem is not None:
             self._core.fail_slot(slot, encoded.problem)
             self._add_members(slot, encoded)
@@ -303,6 +307,28 @@ class Intake:
             return
         for user in list(payload.users):
             self._go_if_stored(user)
+
+    def on_refused(self, event: ev.PayloadRefused) -> None:
+        """A payload cannot be stored: those that need it fail, and no others."""
+        content = self._core.payloads.content_of(event.name)
+        self._unstored_bytes -= content.num_bytes
+        users = self._core.payloads.refused(event.name)
+        for user in users:
+            if isinstance(user, Awaited) and not user.is_ended:
+                self._sending.fail(user, event.failure)
+        for user in users:
+            if isinstance(user, Member):
+                self._fail_member(user, event.failure)
+
+    def _fail_member(self, member: Member, failure: Failure) -> None:
+        """A member cannot be scored: its group is scored without it."""
+        member.failure, member.media = failure, {}
+        self._core.payloads.release(member)
+        carried, member.carried = member.carried, []
+        for awaited in carried:
+            if not awaited.is_ended:  # it has the same media
+                self._sending.fail(awaited, failure)
+        self._go_if_stored(member)
 
     def _go_if_stored(self, user: PayloadUser) -> None:
         """Send an outcome, or add a member to its group, once its media are in the store."""

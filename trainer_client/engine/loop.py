@@ -8,7 +8,6 @@ read it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import heapq
 import itertools
 import logging
@@ -21,21 +20,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from kombu.exceptions import BatchPublishError, OperationalError
 
 from tasks.errors import RankTakenError, RedisRefusalError, RewardError
-from tasks.servers.connections import LOST, why_away
+from tasks.servers.connections import why_away
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.backend import Backend
 from trainer_client.engine.model import NEVER, StepKey
+from trainer_client.engine.server_errors import AWAY, has_no_room
 from trainer_client.engine.state import EngineState
 from trainer_client.engine.why_late import Source
 
 log = logging.getLogger(__name__)
-
-AWAY: tuple[type[Exception], ...] = (*LOST, OperationalError, BatchPublishError)
-"""A server that is away or full: wait and try again."""
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 """Pauses between two tries of a call that must be made."""
@@ -407,7 +403,7 @@ class Loop:
             self._inbox.put(_Failed(call, error))
             return
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not has_no_room(error):
                 raise
             self._inbox.put(_Failed(call, error))
             return
@@ -417,7 +413,7 @@ class Loop:
 
 def _why_it_waits(call: _Call, error: BaseException) -> str:
     what = "sending" if call.lane in SENDS else "polling"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if has_no_room(error):
         return f"{what} waits for room in the payload store: {error}"
     return f"{what} waits: {why_away(error)}"
 

@@ -82,6 +82,16 @@ class PayloadLedger:
         self._drop(payload)
         return None
 
+    def refused(self, name: str) -> list[PayloadUser]:
+        """A payload cannot be stored; returns those that needed it, which have it no more."""
+        payload = self._by_name[name]
+        users = list(payload.users)
+        for user in users:
+            user.payloads.remove(payload)
+        payload.users.clear()
+        self._drop(payload)
+        return users
+
     def names_in_use(self) -> list[str]:
         """Names of all that is in the store and needed."""
         return [

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from tasks.messages import Failure
 from tasks.outcomes import ClientOutcomes
 from tasks.payloads import PayloadStore
 from trainer_client.engine.broker import Broker
-from trainer_client.engine.model import Delivery
+from trainer_client.engine.model import Awaited, Delivery
 from trainer_client.engine.requests import Message, RequestWriter, Times
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of deliveries that were to be published."""
+
+    numbers: dict[Delivery, int]
+    """Of each delivery's message; of a chord, that of the last part; 0 if nothing of it could be packed."""
+    refused: dict[Awaited, Failure]
+    """Outcomes whose sample cannot be packed, and why."""
 
 
 class Publisher:
@@ -33,32 +45,34 @@ class Publisher:
         self._writer = writer
         self._payload_ttl_s, self._result_ttl_s = payload_ttl_s, result_ttl_s
 
-    def publish(self, deliveries: Sequence[Delivery]) -> dict[Delivery, int]:
+    def publish(self, deliveries: Sequence[Delivery]) -> Sent:
         """Number the messages, store their requests, put them into their queues.
 
         In that order: no worker finds a message without its request, and none that is newer than the last number.
-
-        Returns:
-            The number of each delivery's message; of a chord, that of the last part.
         """
         now_ms = self._outcomes.now_ms()
         times = Times(now_ms, now_ms + round(1000 * self._result_ttl_s))
-        messages: list[Message] = []
+        messages: dict[Delivery, Message] = {}
         requests: dict[str, bytes] = {}
+        refused: dict[Awaited, Failure] = {}
         for delivery in deliveries:
-            message, own = self._writer.compose(delivery, times)
-            messages.append(message)
-            requests.update(own)
+            composed = self._writer.compose(delivery, times)
+            refused.update(composed.refused)
+            requests.update(composed.requests)
+            if composed.message is not None:
+                messages[delivery] = composed.message
 
-        self._number(messages)
-        self._store.put(requests, self._payload_ttl_s)
-        self._broker.publish(messages, self._store.identity())
+        if messages:
+            to_send = list(messages.values())
+            self._number(to_send)
+            self._store.put(requests, self._payload_ttl_s)
+            self._broker.publish(to_send, self._store.identity())
 
-        numbers = {}
-        for delivery, message in zip(deliveries, messages, strict=True):
+        numbers = dict.fromkeys(deliveries, 0)
+        for delivery, message in messages.items():
             last = message.header[-1] if message.header else message
             numbers[delivery] = last.number
-        return numbers
+        return Sent(numbers, refused)
 
     def publish_again(self, delivery: Delivery, request: str) -> int:
         """Put the message of one of a delivery's requests into its queue again, as it was; returns its new number."""

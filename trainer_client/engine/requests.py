@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from tasks.messages import GroupRequest, SampleRequest, ScoreRequest, pack
+from tasks.messages import Failure, GroupRequest, SampleRequest, ScoreRequest, pack
 from tasks.rewards import RewardSpec
 from trainer_client.engine.model import Awaited, Delivery, GroupPlan
+from trainer_client.texts import words_of
 
 
 @dataclass(slots=True)
@@ -40,36 +41,79 @@ class Times:
     deadline_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What is to be published of one delivery."""
+
+    message: Message | None
+    """None if nothing of the delivery can be packed."""
+    requests: dict[str, bytes]
+    """To be stored before the message goes, by name."""
+    refused: dict[Awaited, Failure] = field(default_factory=dict)
+    """Outcomes whose sample cannot be packed, and why."""
+
+
 class RequestWriter:
     """Composes the requests of one run."""
 
     def __init__(self, run: str, tasks: TaskNames) -> None:
         self._run, self._tasks = run, tasks
 
-    def compose(
-        self, delivery: Delivery, times: Times
-    ) -> tuple[Message, dict[str, bytes]]:
-        """The message of a delivery, and the requests to store for it, by name.
+    def compose(self, delivery: Delivery, times: Times) -> Composed:
+        """The message of a delivery, and the requests to store for it.
 
-        A group that is larger than a chunk is a chord: its parts in the header, what combines them in the body.
+        A group that is larger than a chunk is a chord: its parts in the header, what combines them in the body. A
+        sample that cannot be packed is left out, and a member of a group is put in with its failure.
         """
+        try:
+            return self._compose(delivery, times, sample_request)
+        except Exception:
+            # One sample's doing, perhaps: each is packed by itself, which would be slow for all.
+            return self._compose_packable(delivery, times)
+
+    def _compose_packable(self, delivery: Delivery, times: Times) -> Composed:
+        refused: dict[Awaited, Failure] = {}
+
+        def packable(awaited: Awaited) -> SampleRequest | None:
+            try:
+                return without_unpackable_members(sample_request(awaited))
+            except Exception as error:
+                refused[awaited] = _cannot_be_packed(error)
+                return None
+
+        try:
+            composed = self._compose(delivery, times, packable)
+        except Exception as error:
+            failure = _cannot_be_packed(error)
+            return Composed(
+                None, {}, dict.fromkeys(delivery.awaited_when_sent, failure)
+            )
+        return replace(composed, refused=refused)
+
+    def _compose(
+        self,
+        delivery: Delivery,
+        times: Times,
+        request_of: Callable[[Awaited], SampleRequest | None],
+    ) -> Composed:
         first, spec = delivery.awaited_when_sent[0], delivery.spec
+        label, name = delivery.label, delivery.request
         if first.group is None or not spec.is_combined:
-            samples = tuple(sample_request(a) for a in delivery.awaited_when_sent)
-            request = self._chunk(
-                delivery.request, delivery.label, spec, samples, times
-            )
-            message = Message(
-                self._tasks.score, delivery.label, delivery.request, spec.queue
-            )
-            return message, {delivery.request: pack(request)}
+            found = [request_of(awaited) for awaited in delivery.awaited_when_sent]
+            samples = [sample for sample in found if sample is not None]
+            if not samples:
+                return Composed(None, {})
+            request = self._chunk(name, label, spec, samples, times)
+            message = Message(self._tasks.score, label, name, spec.queue)
+            return Composed(message, {name: pack(request)})
 
         group = self._group(delivery, first, first.group, times)
+        if request_of is not sample_request:
+            members = tuple(map(packable_member, group.members))
+            group = group.model_copy(update={"members": members})
         if not delivery.part_requests:
-            message = Message(
-                self._tasks.group, delivery.label, delivery.request, spec.queue
-            )
-            return message, {delivery.request: pack(group)}
+            message = Message(self._tasks.group, label, name, spec.queue)
+            return Composed(message, {name: pack(group)})
         return self._chord(delivery, group, times)
 
     def again(self, delivery: Delivery, request: str) -> Message:
@@ -78,9 +122,7 @@ class RequestWriter:
         task = self._tasks.group if is_group else self._tasks.score
         return Message(task, delivery.label, request, delivery.spec.queue)
 
-    def _chord(
-        self, delivery: Delivery, group: GroupRequest, times: Times
-    ) -> tuple[Message, dict[str, bytes]]:
+    def _chord(self, delivery: Delivery, group: GroupRequest, times: Times) -> Composed:
         spec = delivery.spec
         body = Message(
             self._tasks.combine, delivery.label, delivery.request, spec.queue
@@ -88,10 +130,14 @@ class RequestWriter:
         requests = {delivery.request: pack(group)}
         for at, name in enumerate(delivery.part_requests):
             own = group.parts[at * spec.batch_size : (at + 1) * spec.batch_size]
+            if not own:  # of members that cannot be packed there is nothing to score
+                continue
             label = f"{spec.part.reward_model} x {len(own)} of {delivery.label}"
             requests[name] = pack(self._chunk(name, label, spec.part, own, times))
             body.header.append(Message(self._tasks.score, label, name, spec.queue))
-        return body, requests
+        if not body.header:
+            body.task = self._tasks.group
+        return Composed(body, requests)
 
     def _chunk(
         self,
@@ -131,6 +177,34 @@ class RequestWriter:
             pairs=plan.pairs,
             shared_key=plan.shared_key,
         )
+
+
+def packable_member(member: SampleRequest) -> SampleRequest:
+    """A member of a group as it is, or as one that failed if it cannot be packed: the others are scored without it."""
+    try:
+        pack(member)
+    except Exception as error:
+        return SampleRequest(
+            address=member.address,
+            prompt="",
+            media={},
+            attempt=member.attempt,
+            failure=_cannot_be_packed(error),
+        )
+    return member
+
+
+def without_unpackable_members(sample: SampleRequest) -> SampleRequest:
+    """A sample's request, in which members that cannot be packed have failed. Raises if it cannot be packed itself."""
+    members = tuple(map(packable_member, sample.members))
+    sample = sample.model_copy(update={"members": members})
+    pack(sample)
+    return sample
+
+
+def _cannot_be_packed(error: Exception) -> Failure:
+    words = f"the sample cannot be packed into a request: {words_of(error)}"
+    return Failure(kind="failed", message=words)
 
 
 def sample_request(awaited: Awaited) -> SampleRequest:

@@ -95,7 +95,10 @@ class Sending:
         return delivery
 
     def on_published(self, event: ev.Published) -> None:
-        """Messages are in their queues."""
+        """Messages are in their queues. What could not be packed is in none."""
+        for awaited, failure in event.refused.items():
+            if not awaited.is_ended:
+                self.fail(awaited, failure)
         for delivery, number in event.numbers.items():
             delivery.number = number
             if delivery.state is State.PUBLISHING:

@@ -88,6 +88,7 @@ class EngineState:
             ev.OutcomesFound: self._on_outcomes,
             ev.GroupLookedUp: self.sealing.on_group_looked_up,
             ev.PayloadStored: self.intake.on_stored,
+            ev.PayloadRefused: self.intake.on_refused,
             ev.StoreMeasured: self.intake.on_measured,
             ev.Published: self.sending.on_published,
             ev.NumbersRead: self.tracking.on_numbers,

@@ -9,7 +9,6 @@ from typing import Any
 import msgpack
 
 from tasks import media
-from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardSpec, Split
 from tasks.samples import Sample
 from trainer_client.texts import shorten
@@ -61,7 +60,7 @@ def _group_of(sample: Sample, own_name: str, digests: dict[int, list[Any]]) -> s
             if condition is not None and len(condition):
                 parts = [_identity(name, value, digests) for value in condition]
                 identity.append([name, parts])
-    except InvalidSampleError:
+    except Exception:  # its own outcome says why, once it is encoded
         return f"{prompt} [unreadable condition {own_name}]"
 
     if not identity:

@@ -1,4 +1,5 @@
-"""What `submit()` checks of a sample before anything is sent: types, shapes, dtypes and the fields a reward needs."""
+"""What `submit()` takes of a sample, and checks before anything is sent: types, shapes, dtypes and the fields a reward
+needs."""
 
 from __future__ import annotations
 
@@ -10,20 +11,31 @@ from tasks import media
 from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardSpec
 from tasks.samples import MEDIA_FIELDS, Sample, has_field
+from trainer_client.steps.group_ids import plain_id
+from trainer_client.steps.plain_data import (
+    NotPlainError,
+    plain_copy,
+    plain_text,
+    value_of,
+)
+from trainer_client.texts import shorten, words_of
 
 MAX_NUMBER = 1e9
 """Frames a second, and Hz; above it a number means something else, nanoseconds for example."""
 
-MAX_DEPTH = 64
-"""Mappings and lists in metadata may be nested so deep."""
+MAX_PATH_CHARS = 200
+"""Of a place in metadata, in an error's text."""
 
 _IMAGE_FIELDS = tuple(name for name in MEDIA_FIELDS if name != "audio")
 
 
 def check(
     sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int
-) -> None:
-    """Check types, shapes, dtypes and the fields that `rewards` require; no pass over pixels.
+) -> Sample:
+    """The sample as it is now, checked: types, shapes, dtypes and the fields that `rewards` require.
+
+    Its prompt, metadata, numbers, group and lists are copied, and may be changed by the caller afterwards. Its media
+    are the caller's. Nothing passes over pixels.
 
     Raises:
         InvalidSampleError: Names the sample, the field, what was found and what is needed.
@@ -32,25 +44,60 @@ def check(
         raise InvalidSampleError(
             f"{where}: needs a Sample, found a {type(sample).__name__}"
         )
-    _check_prompt(sample.prompt, where)
-    _check_media(sample, where, max_pixels)
-    _check_metadata(sample.metadata, where)
-    _check_number(sample.fps, f"{where}: fps", "frames a second")
-    _check_number(sample.sample_rate, f"{where}: sample_rate", "Hz")
-    _check_group(sample.group, where)
+    try:
+        return _checked_copy(sample, rewards, where, max_pixels)
+    except InvalidSampleError:
+        raise
+    except Exception as error:
+        # Whatever media, mappings and ids of the user's classes raise when they are looked at.
+        raise InvalidSampleError(
+            f"{where}: cannot be looked at: {words_of(error)}"
+        ) from error
+
+
+def _checked_copy(
+    sample: Sample, rewards: Sequence[RewardSpec], where: str, max_pixels: int
+) -> Sample:
+    copy = Sample(
+        prompt=_plain_prompt(sample.prompt, where),
+        image=sample.image,
+        video=_own_list(sample.video),
+        audio=sample.audio,
+        condition_images=_own_list(sample.condition_images),
+        condition_videos=_own_lists(sample.condition_videos),
+        group=plain_id(sample.group, where),
+        metadata=_plain_metadata(sample.metadata, where),
+        fps=_plain_number(sample.fps, f"{where}: fps", "frames a second"),
+        sample_rate=_plain_number(sample.sample_rate, f"{where}: sample_rate", "Hz"),
+    )
+    _check_media(copy, where, max_pixels)
     for reward in rewards:
-        _check_required(sample, reward, where)
-        _check_edges(sample, reward, where)
+        _check_required(copy, reward, where)
+        _check_edges(copy, reward, where)
+    return copy
 
 
-def _check_prompt(prompt: Any, where: str) -> None:
+def _own_list(value: Any) -> Any:
+    """A list of its own with the same media in it; what is no list is returned as it is."""
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _own_lists(value: Any) -> Any:
+    """The same of a list of videos, each of which may be a list of frames."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [_own_list(video) for video in value]
+
+
+def _plain_prompt(prompt: Any, where: str) -> str:
     if not isinstance(prompt, str):
         raise InvalidSampleError(
             f"{where}: prompt must be text, found a {type(prompt).__name__}"
         )
-    problem = _not_text(prompt)
-    if problem is not None:
-        raise InvalidSampleError(f"{where}: prompt {problem}")
+    try:
+        return plain_text(prompt)
+    except NotPlainError as error:
+        raise InvalidSampleError(f"{where}: prompt {error.problem}") from None
 
 
 def _check_media(sample: Sample, where: str, max_pixels: int) -> None:
@@ -124,97 +171,33 @@ def _images_of(sample: Sample, name: str) -> Sequence[Any]:
     return list(value) if name.startswith("condition_") else [value]
 
 
-def _check_group(group: Any, where: str) -> None:
-    """Raise for an id that does not equal itself or that no dict takes: it would put each sample in its own group."""
-    try:
-        hash(group)
-    except TypeError:
-        raise InvalidSampleError(
-            f"{where}: group must be hashable, a number or a text for example, found a {type(group).__name__}"
-        ) from None
-    if media.is_tensor(group):
-        raise InvalidSampleError(
-            f"{where}: group must be a number or a text for example, found a tensor, which equals no other tensor; "
-            "give its number: group=int(...)"
-        )
-    is_nan = isinstance(group, numbers.Real) and group != group
-    if is_nan:
-        raise InvalidSampleError(
-            f"{where}: group is NaN, which equals nothing; None groups by the prompt"
-        )
-
-
-def _check_number(value: Any, where: str, unit: str) -> None:
-    """Raise `InvalidSampleError` unless `value` is None or a number in (0, MAX_NUMBER]; NaN is outside of it."""
+def _plain_number(value: Any, where: str, unit: str) -> float | None:
+    """A number in (0, MAX_NUMBER], a whole one as an int, or None. Raises `InvalidSampleError`; NaN is outside."""
+    value = value_of(value)
     if value is None:
-        return
+        return None
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if is_number and 0 < value <= MAX_NUMBER:
-        return
+        return int(value) if float(value).is_integer() else float(value)
     found = repr(value)[:40] if is_number else f"a {type(value).__name__}"
     raise InvalidSampleError(f"{where} needs a number above 0 ({unit}), found {found}")
 
 
-def _check_metadata(metadata: Any, where: str) -> None:
+def _plain_metadata(metadata: Any, where: str) -> dict[str, Any]:
     if not isinstance(metadata, Mapping):
         raise InvalidSampleError(
             f"{where}: metadata must be a mapping, found a {type(metadata).__name__}"
         )
-    problem = _not_plain(metadata, "metadata")
-    if problem is not None:
-        raise InvalidSampleError(
-            f"{where}: {problem}; needs text keys and text, numbers, booleans, None, lists, mappings"
-        )
-
-
-def _not_plain(value: Any, path: str, depth: int = 0) -> str | None:
-    """Where and what in `value` is not JSON-like, or None."""
-    if depth > MAX_DEPTH:
-        return f"metadata is nested more than {MAX_DEPTH} deep"
-    if isinstance(value, Mapping):
-        return _not_plain_in_mapping(value, path, depth)
-    if isinstance(value, list | tuple):
-        return _not_plain_in_list(value, path, depth)
-    return _not_plain_scalar(value, path)
-
-
-def _not_plain_in_mapping(
-    mapping: Mapping[Any, Any], path: str, depth: int
-) -> str | None:
-    for key, item in mapping.items():
-        if not isinstance(key, str):
-            return f"{path} has the key {key!r}"
-        if _not_text(key) is not None:
-            return f"{path} has the key {key!r} of no valid Unicode"
-        problem = _not_plain(item, f"{path}[{key!r}]", depth + 1)
-        if problem is not None:
-            return problem
-    return None
-
-
-def _not_plain_in_list(items: Sequence[Any], path: str, depth: int) -> str | None:
-    for i, item in enumerate(items):
-        problem = _not_plain(item, f"{path}[{i}]", depth + 1)
-        if problem is not None:
-            return problem
-    return None
-
-
-def _not_plain_scalar(value: Any, path: str) -> str | None:
-    if isinstance(value, str):
-        problem = _not_text(value)
-        return None if problem is None else f"{path} {problem}"
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return f"{path} is an integer of more than 64 bits"
-    if value is None or isinstance(value, bool | int | float):
-        return None
-    return f"{path} is a {type(value).__name__}"
-
-
-def _not_text(text: str) -> str | None:
-    """Why `text` cannot be encoded (a lone surrogate), or None."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"is no valid Unicode: {error.reason} at {error.start}"
-    return None
+        copied: dict[str, Any] = plain_copy(metadata)
+    except NotPlainError as error:
+        raise InvalidSampleError(
+            f"{where}: metadata{_shown(error.path)} {error.problem}; "
+            "needs text keys and text, numbers, booleans, None, lists, mappings"
+        ) from None
+    return copied
+
+
+def _shown(path: str) -> str:
+    """The beginning of a path into metadata: of what contains itself it is long, and repeats."""
+    return shorten(path, MAX_PATH_CHARS)

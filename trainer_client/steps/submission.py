@@ -41,6 +41,8 @@ class Submission:
     """Among the tickets of this client."""
     started: float
     """When `submit()` was called, on `time.monotonic()`."""
+    checks_media: bool = True
+    """REWARDQ_CHECK_MEDIA."""
     groups: Sequence[Hashable] = field(default=(), init=False)
     """Of each sample; known once the samples are checked."""
 
@@ -50,7 +52,9 @@ class Submission:
         return next((spec for spec in self.rewards if spec.is_groupwise), None)
 
     def check(self, first: int, rank: int, world_size: int, max_pixels: int) -> None:
-        """Check the samples and find their groups. Takes no lock: a pass over condition media may take long.
+        """Check the samples, take copies of them, and find their groups.
+
+        Takes no lock: a pass over condition media may take long.
 
         Args:
             first: Error texts number the samples from here.
@@ -58,8 +62,11 @@ class Submission:
         Raises:
             InvalidSampleError: Says which sample, what was found and what is needed.
         """
+        copies = []
         for i, sample in enumerate(self.samples):
-            check(sample, self.rewards, f"sample {first + i}", max_pixels)
+            where = f"sample {first + i}"
+            copies.append(check(sample, self.rewards, where, max_pixels))
+        self.samples = copies
         self.groups = groups_of(self.samples, f"{rank}.{self.ticket_number}")
         if self.groupwise is not None:
             check_groups(
@@ -98,7 +105,7 @@ class Submission:
                 index=index,
                 group=group,
                 sample=sample,
-                held=_hold(sample, fields),
+                held=self._hold(sample, fields),
                 rewards=self.rewards,
                 submitted_at=self.started,
                 group_size=self.group_size,
@@ -107,12 +114,12 @@ class Submission:
             slots.append(slot)
         return slots
 
-
-def _hold(sample: Sample, fields: set[str]) -> dict[str, Any]:
-    """The media of a sample that travel, by reference."""
-    held = {}
-    for name in MEDIA_FIELDS:
-        value = getattr(sample, name) if name in fields else None
-        if value is not None:
-            held[name] = media.hold(value)
-    return held
+    def _hold(self, sample: Sample, fields: set[str]) -> dict[str, Any]:
+        """The media of a sample that travel, by reference."""
+        num_spots = media.NUM_SPOTS if self.checks_media else 0
+        held = {}
+        for name in MEDIA_FIELDS:
+            value = getattr(sample, name) if name in fields else None
+            if value is not None:
+                held[name] = media.hold(value, num_spots=num_spots)
+        return held
