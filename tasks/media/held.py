@@ -177,6 +177,10 @@ def _state_of_file(image: ImageFile.ImageFile, num_spots: int) -> Any:
         with file.getbuffer() as data:
             return _of_array(np.frombuffer(data, np.uint8), num_spots)
     with contextlib.suppress(io.UnsupportedOperation, AttributeError):
-        status = os.fstat(file.fileno())
-        return status.st_size, status.st_mtime_ns
+        opened = os.fstat(file.fileno())
+        # Pillow maps raw pixels, for which it opens the path once more: another file may be there by then.
+        is_mapped = len(image.tile) == 1 and image.tile[0][0] == "raw"
+        path = image.filename if is_mapped and image.filename else None
+        mapped = os.stat(path) if path is not None else opened
+        return opened.st_size, opened.st_mtime_ns, mapped.st_ino
     return None

@@ -49,9 +49,9 @@ def encode_pil(held: Held, where: str) -> PixelsHWC:
 def orientation_of(image: Any) -> int:
     """How the file of an image says that its pixels are to be turned or mirrored, as EXIF has it; 1 if not at all.
 
-    Call it after the image was read: some files say it at their end.
+    Call it after the image was read: some files say it at their end. A TIFF's pixels are turned by Pillow itself.
     """
-    if "exif" not in image.info and not hasattr(image, "tag_v2"):
+    if "exif" not in image.info:
         return 1
     try:
         found = image.getexif().get(ORIENTATION_TAG, 1)

@@ -513,3 +513,132 @@ def test_a_child_forked_while_a_thread_reads_a_file_can_read_others():
     go_on.set()
     reading.join()
     assert status == 0
+
+
+def transparent_palette() -> Image.Image:
+    return palette_file(b"\x80\xff")
+
+
+def with_transparent_colour() -> Image.Image:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(buffer, "PNG", transparency=(1, 2, 3))
+    return Image.open(buffer)
+
+
+def without_transparency() -> Image.Image:
+    image = Image.new("RGB", (4, 4))
+    image.info["transparency"] = None
+    return image
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        lambda: transparent_palette().convert("1"),
+        lambda: transparent_palette().point(list(range(256)), "L"),
+        lambda: with_transparent_colour().quantize(4),
+        without_transparency,
+    ],
+)
+def test_a_transparency_that_pillow_left_behind_is_refused_with_what_to_do(image):
+    message = problem_of(image())
+    assert "info['transparency'] of an image of mode" in message
+    assert 'image.info.pop("transparency")' in message
+    cleared = image()
+    cleared.info.pop("transparency")
+    assert np.array_equal(encode(cleared), np.asarray(cleared.convert("RGB")))
+
+
+def test_an_image_whose_own_methods_raise_is_refused_with_what_they_raised():
+    class Hostile(Image.Image):
+        def convert(self, *args, **options):
+            raise MemoryError("hostile convert")
+
+    image = Hostile()
+    image.im, image._mode, image._size = Image.new("L", (4, 4)).im, "L", (4, 4)
+    assert "cannot be made RGB: MemoryError: hostile convert" in problem_of(image)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_floats_of_either_byte_order_are_rounded_to_the_nearest_level(order, size):
+    values = np.arange(0, 1, 2.0**-11).astype(np.float16)  # many lie between two levels
+    values = values[values != 0.5]  # as near to 127 as to 128
+    image = np.broadcast_to(values.astype(f"{order}f{size}"), (3, 1, len(values)))
+    assert encode(image)[0, :, 0].tolist() == [nearest_level(float(v)) for v in values]
+
+
+def test_masked_arrays_are_taken_where_nothing_is_masked_and_refused_elsewhere():
+    assert np.array_equal(encode(np.ma.masked_array(PIXELS)), PIXELS)
+    assert np.array_equal(encode(np.ma.masked_array(PIXELS, mask=False)), PIXELS)
+    mask = np.zeros(PIXELS.shape, bool)
+    mask[3, 2, 1] = True
+    assert "1 values of the array are masked" in problem_of(np.ma.masked_array(PIXELS, mask=mask))
+    with pytest.raises(InvalidSampleError, match="2 values of the array are masked"):
+        media.encode_audio(media.hold(np.ma.masked_array([0.1, 0.2, 0.3], mask=[True, False, True])), "audio")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((8, 8), [("r", "u1"), ("g", "u1"), ("b", "u1")]),
+        np.full((3, 8, 8), 0.5, object),
+        np.zeros((8, 8, 3), "datetime64[s]"),
+        np.zeros((3, 8, 8), complex),
+        np.zeros((8, 8, 3), bool),
+        np.zeros((8, 8, 3), np.int8),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros((8, 8, 3), "S1"),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_arrays_of_other_kinds_are_refused(array):
+    assert problem_of(array)
+
+
+def test_an_array_of_another_library_is_refused_with_how_to_make_one_of_numpy():
+    class Labelled:
+        """As xarray has them."""
+
+        def __array__(self, dtype=None, copy=None):
+            return PIXELS
+
+    assert "found a Labelled; np.asarray(x) makes a numpy array of it" in problem_of(Labelled())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [PIXELS.view(np.recarray), PIXELS[::-1, ::-1][::-1, ::-1], np.asfortranarray(PIXELS), PIXELS.copy()[:, :, ::1]],
+)
+def test_arrays_of_odd_classes_and_orders_are_the_same_pixels(array):
+    assert np.array_equal(encode(array), PIXELS)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_orientation_that_a_file_says_is_known_and_not_applied(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, kind, exif=exif)
+    image = Image.open(buffer)
+    stored = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+    assert np.array_equal(encode(image), stored)
+    assert media.orientation_of(image) == orientation
+
+
+def test_a_tiff_is_turned_by_pillow_itself_when_it_is_read():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "TIFF", exif=exif)
+    image = Image.open(buffer)
+    assert np.array_equal(encode(image), np.rot90(PIXELS, -1))
+    assert media.orientation_of(image) == 1
+
+
+def test_images_that_say_no_orientation_are_upright():
+    assert media.orientation_of(Image.new("RGB", (4, 4))) == 1
+    odd = Image.new("RGB", (4, 4))
+    odd.info["exif"] = b"no exif"
+    assert media.orientation_of(odd) == 1
