@@ -141,7 +141,7 @@ def _tensor_to_numpy(held: Held, where: str) -> npt.NDArray[Any]:
         # Distributed, sparse and meta tensors have the shape of a plain tensor, and fail only here.
         kind = f"{type(held.value).__name__} on {held.value.device}"
         raise InvalidSampleError(
-            f"{where}: a {kind} that cannot be read as a plain tensor: {error}"
+            f"{where}: a {kind} that cannot be read as a plain tensor: {type(error).__name__}: {error}"
         ) from None
 
 

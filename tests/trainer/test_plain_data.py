@@ -25,7 +25,7 @@ ANY = RewardConfig.from_dict({"rewards": [{"reward_model": "my_rewards.Mine"}]})
 PIXELS = np.zeros((4, 5, 3), np.uint8)
 
 
-class Letter(str, enum.Enum):
+class Letter(enum.StrEnum):
     A = "a"
 
 
