@@ -268,7 +268,8 @@ class FileStore:
             return
         with entries:
             for entry in entries:
-                if entry.name.endswith(self.SUFFIX):
+                is_file = entry.is_file(follow_symlinks=False)
+                if is_file and entry.name.endswith(self.SUFFIX):
                     with contextlib.suppress(FileNotFoundError):
                         yield Path(entry.path), entry.stat(follow_symlinks=False)
 

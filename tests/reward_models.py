@@ -200,3 +200,12 @@ class OrderInGroup(GroupwiseRewardModel):
                 file.write(f"{len(prompt)}\n")
         numbers = [number_in(one) for one in image]
         return RewardModelOutput([float(sum(other < n for other in numbers)) for n in numbers])
+
+
+class MetadataNumber(PointwiseRewardModel):
+    """Rewards with the number in the metadata."""
+
+    required_fields = ("prompt", "metadata")
+
+    def __call__(self, prompt, metadata=None, **kwargs):
+        return RewardModelOutput([float(one["n"]) for one in metadata])
