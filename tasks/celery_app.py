@@ -53,7 +53,7 @@ def make_app(settings: Settings) -> Any:
     """A Celery app on the servers that `settings` names; `app.settings` are those settings."""
     app = Celery(
         "rewardq",
-        broker=settings.broker_url,
+        broker=settings.broker,
         backend=settings.results,
         set_as_current=False,
     )

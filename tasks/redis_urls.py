@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote_plus, urlsplit
 
 from redis.connection import URL_QUERY_ARGUMENT_PARSERS
 
@@ -23,8 +23,8 @@ TLS_OPTIONS = (
 """Options of a `rediss://` URL; each of the three libraries that read it knows them."""
 
 OTHER_OPTIONS = (
-    "client_name", "db", "health_check_interval", "max_connections", "password", "retry_on_timeout",
-    "socket_connect_timeout", "socket_keepalive", "socket_read_size", "socket_timeout", "username",
+    "client_name", "db", "health_check_interval", "max_connections", "retry_on_timeout", "socket_connect_timeout",
+    "socket_keepalive", "socket_read_size", "socket_timeout",
 )  # fmt: skip
 """Options of a URL for results or payloads; kombu, which reads the broker's, takes none of them."""
 
@@ -64,6 +64,33 @@ def tidied(url: str) -> str:
     return re.sub(r"//(?=$|\?)", "/", url.strip())
 
 
+def with_account_in_front(url: str) -> str:
+    """The URL with a user and password of its query where libraries hide them: in front of the host.
+
+    `redis://host/0?password=x` becomes `redis://:x@host/0`. Celery, Flower and kombu show a query as it is.
+    """
+    return ";".join(map(_account_in_front, several_urls(url)))
+
+
+def _account_in_front(url: str) -> str:
+    front, question, query = url.partition("?")
+    pairs = query.split("&") if question else []
+    account = dict.fromkeys(("username", "password"), "")
+    others = []
+    for pair in pairs:
+        name, _equals, value = pair.partition("=")
+        if name in account:
+            account[name] = quote(unquote_plus(value), safe="")
+        else:
+            others.append(pair)
+    scheme, separator, rest = front.partition("://")
+    has_account = any(account.values())
+    if not has_account or "@" in rest:
+        return url  # two accounts in one URL are refused by `what_is_wrong`
+    front = f"{scheme}{separator}{account['username']}:{account['password']}@{rest}"
+    return f"{front}?{'&'.join(others)}" if others else front
+
+
 def what_is_wrong(url: str, is_broker: bool) -> str | None:
     """Why this URL (of a known scheme) leads to no Redis, or to another than it seems to; None if nothing is wrong.
 
@@ -92,6 +119,14 @@ def _wrong_password(parts: SplitResult) -> str | None:
     is_cut = "@" in parts.path or ("@" in parts.query and "@" not in parts.netloc)
     if is_cut or parts.fragment:
         return f"it falls apart before its host; {ENCODE}"
+    if parts.username and parts.password is None:
+        return (
+            f"it has a user and no password: {parts.scheme}://:password@host:6379/0 is one with a password alone, and "
+            f"{parts.scheme}://user:@host:6379/0 one of a user who needs none"
+        )
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    if {"username", "password"} & set(names):
+        return "it has an account in front of its host and another in its query; write one of them"
     return None
 
 

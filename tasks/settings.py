@@ -12,16 +12,21 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
+from tasks.masking import SECRETS, passwords_in, without_password
 from tasks.redis_urls import (
     has_known_scheme,
-    several_urls,
     tidied,
     what_is_wrong,
+    with_account_in_front,
 )
 
 PREFIX = "REWARDQ_"
 KEY_PREFIX = "REWARDQ_KEY_"
 """Variables of this prefix are API keys of judges; they are read by name on the worker, never here."""
+
+OPENAI_KEY = "OPENAI_API_KEY"
+
+_KEY_VARIABLE = re.compile(rf"{KEY_PREFIX}[A-Za-z0-9_]{{1,100}}")
 
 _SERVICE_LINK = re.compile(
     r".*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO|START|END))?)"
@@ -57,13 +62,13 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True, extra="forbid"
     )
 
-    broker_url: str = "redis://localhost:6379/0"
+    broker_url: SecretStr = SecretStr("redis://localhost:6379/0")
     """Redis that carries the queues."""
 
-    result_url: str = ""
+    result_url: SecretStr = SecretStr("")
     """Redis that holds outcomes, claims and heartbeats; the broker's unless given."""
 
-    payload_url: str = ""
+    payload_url: SecretStr = SecretStr("")
     """Where media and requests are stored: `redis://...` (the broker's server, next database, unless given; in
     production a second Redis without persistence, since a full broker stops its workers) or
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
@@ -134,32 +139,38 @@ class Settings(BaseSettings):
 
     @field_validator("broker_url", "result_url", "payload_url", mode="after")
     @classmethod
-    def _a_url_we_speak(cls, url: str, info: ValidationInfo) -> str:
-        url = tidied(url)
+    def _a_url_we_speak(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
+        url = tidied(secret.get_secret_value())
         is_broker = info.field_name == "broker_url"
         if not url and not is_broker:
-            return url
+            return SecretStr(url)
         if info.field_name == "payload_url" and _is_folder(url):
-            return url
+            return SecretStr(url)
         if not has_known_scheme(url):
             raise ValueError(
                 f"{without_password(url)!r} is not a URL this pipeline speaks; use redis://host:6379/0, "
                 "rediss:// for TLS, sentinel://, or for payloads file:///dev/shm/rewardq"
             )
-        wrong = what_is_wrong(url, is_broker)
+        moved = with_account_in_front(url)
+        wrong = what_is_wrong(moved, is_broker)
         if wrong is not None:
             raise ValueError(f"{without_password(url)!r} is no URL of a Redis: {wrong}")
-        return _with_checked_certificate(url)
+        return SecretStr(_with_checked_certificate(moved))
+
+    @property
+    def broker(self) -> str:
+        """URL of the queues' Redis, with its password: to connect with, never to show."""
+        return self.broker_url.get_secret_value()
 
     @property
     def results(self) -> str:
-        """URL of the result backend."""
-        return self.result_url or self.broker_url
+        """URL of the result backend, with its password."""
+        return self.result_url.get_secret_value() or self.broker
 
     @property
     def payloads(self) -> str:
-        """URL of the payload store."""
-        return self.payload_url or _next_database(self.broker_url)
+        """URL of the payload store, with its password."""
+        return self.payload_url.get_secret_value() or _next_database(self.broker)
 
     @property
     def sentinels(self) -> Sentinels:
@@ -194,9 +205,26 @@ def load_settings(**given: Any) -> Settings:
                 f"unknown variable {name}{nearest(name, known)}; known: {', '.join(sorted(known))}"
             )
     try:
-        return Settings(**given)
+        settings = Settings(**given)
     except ValidationError as error:
         raise SettingsError("; ".join(map(_line, error.errors()))) from None
+    _remember_secrets(settings)
+    return settings
+
+
+def _remember_secrets(settings: Settings) -> None:
+    """Let the process mask its own secrets by value: passwords of servers, and the keys of judges that it was given."""
+    for url in (settings.broker, settings.results, settings.payloads):
+        SECRETS.add(*passwords_in(url))
+    SECRETS.add(settings.sentinels.password)
+    for name, value in os.environ.items():
+        if is_key_variable(name):
+            SECRETS.add(value)
+
+
+def is_key_variable(name: str) -> bool:
+    """Whether a variable may hold the API key of a judge: OPENAI_API_KEY or REWARDQ_KEY_*."""
+    return name == OPENAI_KEY or _KEY_VARIABLE.fullmatch(name) is not None
 
 
 def _is_no_setting(name: str, value: str) -> bool:
@@ -221,22 +249,8 @@ def _line(error: Any) -> str:
 
 def _shown(error: Any) -> str:
     """The offending value, without a URL's password."""
-    return without_password(str(error.get("input")))
-
-
-_PASSWORD_IN_QUERY = re.compile(r"([?&]password=)[^&]*")
-
-
-def without_password(url: str) -> str:
-    """`url` with `***` for each password in it; safe for logs and errors."""
-    return ";".join(_without_password(part) for part in several_urls(url))
-
-
-def _without_password(url: str) -> str:
-    before, at, host = _PASSWORD_IN_QUERY.sub(r"\1***", url).rpartition("@")
-    scheme, sep, user = before.partition("://")
-    name, colon, password = user.partition(":")
-    return f"{scheme}{sep}{name}{':***' if password else colon}{at}{host}"
+    found = error.get("input")
+    return without_password(found if isinstance(found, SecretStr) else str(found))
 
 
 def _with_checked_certificate(url: str) -> str:

@@ -269,9 +269,9 @@ def clean_env() -> dict[str, str]:
 def worker_env(settings: Settings, more: Mapping[str, str]) -> dict[str, str]:
     """The environment of a worker that agrees with `settings` and may import the tests' reward models."""
     given = {
-        "REWARDQ_BROKER_URL": settings.broker_url,
-        "REWARDQ_RESULT_URL": settings.result_url,
-        "REWARDQ_PAYLOAD_URL": settings.payload_url,
+        "REWARDQ_BROKER_URL": settings.broker,
+        "REWARDQ_RESULT_URL": settings.result_url.get_secret_value(),
+        "REWARDQ_PAYLOAD_URL": settings.payload_url.get_secret_value(),
         "REWARDQ_SENTINEL_PASSWORD": settings.sentinels.password,
         "REWARDQ_CLAIM_TTL_S": f"{settings.claim_ttl_s}",
         "REWARDQ_RECONCILE_S": f"{settings.reconcile_s}",

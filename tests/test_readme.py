@@ -26,7 +26,7 @@ def test_the_snippet_runs_against_a_worker_started_from_another_directory(worker
     workers("gpu")
     snippet = blocks("python")[0]
     assert len(snippet.strip().splitlines()) <= 12
-    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url}
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker}
     done = run_python("-W", "error", "-c", snippet, cwd=tmp_path, env=env)
     told = [f"rewardq: step {step}: 16 samples, jpeg_compressibility -" for step in range(3)]
     assert [words in line for words, line in zip(told, done.stderr.splitlines(), strict=True)] == [True] * 3

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 from tasks import app as default_app
 from tasks.celery_app import make_app
+from tasks.masking import without_password
 from tasks.rewards import OnFailure, RewardConfig, Split
 from tasks.samples import Sample
-from tasks.settings import Settings, without_password
+from tasks.settings import Settings
 from trainer_client.advantages.exchange import Gather
 from trainer_client.advantages.formulas import Advantages, Method, advantages_of
 from trainer_client.advantages.metrics import Detail, failure_rate_by_group, metrics
@@ -139,7 +140,7 @@ class RewardClient:
         rank = f"rank {self.rank} of {self.world_size}, " if self.world_size > 1 else ""
         return (
             f"RewardClient(run={self.run!r}, {rank}launch={self.launch!r}, "
-            f"broker {without_password(self.settings.broker_url)}\n  rewards: {rewards})"
+            f"broker {without_password(self.settings.broker)}\n  rewards: {rewards})"
         )
 
     def __enter__(self) -> Self:

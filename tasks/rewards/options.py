@@ -11,9 +11,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from tasks.catalog.entry import ModelEntry, Option
 from tasks.errors import ConfigError, UnknownOptionError, nearest
+from tasks.masking import without_password
 from tasks.rewards.numerals import as_numbers
 from tasks.rewards.spelling import misspelt
-from tasks.settings import KEY_PREFIX, without_password
+from tasks.settings import KEY_PREFIX
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import redis
@@ -10,8 +11,9 @@ from redis.exceptions import ClusterDownError, TryAgainError
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from tasks.errors import EvictionError, RedisUnreachableError
+from tasks.masking import without_password
 from tasks.redis_urls import several_urls
-from tasks.settings import Sentinels, without_password
+from tasks.settings import Sentinels
 
 SOCKET_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -154,7 +156,26 @@ SENTINEL_TIMEOUT_S = 1.0
 long."""
 
 
-def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
+class HiddenOptions(Mapping[str, Any]):
+    """Options that no text of them shows: kombu and Celery hand all that a connection was given to whoever asks."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._options[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)
+
+    def __repr__(self) -> str:
+        return f"HiddenOptions({', '.join(self._options)})"
+
+
+def for_sentinels(sentinels: Sentinels) -> HiddenOptions:
     """Options of connections to the sentinels themselves: a sentinel that is away or hangs is passed over at once.
 
     (redis-py would ask each ten times: seconds for every new connection while the first sentinel is down.)
@@ -164,7 +185,7 @@ def for_sentinels(sentinels: Sentinels) -> dict[str, Any]:
         "socket_timeout": SENTINEL_TIMEOUT_S,
         "socket_connect_timeout": SENTINEL_TIMEOUT_S,
     }
-    return {**bounds, "retry": None, **account}
+    return HiddenOptions({**bounds, "retry": None, **account})
 
 
 def connect_for_media(

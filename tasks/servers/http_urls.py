@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from tasks.settings import without_password
+from tasks.masking import without_password
 
 DEFAULT_JUDGE_URL = "http://localhost:8000/v1"
 """Where a judge is asked without `api_base_url`: on the worker's own host."""

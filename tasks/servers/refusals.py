@@ -23,9 +23,10 @@ from redis.exceptions import (
 )
 
 from tasks import keys
+from tasks.masking import without_password
 from tasks.redis_urls import several_urls
 from tasks.servers.connections import SERVES_NOT_NOW
-from tasks.settings import Settings, without_password
+from tasks.settings import Settings
 
 OLDEST = "6.2"
 """Redis that Celery's queues need: kombu's scripts say `ZADD ... GT`."""
@@ -77,7 +78,7 @@ def servers_of(settings: Settings) -> list[ConfiguredRedis]:
     """The Redis servers that `settings` names. A server that has two roles is listed twice."""
     results_by = "REWARDQ_RESULT_URL" if settings.result_url else "REWARDQ_BROKER_URL"
     servers = [
-        ConfiguredRedis("Redis for queues", "REWARDQ_BROKER_URL", settings.broker_url),
+        ConfiguredRedis("Redis for queues", "REWARDQ_BROKER_URL", settings.broker),
         ConfiguredRedis("Redis for results", results_by, settings.results),
     ]
     if not settings.payloads.startswith("file:"):

@@ -19,7 +19,7 @@ TWO = ({"reward_model": "PixelCode"}, {"reward_model": "PixelCode", "name": "mor
 
 def clean(settings, *arguments, says=""):
     """What it prints, and its exit status."""
-    env = {**clean_env(), "REWARDQ_BROKER_URL": settings.broker_url}
+    env = {**clean_env(), "REWARDQ_BROKER_URL": settings.broker}
     done = subprocess.run(
         [str(REWARDQ), "clean", *arguments],
         env=env,

@@ -28,7 +28,7 @@ def lose_popped_message(bench: Bench, *, tries: int) -> Seen:
     client = bench.clients(reward_of("Logged", calls=str(bench.calls.path)))
     seen, numbers = Seen(tries=tries), Numbers()
     usual_s = undisturbed_s(lambda: step(client, numbers.take(8), seen))
-    with connect(bench.settings.broker_url) as broker:
+    with connect(bench.settings.broker) as broker:
         for _ in range(tries):
             while True:
                 own = numbers.take(8)
@@ -194,7 +194,7 @@ def queue_much(bench: Bench, *, num_chunks: int) -> tuple[Seen, int]:
     seen, own = Seen(tries=1), Numbers().take(num_chunks)
     client.submit(samples_of(own))
     client.flush(timeout_s=120)
-    with connect(bench.settings.broker_url) as broker:
+    with connect(bench.settings.broker) as broker:
         queued = queued_in(broker, "gpu")
         assert len(queued) == num_chunks
         place, message = queued[num_chunks // 2]

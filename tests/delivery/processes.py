@@ -309,5 +309,5 @@ class TrainerProcess:
 
 def python(script: str, settings: Settings, *, timeout_s: float = 60.0) -> str:
     """What a Python script prints; it must end well."""
-    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker_url}
+    env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": settings.broker}
     return run_python("-c", script, env=env, timeout_s=timeout_s).stdout

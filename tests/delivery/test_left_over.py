@@ -72,7 +72,7 @@ def test_messages_whose_time_is_over_are_dropped_and_sent_anew(bench, redis_url,
 
 def assert_passed_over(bench):
     """A worker empties the queue without a call of the model, and then serves who does wait."""
-    with connect(bench.settings.broker_url) as broker:
+    with connect(bench.settings.broker) as broker:
         assert len(queued_in(broker, "gpu")) == NUM_SAMPLES // 4
         bench.workers("gpu", concurrency=1)
         wait_until(lambda: not queued_in(broker, "gpu"), 30)

@@ -4,6 +4,7 @@ import contextlib
 import time
 
 import pytest
+from pydantic import SecretStr
 
 from tasks import keys
 from tests.delivery import workers_die
@@ -80,7 +81,7 @@ def test_a_stopped_worker_leaves_neither_claims_nor_starts(bench, never_idle):
 
 def test_a_redis_that_hangs_keeps_no_worker_from_stopping(bench, private_redis):
     server = private_redis()
-    settings = bench.settings.model_copy(update={"broker_url": server.url})
+    settings = bench.settings.model_copy(update={"broker_url": SecretStr(server.url)})
     (worker,) = bench.workers("gpu", settings=settings, env={"REWARDQ_STOP_GRACE_S": "0.5"})
     client = bench.clients(reward_of("Logged", calls=str(bench.calls.path), seconds=30.0), settings=settings)
     client.submit(samples_of(range(4)))

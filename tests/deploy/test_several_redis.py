@@ -270,7 +270,7 @@ def test_a_sentinel_that_is_away_holds_nobody_up(sentinels, workers, clients, ho
     with monkeypatch.context() as patch:
         patch.setattr(connections, "SENTINEL_TIMEOUT_S", 4.0)
         started = time.monotonic()
-        with connect(settings.broker_url, settings.sentinels) as client:
+        with connect(settings.broker, settings.sentinels) as client:
             assert client.ping()
         assert time.monotonic() - started < 8, "one that hangs is waited for once"
     started = time.monotonic()

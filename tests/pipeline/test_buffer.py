@@ -22,7 +22,7 @@ from trainer_client import CollectTimeoutError, RewardClient, Sample
 @pytest.fixture
 def sent(settings):
     """How many samples each message in the queue `gpu` is for."""
-    with connect(settings.broker_url) as broker, connect(settings.payloads) as store:
+    with connect(settings.broker) as broker, connect(settings.payloads) as store:
 
         def sizes():
             names = [msgpack.unpackb(base64.b64decode(json.loads(m)["body"]))[0][1] for m in messages_in(broker, "gpu")]
@@ -139,7 +139,7 @@ def test_a_step_that_is_cancelled_at_any_moment_leaves_nothing_and_is_not_scored
     client.submit(samples_of([5000], group="last"), group_size=1)
     assert_rewards(client.collect(timeout_s=60), [5000], "Counts")
     assert calls.read_text().split() == ["5000", "5000"]
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         assert messages_in(broker, "gpu") == []
 
 

@@ -96,7 +96,7 @@ def test_what_waits_for_its_model_to_load_is_not_sent_again(clients, settings, o
     beat("other.1@h", queues=("other",), loaded=(spec.fingerprint,), models=(spec.reward_model,))
     client.submit(rank_samples({"g": [noisy(i, 20 * i) for i in range(2)]}), group_size=2)
     client.flush()
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         broker.delete("rewardq:queue:gpu\x06\x166")  # taken, and not claimed before the model is there
         outcomes.take("gpu", 1)
         time.sleep(8 * settings.reconcile_s)
@@ -156,7 +156,7 @@ def test_a_reward_and_its_rank_score_each_sample_once_and_in_the_same_messages(c
     images = [noisy(i, 15 * i) for i in range(9)]
     client.submit(rank_samples({"g": images}), group_size=9)
     client.flush()
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         assert len(messages_in(broker, "gpu")) == 3  # the chord's header; nothing twice
     workers("gpu", "gpu")
     batch = client.collect(timeout_s=60)

@@ -109,7 +109,7 @@ def test_messages_are_small_whatever_the_images_and_no_payload_is_left_after_col
     images = [image_of(n, 512, 512) for n in range(32)]
     client.submit([Sample(prompt="p" * 5000, image=image) for image in images])
     client.flush()
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         messages = messages_in(broker, "gpu")
     assert len(messages) == 3
     assert max(map(len, messages)) < 64 * 1024
@@ -238,7 +238,7 @@ def test_rewards_that_are_not_async_wait_for_collect(clients, settings, workers,
     client = clients({"reward_model": "PixelCode", "async_reward": False}, "Null")
     client.submit(samples_of(range(20)))
     client.flush()
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         assert len(messages_in(broker, "gpu")) == 2  # those of Null
     workers("gpu")
     assert_rewards(client.collect(timeout_s=60), range(20))
@@ -294,7 +294,7 @@ def test_a_pickled_ticket_is_collected_by_another_process(clients, workers, sett
         "from trainer_client import RewardClient\n"
         "from tasks.settings import load_settings\n"
         f"client = RewardClient.from_dict({config_of('PixelCode')!r}, 'test', launch='one', settings=load_settings("
-        f"broker_url={settings.broker_url!r}, claim_ttl_s=2, reconcile_s=0.5))\n"
+        f"broker_url={settings.broker!r}, claim_ttl_s=2, reconcile_s=0.5))\n"
         "with client:\n"
         "    ticket = pickle.load(open(sys.argv[1], 'rb'))\n"
         "    print(json.dumps(client.collect(timeout_s=60, ticket=ticket).rewards['PixelCode'].tolist()))\n"

@@ -360,7 +360,7 @@ def test_nothing_of_a_refused_group_is_sent(clients, settings):
     with pytest.raises(InvalidSampleError):
         client.submit(prompts_of(*["fox"] * 3), group_size=2)
     client.flush()
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         assert messages_in(broker, "gpu") == []
 
 

@@ -64,7 +64,7 @@ def test_submit_refuses_a_sample_that_is_plainly_wrong_and_sends_nothing(clients
         client.submit([Sample(prompt="p", image=image_of(1)), sample])
     client.flush()
     assert client.pending() == 0
-    with connect(settings.broker_url) as broker:
+    with connect(settings.broker) as broker:
         assert messages_in(broker, "gpu") == []
 
 

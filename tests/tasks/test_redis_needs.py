@@ -191,7 +191,7 @@ def test_info_may_be_taken_away(private_redis: Any) -> None:
         ("", "Authentication required; it wants a password; write it in REWARDQ_BROKER_URL, redis://:PASSWORD@host:6379/0"),
         (f":{SECRET}@", "its password in REWARDQ_BROKER_URL is wrong (percent-encode / ? # @ % in it)"),
         (f"mine:{SECRET}@", "or `ACL SETUSER` has not set 'mine' on"),
-        ("right@", "REWARDQ_BROKER_URL has a user and no password; a password without a user is redis://:PASSWORD@host"),
+        ("right:@", "REWARDQ_BROKER_URL has a user and no password; a password without a user is redis://:PASSWORD@host"),
     ],
 )  # fmt: skip
 def test_a_password_that_is_missing_or_wrong_is_said(private_redis: Any, who: str, words: str) -> None:
@@ -456,7 +456,7 @@ def test_users_with_exactly_the_commands_that_are_asked_for_score_a_step_with_gr
             batch = client.collect(timeout_s=60)
             assert all(batch.valid[name].all() for name in names)
     clean = [str(Path(sys.executable).with_name("rewardq")), "clean", "--run", "one", "--yes"]
-    env = {**clean_env(), "REWARDQ_BROKER_URL": by_clean.broker_url}
+    env = {**clean_env(), "REWARDQ_BROKER_URL": by_clean.broker}
     done = subprocess.run(clean, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "dropped 10 outcomes of run 'one'" in done.stdout) == (0, True), done.stderr
     worker.stop()

@@ -60,15 +60,51 @@ def test_a_url_with_a_wrong_part_is_refused_with_its_variable_and_without_its_pa
     assert SECRET not in said
 
 
-@pytest.mark.parametrize(
-    "option", ["socket_timeout=5", "db=1", "client_name=me", f"password={SECRET}", "max_connections=9"]
-)
+@pytest.mark.parametrize("option", ["socket_timeout=5", "db=1", "client_name=me", "max_connections=9"])
 def test_options_that_celery_cannot_take_are_refused_for_the_broker_only(option: str) -> None:
     name = option.partition("=")[0]
     with pytest.raises(SettingsError, match=f"REWARDQ_BROKER_URL: .*it can have no option {name}") as caught:
         load_settings(broker_url=f"redis://host:6379/0?{option}")
     assert SECRET not in str(caught.value)
     assert load_settings(result_url=f"redis://host:6379/0?{option}").results.endswith(option)
+
+
+@pytest.mark.parametrize("role", ["broker", "results", "payloads"])
+@pytest.mark.parametrize(
+    ("url", "moved"),
+    [
+        (f"redis://host:6379/0?password={SECRET}", f"redis://:{SECRET}@host:6379/0"),
+        (f"redis://host:6379/0?username=me&password={SECRET}", f"redis://me:{SECRET}@host:6379/0"),
+        ("redis://host:6379/0?password=a%2Fb%40c", "redis://:a%2Fb%40c@host:6379/0"),
+        (
+            f"rediss://host:6379/0?ssl_cert_reqs=none&password={SECRET}",
+            f"rediss://:{SECRET}@host:6379/0?ssl_cert_reqs=none",
+        ),
+    ],
+)
+def test_a_password_in_a_query_is_moved_to_where_libraries_hide_it(role: str, url: str, moved: str) -> None:
+    variable = {"broker": "broker_url", "results": "result_url", "payloads": "payload_url"}[role]
+    settings = load_settings(**{variable: url})
+    assert getattr(settings, role) == moved
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(make_app(settings).conf.table(with_defaults=True, censored=True))
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (f"redis://{SECRET}@host:6379/0", "a user and no password"),
+        (
+            f"redis://:{SECRET}@host:6379/0?password={SECRET}",
+            "an account in front of its host and another in its query",
+        ),
+    ],
+)
+def test_a_url_whose_account_is_in_doubt_is_refused(url: str, words: str) -> None:
+    for variable in ("broker_url", "result_url", "payload_url"):
+        with pytest.raises(SettingsError, match=words) as caught:
+            load_settings(**{variable: url})
+        assert SECRET not in str(caught.value)
 
 
 def test_an_option_with_a_wrong_value_is_refused() -> None:
@@ -80,7 +116,7 @@ def test_an_option_with_a_wrong_value_is_refused() -> None:
 def test_urls_that_are_usual_lead_all_three_libraries_to_the_same_server(redis_url: str, more: str) -> None:
     settings = load_settings(broker_url=redis_url.removesuffix("/0") + more)
     app: Any = make_app(settings)
-    with app.connection_for_write() as connection, connect(settings.broker_url) as ours:
+    with app.connection_for_write() as connection, connect(settings.broker) as ours:
         clients = [connection.channel().client, client_outcomes(app).redis, ours]
         clients[0].set("written", more)
         assert [client.get("written") for client in clients] == [more.encode()] * 3

@@ -594,7 +594,7 @@ def test_a_redis_that_is_away_for_a_while_loses_no_reward(private_redis, setting
     from tests.outcomes import Outcomes
 
     server = private_redis()
-    store = RedisStore(f"{settings.broker_url[:-1]}2")
+    store = RedisStore(f"{settings.broker[:-1]}2")
     with connect(server.url) as client:
         bench = Bench(Outcomes(client, 10, 60), store)
         bench.request(bench.sample("a"))

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from tasks.errors import SettingsError
-from tasks.settings import Settings, load_settings, without_password
+from tasks.masking import without_password
+from tasks.settings import Settings, load_settings
 from tests.servers import clean_env
 
 SECRET = "s3cr3t-pa55"
@@ -15,7 +16,7 @@ SECRET = "s3cr3t-pa55"
 
 def test_variables_are_read_and_arguments_override_them(in_env):
     in_env(REWARDQ_BROKER_URL="redis://broker:6380/3", REWARDQ_CLAIM_TTL_S="7.5")
-    assert load_settings().broker_url == "redis://broker:6380/3"
+    assert load_settings().broker == "redis://broker:6380/3"
     assert load_settings().claim_ttl_s == 7.5
     assert load_settings(claim_ttl_s=4).claim_ttl_s == 4.0
 
@@ -97,7 +98,10 @@ def test_all_wrong_values_are_named_at_once(in_env):
         (f"sentinel://:{SECRET}@one:26379;sentinel://:{SECRET}@two:26379", "sentinel://:***@one:26379;sentinel://:***@two:26379"),
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("redis://:@host:6379/0", "redis://:@host:6379/0"),
-        ("redis://user@host:6379/0", "redis://user@host:6379/0"),
+        ("redis://user:@host:6379/0", "redis://user:@host:6379/0"),
+        (f"https://{SECRET}@host/v1", "https://***@host/v1"),
+        (f"https://host/v1?sig={SECRET}&a=1", "https://host/v1?sig=***&a=1"),
+        (f"https://host/v1?x=1&X-Amz-Signature={SECRET}", "https://host/v1?x=1&X-Amz-Signature=***"),
         ("file:///dev/shm/rewardq", "file:///dev/shm/rewardq"),
     ],
 )  # fmt: skip

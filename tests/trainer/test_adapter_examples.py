@@ -66,7 +66,7 @@ def test_the_example_for_trl_trains(settings: Settings, workers: Callable[..., A
 def test_the_block_for_the_unmodified_trainer_makes_reward_models(
     settings: Settings, in_env: Callable[..., Any]
 ) -> None:
-    in_env(REWARDQ_BROKER_URL=settings.broker_url)
+    in_env(REWARDQ_BROKER_URL=settings.broker)
     entries = yaml.safe_load((FLOW_FACTORY / "rewards_block.yaml").read_text())["rewards"]
     own = ("name", "reward_model", "weight", "batch_size", "async_reward", "num_workers")  # fields of their arguments
     for entry in entries:

@@ -303,7 +303,7 @@ def their_settings(settings: Settings, workers: Callable[..., Any], in_env: Call
     """The model is made by their loader, which knows no settings: they are in the environment."""
     workers("gpu")
     in_env(
-        REWARDQ_BROKER_URL=settings.broker_url,
+        REWARDQ_BROKER_URL=settings.broker,
         REWARDQ_CLAIM_TTL_S=f"{settings.claim_ttl_s}",
         REWARDQ_RECONCILE_S=f"{settings.reconcile_s}",
     )

@@ -139,7 +139,7 @@ def test_a_password_is_in_no_line(private_redis: Callable[..., Any], tmp_path: P
     try:
         worker.wait_ready()
         wait_until(lambda: "] ready: " in worker.log_text)
-        assert f"Redis {settings.broker_url.replace(PASSWORD, '***')}; payloads redis://:***@" in worker.log_text
+        assert f"Redis {settings.broker.replace(PASSWORD, '***')}; payloads redis://:***@" in worker.log_text
     finally:
         worker.stop()
     assert PASSWORD not in worker.log_text

@@ -12,8 +12,9 @@ import click
 from tasks import keys
 from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import ConfigError, nearest
+from tasks.masking import without_password
 from tasks.servers.needs import check_servers
-from tasks.settings import Settings, load_settings, without_password
+from tasks.settings import Settings, load_settings
 from trainer_client.runs.registry import RegisteredReward, RunRegistry
 from trainer_client.runs.start_checks import RUN_NAME
 

@@ -133,7 +133,7 @@ def _run(
 
     for queue in (GPU, VLM):
         _print_row(console, f"worker for {queue}", " ".join(worker_command(queue)))
-    _print_row(console, "Redis", f"{settings.broker_url}, empty, for this demo only")
+    _print_row(console, "Redis", f"{settings.broker}, empty, for this demo only")
     what = "a stand-in that only measures sharpness," if is_standin else vlm_model
     _print_row(console, "judge", f"{what} {judge_url}")
     print_line(console, "")
@@ -235,7 +235,7 @@ def _worker_env(settings: Settings) -> dict[str, str]:
     for name, value in os.environ.items():
         if not name.startswith("REWARDQ_"):
             env[name] = value
-    env["REWARDQ_BROKER_URL"] = settings.broker_url
+    env["REWARDQ_BROKER_URL"] = settings.broker
     direct = [env[name] for name in ("NO_PROXY", "no_proxy") if env.get(name)]
     env["NO_PROXY"] = env["no_proxy"] = ",".join([*direct, LOOPBACK])
     return env

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.catalog import GPU
+from tasks.masking import without_password
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.servers.needs import check_servers
-from tasks.settings import Settings, load_settings, without_password
+from tasks.settings import Settings, load_settings
 from tasks.shadows import warning
 from trainer_client.cli.commands import worker_command
 from trainer_client.cli.fleet import PRELOAD, Fleet, stop_signals

@@ -12,9 +12,10 @@ from redis import ResponseError
 
 from tasks.celery_app import client_outcomes
 from tasks.errors import ConfigError, RedisUnreachableError
+from tasks.masking import without_password
 from tasks.rewards import RewardConfig
 from tasks.servers.connections import LOST, connect, why_away
-from tasks.settings import Settings, without_password
+from tasks.settings import Settings
 from trainer_client.advantages.exchange import Gather
 from trainer_client.engine.engine import ASK_S, Engine
 from trainer_client.engine.loop import Chore

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from tasks.errors import ModelLoadError
-from tasks.settings import without_password
+from tasks.masking import without_password
 
 _SOCKS = ("socks5", "socks5h")
 

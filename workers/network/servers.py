@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from tasks.settings import without_password
+from tasks.masking import without_password
 from workers.network.proxies import Proxy
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from celery.worker.consumer.connection import Connection
 from celery.worker.state import maybe_shutdown
 
 from tasks.errors import EvictionError, RedisRefusalError
+from tasks.masking import without_password
 from tasks.servers.connections import LOST
 from tasks.servers.refusals import servers_of, words_for
 from workers.process.redis_refusals import check_servers
@@ -89,7 +90,7 @@ class CountMessages(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class HideSentinelPassword(bootsteps.StartStopStep):  # type: ignore[misc]
-    """What a worker says of its broker (`inspect stats`, Flower) leaves out how sentinels are asked: their password."""
+    """What a worker says of its broker (`inspect stats`, Flower) leaves out passwords: of sentinels, of their URLs."""
 
     requires = ("celery.worker.consumer.connection:Connection",)
 
@@ -101,6 +102,9 @@ class HideSentinelPassword(bootsteps.StartStopStep):  # type: ignore[misc]
         broker = dict(step.info(parent)["broker"])
         broker["transport_options"] = dict(broker["transport_options"])
         broker["transport_options"].pop("sentinel_kwargs", None)
+        broker["alternates"] = [
+            without_password(url) for url in broker.get("alternates") or ()
+        ]
         return {"broker": broker}
 
 

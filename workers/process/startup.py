@@ -13,6 +13,7 @@ from typing import Any
 from celery.exceptions import CPendingDeprecationWarning
 from celery.signals import (
     after_setup_logger,
+    after_setup_task_logger,
     celeryd_after_setup,
     worker_init,
     worker_ready,
@@ -47,6 +48,7 @@ from workers.process.slots import SlotWatch, slots_of
 from workers.process.terminal import (
     RedisLog,
     ScoreLog,
+    mask_log,
     quiet_celery,
     say_ready,
     show_urls_as_written,
@@ -69,6 +71,13 @@ def show_our_lines(**_: Any) -> None:
     """Our own lines (a model loaded, a worker that ends) are shown at Celery's default level too, which is WARNING."""
     for name in ("workers", "tasks"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+@after_setup_logger.connect  # type: ignore[untyped-decorator]
+@after_setup_task_logger.connect  # type: ignore[untyped-decorator]
+def mask_secrets(logger: Any, **_: Any) -> None:
+    """No line of the log shows a secret, at any level, whoever writes the line."""
+    mask_log(logger)
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]

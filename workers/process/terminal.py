@@ -13,9 +13,10 @@ from typing import Any
 
 import redis
 
+from tasks.masking import masked, without_password
 from tasks.servers.connections import LOST, why_away
 from tasks.servers.refusals import ConfiguredRedis, servers_of, words_for
-from tasks.settings import Settings, without_password
+from tasks.settings import Settings
 from workers.scoring.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,26 @@ class ScoreLog(threading.Thread):
         self._logged_at_s = now_s
 
 
+class MaskedFormatter(logging.Formatter):
+    """Masks secrets in what another formatter makes of a record, its traceback included."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line or lines of a record."""
+        return masked(self._inner.format(record))
+
+
+def mask_log(logger: logging.Logger) -> None:
+    """Mask secrets in what the handlers of a logger write."""
+    for handler in logger.handlers:
+        if not isinstance(handler.formatter, MaskedFormatter):
+            inner = handler.formatter or logging.Formatter()
+            handler.setFormatter(MaskedFormatter(inner))
+
+
 def say_ready(
     settings: Settings, queues: Sequence[str], models: Sequence[str], threads: int
 ) -> None:
@@ -108,7 +129,7 @@ def say_ready(
         ", ".join(queues),
         threads,
         ", ".join(models) or "are loaded when they are asked for",
-        without_password(settings.broker_url),
+        without_password(settings.broker),
         results,
         without_password(settings.payloads),
     )
@@ -119,7 +140,7 @@ def quiet_celery(redis_log: RedisLog, settings: Settings) -> None:
     broker = servers_of(settings)[0]
     for name in (CONSUMER, BOOTSTEPS):
         logging.getLogger(name).addFilter(_LostConnections(redis_log, broker))
-    has_password = without_password(settings.broker_url) != settings.broker_url
+    has_password = without_password(settings.broker) != settings.broker
     if not has_password:
         for name in (CONNECTION, CONSUMER):
             logging.getLogger(name).addFilter(_without_password_marks)
@@ -133,7 +154,7 @@ def show_urls_as_written(worker: Any, settings: Settings) -> None:
         text: str = startup_info(artlines=artlines)
         transport = f"transport:   {worker.app.connection().as_uri()}"
         results = f"results:     {worker.app.backend.as_uri()}"
-        ours = f"transport:   {without_password(settings.broker_url)}"
+        ours = f"transport:   {without_password(settings.broker)}"
         text = text.replace(transport, ours)
         ours = f"results:     {without_password(settings.results)}"
         return text.replace(results, ours)

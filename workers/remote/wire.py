@@ -12,8 +12,8 @@ import httpx2
 import msgpack
 
 from tasks.errors import FailureKind
+from tasks.masking import without_password
 from tasks.samples import MEDIA_FIELDS
-from tasks.settings import without_password
 from workers.base import Unscored
 from workers.judges.images import DATA_URLS
 from workers.judges.inner_errors import cut, inner_error
