@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,17 +21,60 @@ from tasks.errors import FailureKind, WireError
 WIRE_VERSION = 3
 """Raised whenever a worker of the previous version could misread a message of a client of this version."""
 
+MAX_WORDS = 4096
+"""Characters of a reason or another text for people; a longer text is cut where it is made and where it is read."""
+
+MOST = 2**53
+"""The largest count or time: Lua, in Redis, computes with doubles, which hold no larger integer exactly."""
+
+MAX_ATTEMPT = 10**9
+"""The largest attempt: scripts read it from the first 16 bytes of an outcome."""
+
+MAX_TIMEOUT_S = 1e8
+"""The largest `timeout_s`, three years; waits of much longer overflow in the operating system."""
+
+MAX_BATCH = 10**9
+
+MAX_SIDE = 2**40
+"""The largest length of one axis of media."""
+
 Text = Annotated[str, Field(max_length=4096)]
 
 
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable characters")
+    return text
+
+
+Name = Annotated[Text, AfterValidator(_one_line)]
+"""A name that logs show: one line, so that no name can look like a line of its own."""
+
+Number = Annotated[int, Field(ge=0, le=MOST)]
+"""A number of a message in its queue, or a time on Redis's clock in ms."""
+
+Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPT)]
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+ImageFormat = Literal["raw", "jpeg", "png", "webp"]
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 def _encodable(text: Any) -> Any:
-    """Text without lone surrogates, which names of files and answers of servers may contain."""
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+    """Text of bounded length without lone surrogates, which names of files and answers of servers may contain."""
+    if not isinstance(text, str):
+        return text
+    if len(text) > MAX_WORDS:
+        end = f"... ({len(text)} characters)"
+        text = text[: MAX_WORDS - len(end)] + end
+    return text.encode("utf-8", "replace").decode()
 
 
 Words = Annotated[str, BeforeValidator(_encodable)]
 """Text of somebody else's code or server. Lone surrogates in it are replaced: else its whole message could not be
-encoded."""
+encoded. A text that is longer than `MAX_WORDS` is cut."""
 
 
 class _Message(BaseModel):
@@ -52,8 +96,11 @@ class MediaRef(_Message):
     """Its key in the store."""
     digest: Text
     """SHA-256 (32 hex digits) of the stored bytes; checked after the fetch."""
-    shape: tuple[int, ...]
-    """`(H, W, 3)`, `(T, H, W, 3)`, or `(C, T)` of audio."""
+    shape: Annotated[
+        tuple[Annotated[int, Field(gt=0, le=MAX_SIDE)], ...],
+        Field(min_length=1, max_length=4),
+    ]
+    """`(H, W, 3)`, `(T, H, W, 3)`, or `(C, T)` of audio. Its product must fit the bytes."""
     format: Literal["raw", "jpeg", "float32"]
     """Raw uint8, JPEG files (one a frame, each behind its length as 4 bytes), or raw float32."""
 
@@ -77,13 +124,13 @@ class SampleRequest(_Message):
     media: dict[str, Media]
     """By field of `Sample`; only the fields that the reward model declares."""
     metadata: dict[str, Any] = {}
-    fps: int | float | None = None
+    fps: Annotated[int, Field(gt=0)] | Rate | None = None
     """Frames a second of its videos."""
-    sample_rate: int | float | None = None
+    sample_rate: Annotated[int, Field(gt=0)] | Rate | None = None
     """Of its audio, in Hz."""
     withheld: tuple[Text, ...] = ()
     """Fields that the sample has and that were not sent, since its reward was not known to declare them."""
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     """Answered by any reward, or by a failure of this attempt or later."""
     members: tuple[SampleRequest, ...] = ()
     """Of a whole group that goes to a groupwise model: its members in slot order. The group has no media of its own."""
@@ -96,20 +143,20 @@ class SampleRequest(_Message):
 class RewardCall(_Message):
     """The computation that a chunk asks for: all that a worker needs to build the reward model."""
 
-    name: Text
+    name: Name
     """The user's name for it, for logs and `extra`."""
-    model: Text
+    model: Name
     """A built-in's canonical name, or a dotted path."""
     fingerprint: Text
     instance: Text = ""
     """Cache key of the model on a worker: the fingerprint without the code."""
     code: tuple[tuple[Text, Text], ...] = ()
     """Of a class of the user's: each module of its code with the hash of its source, as the trainer read them."""
-    version: str
-    dtype: Text
-    batch_size: Annotated[int, Field(ge=1)]
-    timeout_s: Annotated[float, Field(gt=0)]
-    image_format: Text
+    version: Text
+    dtype: Dtype
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)]
+    image_format: ImageFormat
     options: dict[str, Any]
 
 
@@ -121,9 +168,9 @@ class _Request(_Message):
     run: Text
     label: Text
     """For people: `OCR x 16, run demo step 3`."""
-    sent_ms: int
+    sent_ms: Number
     """On Redis's clock: when it was put together."""
-    deadline_ms: int
+    deadline_ms: Number
     """On Redis's clock. After this time nobody waits for the outcomes any more."""
     reward: RewardCall
     """The computation of the samples; for a group, of its parts."""
@@ -145,7 +192,7 @@ class GroupRequest(_Request):
     ties: Literal["mean", "ordinal"] = "mean"
     address: Text
     """Where the group's outcome goes."""
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     members: tuple[SampleRequest, ...]
     """In slot order. For ranks they are the parts."""
     comparisons: tuple[SampleRequest, ...] = ()
@@ -182,9 +229,9 @@ class Note(_Answer):
     """The request or a payload is not in the store; the worker uses another store; it speaks another wire version;
     a judge's budget is in use (send it again after a pause); the user's code changed since the worker loaded it, which
     ends (send it again to another); the task raised, and not for one of its samples."""
-    worker: Text
+    worker: Words
     detail: Words
-    store: str = ""
+    store: Text = ""
     """Identity of the worker's payload store."""
 
 
@@ -197,7 +244,7 @@ class Outcome(_Answer):
     reward: float | None = None
     failure: Failure | None = None
     members: tuple[Outcome, ...] = ()
-    attempt: int = 1
+    attempt: Attempt = 1
     info: dict[str, Any] = {}
     """What the reward model returns beside the reward: judge text, aspects, raw score."""
     origin: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.errors import SettingsError, nearest
+from tasks.hosts import Origin, entries_of, may_be_asked, may_have_key, origin_of
 from tasks.masking import SECRETS, passwords_in, without_password
 from tasks.redis_urls import (
     has_known_scheme,
@@ -135,7 +136,19 @@ class Settings(BaseSettings):
     waits until there is such a model. 0 keeps all."""
 
     hosts: str = ""
-    """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL."""
+    """Comma-separated judge hosts that this worker may send API keys to, besides api.openai.com and OPENAI_BASE_URL. A
+    key goes over https to the usual port: `judge.example`. Another port is written, `judge.example:8443`, and so is
+    plain HTTP, which others on the way can read: `http://judge:8000`. Only this machine's own host (localhost) needs
+    neither."""
+
+    judge_hosts: str = ""
+    """Comma-separated hosts that this worker may ask at all, as judges or reward servers, `judge` or `judge:8000`.
+    Empty allows every host: then whoever can write to Redis can have this worker ask any server within its reach."""
+
+    max_answer_bytes: Annotated[int, Field(ge=2**16)] = 16 * 2**20
+    """Bytes of one answer of a judge or a reward server, after decompression, above which it is no answer. A judge that
+    thinks for many thousand tokens with `top_logprobs` may need more; each request in flight may take several times as
+    much memory."""
 
     @field_validator("broker_url", "result_url", "payload_url", mode="after")
     @classmethod
@@ -156,6 +169,12 @@ class Settings(BaseSettings):
         if wrong is not None:
             raise ValueError(f"{without_password(url)!r} is no URL of a Redis: {wrong}")
         return SecretStr(_with_checked_certificate(moved))
+
+    @field_validator("hosts", "judge_hosts")
+    @classmethod
+    def _lists_of_hosts(cls, text: str) -> str:
+        entries_of(text)
+        return text
 
     @property
     def broker(self) -> str:
@@ -186,8 +205,20 @@ class Settings(BaseSettings):
 
     @property
     def allowed_hosts(self) -> tuple[str, ...]:
-        """Hosts this worker may send a judge's API key to."""
+        """Hosts this worker may send a judge's API key to, as they are written."""
         return tuple(h.strip().lower() for h in self.hosts.split(",") if h.strip())
+
+    def may_send_key(self, origin: Origin) -> bool:
+        """Whether REWARDQ_HOSTS allows that a judge's API key is sent there."""
+        return may_have_key(origin, entries_of(self.hosts))
+
+    def may_ask(self, url: str) -> bool:
+        """Whether REWARDQ_JUDGE_HOSTS, if it is set, allows that a server is asked."""
+        entries = entries_of(self.judge_hosts)
+        if not entries:
+            return True
+        origin = origin_of(url)
+        return origin is not None and may_be_asked(origin, entries)
 
 
 def load_settings(**given: Any) -> Settings:

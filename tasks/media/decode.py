@@ -12,9 +12,22 @@ from PIL import Image
 from tasks.media.arrays import PixelsHWC
 
 
-def from_jpeg(data: bytes) -> PixelsHWC:
-    """Pixels of JPEG bytes that `to_jpeg` made."""
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+def from_jpeg(data: bytes, size_HW: tuple[int, int] | None = None) -> PixelsHWC:
+    """Pixels of JPEG bytes that `to_jpeg` made.
+
+    Args:
+        size_HW: The height and width that the file must have: a few bytes may declare gigabytes of pixels.
+
+    Raises:
+        ValueError: The file has another size.
+    """
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        width, height = image.size
+        if size_HW is not None and (height, width) != size_HW:
+            raise ValueError(
+                f"a JPEG of {height}x{width} pixels where {size_HW[0]}x{size_HW[1]} are declared"
+            )
+        return np.asarray(image.convert("RGB"))
 
 
 def split_frames(data: bytes) -> list[bytes]:

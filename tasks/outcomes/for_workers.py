@@ -100,8 +100,12 @@ class WorkerOutcomes(SharedOutcomes):
         return int(self._extend(keys=pairs, args=[self._claim_ms, *tokens.values()]))
 
     def take(self, queue: str, number: int) -> int:
-        """Move the consumed offset of a queue up to the number of a message; returns Redis's clock in ms."""
-        return int(self._take(keys=[keys.consumed_offset(queue)], args=[number]))
+        """Move the consumed offset of a queue up to the number of a message; returns Redis's clock in ms.
+
+        A number above the queue's counter is no client's, and moves nothing.
+        """
+        names = [keys.consumed_offset(queue), keys.sent_number(queue)]
+        return int(self._take(keys=names, args=[number]))
 
     def leave_note(self, request_id: str, note: Note) -> None:
         """Tell the client why a request could not be read."""

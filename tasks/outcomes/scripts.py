@@ -121,11 +121,18 @@ expired while its worker could not reach Redis, or was stopped, is ours again if
 since."""
 
 TAKE = """
-if tonumber(redis.call('GET', KEYS[1]) or '0') < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
+local number = tonumber(ARGV[1])
+local sent = tonumber(redis.call('GET', KEYS[2]) or '0')
+local consumed = tonumber(redis.call('GET', KEYS[1]) or '0')
+if number > 0 and number <= sent and (consumed < number or consumed > sent) then
+  redis.call('SET', KEYS[1], ARGV[1])
+end
 local time = redis.call('TIME')
 return time[1] * 1000 + math.floor(time[2] / 1000)
 """
-"""KEYS: the queue's consumed offset. ARGV: the number of a message that was taken. Returns Redis's clock in ms."""
+"""KEYS: the queue's consumed offset, its counter of messages sent. ARGV: the number of a message that was taken.
+Returns Redis's clock in ms. A number that no client has counted moves nothing, and an offset beyond the counter comes
+back: else one message with a number of its own would pass for the last of its queue for good."""
 
 BEAT = """
 local time = redis.call('TIME')

@@ -9,15 +9,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from tasks.catalog import CATALOG
 from tasks.catalog.entry import ModelEntry, Option
 from tasks.errors import ConfigError, UnknownOptionError, nearest
 from tasks.masking import without_password
 from tasks.rewards.numerals import as_numbers
 from tasks.rewards.spelling import misspelt
-from tasks.settings import KEY_PREFIX
+from tasks.settings import KEY_PREFIX, OPENAI_KEY, is_key_variable
 
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""
+
+NO_KEY_VARIABLE = f"api_key_env must be {OPENAI_KEY} or {KEY_PREFIX}*"
 
 _FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -28,14 +31,14 @@ def check_options(
     given: Mapping[str, Any],
     keys: tuple[str, ...],
     where: str,
-    folder: Path,
+    folder: Path | None,
 ) -> dict[str, Any]:
     """Every option of a built-in with its value or default, so that a default written out is the same computation.
 
     Args:
         keys: Keys of any reward, to name the nearest of all.
         where: The entry of the config, for errors.
-        folder: What a relative file name starts from.
+        folder: What a relative file name starts from; None on a worker, which reads no file that a message names.
 
     Raises:
         ConfigError: An option is unknown, missing or of a wrong type, or a file cannot be read.
@@ -60,6 +63,19 @@ def check_options(
     _read_files(builtin, checked, where, folder)
     _check_key(checked, where)
     return checked
+
+
+def options_in_message(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a built-in that a message names, checked on the worker as in the trainer.
+
+    Whoever can write to Redis can send a message: that a trainer has checked its options is not known.
+
+    Raises:
+        ConfigError: An option is unknown, missing or of a wrong type, names a file of the worker to be read, or a key.
+    """
+    return check_options(
+        model, CATALOG[model], given, (), f"a message for {model}", None
+    )
 
 
 def options_of_subclass(
@@ -87,6 +103,7 @@ def options_of_subclass(
         checked[name] = (
             _checked(builtin.options[name], name, value, where) if is_ours else value
         )
+    _refuse_files(builtin, checked, where)
     _check_key(checked, where)
     return checked
 
@@ -119,9 +136,12 @@ def _shown(value: Any) -> Any:
 
 
 def _read_files(
-    builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path
+    builtin: ModelEntry, checked: dict[str, Any], where: str, folder: Path | None
 ) -> None:
     """Replace the name of each file by its text: workers may be on other hosts, and the content is what counts."""
+    if folder is None:
+        _refuse_files(builtin, checked, where)
+        return
     for name, option in builtin.options.items():
         if not (option.reads and checked[name]):
             continue
@@ -132,6 +152,16 @@ def _read_files(
         path = folder / Path(checked[name]).expanduser()
         checked[option.reads] = _text_of(path, f"{where}: option {name}")
         checked[name] = ""
+
+
+def _refuse_files(builtin: ModelEntry, checked: Mapping[str, Any], where: str) -> None:
+    """Raise if an option names a file: on a worker, where the text must have come with the message."""
+    for name, option in builtin.options.items():
+        if option.reads and checked[name]:
+            raise ConfigError(
+                f"{where}: option {name} names a file, and a worker reads none that a message names; give its text as "
+                f"{option.reads}, as the trainer does for a built-in"
+            )
 
 
 def _text_of(path: Path, where: str) -> str:
@@ -152,8 +182,6 @@ def _check_key(checked: Mapping[str, Any], where: str) -> None:
             f"{where}: an API key does not belong into a config, which travels; set it on the worker as "
             "OPENAI_API_KEY or REWARDQ_KEY_<name> and give that variable's name as api_key_env"
         )
-    key_env = checked.get("api_key_env") or "OPENAI_API_KEY"
-    if key_env != "OPENAI_API_KEY" and not key_env.startswith(KEY_PREFIX):
-        raise ConfigError(
-            f"{where}: api_key_env must be OPENAI_API_KEY or REWARDQ_KEY_*, found {key_env!r}"
-        )
+    key_env = checked.get("api_key_env") or OPENAI_KEY
+    if not isinstance(key_env, str) or not is_key_variable(key_env):
+        raise ConfigError(f"{where}: {NO_KEY_VARIABLE}, found {key_env!r}")

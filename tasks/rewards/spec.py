@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from tasks.catalog import CATALOG
 from tasks.catalog.entry import How, ModelEntry
-from tasks.messages import RewardCall
+from tasks.messages import (
+    MAX_BATCH,
+    MAX_TIMEOUT_S,
+    Dtype,
+    ImageFormat,
+    RewardCall,
+)
 from tasks.rewards.fields import SAMPLE_FIELDS
 from tasks.rewards.fingerprint import fingerprint_of, instance_of
 from tasks.rewards.numerals import in_exponent_form
@@ -57,7 +63,10 @@ def _word_of_nan(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_no_bool)]
 FiniteNumber = Annotated[Number, Field(allow_inf_nan=False)]
 Count = Annotated[
-    int, BeforeValidator(_no_bool), BeforeValidator(_number_of_text), Field(ge=1)
+    int,
+    BeforeValidator(_no_bool),
+    BeforeValidator(_number_of_text),
+    Field(ge=1, le=MAX_BATCH),
 ]
 
 
@@ -98,7 +107,7 @@ class RewardSpec(BaseModel):
         OnFailure | ConstantOnFailure | None,
         BeforeValidator(_word_of_nan),
     ] = None
-    timeout_s: Annotated[FiniteNumber, Field(gt=0)] = 600.0
+    timeout_s: Annotated[FiniteNumber, Field(gt=0, le=MAX_TIMEOUT_S)] = 600.0
     """Seconds for scoring one sample."""
     cache: bool = False
     """With a sampling judge: share its answer among equal samples instead of asking for each slot."""
@@ -225,10 +234,10 @@ class RewardSpec(BaseModel):
             instance=self.instance,
             code=self.code,
             version=self.model_version,
-            dtype=self.dtype,
+            dtype=cast(Dtype, self.dtype),
             batch_size=self.batch_size,
             timeout_s=self.timeout_s,
-            image_format=self.image_format,
+            image_format=cast(ImageFormat, self.image_format),
             options=self.options,
         )
 

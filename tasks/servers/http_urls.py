@@ -9,10 +9,14 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from tasks.hosts import origin_of
 from tasks.masking import without_password
 
 DEFAULT_JUDGE_URL = "http://localhost:8000/v1"
 """Where a judge is asked without `api_base_url`: on the worker's own host."""
+
+MAX_SERVERS = 256
+"""Servers of one reward: each costs a worker a client of its own."""
 
 PATTERN = r"^https?://[^/\s]+"
 """How the URL of a server begins."""
@@ -55,6 +59,8 @@ def _wrong_parts(url: str) -> str:
         return "needs a port above 0"
     if not parts.hostname:
         return "needs a host, http://host:8000 for example"
+    if origin_of(url) is None:
+        return "has a host that libraries read in different ways; write it in letters, digits, dots and dashes"
     if parts.fragment:
         return f"ends with #{parts.fragment}, which no server is sent"
     if parts.query:
@@ -105,7 +111,7 @@ def _checked(value: str | list[str], check: Any) -> str | list[str]:
 
 
 _Url = Annotated[str, Field(json_schema_extra={"pattern": PATTERN})]
-_Urls = _Url | Annotated[list[_Url], Field(min_length=1)]
+_Urls = _Url | Annotated[list[_Url], Field(min_length=1, max_length=MAX_SERVERS)]
 
 ApiUrls = Annotated[
     _Urls, AfterValidator(lambda value: _checked(value, whats_wrong_with_api))

@@ -56,6 +56,17 @@ def declared_by(path: str) -> Declared | None:
     return _declared(found)
 
 
+def may_be_reward_model(path: str) -> bool:
+    """Whether the class of a dotted path stands in the source of its module, and has or may have a base of ours."""
+    module_name, _, name = path.rpartition(".")
+    module = module_of(module_name) if module_name else None
+    found = class_named(module, name) if module is not None else None
+    if found is None:
+        return False
+    ours, unread = _bases_of(found)
+    return bool(ours or unread)
+
+
 def _declared(cls: Class) -> Declared:
     queue, unread, is_assigned = None, "", False
     try:

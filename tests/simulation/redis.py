@@ -192,7 +192,8 @@ class Outcomes:
 
     def take(self, queue: str, number: int) -> int:
         key = keys.consumed_offset(queue)
-        if (self._keys.get(key) or 0) < number:
+        sent, consumed = self._keys.get(keys.sent_number(queue)) or 0, self._keys.get(key) or 0
+        if 0 < number <= sent and (consumed < number or consumed > sent):
             self._keys.set(key, number)
         return self._keys.now_ms()
 

@@ -270,10 +270,27 @@ def test_the_number_taken_only_grows(outcomes):
     assert outcomes.number("gpu", 3) == 1
     assert outcomes.number("gpu", 1) == 4
     assert outcomes.number("vlm", 1) == 1
-    for number, taken in ((2, 2), (1, 2), (10, 10), (9, 10), (0, 10)):
+    for number, taken in ((2, 2), (1, 2), (4, 4), (3, 4), (0, 4)):
         outcomes.take("gpu", number)
         assert outcomes.queue_state("gpu", 5) == QueueState(sent=4, consumed=taken, num_waiting=5)
     assert outcomes.queue_state("vlm", 0) == QueueState(sent=1, consumed=0, num_waiting=0)
+
+
+def test_a_number_that_no_client_has_counted_moves_nothing(outcomes):
+    outcomes.number("gpu", 4)
+    outcomes.take("gpu", 2)
+    for number in (5, 10, 2**53, 2**62):
+        outcomes.take("gpu", number)
+        assert outcomes.queue_state("gpu", 5).consumed == 2
+    outcomes.take("never sent to", 3)
+    assert outcomes.redis.keys("rewardq:taken:never*") == []
+
+
+def test_a_queue_that_was_told_a_number_beyond_its_own_recovers_with_the_next_message(outcomes):
+    outcomes.number("gpu", 4)
+    outcomes.redis.set(keys.consumed_offset("gpu"), 2**62)
+    outcomes.take("gpu", 3)
+    assert outcomes.queue_state("gpu", 5).consumed == 3
 
 
 def test_taking_tells_the_time_on_redis_clock(outcomes):

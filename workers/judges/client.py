@@ -7,20 +7,34 @@ import os
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx2
 import openai
 
 from tasks.errors import ModelLoadError
+from tasks.hosts import LOOPBACK, Origin, origin_of
+from tasks.masking import SECRETS, without_password
+from tasks.rewards.options import NO_KEY_VARIABLE
 from tasks.servers.http_urls import whats_wrong_with_api
-from tasks.settings import Settings, load_settings
+from tasks.settings import Settings, is_key_variable, load_settings
 from workers.judges.endpoints import Endpoint
-from workers.judges.inner_errors import INNER_ERROR, inner_error
+from workers.judges.inner_errors import (
+    INNER_ERROR,
+    REFUSED,
+    InnerError,
+    inner_error,
+)
+from workers.network.answers import TOO_LARGE, BoundedTransport
 from workers.network.loop import NetworkLoop
 from workers.network.once import Once
-from workers.network.proxies import proxy_for, trusted_certificates
+from workers.network.proxies import proxy_for
+from workers.network.servers import check_may_ask
 
-OPENAI_HOST = "api.openai.com"
+OPENAI = Origin("https", "api.openai.com", 443)
+
+LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=100)
+"""Connections of one client, as the SDK has them."""
+
 NO_KEY = "EMPTY"
 """The key that is sent to servers without authentication."""
 
@@ -71,6 +85,7 @@ class JudgeLoop(NetworkLoop):
         wrong = whats_wrong_with_api(url)
         if wrong:
             raise ModelLoadError(f"api_base_url {wrong}")
+        check_may_ask(url)
         with self._lock:
             if (url, key) not in self._endpoints:
                 self._endpoints[url, key] = _endpoint(url, key)
@@ -83,10 +98,11 @@ class JudgeLoop(NetworkLoop):
 
 def _endpoint(url: str, key: str) -> Endpoint:
     proxy = proxy_for(url)
+    transport = BoundedTransport(proxy.url if proxy else None, LIMITS)
     http_client = openai.DefaultAsyncHttpxClient(
-        proxy=proxy.url if proxy else None,
+        transport=transport,
         trust_env=False,  # else httpx builds a transport for each proxy of the environment, needed or not
-        verify=trusted_certificates(),
+        follow_redirects=False,  # a judge must not choose whom else this worker asks
         event_hooks={"response": [_look_for_errors]},
     )
     # The key is a default header too, else one of OPENAI_CUSTOM_HEADERS could replace it at any host.
@@ -103,14 +119,20 @@ async def _look_for_errors(response: Any) -> None:
     The counter of the question keeps an answer that is an error, for the reason if time ends before the SDK's retry.
     """
     if response.is_success:
-        error = inner_error(await response.aread())
+        error = _error_in(response)
         if error is not None:
             response.status_code = error.status
             response.extensions[INNER_ERROR] = error
     count = requests.get(None)
     if response.is_error and count is not None:
-        await response.aread()
         count.refusal = response
+
+
+def _error_in(response: Any) -> InnerError | None:
+    too_large: str | None = response.extensions.get(TOO_LARGE)
+    if too_large is not None:
+        return InnerError(REFUSED, "", too_large)
+    return inner_error(response.content)
 
 
 @Once
@@ -123,24 +145,47 @@ def api_key(base_url: str, key_env: str) -> str:
     """The key to send to `base_url`.
 
     The key is read from the variable that the config names. It is sent only to api.openai.com, to the worker's own
-    OPENAI_BASE_URL, or to a host in its REWARDQ_HOSTS: a config alone cannot make a worker send its keys elsewhere.
+    OPENAI_BASE_URL, or to a host in its REWARDQ_HOSTS, of the same scheme and port: a config or a message alone cannot
+    make a worker send its keys elsewhere.
 
     Raises:
-        ModelLoadError: The variable is not set on this worker, or the host may not have the key.
+        ModelLoadError: The variable holds no key of a judge, is not set on this worker, or the host may not have the
+            key.
     """
     if not key_env:
         return NO_KEY
-    if not os.environ.get(key_env):  # compose sets a variable that has no value to ""
+    # A class of the user's has options that no trainer checks.
+    if not is_key_variable(key_env):
+        raise ModelLoadError(f"{NO_KEY_VARIABLE}, found {key_env!r}")
+    key = os.environ.get(key_env)
+    if not key:  # compose sets a variable that has no value to ""
         raise ModelLoadError(
             f"api_key_env names {key_env}, which is not set on this worker"
         )
-
     settings: Settings = load_settings()
-    host = (urlsplit(base_url).hostname or "").lower()
-    own = (urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname or "").lower()
-    if host not in {OPENAI_HOST, own, *settings.allowed_hosts} - {""}:
-        raise ModelLoadError(
-            f"this worker does not send {key_env} to {host}; if it may, start it with "
-            f"REWARDQ_HOSTS={','.join((*settings.allowed_hosts, host))}"
-        )
-    return os.environ[key_env]
+    origin = origin_of(base_url)
+    if origin is None or not _may_have_key(origin, settings):
+        raise ModelLoadError(_refusal_of_key(key_env, base_url, settings))
+    SECRETS.add(key)
+    return key
+
+
+# --- private -------------------------------------------------------------------------------------
+
+
+def _may_have_key(origin: Origin, settings: Settings) -> bool:
+    own = origin_of(os.environ.get("OPENAI_BASE_URL", ""))
+    return origin in (OPENAI, own) or settings.may_send_key(origin)
+
+
+def _refusal_of_key(key_env: str, base_url: str, settings: Settings) -> str:
+    origin = origin_of(base_url)
+    shown = without_password(base_url) if origin is None else origin.shown
+    words = f"this worker does not send {key_env} to {shown}"
+    if origin is None:
+        return words
+    risk = ""
+    if origin.scheme == "http" and origin.host not in LOOPBACK:
+        risk = " (over plain HTTP others on the way can read the key; https:// is for keys)"
+    hosts = ",".join((*settings.allowed_hosts, shown))
+    return f"{words}; if it may, start it with REWARDQ_HOSTS={hosts}{risk}"

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import openai
 
 from workers.base import Unscored
-from workers.judges.inner_errors import words_of
+from workers.judges.inner_errors import cut, words_of
 from workers.network.servers import Server
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,18 @@ server did not find: the server may have been restarted with another model."""
 MOST_NAMES = 20
 """How many of a server's models a reason names; gateways list hundreds."""
 
+MOST_LISTED = 10_000
+"""How many of a server's models are kept."""
+
+MAX_NAME_CHARS = 300
+"""A longer text is no name of a model."""
+
 REFUSED_STATUSES = (401, 403, 404)
 """Statuses of a trial question that say that no question will be answered: wrong key, not allowed, no such model. After
 another error the model may still answer real questions."""
+
+MOST_SEARCHED = 10_000
+"""How many characters of an error are searched for words about a model."""
 
 _NO_SUCH_MODEL = re.compile(
     r"model_not_found|\bmodel\b.{0,120}(?:does not exist|not exist|not found)|"
@@ -135,7 +144,7 @@ class Endpoint(Server):
                 "model not asked for a trial url=%s model=%r error=%s",
                 self.name,
                 name,
-                error,
+                cut(str(error)),
             )
 
     @property
@@ -204,7 +213,7 @@ def says_no_such_model(error: Any) -> bool:
 
     body = error.body if isinstance(error.body, Mapping) else {}
     words = f"{body.get('code')} {words_of(body) or error.response.text}"
-    return _NO_SUCH_MODEL.search(words) is not None
+    return _NO_SUCH_MODEL.search(words[:MOST_SEARCHED]) is not None
 
 
 async def _names_at(client: Any) -> tuple[str, ...] | None:
@@ -212,6 +221,7 @@ async def _names_at(client: Any) -> tuple[str, ...] | None:
         raw = await client.models.with_raw_response.list()
         listed = json.loads(raw.content)
         models = listed if isinstance(listed, list) else listed["data"]
-        return tuple(str(model["id"]) for model in models)
-    except (openai.NotFoundError, ValueError, KeyError, TypeError):
+        names = [str(model["id"]) for model in models[:MOST_LISTED]]
+    except (openai.NotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return tuple(name for name in names if len(name) <= MAX_NAME_CHARS)

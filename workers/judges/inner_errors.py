@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,9 +92,12 @@ class InnerError:
 def inner_error(content: bytes) -> InnerError | None:
     """The error in the body of an answer of 200; None if the body is a reply, or nothing that we know."""
     for body in _bodies(content):
-        found = _error_in(body)
-        if found is not None:
-            return found
+        with contextlib.suppress(
+            RecursionError
+        ):  # of a body that is nested deeper than any server means
+            found = _error_in(body)
+            if found is not None:
+                return found
     return None
 
 
@@ -101,10 +105,10 @@ def said_in(content: bytes) -> str:
     """The message in the body of an error; empty if the body has none, or is no JSON."""
     try:
         body = json.loads(content)
+        error = body.get("error") if isinstance(body, Mapping) else None
+        return words_of(error or body)
     except (ValueError, RecursionError):
         return ""
-    error = body.get("error") if isinstance(body, Mapping) else None
-    return words_of(error or body)
 
 
 def words_of(error: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from tasks.catalog.judges import EDIT_ASPECTS, T2I_ASPECTS
@@ -137,10 +136,7 @@ class RationalEdit(RationalJudge):
 
 
 def rubric_of(options: Mapping[str, Any], ours: str) -> str:
-    """The rubric that was given as text or as a file on this worker, else ours."""
-    # The trainer reads the file for a built-in. A subclass of the user's comes here with the file's name.
-    if options["rubric_file"]:
-        return Path(options["rubric_file"]).expanduser().read_text(encoding="utf-8")
+    """The rubric that came with the request, else ours. The trainer has read `rubric_file`: a worker reads no file."""
     return options["rubric"] or ours
 
 

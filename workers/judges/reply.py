@@ -16,6 +16,9 @@ from workers.judges.tokens import answer_begins, end_with
 COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
 """Finish reasons of a reply that ended by itself; some servers give no reason."""
 
+MAX_TEXT_CHARS = 2**19
+"""A longer reply is no answer to any of our questions: four times what 32,000 tokens of thought are."""
+
 UNKNOWN = -9999.0
 """The log probability that OpenAI gives for a chosen token that is not among the likeliest; it means unknown."""
 
@@ -109,7 +112,8 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
     """The reply in the body of an answer.
 
     Raises:
-        Unscored: `failed`; the body is no chat completion, or has no choice. `unparsable`; the judge refused.
+        Unscored: `failed`; the body is no chat completion, or has no choice. `unparsable`; the judge refused, or said
+            more than is read.
     """
     try:
         choice = json.loads(content)["choices"][0]
@@ -118,12 +122,15 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
         logprobs = (choice.get("logprobs") or {}).get("content") or ()
         tokens = [_token(one) for one in logprobs]
         finish_reason, refusal = choice.get("finish_reason"), message.get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words = cut(content.decode("utf-8", "replace"))
         raise Unscored(
             "failed", f"the judge's server sent no chat completion but {words!r}"
         ) from None
 
+    if len(text) + len(thought) > MAX_TEXT_CHARS:
+        words = f"the judge's reply has {len(text) + len(thought)} characters; at most {MAX_TEXT_CHARS} are read"
+        raise Unscored("unparsable", words, {"judge": {"text": cut(text)}})
     if refusal and not text.strip():
         words = cut(str(refusal))
         info = {"judge": {"text": text}}

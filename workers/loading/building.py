@@ -6,17 +6,24 @@ import importlib
 import inspect
 import os
 import sys
+from typing import Any
 
 from tasks import catalog
-from tasks.errors import ModelLoadError
+from tasks.errors import ConfigError, ModelLoadError
 from tasks.messages import RewardCall
+from tasks.rewards.options import options_in_message
 from tasks.settings import Settings
+from tasks.source.declared import may_be_reward_model
 from workers.base import Accelerator, RewardArguments, RewardModel
 from workers.loading.code import LOADED_CODE
 
 
 def build(call: RewardCall, settings: Settings) -> RewardModel:
-    """A new instance of the reward model that `call` names."""
+    """A new instance of the reward model that `call` names.
+
+    Raises:
+        ModelLoadError: The class may not be imported, or an option is none that a trainer would have sent.
+    """
     cls = reward_class(call.model, settings)
     config = RewardArguments(
         name=call.name,
@@ -26,7 +33,7 @@ def build(call: RewardCall, settings: Settings) -> RewardModel:
         device_name=settings.device,
         timeout_s=call.timeout_s,
         image_format=call.image_format,
-        extra_kwargs=dict(call.options),
+        extra_kwargs=_options(call),
     )
     accelerator = Accelerator(settings.device)
     if _takes_arguments_by_name(cls):
@@ -52,6 +59,7 @@ def reward_class(model: str, settings: Settings) -> type[RewardModel]:
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    _look_before_import(path, name, settings)
     LOADED_CODE.follow(path)
     return _class_in(path, name)
 
@@ -60,6 +68,37 @@ def is_allowed(model: str, settings: Settings) -> bool:
     """Whether a dotted path is within REWARDQ_MODULES."""
     path = model.rpartition(".")[0]
     return any(f"{path}.".startswith(f"{m}.") for m in settings.allowed_modules)
+
+
+def _options(call: RewardCall) -> dict[str, Any]:
+    """The options of a call; those of a built-in are checked as the trainer checks them."""
+    if call.model not in catalog.CATALOG:
+        return dict(call.options)
+    try:
+        return options_in_message(call.model, call.options)
+    except ConfigError as error:
+        raise ModelLoadError(str(error)) from None
+
+
+def _look_before_import(path: str, name: str, settings: Settings) -> None:
+    """Refuse a module that has no reward model of this name, as its source says, before its import runs its code.
+
+    A module that REWARDQ_MODULES names itself is imported whatever is in it: the operator has said so.
+
+    Raises:
+        ModelLoadError: It is a package's `__main__`, has no such class, or its source cannot tell.
+    """
+    parts = [*path.split("."), name]
+    if not all(part.isidentifier() for part in parts) or "__main__" in parts:
+        raise ModelLoadError(f"{path}.{name} is no dotted path of a class")
+    if path in settings.allowed_modules or path in sys.modules:
+        return
+    if not may_be_reward_model(f"{path}.{name}"):
+        raise ModelLoadError(
+            f"{path} has no reward model {name!r} that its source shows, so this worker does not import it; if it "
+            f"makes the class while it runs, name the module itself: REWARDQ_MODULES="
+            f"{','.join((*settings.allowed_modules, path))}"
+        )
 
 
 def _takes_arguments_by_name(cls: type[RewardModel]) -> bool:

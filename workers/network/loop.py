@@ -14,7 +14,8 @@ from tasks.errors import BusyError
 from workers.base import Unscored
 
 # One line a request at INFO, of which there are thousands.
-for _name in ("httpx", "httpx2"):
+# At DEBUG the others write every header and question.
+for _name in ("httpx", "httpx2", "httpcore", "httpcore2", "openai"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 LOOP_GRACE_S = 30.0

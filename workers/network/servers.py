@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from tasks.errors import ModelLoadError
+from tasks.hosts import LOOPBACK, origin_of
 from tasks.masking import without_password
+from tasks.settings import load_settings
 from workers.network.proxies import Proxy
 
 log = logging.getLogger(__name__)
@@ -19,8 +22,6 @@ log = logging.getLogger(__name__)
 FIRST_COOL_DOWN_S, LONGEST_COOL_DOWN_S = 5.0, 120.0
 """A server that failed cools down for so many seconds and is then asked one real question; each further failure doubles
 the cool-down."""
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 S = TypeVar("S", bound="Server")
 
@@ -89,6 +90,18 @@ class Server:
         )
         self.cools_down_until = now + self.cool_down_s
         log.warning("server cooling down url=%s for_s=%g", self.name, self.cool_down_s)
+
+
+def check_may_ask(url: str) -> None:
+    """Raise `ModelLoadError` if the operator of this worker does not let it ask this server."""
+    settings = load_settings()
+    if settings.may_ask(url):
+        return
+    origin = origin_of(url)
+    host = without_password(url) if origin is None else f"{origin.host}:{origin.port}"
+    raise ModelLoadError(
+        f"this worker does not ask {host}: its REWARDQ_JUDGE_HOSTS is {settings.judge_hosts!r}; if it may, add the host"
+    )
 
 
 def choose_server(servers: Sequence[S]) -> S:

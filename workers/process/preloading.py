@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import ModelLoadError, SettingsError
+from tasks.masking import masked
 from tasks.rewards import RewardConfig, RewardSpec
 from tasks.settings import Settings
 from workers.base import RewardModel
@@ -41,7 +42,7 @@ class ServedReward:
             words = str(error)
             if not isinstance(error, ModelLoadError):
                 words = f"{type(error).__name__}: {error}"
-            return cut(f"{_name(self.spec)}: {words}", MAX_REASON_CHARS)
+            return cut(masked(f"{_name(self.spec)}: {words}"), MAX_REASON_CHARS)
         return None
 
 

@@ -14,11 +14,12 @@ import httpx2
 from tasks.errors import ModelLoadError
 from tasks.servers.http_urls import whats_wrong_with_server
 from workers.base import Unscored
+from workers.network.answers import TOO_LARGE, BoundedTransport
 from workers.network.limiter import ConcurrencyLimiter
 from workers.network.loop import NetworkLoop, cause_of
 from workers.network.once import Once
-from workers.network.proxies import proxy_for, trusted_certificates
-from workers.network.servers import Server, choose_server
+from workers.network.proxies import proxy_for
+from workers.network.servers import Server, check_may_ask, choose_server
 from workers.remote.wire import (
     JSON,
     MSGPACK,
@@ -68,6 +69,7 @@ class RemoteLoop(NetworkLoop):
         wrong = whats_wrong_with_server(url)
         if wrong:
             raise ModelLoadError(f"server_url {wrong}")
+        check_may_ask(url)
         url = str(httpx2.URL(url)).rstrip("/")
         with self._lock:
             if url not in self._servers:
@@ -81,11 +83,9 @@ class RemoteLoop(NetworkLoop):
             limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S)
             self._clients[proxy] = httpx2.AsyncClient(
                 timeout=None,
-                limits=limits,
-                proxy=proxy,
+                transport=BoundedTransport(proxy, limits),
                 # A client that trusts the environment builds the transports of proxies that these servers do not need.
                 trust_env=False,
-                verify=trusted_certificates(),
             )
         return self._clients[proxy]
 
@@ -346,7 +346,7 @@ class RemoteClient:
         headers = {"Content-Type": content_type} if content_type else {}
         try:
             async with asyncio.timeout(timeout_s):
-                return await client.request(
+                response = await client.request(
                     method, url, content=content, headers=headers
                 )
         except TimeoutError:
@@ -355,6 +355,10 @@ class RemoteClient:
         except httpx2.RequestError as error:
             message = f"no answer from {server.name}: {cause_of(error)}; asked {server.asked_from}{server.proxy_words}"
             raise NoAnswerError(Unscored("failed", message)) from None
+        too_large = response.extensions.get(TOO_LARGE)
+        if too_large is not None and response.is_success:
+            raise Unscored("failed", f"{server.name}{path}: {too_large}")
+        return response
 
 
 def backoff_s(num_failures: int) -> float:

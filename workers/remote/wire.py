@@ -269,7 +269,10 @@ def _words(response: httpx2.Response) -> str:
 
 
 def _as_text(said: Any) -> str:
-    return said if isinstance(said, str) else json.dumps(said)
+    try:
+        return said if isinstance(said, str) else json.dumps(said)
+    except RecursionError:  # nested nearly as deep as can be parsed
+        return "what is nested too deep to be said"
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:

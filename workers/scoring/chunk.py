@@ -12,13 +12,14 @@ from typing import Any
 from tasks.celery_app import SCORE, app
 from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
-from tasks.messages import Failure, MediaRef, Outcome, SampleRequest, ScoreRequest
+from tasks.messages import MediaRef, Outcome, SampleRequest, ScoreRequest
 from tasks.outcomes import USUAL_STARTS
 from workers.scoring.chord import count_header
-from workers.scoring.context import ScoringContext, context_of
-from workers.scoring.handling import handle
+from workers.scoring.context import ScoringContext
+from workers.scoring.handling import handle_task
+from workers.scoring.outputs import failed
 from workers.scoring.quarantine import MOST_STARTS_ALONE, decide, given_up
-from workers.scoring.task_message import TaskMessage, queue_of
+from workers.scoring.task_message import TaskMessage
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
@@ -35,9 +36,15 @@ def score(
 
     The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
-    message = TaskMessage(label, queue_of(self), request_id, wire, store, number)
+    arguments = {
+        "label": label,
+        "request_id": request_id,
+        "wire": wire,
+        "number": number,
+        "store": store,
+    }
     try:
-        return handle(context_of(self.app), message, ScoreRequest, score_chunk)
+        return handle_task(self, arguments, ScoreRequest, score_chunk)
     finally:
         count_header(self)
 
@@ -239,9 +246,9 @@ class ChunkScorer:
         self.num_failed += len(each) - num_scored
 
     def _fail_all(self, message: str) -> str:
-        failure = Failure(kind="failed", message=message)
+        outcome = failed(message)
         claimed = self._claim()
-        self._write({sample.address: Outcome(failure=failure) for sample, _ in claimed})
+        self._write({sample.address: outcome for sample, _ in claimed})
         return self._words()
 
     def _words(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,10 +134,32 @@ def _decode_media(ref: MediaRef, payloads: Mapping[str, bytes], as_tensor: bool)
 
 
 def _array(ref: MediaRef, data: bytes) -> Any:
-    """The bytes of a payload as an array: float32 `(C, T)`, uint8 `(H, W, 3)` or `(T, H, W, 3)`."""
-    if ref.format == "float32":
-        return np.frombuffer(data, np.float32).reshape(ref.shape)
-    if ref.format == "raw":
-        return np.frombuffer(data, np.uint8).reshape(ref.shape)
-    frames = [media.from_jpeg(frame) for frame in media.split_frames(data)]
-    return np.stack(frames).reshape(ref.shape)
+    """The bytes of a payload as an array: float32 `(C, T)`, uint8 `(H, W, 3)` or `(T, H, W, 3)`.
+
+    Raises:
+        ValueError: The reference declares another shape than the bytes have.
+    """
+    if ref.format == "jpeg":
+        return _frames(ref, data)
+    dtype = np.dtype(np.float32 if ref.format == "float32" else np.uint8)
+    needed = math.prod(ref.shape) * dtype.itemsize
+    if needed != len(data):
+        raise ValueError(
+            f"shape {ref.shape} as {ref.format} needs {needed} bytes, found {len(data)}"
+        )
+    return np.frombuffer(data, dtype).reshape(ref.shape)
+
+
+def _frames(ref: MediaRef, data: bytes) -> Any:
+    """The JPEG files of a payload, each of the declared size, which is looked at before its pixels are decoded."""
+    frames = media.split_frames(data)
+    is_video = len(ref.shape) == 4
+    num_frames = ref.shape[0] if is_video else 1
+    if len(frames) != num_frames:
+        raise ValueError(
+            f"shape {ref.shape} needs {num_frames} frames, found {len(frames)}"
+        )
+    size_HW = ref.shape[-3], ref.shape[-2]
+    return np.stack([media.from_jpeg(frame, size_HW) for frame in frames]).reshape(
+        ref.shape
+    )

@@ -9,9 +9,9 @@ from tasks.celery_app import COMBINE, GROUP, app
 from tasks.groups import combine
 from tasks.messages import GroupRequest, Outcome
 from workers.scoring.chunk import ChunkScorer, answers
-from workers.scoring.context import ScoringContext, context_of
-from workers.scoring.handling import handle
-from workers.scoring.task_message import TaskMessage, queue_of
+from workers.scoring.context import ScoringContext
+from workers.scoring.handling import handle_task
+from workers.scoring.task_message import TaskMessage
 
 WAIT_FOR_OTHERS_S = 1.0
 """How long a body waits for parts that another task is scoring, before it sends itself again."""
@@ -39,8 +39,14 @@ def score_group(
 
     The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
-    message = TaskMessage(label, queue_of(self), request_id, wire, store, number)
-    return handle(context_of(self.app), message, GroupRequest, score_and_combine)
+    arguments = {
+        "label": label,
+        "request_id": request_id,
+        "wire": wire,
+        "number": number,
+        "store": store,
+    }
+    return handle_task(self, arguments, GroupRequest, score_and_combine)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
@@ -57,10 +63,14 @@ def combine_group(
 
     The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
     """
-    message = TaskMessage(
-        label, queue_of(self), request_id, wire, store, num_returns=num_returns
-    )
-    return handle(context_of(self.app), message, GroupRequest, wait_and_combine)
+    arguments = {
+        "label": label,
+        "request_id": request_id,
+        "wire": wire,
+        "store": store,
+        "num_returns": num_returns,
+    }
+    return handle_task(self, arguments, GroupRequest, wait_and_combine)
 
 
 def score_and_combine(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import redis
 
 from tasks.errors import BusyError, PayloadGoneError, StaleCodeError, WireError
+from tasks.masking import masked
 from tasks.messages import WIRE_VERSION, GroupRequest, Note, ScoreRequest, unpack
 from tasks.servers.connections import LOST, why_away
-from workers.scoring.context import ScoringContext
-from workers.scoring.task_message import TaskMessage
+from workers.scoring.context import ScoringContext, context_of
+from workers.scoring.task_message import TaskMessage, message_of
 from workers.texts import cut
+
+log = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 1000
 """How much of an error's text a note carries to the client."""
@@ -23,6 +27,24 @@ Request = TypeVar("Request", ScoreRequest, GroupRequest)
 Work = Callable[[ScoringContext, TaskMessage, Request, int], str]
 """Does what a request asks for. The number is when its message was taken, on Redis's clock, in ms. Returns a few words
 for people."""
+
+
+def handle_task(
+    task: Any,
+    arguments: Mapping[str, Any],
+    kind: type[Request],
+    work: Work[Request],
+) -> str:
+    """Handle the message of a Celery task that runs, which had these arguments; returns a few words for people.
+
+    A message that is none of ours is dropped: there is nobody to leave a note for.
+    """
+    try:
+        message = message_of(task, **arguments)
+    except WireError as error:
+        log.warning("message dropped reason=%s", error)
+        return "dropped: it is no message of ours"
+    return handle(context_of(task.app), message, kind, work)
 
 
 def handle(
@@ -111,7 +133,7 @@ def _note_error(
 ) -> None:
     """Note an error, so that the client can say why it waits: a task that raises each time is sent again each time."""
     words = why or f"the task raised {type(error).__name__}: {error}"
-    detail = cut(words, MAX_ERROR_CHARS)
+    detail = cut(masked(words), MAX_ERROR_CHARS)
     note = Note(reason="error", worker=context.node, detail=detail)
     # The error may be that Redis is away; then the note cannot be left either.
     with contextlib.suppress(redis.RedisError, OSError):
@@ -125,6 +147,7 @@ def _leave_note(
     detail: str,
     store: str = "",
 ) -> str:
-    note = Note(reason=reason, worker=context.node, detail=detail, store=store)
+    words = cut(masked(detail), MAX_ERROR_CHARS)
+    note = Note(reason=reason, worker=context.node, detail=words, store=store)
     context.retry(lambda: context.outcomes.leave_note(message.request_id, note))
     return f"not read: {reason}"

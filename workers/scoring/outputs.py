@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from tasks import media
 from tasks.errors import BusyError
+from tasks.masking import SECRETS, masked
 from tasks.messages import Failure, Outcome
 from workers.base import Unscored
 from workers.loading.tracebacks import words_of
@@ -20,6 +22,9 @@ MAX_MESSAGE_CHARS = 2000
 
 MAX_INFO_DEPTH = 16
 """Information that is nested deeper than this is replaced by its `repr`."""
+
+MAX_INFO_BYTES = 2**20
+"""What a model says beside one reward travels to the trainer and stays in Redis as long as the reward."""
 
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 """The trainer's arrays are float32."""
@@ -55,7 +60,7 @@ def outcomes_of(output: Any, num_samples: int) -> list[Scored]:
 def outcome_of(error: BaseException, line: str = "") -> Outcome:
     """The reason in what a model raised, and the line of the user's code that raised it."""
     if isinstance(error, Unscored):
-        return failed(error.message, error.kind, _plain(error.info))
+        return failed(error.message, error.kind, _bounded(_plain(error.info)))
     kind = "timeout" if isinstance(error, TimeoutError) else "failed"
     words = cut(words_of(error), MAX_MESSAGE_CHARS - len(line))
     return failed(words + line, kind)
@@ -64,8 +69,8 @@ def outcome_of(error: BaseException, line: str = "") -> Outcome:
 def failed(
     message: str, kind: Any = "failed", info: Mapping[str, Any] | None = None
 ) -> Outcome:
-    """A failure with this reason."""
-    failure = Failure(kind=kind, message=cut(message, MAX_MESSAGE_CHARS))
+    """A failure with this reason, in which no secret is shown."""
+    failure = Failure(kind=kind, message=cut(masked(message), MAX_MESSAGE_CHARS))
     return Outcome(failure=failure, info=dict(info or {}))
 
 
@@ -129,11 +134,22 @@ def _info_of(extra: Any, i: int, num_samples: int) -> dict[str, Any]:
     if extra is None:
         return {}
     if not isinstance(extra, Mapping):
-        return {"extra_info": _plain(extra)}
+        return _bounded({"extra_info": _plain(extra)})
     info = {}
     for name, values in extra.items():
         info[encodable(name)] = _plain(_of_sample(values, i, num_samples))
-    return info
+    return _bounded(info)
+
+
+def _bounded(info: dict[str, Any]) -> dict[str, Any]:
+    """Information of a sample; of more than `MAX_INFO_BYTES` only how large it was, and what was in it."""
+    num_bytes = len(msgpack.packb(info))
+    if num_bytes <= MAX_INFO_BYTES:
+        return info
+    names = cut(", ".join(map(str, info)), MAX_MESSAGE_CHARS)
+    return {
+        "too_large": f"{num_bytes} bytes of information, at most {MAX_INFO_BYTES} are kept; it had {names}"
+    }
 
 
 def _of_sample(values: Any, i: int, num_samples: int) -> Any:
@@ -153,7 +169,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         return float(value)  # of a subclass, such as numpy's
     if isinstance(value, str):
-        return encodable(value)
+        return SECRETS.masked(encodable(value))  # a judge may repeat the key
     if isinstance(value, int):
         return int(value) if -(2**63) <= value < 2**64 else _short(value)
     if depth < MAX_INFO_DEPTH:
@@ -163,7 +179,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 def _plain_container(value: Any, depth: int) -> Any:
     if isinstance(value, Mapping):
-        return {encodable(k): _plain(v, depth) for k, v in value.items()}
+        plain = {}
+        for name, one in value.items():
+            plain[SECRETS.masked(encodable(name))] = _plain(one, depth)
+        return plain
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(one, depth) for one in value]
     if media.is_tensor(value) or isinstance(value, np.generic | np.ndarray):

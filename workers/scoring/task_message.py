@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
 from tasks.celery_app import COMBINE, PRIORITY_FIRST, app
-from tasks.messages import WIRE_VERSION
+from tasks.errors import WireError
+from tasks.messages import WIRE_VERSION, Number, Text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
 class TaskMessage:
-    """What a task's message says.
+    """What a task's message says. Whoever can write to Redis can send one, so that nothing in it is taken as it is.
 
     Attributes:
         label: What the task is for, for logs and Flower; `OCR x 16, run demo step 3`.
@@ -23,13 +26,27 @@ class TaskMessage:
         num_returns: How often this body of a chord was sent again, since others were still scoring its parts.
     """
 
-    label: str
-    queue: str
-    request_id: str
+    label: Text
+    queue: Text
+    request_id: Text
     wire: int
-    store: str
-    number: int = 0
-    num_returns: int = 0
+    store: Text
+    number: Number = 0
+    num_returns: Number = 0
+
+
+def message_of(task: Any, **arguments: Any) -> TaskMessage:
+    """The message of a Celery task that runs, from the arguments that came with it.
+
+    Raises:
+        WireError: An argument is of another kind or beyond its bounds; says which, and not what was found.
+    """
+    try:
+        return TaskMessage(queue=queue_of(task), **arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise WireError(f"no message of ours: {field}: {first['msg']}") from None
 
 
 def queue_of(task: Any) -> str:
