@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hypothesis
 import hypothesis.strategies as st
@@ -83,7 +83,7 @@ def run(seconds: float, *, most: int | None = None, seed: int = 0) -> Counts:
 
 def _play(bench: _Bench, ends_at_s: float, most: int | None, seed: int) -> None:
     for number in range(seed, 2**31):
-        bench.give(drawn(number, BATCH))
+        bench.give(drawn(envelopes(), number, BATCH), drawn(broadcasts(), number, BATCH // 5))
         is_enough = most is not None and bench.counts.sent >= most
         if is_enough or time.monotonic() > ends_at_s:
             return
@@ -104,12 +104,12 @@ class _Bench:
         worker.wait_ready()
         return worker
 
-    def give(self, envelopes: list[bytes]) -> None:
-        """Put envelopes into the queue and some into a channel, and see whether the worker serves a right one then."""
+    def give(self, envelopes: list[bytes], broadcasts: list[tuple[str, bytes]]) -> None:
+        """Send envelopes and broadcasts, and see whether the worker serves a right message then."""
         self._redis.lpush(keys.queue_lists(QUEUE)[0], *envelopes)
-        for envelope in envelopes[::10]:
-            self._redis.publish(f"{keys.BROKER}/0.celery.pidbox", envelope)
-        self.counts.sent += len(envelopes)
+        for channel, data in broadcasts:
+            self._redis.publish(f"{keys.BROKER}/0.{channel}", data)
+        self.counts.sent += len(envelopes) + len(broadcasts)
         if self._serves():
             return
         has_ended = self._worker.process.poll() is not None
@@ -208,6 +208,51 @@ def encoded(body: Any) -> str:
     return base64.b64encode(msgpack.packb(body)).decode()
 
 
+BROADCAST = {
+    "content-encoding": "binary",
+    "content-type": "application/x-msgpack",
+    "headers": {"clock": 1, "expires": None},
+    "properties": {
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "celery.pidbox", "routing_key": "worker.heartbeat"},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": "tag",
+    },
+}
+"""What is around a message of remote control, and around an event."""
+
+BROADCASTS: dict[str, Any] = {
+    "celery.pidbox": {
+        "method": "ping",
+        "arguments": {},
+        "destination": None,
+        "pattern": None,
+        "matcher": None,
+        "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "nobody"},
+        "ticket": "ticket",
+    },
+    "celeryev/worker.heartbeat": {
+        "hostname": "gpu.1@other",
+        "utcoffset": 0,
+        "pid": 1,
+        "clock": 5,
+        "freq": 2.0,
+        "active": 0,
+        "processed": 0,
+        "loadavg": [0.1, 0.1, 0.1],
+        "sw_ident": "py-celery",
+        "sw_ver": "5.7.0",
+        "sw_sys": "Linux",
+        "timestamp": 1.0,
+        "type": "worker-heartbeat",
+    },
+}
+"""By channel: what remote control and other workers say."""
+
+T = TypeVar("T")
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
 # --- mutations -----------------------------------------------------------------------------------
 
 DATES = ("2000-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00", "x", f"{SECRET}\n[CRITICAL] forged")
@@ -230,21 +275,43 @@ VALUES = st.recursive(
 
 
 @st.composite
-def envelopes(draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
+def envelopes(draw: Draw) -> bytes:
     """A message with up to four of its parts exchanged, taken away or damaged, as it lies in Redis."""
     whole = message()
     whole["secret"] = SECRET
     body = msgpack.unpackb(base64.b64decode(whole["body"]))
-    for _ in range(draw(st.integers(1, 4))):
-        target = draw(st.sampled_from((whole, body)))
-        there = list(places(target))
-        if there:  # a body of which all was taken away has none
-            place = draw(st.sampled_from(there))
-            change(target, place, draw(st.just(TAKEN_AWAY) | VALUES))
+    mutate(draw, whole, body)
     if draw(st.booleans()):
         body_of(whole, body)
     data = json.dumps(whole).encode()
     return damaged(data, draw) if draw(st.integers(0, 9)) == 0 else data
+
+
+@st.composite
+def broadcasts(draw: Draw) -> tuple[str, bytes]:
+    """A message of remote control, or an event of another worker, mutated likewise; and its channel."""
+    channel, body = draw(st.sampled_from(list(BROADCASTS.items())))
+    whole, body = copy.deepcopy(BROADCAST), copy.deepcopy(body)
+    if channel.startswith("celeryev"):
+        whole |= {"content-encoding": "utf-8", "content-type": "application/json"}
+        whole["properties"]["delivery_info"]["exchange"] = "celeryev"
+    mutate(draw, whole, body)
+    if channel.startswith("celeryev"):
+        whole["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+    else:
+        body_of(whole, body)
+    data = json.dumps(whole).encode()
+    return channel, damaged(data, draw) if draw(st.integers(0, 9)) == 0 else data
+
+
+def mutate(draw: Draw, *parts: Any) -> None:
+    """Exchange or take away up to four values in these parts."""
+    for _ in range(draw(st.integers(1, 4))):
+        target = draw(st.sampled_from(parts))
+        there = list(places(target))
+        if there:  # a part of which all was taken away has none
+            place = draw(st.sampled_from(there))
+            change(target, place, draw(st.just(TAKEN_AWAY) | VALUES))
 
 
 TAKEN_AWAY = object()
@@ -280,7 +347,7 @@ def body_of(whole: dict[str, Any], body: Any) -> None:
         whole["body"] = SECRET
 
 
-def damaged(data: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
+def damaged(data: bytes, draw: Draw) -> bytes:
     """Bytes that were cut, or of which one was changed, or nested a thousand times over."""
     how = draw(st.sampled_from(("cut", "flip", "nest", "garbage")))
     at = draw(st.integers(0, len(data) - 1))
@@ -293,9 +360,9 @@ def damaged(data: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes
     return draw(st.binary(max_size=200))
 
 
-def drawn(seed: int, num: int) -> list[bytes]:
-    """So many envelopes; the same for the same seed."""
-    found: list[bytes] = []
+def drawn(strategy: st.SearchStrategy[T], seed: int, num: int) -> list[T]:
+    """So many examples; the same for the same seed."""
+    found: list[T] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -305,8 +372,8 @@ def drawn(seed: int, num: int) -> list[bytes]:
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(envelopes())
-    def collect(one: bytes) -> None:
+    @hypothesis.given(strategy)
+    def collect(one: T) -> None:
         found.append(one)
 
     collect()

@@ -15,7 +15,6 @@ from tasks.messages import WIRE_VERSION
 from tests.fuzz.envelopes import encoded, message
 from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.requests import Message
-from workers.process.channel import is_broadcast
 from workers.process.envelopes import (
     LOGGED_A_MINUTE,
     MAX_ENVELOPE_BYTES,
@@ -158,19 +157,3 @@ def test_a_dropped_message_is_logged_by_id_and_size_within_bounds_and_counted(ca
     assert lines[-2] == "6 more messages were dropped in the last minute"
     assert "id=unknown" in lines[-1]
     assert not any(SECRET in line or "\n" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("data", "is_one"),
-    [
-        (json.dumps(message()).encode(), True),
-        (b"{", False),
-        (b"[" * 100_000, False),
-        (b"5", False),
-        (json.dumps({**message(), "headers": 5}).encode(), False),
-        (json.dumps({**message(), "body": 5}).encode(), False),
-        (json.dumps({**message(), "properties": {"body_encoding": "base64"}}).encode(), False),
-    ],
-)
-def test_what_comes_by_a_channel_is_read_only_if_it_has_the_form_of_celerys_broadcasts(data, is_one):
-    assert is_broadcast(data) is is_one

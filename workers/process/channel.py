@@ -5,9 +5,7 @@ Kombu reads a message, and Celery acts on it, in callbacks of the event loop, wh
 
 from __future__ import annotations
 
-import base64
 import functools
-import json
 import logging
 import queue
 from typing import Any
@@ -16,6 +14,7 @@ from celery.worker import state as worker_state
 from kombu.transport import redis as transports
 from kombu.utils.encoding import bytes_to_str
 
+from workers.process.broadcasts import why_refused
 from workers.process.envelopes import Envelope, Envelopes
 
 log = logging.getLogger(__name__)
@@ -86,11 +85,12 @@ class _GuardedChannel:
 
     def _handle_message(self, client: Any, response: Any) -> Any:
         payload = super()._handle_message(client, response)  # type: ignore[misc]
+        data = payload["data"]
         is_message = bytes_to_str(payload["type"]).endswith("message")
-        if is_message and payload["data"] and not is_broadcast(payload["data"]):
-            num_bytes = len(payload["data"])
-            self.envelopes.drop(CONTROL, "unknown", num_bytes, "no broadcast of Celery")
-            payload["data"] = None
+        why = why_refused(data) if is_message and data else ""
+        if why:
+            self.envelopes.drop(CONTROL, "unknown", len(data), why)
+            payload["data"] = None  # kombu passes over it
         return payload
 
     def _receive_one(self, client: Any) -> Any:
@@ -106,20 +106,7 @@ class _GuardedChannel:
     def _passed_on(self) -> tuple[type[BaseException], ...]:
         """What is no fault of a message: nothing came, or the connection is lost."""
         transport = self.connection  # type: ignore[attr-defined]
-        errors = (*transport.connection_errors, *transport.channel_errors)
+        errors = {*transport.connection_errors, *transport.channel_errors}
+        # Kombu counts it among the errors of a connection; here a message lacks something.
+        errors.discard(KeyError)
         return (queue.Empty, *errors)
-
-
-def is_broadcast(data: bytes) -> bool:
-    """Whether bytes of a channel of Redis are a message that kombu can read: of remote control, or an event."""
-    try:
-        fields = json.loads(data)
-        base64.b64decode(fields["body"], validate=True)
-        headers, properties = fields.get("headers"), fields["properties"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
-    if not isinstance(properties, dict) or not isinstance(headers, dict | None):
-        return False
-    encoding = properties.get("body_encoding")
-    has_route = isinstance(properties.get("delivery_info"), dict)
-    return encoding == "base64" and has_route and "delivery_tag" in properties

@@ -129,6 +129,12 @@ class _Arguments(_Part):
     wire: Number
 
 
+class _OtherArguments(_Arguments):
+    """Of another wire version, up to the number, which all versions have had."""
+
+    number: Number = 0
+
+
 class _ScoreArguments(_Arguments):
     number: Number = 0
     store: Id | Literal[""] = ""
@@ -234,10 +240,10 @@ def _body(text: str) -> _Body:
 def _arguments(task: str, args: list[Any]) -> list[Any]:
     """The arguments that a task knows, and further ones of a later client as long as they are ids or numbers.
 
-    Of a message of another wire version, which is answered by a note, only the first three are known.
+    A message of another wire version is answered by a note.
     """
     is_our_version = _named(_Arguments, args).wire == WIRE_VERSION
-    kind = _ARGUMENTS[task] if is_our_version else _Arguments
+    kind = _ARGUMENTS[task] if is_our_version else _OtherArguments
     known = _named(kind, args).model_dump(exclude_unset=True)
     known["label"] = _printable(known["label"])
     later = args[len(kind.model_fields) :][:MAX_LATER_ARGUMENTS]
