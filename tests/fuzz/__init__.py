@@ -1,1 +1,2 @@
-"""Fuzzers: each has a `run(seconds)` that a command can call, and a short form in the suite."""
+"""Fuzzers: each hands hostile or odd input to the real code, for as many seconds as it is given, and counts what came of
+it. `make fuzz` runs all of them; short forms are in the suite."""
