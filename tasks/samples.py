@@ -25,7 +25,8 @@ _WITHHOLDABLE = (*MEDIA_FIELDS, "metadata", *NUMBER_FIELDS)
 class Sample:
     """A prompt and what was generated for it.
 
-    Media are kept by reference until they are encoded; do not change them before `client.flush()` or `collect()`.
+    `submit()` copies all but the media, which are kept by reference until they are encoded: do not change them before
+    `client.flush()` or `collect()`. docs/samples.md says what is noticed.
     """
 
     prompt: str = ""
@@ -39,8 +40,8 @@ class Sample:
     """Images that the generator was given (the source of an edit first)."""
     condition_videos: Sequence[Any] | None = None
     group: Hashable = None
-    """Id of its prompt's group, over all ranks; samples of one group are compared. Unless given, samples with equal
-    prompts and condition media are one group."""
+    """Id of its prompt's group, over all ranks: a value, `ids[i]` of a tensor is its number. Samples of one group are
+    compared. Unless given, samples with equal prompts and condition media are one group."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like; reaches the reward models that declare it."""
     fps: float | None = None

@@ -134,7 +134,8 @@ class Backend:
         if not missing.keys() <= found.keys():
             words = "its media were changed after submit(), and had to be sent a second time"
             return Failure(kind="invalid", message=words)
-        return self._put({n: found[digest].data for digest, n in missing.items()})
+        payloads = {name: found[digest].data for digest, name in missing.items()}
+        return self._put(payloads)
 
     # --- publish ---------------------------------------------------------------------
 
