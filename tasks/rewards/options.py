@@ -20,6 +20,9 @@ from tasks.settings import KEY_PREFIX, OPENAI_KEY, is_key_variable
 MAX_FILE_BYTES = 256 * 1024
 """A rubric larger than this is a mistake; its text travels with every request."""
 
+MAX_SHOWN_CHARS = 300
+"""How much of a wrong value its error repeats."""
+
 NO_KEY_VARIABLE = f"api_key_env must be {OPENAI_KEY} or {KEY_PREFIX}*"
 
 _FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
@@ -120,7 +123,7 @@ def _checked(option: Option, name: str, value: Any, where: str) -> Any:
         return needed.validate_python(written, strict=True)  # an integer is a float too
     except ValidationError as error:
         raise ConfigError(
-            f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r})"
+            f"{where}: option {name}: {error.errors()[0]['msg']} (found {_shown(value)!r:.{MAX_SHOWN_CHARS}})"
         ) from None
 
 

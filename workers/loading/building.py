@@ -14,6 +14,7 @@ from tasks.messages import RewardCall
 from tasks.rewards.options import options_in_message
 from tasks.settings import Settings
 from tasks.source.declared import may_be_reward_model
+from tasks.source.files import find_source
 from workers.base import Accelerator, RewardArguments, RewardModel
 from workers.loading.code import LOADED_CODE
 
@@ -93,12 +94,17 @@ def _look_before_import(path: str, name: str, settings: Settings) -> None:
         raise ModelLoadError(f"{path}.{name} is no dotted path of a class")
     if path in settings.allowed_modules or path in sys.modules:
         return
-    if not may_be_reward_model(f"{path}.{name}"):
+    if may_be_reward_model(f"{path}.{name}"):
+        return
+    instead = f"name the module itself: REWARDQ_MODULES={','.join((*settings.allowed_modules, path))}"
+    if find_source(path) is None:
         raise ModelLoadError(
-            f"{path} has no reward model {name!r} that its source shows, so this worker does not import it; if it "
-            f"makes the class while it runs, name the module itself: REWARDQ_MODULES="
-            f"{','.join((*settings.allowed_modules, path))}"
+            f"No module named {path!r} whose source this worker can read; if it is compiled, {instead}"
         )
+    raise ModelLoadError(
+        f"{path} has no reward model {name!r} that its source shows, so this worker does not import it; if it makes "
+        f"the class while it runs, {instead}"
+    )
 
 
 def _takes_arguments_by_name(cls: type[RewardModel]) -> bool:

@@ -55,6 +55,7 @@ def local_or_hub(option: str, name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.exists():
+        _refuse_odd_file(option, path)
         return str(path.absolute())
     if name.startswith(("/", ".", "~")):
         raise ModelLoadError(
@@ -76,6 +77,8 @@ def find_file(option: str, name: str, file: str, revision: str = "") -> str:
     Raises:
         ModelLoadError: There is no such file.
     """
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ModelLoadError(f"{option}: {file!r} leads out of the checkpoint")
     found = Path(local_or_hub(option, name))
     if found.is_file():
         return str(found)
@@ -100,6 +103,20 @@ def without_initialising() -> TorchFunctionMode:
 
 
 # --- private -------------------------------------------------------------------------------------
+
+_OF_THE_SYSTEM = ("/proc", "/sys")
+"""Folders whose files are no checkpoints, though they look like regular files: `/proc/self/environ` has our keys."""
+
+
+def _refuse_odd_file(option: str, path: Path) -> None:
+    """Raise for what is no regular file or folder: a device or a pipe would be read for ever."""
+    real = path.resolve()
+    is_usual = real.is_file() or real.is_dir()
+    if not is_usual or any(real.is_relative_to(one) for one in _OF_THE_SYSTEM):
+        raise ModelLoadError(
+            f"{option}: {str(path)!r} on this worker is no checkpoint, but a device, a pipe or a file of the system"
+        )
+
 
 _DRAWING = (
     "normal_",
