@@ -17,7 +17,7 @@ def hash_of(parts: list[Any], num_digits: int) -> str:
 def canonical(value: Any) -> Any:
     """`value` with its mappings in the order of their keys, so that equal content gives equal bytes."""
     if isinstance(value, Mapping):
-        return {key: canonical(value[key]) for key in sorted(value)}
+        return {key: canonical(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
     return value

@@ -193,7 +193,7 @@ class GroupRequest(_Request):
     address: Text
     """Where the group's outcome goes."""
     attempt: Attempt = 1
-    members: tuple[SampleRequest, ...]
+    members: Annotated[tuple[SampleRequest, ...], Field(min_length=1)]
     """In slot order. For ranks they are the parts."""
     comparisons: tuple[SampleRequest, ...] = ()
     """For wins: the parts, each with the media of two members."""
@@ -201,6 +201,19 @@ class GroupRequest(_Request):
     """For each comparison, which members it compares."""
     shared_key: Text = ""
     """If several ranks have filled the group: where its slots are in Redis (`GroupSlots.key`)."""
+
+    @model_validator(mode="after")
+    def _pairs_of_members(self) -> GroupRequest:
+        if len(self.pairs) != len(self.comparisons):
+            raise ValueError(
+                f"{len(self.pairs)} pairs for {len(self.comparisons)} comparisons"
+            )
+        for pair in self.pairs:
+            if not all(0 <= index < len(self.members) for index in pair):
+                raise ValueError(
+                    f"the pair {pair} is not of the {len(self.members)} members"
+                )
+        return self
 
     @property
     def parts(self) -> tuple[SampleRequest, ...]:

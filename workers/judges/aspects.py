@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from workers.judges.long_runs import shortened
 from workers.judges.thought import without_thought
 
 LOWEST, HIGHEST = 1.0, 4.0
@@ -90,7 +91,7 @@ class Judgement:
 
 def read_judgement(text: str) -> Judgement:
     """The scores in a reply. A model's thought, the summary and what follows the summary are left out."""
-    text = without_thought(text)
+    text = shortened(without_thought(text))
     scores: dict[str, Score] = {}
     unclear: dict[str, None] = {}
     beyond: dict[str, float] = {}

@@ -20,6 +20,7 @@ from workers.judges import rubrics
 from workers.judges.images import evenly_spaced
 from workers.judges.inner_errors import cut
 from workers.judges.judge import Judge
+from workers.judges.long_runs import shortened
 from workers.judges.rational import rubric_of
 from workers.judges.reply import Reply
 from workers.judges.template import Template
@@ -175,7 +176,7 @@ def read_verdict(text: str) -> Verdict:
             as well.
     """
     verdicts: set[str] = set()
-    for line in _VERDICT.finditer(text):
+    for line in _VERDICT.finditer(shortened(text)):
         if _SEVERAL.match(line["rest"]):
             continue
         verdict = line["verdict"].lower()

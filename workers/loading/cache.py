@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tasks import catalog
 from tasks.errors import ModelLoadError
+from tasks.hashing import canonical, hash_of
 from tasks.messages import RewardCall
 from tasks.settings import Settings
 from workers.base import RewardModel
@@ -41,15 +42,18 @@ class CacheKey:
     fingerprint: str
     connection: str
     """How a server is asked, which the fingerprint leaves out; empty for a model that runs here."""
+    computation: str
+    """Hash of what is asked for, made here: a message may have the fingerprint of one reward and the model of another,
+    which must not answer for the first from then on."""
 
     @classmethod
     def of(cls, call: RewardCall) -> CacheKey:
         """The key of the model that `call` needs."""
         builtin = catalog.CATALOG.get(call.model)
         if builtin is None or builtin.is_local:
-            return cls(call.instance or call.fingerprint, "")
+            return cls(call.instance or call.fingerprint, "", _computation(call))
         connection = f"{call.timeout_s} {sorted(call.options.items())}"
-        return cls(call.fingerprint, connection)
+        return cls(call.fingerprint, connection, _computation(call))
 
     @property
     def is_local(self) -> bool:
@@ -300,6 +304,20 @@ class ModelCache:
         if not isinstance(error, ModelLoadError):  # whose text says all there is to say
             tracebacks.write("load failed", call.model, error)
         cached.load.set_exception(reason)
+
+
+def _computation(call: RewardCall) -> str:
+    builtin = catalog.CATALOG.get(call.model)
+    uses_dtype = builtin is None or builtin.uses_dtype
+    dtype = call.dtype if uses_dtype else ""
+    parts = [
+        call.model,
+        call.version,
+        dtype,
+        call.image_format,
+        canonical(call.options),
+    ]
+    return hash_of(parts, 16)
 
 
 def _differ_in_launch(one: RewardCall, other: RewardCall) -> bool:

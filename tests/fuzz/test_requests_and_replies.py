@@ -1,0 +1,39 @@
+"""A few seconds of the fuzzers of requests and replies, from a seed of their own, and what they have found."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.fuzz import replies, requests
+from workers.base import Unscored
+from workers.judges.aspects import read_judgement
+from workers.judges.pairwise import read_verdict
+
+
+@pytest.mark.parametrize("fuzzer", [requests, replies])
+def test_no_mutated_input_gives_a_wrong_reward_or_ends_a_task(fuzzer):
+    found = fuzzer.run(4.0, seed=1)
+    assert found["tried"] >= 20
+    assert found["refused"] > 0
+    assert (found["wrong"], found["ended"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Verdict: first" + "|" * 100_000,
+        "\n" * 100_000,
+        "aspect" + "*" * 100_000,
+        "_" * 50_000 + "aspect" + "_" * 50_000,
+    ],
+)
+def test_a_reply_that_repeats_a_mark_for_ever_is_read_in_no_time(text):
+    began_s = time.process_time()
+    read_judgement(text)
+    try:
+        assert read_verdict(text) == "first"
+    except Unscored as reason:
+        assert reason.kind == "unparsable"
+    assert time.process_time() - began_s < 5, "before, the time grew with the square of the length: minutes"
