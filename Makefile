@@ -9,7 +9,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench soak simulate
+.PHONY: demo test lint bench soak fuzz simulate
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/rewardq demo
@@ -27,8 +27,17 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.judges
 
+# Faults, then a long run: `make soak SAMPLES=100000 LARGE=1000` is a shorter one.
+SAMPLES ?= 1000000
+LARGE ?= 10000
 soak: $(VENV)/.installed-dev
-	$(BIN)/pytest -m soak -n 2 --dist load --maxschedchunk 1 tests/soak
+	$(BIN)/pytest -m soak -n 2 --dist load --maxschedchunk 1 tests/soak/test_faults.py
+	SOAK_SAMPLES=$(SAMPLES) SOAK_LARGE=$(LARGE) $(BIN)/pytest -m soak tests/soak/test_long_run.py
+
+# Hostile input by chance, for so many minutes together. `python -m tests.fuzz --only bodies` runs one fuzzer.
+MINUTES ?= 10
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --write
 
 # Schedules of the simulation: `make simulate SEEDS=0..1000000`. One: `python -m tests.simulation.run --trace 1234`.
 SEEDS ?= 0..20000

@@ -1,12 +1,9 @@
-"""The fixtures of the delivery tests at default times, and the table that a whole run leaves."""
+"""The fixtures of the delivery tests at default times, and the page that a whole run leaves."""
 
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,15 @@ import pytest
 from tasks.settings import Settings, load_settings
 from tests.delivery.conftest import bench, calls, judges, proxies, supervised, trainers  # noqa: F401  (fixtures)
 from tests.pipeline.conftest import clients  # noqa: F401  (a fixture)
-from tests.servers import ROOT, RedisServer
+from tests.servers import RedisServer
 from tests.soak.faults import FAULTS
-from tests.soak.report import Report
+from tests.soak.loads import LOADS
+from tests.soak.report import Rows, server_of, write
 
-PAGE = ROOT / "docs" / "reliability.md"
 ROWS = "SOAK_ROWS"
+
+WHOLE = {"faults": list(FAULTS), "long_run": [load.name for load in LOADS]}
+"""The parts of the page that this folder's tests are for, and the rows that make each whole."""
 
 
 @pytest.fixture
@@ -29,30 +29,23 @@ def settings(redis_url: str) -> Settings:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where each fault leaves its row: a folder for the processes of this run, made by the first of them."""
+    """Where each test leaves its row: a folder for the processes of this run, made by the first of them."""
     if not hasattr(config, "workerinput"):
         os.environ[ROWS] = tempfile.mkdtemp(prefix="soak-")
 
 
 @pytest.fixture(scope="session")
-def report(redis_server: RedisServer) -> Report:
+def rows(redis_server: RedisServer) -> Rows:
     """Takes up rows."""
     with redis_server.client() as client:
-        server = client.info("server")
-    made = f"{server.get('server_name', 'redis')} {server.get('valkey_version', server['redis_version'])}"
-    return Report(Path(os.environ[ROWS]), made)
+        return Rows(Path(os.environ[ROWS]), server_of(client))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The page is written when all faults left their rows, and held."""
+    """A part of the page is written when all of its tests left their rows, and held."""
     if hasattr(session.config, "workerinput") or session.testsfailed:
         return
-    made = Report(Path(os.environ[ROWS]), "")
-    rows = made.rows(FAULTS)
-    if len(rows) == len(FAULTS):
-        about = (
-            f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {platform.machine()}, two faults at a time, "
-            f"Python {platform.python_version()}, celery {version('celery')}, redis-py {version('redis')}, "
-            f"{made.server}"
-        )
-        PAGE.write_text(made.page(about, rows))
+    for kind, names in WHOLE.items():
+        data = Rows(Path(os.environ[ROWS])).complete(kind, names)
+        if data is not None:
+            write(kind, data)
