@@ -14,7 +14,12 @@ from tasks.errors import ConfigError, UnknownRewardError, nearest
 from tasks.rewards import yaml_file
 from tasks.rewards.parser import parse_block, parse_train
 from tasks.rewards.spec import RewardSpec
-from tasks.rewards.yaml_keys import check_blocks
+from tasks.rewards.yaml_file import NO_LINES, Lines
+from tasks.rewards.yaml_keys import (
+    check_block_name,
+    check_has_rewards,
+    check_train_keys,
+)
 
 Split = Literal["train", "eval"]
 
@@ -40,9 +45,16 @@ class RewardConfig(BaseModel):
         Its other blocks are the trainer's, but for `advantage_aggregation` and `global_std` in `train:`.
 
         Raises:
-            ConfigError: The file cannot be read, is no YAML, a key is given twice, or a block is wrong.
+            ConfigError: The file cannot be read, is no YAML, a key is given twice, or a block is wrong; names the file,
+                and the line where something is wrong.
         """
-        return cls.from_dict(yaml_file.read(path), Path(path).parent)
+        config, lines = yaml_file.read(path)
+        try:
+            return cls._checked(config, Path(path).parent, lines)
+        except ConfigError as error:
+            raise type(error)(
+                yaml_file.in_short(f"{os.fspath(path)}: {error}")
+            ) from None
 
     @classmethod
     def from_dict(
@@ -55,19 +67,27 @@ class RewardConfig(BaseModel):
         Raises:
             ConfigError: Says which reward and key is wrong, what was found and what is needed.
         """
-        check_blocks(config)
-        rewards = parse_block(config["rewards"], "rewards", folder)
+        return cls._checked(config, folder, NO_LINES)
+
+    @classmethod
+    def _checked(
+        cls, config: Mapping[str, Any], folder: Path, lines: Lines
+    ) -> RewardConfig:
+        check_has_rewards(config)
+        for key, block in config.items():
+            with lines.told(key):
+                check_block_name(key, block)
+        rewards = parse_block(config["rewards"], "rewards", folder, lines)
         eval_rewards: tuple[RewardSpec, ...] = ()
         for_evaluation = config.get("eval_rewards")
         if for_evaluation not in (None, [], {}, ()):
             eval_rewards = parse_block(
-                for_evaluation, "eval_rewards", folder, for_evaluation=True
+                for_evaluation, "eval_rewards", folder, lines, for_evaluation=True
             )
-        return cls(
-            rewards=rewards,
-            eval_rewards=eval_rewards,
-            **parse_train(config.get("train")),
-        )
+        with lines.told("train"):
+            check_train_keys(config.get("train"))
+            train = parse_train(config.get("train"))
+        return cls(rewards=rewards, eval_rewards=eval_rewards, **train)
 
     def of(self, split: Split) -> tuple[RewardSpec, ...]:
         """The rewards of a split, for use.

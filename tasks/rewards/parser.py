@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tasks.rewards.options import check_options
 from tasks.rewards.own_class import fields_of_own_class
 from tasks.rewards.queues import queue_of_builtin
 from tasks.rewards.spec import DTYPES, JPEG, RAW, RewardSpec
+from tasks.rewards.yaml_file import NO_LINES, Lines
 from tasks.rewards.yaml_keys import (
     KEYS,
     as_found,
@@ -33,12 +34,23 @@ from tasks.source.code import code_of
 
 log = logging.getLogger(__name__)
 
+MAX_REWARDS = 200
+"""Rewards of a block."""
+
+MAX_NAME = 500
+"""Characters of a reward model's name or dotted path."""
+
 OWN_CLASS_KEYS = ("kind", "required_fields")
 """Keys of ours that are for a class of the user's only."""
 
 
 def parse_block(
-    block: Any, where: str, folder: Path, *, for_evaluation: bool = False
+    block: Any,
+    where: str,
+    folder: Path,
+    lines: Lines = NO_LINES,
+    *,
+    for_evaluation: bool = False,
 ) -> tuple[RewardSpec, ...]:
     """The rewards of a block: a list of rewards, or one as a mapping.
 
@@ -46,28 +58,41 @@ def parse_block(
         block: As the config has it.
         where: The block's key, for errors.
         folder: What relative file names start from.
+        lines: Where the block and its entries stand, for errors.
         for_evaluation: Names that mean nothing here are let pass; see `catalog.find`.
 
     Raises:
         ConfigError: Says which reward and key is wrong, what was found and what is needed.
     """
+    with lines.told(where):
+        entries = _entries(block, where)
+    specs = []
+    for i, entry in enumerate(entries):
+        with lines.told(where, i):
+            specs.append(_parse_reward(entry, f"{where}[{i}]", folder, for_evaluation))
+    with lines.told(where):
+        _check_names(specs, where)
+    return tuple(specs)
+
+
+def _entries(block: Any, where: str) -> Sequence[Any]:
     entries = [block] if isinstance(block, Mapping) else block
     if not isinstance(entries, list | tuple) or not entries:
         raise ConfigError(
             f"{where}: needs a list of rewards or one reward, found {as_found(block)}"
         )
+    if len(entries) > MAX_REWARDS:
+        raise ConfigError(f"{where}: {len(entries)} rewards, the most is {MAX_REWARDS}")
+    return entries
 
-    specs = tuple(
-        _parse_reward(entry, f"{where}[{i}]", folder, for_evaluation)
-        for i, entry in enumerate(entries)
-    )
+
+def _check_names(specs: Sequence[RewardSpec], where: str) -> None:
     num_of_name = Counter(spec.name for spec in specs)
     repeated = sorted(name for name, num in num_of_name.items() if num > 1)
     if repeated:
         raise ConfigError(
             f"{where}: two rewards of the name {repeated[0]!r}; give each its own"
         )
-    return specs
 
 
 def parse_train(block: Any) -> dict[str, Any]:
@@ -152,7 +177,11 @@ def _model_of(entry: Any, where: str) -> str:
     model = entry.get("reward_model")
     if not isinstance(model, str) or not model.strip():
         raise ConfigError(
-            f"{where}: reward_model must name a reward model, found {model!r}"
+            f"{where}: reward_model must name a reward model, found {model!r:.100}"
+        )
+    if len(model) > MAX_NAME:
+        raise ConfigError(
+            f"{where}: reward_model has {len(model)} characters, the most is {MAX_NAME}"
         )
     return model.strip()
 
@@ -253,7 +282,7 @@ def _validated(fields: dict[str, Any], where: str) -> RewardSpec:
         needed = "needs raise, nan, or {value: a finite number}"
     else:
         needed = first["msg"].removeprefix("Value error, ")
-    found = "" if ", found " in needed else f" (found {fields[key]!r})"
+    found = "" if ", found " in needed else f" (found {fields[key]!r:.200})"
     raise ConfigError(f"{where}: {key}: {needed}{found}")
 
 

@@ -101,7 +101,9 @@ class RewardSpec(BaseModel):
     num_workers: Count = 1
     """Accepted for Flow-Factory's configs; concurrency is the workers'."""
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
-    version: Annotated[str, BeforeValidator(_text_of_number)] = ""
+    version: Annotated[str, BeforeValidator(_text_of_number), Field(max_length=500)] = (
+        ""
+    )
     """Of your own class: change it when its code changes, and old rewards are no answer any more."""
     on_failure: Annotated[
         OnFailure | ConstantOnFailure | None,

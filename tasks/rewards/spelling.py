@@ -34,6 +34,8 @@ def _plain(word: str) -> str:
 
 
 def _is_slip(word: str, meant: str) -> bool:
+    if abs(len(word) - len(meant)) > 2:
+        return False
     if len(meant) < LONG:
         return word[:1] == meant[:1] and _distance(word, meant) <= 1
     return _distance(word, meant) <= 2

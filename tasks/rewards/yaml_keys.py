@@ -169,19 +169,24 @@ def _check_against_source(path: str, beside: Mapping[str, Any], where: str) -> N
         )  # fmt: skip
 
 
-def check_blocks(config: Mapping[Any, Any]) -> None:
-    """Raises `ConfigError` for a block of rewards that is missing or misspelt, and for a misspelt key in `train:`."""
+def check_has_rewards(config: Mapping[Any, Any]) -> None:
+    """Raises `ConfigError` for a config without a block of rewards."""
     if "rewards" not in config:
         raise ConfigError(_no_rewards(config))
-    for key, block in config.items():
-        meant = _meant(key, BLOCKS)
-        if meant is not None and _has_rewards(block):
-            raise ConfigError(
-                f"the block {key!r} has rewards in it; did you mean {meant!r}?"
-            )
-        _say_what_is_not_read(key, block)
 
-    train = config.get("train")
+
+def check_block_name(key: Any, block: Any) -> None:
+    """Raises `ConfigError` for a block of rewards whose name is misspelt."""
+    meant = _meant(key, BLOCKS)
+    if meant is not None and _has_rewards(block):
+        raise ConfigError(
+            f"the block {key!r} has rewards in it; did you mean {meant!r}?"
+        )
+    _say_what_is_not_read(key, block)
+
+
+def check_train_keys(train: Any) -> None:
+    """Raises `ConfigError` for a misspelt key of ours in the block `train:`."""
     for key in train if isinstance(train, Mapping) else ():
         meant = _meant(key, TRAIN_KEYS)
         if meant is not None:

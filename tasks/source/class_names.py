@@ -39,6 +39,8 @@ def check_class(path: str, where: str, said: Container[str]) -> str:
     Raises:
         UnknownRewardError: It is misspelt: the module, or the class in its module, has nearly this name.
     """
+    if not all(part.isidentifier() for part in path.split(".")):
+        return f"{where}: {path!r:.100} is neither a built-in nor the dotted path of a class, my_rewards.MyReward"
     module, _, name = path.rpartition(".")
     source = find_source(module)
     if source is None:

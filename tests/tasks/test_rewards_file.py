@@ -387,3 +387,119 @@ def test_an_option_like_a_key_of_ours_that_the_class_does_not_name_is_said(
         "you mean 'on_failure'?)"
     )
     assert other.endswith("theirs goes to the class as an option of its own, and near_rewards.py does not name it")
+
+
+# --- where it is wrong, and bounds ---------------------------------------------------------------
+
+TWO = "rewards:\n  - reward_model: OCR\n  - reward_model: OCR\n    name: second\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (f"{TWO}    weight: x\n", 3, r"rewards\[1\] \(second\): weight: "),
+        (f"{TWO}    wieght: 1\n", 3, r"rewards\[1\] \(second\): OCR has no option 'wieght'"),
+        ("rewards:\n- reward_model: OCR\n- reward_model: OCRR\n", 3, "unknown reward model 'OCRR'"),
+        ("rewards:\n- reward_model: OCR\n- reward_model: OCR\n", 1, "rewards: two rewards of the name 'OCR'"),
+        (f"{TWO}eval_rewards:\n  reward_model: OCR\n  weight: x\n", 6, r"eval_rewards\[0\] \(OCR\): weight: "),
+        (f"{TWO}train: {{globul_std: true}}\n", 5, "train: 'globul_std' is read by nobody"),
+        (f"{TWO}train: {{global_std: 3}}\n", 5, "train: global_std must be true or false"),
+        (f"{TWO}eval-rewards: [{{reward_model: OCR}}]\n", 5, "the block 'eval-rewards' has rewards in it"),
+        ("x: 1\nrewards: 3\n", 2, "rewards: needs a list of rewards or one reward"),
+    ],
+)
+def test_an_error_names_the_file_once_and_the_line(from_text: Any, text: str, line: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^[^:]*\.yaml: line {line}: {words}") as caught:
+        from_text(text)
+    assert str(caught.value).count(".yaml") == 1
+
+
+def test_a_config_that_is_no_file_has_no_lines() -> None:
+    with pytest.raises(ConfigError, match=r"^rewards\[0\] \(OCR\): weight: "):
+        RewardConfig.from_dict({"rewards": [{"reward_model": "OCR", "weight": "x"}]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!int ''", "!!int '_'", "!!float ''", "!!bool x", "!!timestamp x", "2001-12-14t21:59:43.10+99:99", "2026-13-41"],
+)
+@pytest.mark.parametrize("block", ["rewards:\n  reward_model: my.Own\n  x: ", "rewards: {reward_model: my.Own}\n\nx: "])
+def test_a_text_that_is_not_what_its_tag_says_is_refused_with_its_line(from_text: Any, block: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"rewards\.yaml cannot be read: line 3: .* cannot be read as \w+: "):
+        from_text(f"{block}{value}\n")
+
+
+def aliases(fan: int, depth: int, first: str = "[x]", opened: str = "") -> str:
+    """Lists of lists, of which the last stands for `fan ** depth` values; with `{<<: ` mappings of merged mappings."""
+    rows = [f"a0: &a0 {first}"]
+    for i in range(1, depth):
+        rows.append(f"a{i}: &a{i} {opened}[{', '.join([f'*a{i - 1}'] * fan)}]{'}' if opened else ''}")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (aliases(10, 9), 6, "stands for 211111 values with its aliases, the most is 100000"),
+        (aliases(10, 9, "{x: 1}", "{<<: "), 6, "stands for .* values with its aliases"),
+        (aliases(1, 200), 64, "nested deeper than 64"),
+        ("[" * 65 + "]" * 65, 1, "nested deeper than 64"),
+        ("x: &x [*x]", 1, "an anchor is named within itself"),
+        ("x: &x {<<: *x}", 1, "an anchor is named within itself"),
+        ("x: [" + "1," * 100_001 + "]", 1, "more than 100000 values"),
+        ("x: " + "9" * 101, 1, "a number of 101 characters, the most is 100"),
+        ("x:\n  0x" + "f" * 5000, 2, "a number of 5002 characters"),
+    ],
+)
+def test_a_file_that_would_take_all_memory_or_time_is_refused_with_its_line(
+    from_text: Any, text: str, line: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"rewards\.yaml cannot be read: line {line}: .*{words}"):
+        from_text(f"{text}\nrewards: {{reward_model: my.Own}}\n")
+
+
+def test_what_aliases_stand_for_within_the_bounds_is_read(from_text: Any) -> None:
+    config = from_text(f"{aliases(10, 4)}\nrewards: {{reward_model: my.Own, x: *a3, y: {'9' * 15}}}\n")
+    assert config.rewards[0].options == {"x": [[[["x"]] * 10] * 10] * 10, "y": int("9" * 15)}
+
+
+def test_a_file_that_is_no_rewards_file_is_refused_by_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.yaml"
+    path.write_bytes(b"#" * (1 << 20) + b"\nrewards: {reward_model: OCR}\n")
+    with pytest.raises(ConfigError, match="has more than 1048576 bytes"):
+        RewardConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match="has more than 1048576 bytes"):
+        RewardConfig.from_yaml("/dev/zero")
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.yaml"
+    for wrong in (b"\xff", b"\x00", b"\x7f"):
+        path.write_bytes(b"rewards:\n\n  reward_model: " + wrong)
+        with pytest.raises(ConfigError, match=r"rewards\.yaml is no YAML: line 3: "):
+            RewardConfig.from_yaml(path)
+
+
+def test_more_rewards_than_anybody_has_are_refused(from_text: Any) -> None:
+    with pytest.raises(ConfigError, match="line 1: rewards: 201 rewards, the most is 200"):
+        from_text("rewards:\n" + "".join(f"- {{reward_model: OCR, name: n{i}}}\n" for i in range(201)))
+
+
+def test_a_long_value_is_cut_in_its_error(from_text: Any) -> None:
+    with pytest.raises(ConfigError, match="on_failure: needs raise, nan") as caught:
+        from_text(f"rewards: {{reward_model: OCR, on_failure: {'a' * 9000}}}")
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ConfigError, match="could not determine a constructor") as caught:
+        from_text(f"rewards: !{'a' * 9000} x")
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("path", ["**.C", "[a.C", "a/b.C", "HPSv2.1", "../x.C"])
+def test_a_name_with_a_dot_that_is_no_dotted_path_is_refused_at_use(path: str) -> None:
+    config = RewardConfig.from_dict({"rewards": {"reward_model": "OCR"}, "eval_rewards": {"reward_model": path}})
+    with pytest.raises(UnknownRewardError, match="is neither a built-in nor the dotted path of a class"):
+        config.of("eval")
+
+
+def test_a_long_key_costs_no_time(from_text: Any) -> None:
+    assert from_text(f"rewards: {{reward_model: my.Own}}\n? {'k' * 500_000}\n: 1\n").rewards
