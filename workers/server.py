@@ -507,6 +507,8 @@ def _bytes_of(text: str) -> bytes:
 
 def _check_size(size: Any, max_pixels: int) -> None:
     width, height = size
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{width} x {height} are no pixels")
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} are more than {max_pixels} pixels")
 

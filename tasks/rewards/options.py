@@ -152,8 +152,9 @@ def _read_files(
             raise ConfigError(
                 f"{where}: both {option.reads} and {name} are given; one of them is the text"
             )
-        path = folder / Path(checked[name]).expanduser()
-        checked[option.reads] = _text_of(path, f"{where}: option {name}")
+        checked[option.reads] = _text_of(
+            checked[name], folder, f"{where}: option {name}"
+        )
         checked[name] = ""
 
 
@@ -167,13 +168,17 @@ def _refuse_files(builtin: ModelEntry, checked: Mapping[str, Any], where: str) -
             )
 
 
-def _text_of(path: Path, where: str) -> str:
+def _text_of(name: str, folder: Path, where: str) -> str:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{where}: {path} is larger than {MAX_FILE_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: cannot read {path}: {error}") from None
+        path = folder / Path(name).expanduser()
+        with path.open("rb") as file:  # a device says of itself that it is empty
+            data = file.read(MAX_FILE_BYTES + 1)
+        text = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: no UTF-8, or a NUL in the name. RuntimeError: the home of a user whom nobody knows.
+        raise ConfigError(f"{where}: cannot read {name!r}: {error}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{where}: {path} is larger than {MAX_FILE_BYTES} bytes")
     if not text.strip():
         raise ConfigError(f"{where}: {path} is empty")
     return text

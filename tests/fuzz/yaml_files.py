@@ -31,6 +31,13 @@ ADDRESS_SPACE_MB = 3072
 VALID = (
     """\
 rewards:
+  - reward_model: pairwise_judge
+    rubric_file: rubric.txt
+    api_base_url: http://a:1/v1
+    vlm_model: judge
+""",
+    """\
+rewards:
   - name: text
     reward_model: OCR
     weight: 0.5

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tasks.catalog import CATALOG, VLM
+from tasks.errors import ConfigError
 from tasks.rewards import RewardConfig
 from tests.judges.scripted import MODEL, fails, says_yes
 from tests.servers import run_python, worker_env
@@ -95,6 +96,22 @@ def test_a_rubric_is_cut_to_no_size_but_refused_when_it_is_a_mistake(tmp_path):
     for name, words in (("huge.txt", "is larger than"), ("empty.txt", "is empty")):
         with pytest.raises(ValueError, match=words):
             RewardConfig.from_dict({"rewards": {"reward_model": "pairwise_judge", "rubric_file": name}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/dev/zero", "is larger than"),
+        ("a\0b", "cannot read 'a.x00b': embedded null byte"),
+        ("~nobody_of_this_name/x", "cannot read '~nobody_of_this_name/x': "),
+        (".", "cannot read '.': "),
+        ("latin.txt", "cannot read 'latin.txt': 'utf-8' codec"),
+    ],
+)
+def test_a_rubric_that_cannot_be_read_is_refused_with_its_name(tmp_path, name, words):
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ConfigError, match=words):
+        RewardConfig.from_dict({"rewards": {"reward_model": "pairwise_judge", "rubric_file": name}}, tmp_path)
 
 
 def test_the_script_prints_rewards_and_reasons(settings, workers, judge_server, picture, tmp_path):
