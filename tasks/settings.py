@@ -150,6 +150,10 @@ class Settings(BaseSettings):
     thinks for many thousand tokens with `top_logprobs` may need more; each request in flight may take several times as
     much memory."""
 
+    server_token: SecretStr = SecretStr("")
+    """Token of reward servers, which they want if they have the same variable. A worker sends it to servers on its own
+    host and to those in REWARDQ_HOSTS."""
+
     @field_validator("broker_url", "result_url", "payload_url", mode="after")
     @classmethod
     def _a_url_we_speak(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import platform
+import re
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tasks.errors import ModelLoadError
 from tests.clock import Clock
 from tests.judges.scripted import Answer, together
 from tests.remote.json_server import gives, pixels_of, says_error
@@ -23,6 +25,7 @@ from tests.servers import wait_until
 from workers import Unscored
 from workers.network import servers as network
 from workers.remote import client as remote
+from workers.remote.token import token_for
 
 
 @pytest.fixture(autouse=True)
@@ -587,3 +590,72 @@ def test_an_error_that_is_no_text_is_shown_as_json(json_server, make_remote):
     assert json.dumps([{"loc": ["body"], "msg": "no dict"}]) in reason_of(
         ask(make_remote("Pointwise", server.url), "a"), "invalid"
     )
+
+
+# --- token ---------------------------------------------------------------------------------------
+
+TOKEN = "t0ken-of-the-server"
+
+
+@pytest.fixture
+def with_token(serve, in_env):
+    """The URL of a server that has a token; this process, the worker's, has none."""
+    in_env(REWARDQ_SERVER_TOKEN=TOKEN)
+    url = serve(lambda prompt: [float(len(p)) for p in prompt])
+    in_env(REWARDQ_SERVER_TOKEN="")
+    return url
+
+
+def test_a_token_is_sent_and_never_shown(with_token, make_remote, in_env, caplog):
+    caplog.set_level(logging.DEBUG)
+    in_env(REWARDQ_SERVER_TOKEN=TOKEN)
+    model = make_remote("Pointwise", with_token)
+    model.warm_up()
+    assert ask(model, "a", "bb") == [1.0, 2.0]
+    (server,) = remote.remote_loop()._servers.values()
+    assert TOKEN not in caplog.text + repr(server)
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("", "wants a token; set REWARDQ_SERVER_TOKEN on this worker"),
+        ("another", "answered 401: the token of the request is not this server's; set the same REWARDQ_SERVER_TOKEN"),
+    ],
+)
+def test_a_token_that_is_missing_or_wrong_is_said_at_once(with_token, make_remote, in_env, token, words):
+    in_env(REWARDQ_SERVER_TOKEN=token)
+    model = make_remote("Pointwise", with_token)
+    with pytest.raises(ModelLoadError, match=re.escape(words)):
+        model.warm_up()
+    message = reason_of(ask(model, "a"))
+    assert words in message
+    assert "another" not in message
+
+
+def test_a_token_is_sent_to_this_host_and_to_listed_hosts_only(in_env):
+    in_env(REWARDQ_SERVER_TOKEN=TOKEN, REWARDQ_HOSTS="scores.example")
+    for url in ("http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000", "http://scores.example:8000"):
+        assert token_for(url).headers == {"Authorization": f"Bearer {TOKEN}"}, url
+    for url in ("http://other.example:8000", "http://scores.example.evil:8000", "http://127.0.0.1.evil:8000"):
+        token = token_for(url)
+        assert (token.headers, TOKEN in token.why_not) == ({}, False), url
+    host = "REWARDQ_HOSTS=scores.example,other.example"
+    assert token_for("http://other.example:8000").why_not.endswith(f"to other.example; if it may, start it with {host}")
+
+
+def test_a_server_that_repeats_the_token_leaves_none_in_rewards_and_reasons(json_server, make_remote, in_env, caplog):
+    caplog.set_level(logging.DEBUG, "workers")
+    in_env(REWARDQ_SERVER_TOKEN=TOKEN)
+
+    def repeat(asked):
+        said = asked.headers["Authorization"]
+        bodies = (gives([said]), says_error(422, {"errors": {"0": said}}), says_error(302, b"", Location=f"/{said}"))
+        return bodies[asked.number % 3]
+
+    server = json_server(repeat)
+    model = make_remote("Pointwise", server.url)
+    found = [ask(model, "a")[0] for _ in range(3)]
+    assert found[0] == "Bearer ***"
+    assert [one.message.count("Bearer ***") for one in found[1:]] == [1, 1]
+    assert TOKEN not in caplog.text

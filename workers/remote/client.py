@@ -20,6 +20,7 @@ from workers.network.loop import NetworkLoop, cause_of
 from workers.network.once import Once
 from workers.network.proxies import proxy_for
 from workers.network.servers import Server, check_may_ask, choose_server
+from workers.remote.token import Token, token_for, without_token
 from workers.remote.wire import (
     JSON,
     MSGPACK,
@@ -46,6 +47,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 class RemoteServer(Server):
     """A reward server."""
 
+    token: Token = field(default_factory=Token, repr=False)
     terms: Terms | None = None
     """None until the server is asked, and after each answer without rewards: another server may run there by then."""
     limiter: ConcurrencyLimiter = field(default_factory=ConcurrencyLimiter)
@@ -73,7 +75,9 @@ class RemoteLoop(NetworkLoop):
         url = str(httpx2.URL(url)).rstrip("/")
         with self._lock:
             if url not in self._servers:
-                self._servers[url] = RemoteServer(url, proxy=proxy_for(url))
+                self._servers[url] = RemoteServer(
+                    url, proxy=proxy_for(url), token=token_for(url)
+                )
             return self._servers[url]
 
     def client(self, server: RemoteServer) -> httpx2.AsyncClient:
@@ -331,7 +335,11 @@ class RemoteClient:
 
     async def _ask_terms(self, server: RemoteServer) -> Terms:
         response = await self._send(server, "GET", "/health", HEALTH_TIMEOUT_S)
-        return terms_of(server, response)
+        terms = terms_of(server, response)
+        if terms.needs_token and not server.token.value:
+            message = f"{server.name} wants a token; {server.token.why_not}"
+            raise Unscored("failed", message)
+        return terms
 
     async def _send(
         self,
@@ -343,12 +351,15 @@ class RemoteClient:
         content_type: str = "",
     ) -> httpx2.Response:
         client, url = self._loop.client(server), server.url + path
-        headers = {"Content-Type": content_type} if content_type else {}
+        headers = dict(server.token.headers)
+        if content_type:
+            headers["Content-Type"] = content_type
         try:
             async with asyncio.timeout(timeout_s):
                 response = await client.request(
                     method, url, content=content, headers=headers
                 )
+                return without_token(response, server.token)
         except TimeoutError:
             message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.proxy_words}"
             raise NoAnswerError(Unscored("timeout", message)) from None

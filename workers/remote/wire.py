@@ -52,6 +52,7 @@ class Terms:
 
     takes_msgpack: bool = False
     max_body_bytes: float = math.inf
+    needs_token: bool = False
 
 
 class NoAnswerError(Exception):
@@ -107,6 +108,8 @@ def terms_of(server: Server, response: httpx2.Response) -> Terms:
     answered = f"{server.name}/health answered {_words(response)}"
     if response.status_code >= 500 or response.status_code == 429:
         raise NoAnswerError(Unscored("failed", f"{answered}{server.proxy_words}"))
+    if response.status_code == 401:
+        raise Unscored("failed", f"{answered}{server.proxy_words}")
     if not response.is_success:
         message = f"{answered}; is a reward server there?{server.proxy_words}"
         raise Unscored("failed", message)
@@ -115,6 +118,7 @@ def terms_of(server: Server, response: httpx2.Response) -> Terms:
     return Terms(
         takes_msgpack=isinstance(takes, list) and MSGPACK in takes,
         max_body_bytes=most if isinstance(most, int) else math.inf,
+        needs_token=said.get("needs_token") is True,
     )
 
 
