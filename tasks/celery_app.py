@@ -18,6 +18,7 @@ from celery.signals import celeryd_init, import_modules
 
 from tasks import keys
 from tasks.catalog import GPU
+from tasks.dashboard import bound_address, choose_columns
 from tasks.errors import SettingsError
 from tasks.outcomes import ClientOutcomes, WorkerOutcomes
 from tasks.servers.connections import (
@@ -115,10 +116,8 @@ def client_outcomes(app: Any) -> ClientOutcomes:
     return ClientOutcomes(app.backend.client, settings.result_ttl_s)
 
 
-if "flower" in sys.argv:  # its page of tasks leaves out what a task is for, unless told
-    os.environ.setdefault(
-        "FLOWER_TASKS_COLUMNS", "name,args,result,state,received,runtime,worker"
-    )
+if "flower" in sys.argv:
+    choose_columns()
 
 
 def _settings_of_process() -> Settings:
@@ -143,6 +142,12 @@ app.set_default()
 def _take_our_names(**_: Any) -> None:
     """A worker imports our `workers` before Celery looks in the current folder, where the user may have another."""
     load_ours("workers")
+
+
+@import_modules.connect  # type: ignore[untyped-decorator]
+def _bound_flower(**_: Any) -> None:
+    """Flower sends this signal once its options are read, before it listens."""
+    bound_address()
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

@@ -21,7 +21,7 @@ def flower(settings, workers, tmp_path: Path):
     workers("gpu", "vlm")
     port = free_port()
     log = (tmp_path / "flower.log").open("w")
-    command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}", "--address=127.0.0.1"]
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}"]
     process = subprocess.Popen(
         [*ends_with_us("KILL"), *command],
         cwd=tmp_path,
