@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -42,6 +43,7 @@ def test_a_redis_of_our_own_answers_keeps_nothing_on_disk_and_ends_with_the_flee
             assert client.config_get("save")["save"] == ""
             assert client.config_get("appendonly")["appendonly"] == "no"
             assert client.config_get("bind")["bind"] == "127.0.0.1"
+            assert client.config_get("requirepass")["requirepass"] == urlsplit(url).password
         (child,) = fleet.children
     assert running([child.pid]) == []
 

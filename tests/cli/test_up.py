@@ -9,9 +9,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import redis
 import yaml
 
 from tasks.settings import load_settings
@@ -66,7 +68,41 @@ def test_up_starts_a_redis_and_a_worker_for_each_queue_by_the_documented_command
         "-P -m rewardq worker -Q vlm --concurrency 32",
     ]
     assert len(run.children()) == 3
-    assert re.search(r"^  export REWARDQ_BROKER_URL=redis://127\.0\.0\.1:\d+/0$", run.output, re.MULTILINE)
+    exported = r"^  export REWARDQ_BROKER_URL=redis://:[\w-]{32}@127\.0\.0\.1:\d+/0$"
+    assert re.search(exported, run.output, re.MULTILINE)
+
+
+def test_the_redis_that_up_starts_has_a_password_that_no_command_line_and_no_log_shows(rewardq, tmp_path):
+    run = start_up(rewardq, tmp_path)
+    url = re.search(r"REWARDQ_BROKER_URL=(\S+)", run.output)[1]
+    parts = urlsplit(url)
+    with redis.Redis(port=parts.port) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    with redis.Redis.from_url(url) as client:
+        assert client.ping()
+    assert run.output.count(parts.password) == 1, "where it is exported"
+    assert parts.password not in "".join(" ".join(command_of(pid)) for pid in run.children())
+    (logs,) = tmp_path.glob("rewardq-up-*")
+    assert all(parts.password not in log.read_text(errors="replace") for log in logs.glob("*.log"))
+    (file,) = (path for path in logs.rglob("*") if path.is_file() and parts.password in path.read_text())
+    assert (file.stat().st_mode & 0o777, logs.stat().st_mode & 0o777) == (0o600, 0o700)
+    server = next(pid for pid in run.children() if f":{parts.port}" in " ".join(command_of(pid)))
+    os.kill(server, signal.SIGKILL)
+    run.wait_for("redis ended by itself (SIGKILL); starting it again")
+    wait_until(lambda: answers(url), 20, lambda: run.output)
+    with redis.Redis(port=parts.port) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    run.process.send_signal(signal.SIGINT)
+    assert run.exit_status(30) == 0, run.output
+    assert not file.exists()
+
+
+def answers(url):
+    try:
+        with redis.Redis.from_url(url) as client:
+            return client.ping()
+    except redis.ConnectionError:
+        return False
 
 
 def test_more_gpu_workers_serve_the_same_queue_on_a_gpu_each(rewardq, tmp_path, monkeypatch):

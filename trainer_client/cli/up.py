@@ -102,7 +102,8 @@ def up(
                 url = given_url or fleet.start_redis()
                 _start_workers(fleet, plan, url)
                 _show(console, fleet, plan, url, started_redis=not given_url)
-                _wait(console, fleet, plan, url, wait_s, no_wait)
+                unanswered = _wait(console, fleet, plan, url, wait_s, no_wait)
+                _say_ready(console, url, not given_url, unanswered)
                 tell_who_is_back(fleet, load_settings(broker_url=url), say)
             except KeyboardInterrupt:
                 say("stopping the workers; Ctrl-C again kills them")
@@ -205,18 +206,31 @@ def _start_workers(fleet: Fleet, plan: Plan, url: str) -> None:
 
 def _wait(
     console: Console, fleet: Fleet, plan: Plan, url: str, wait_s: float, no_wait: bool
-) -> None:
+) -> tuple[str, ...]:
+    """Wait until each reward can be scored; returns the servers that do not answer, a line each."""
     say = partial(print_line, console)
     settings = load_settings(broker_url=url)
     with console.status("waiting until each reward can be scored"):
-        unanswered = wait_until_ready(
+        return wait_until_ready(
             fleet, plan.config, settings, say, wait_s, servers=not no_wait
         )
+
+
+def _say_ready(
+    console: Console, url: str, started_redis: bool, unanswered: tuple[str, ...]
+) -> None:
+    """Tell what to export for the trainer.
+
+    The password of a Redis that was started here stands nowhere else. That of yours you have, and it stays out of
+    terminals and their logs.
+    """
+    say = partial(print_line, console)
     for line in unanswered:
         say(f"not ready: {line}")
-    masked = " (with its password)" if without_password(url) != url else ""
+    shown = url if started_redis else without_password(url)
+    masked = " (with its password)" if shown != url else ""
     say(f"\nFor the trainer{masked}:")
-    say(f"  export {BROKER_URL}={shlex.quote(without_password(url))}")
+    say(f"  export {BROKER_URL}={shlex.quote(shown)}")
     ready = "Ready but for what is above." if unanswered else "Ready."
     say(f"\n{ready} Ctrl-C stops everything.")
 

@@ -188,7 +188,7 @@ def _watch_slots_when_ready(
     app: Any, state: WorkerState, release_claims: Callable[[], None]
 ) -> None:
     """Once the worker takes messages, look whether it goes on to."""
-    broker = connect(app.settings.broker_url, app.settings.sentinels)
+    broker = connect(app.settings.broker, app.settings.sentinels)
 
     def say(why: str) -> None:
         state.stuck = why
