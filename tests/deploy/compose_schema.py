@@ -46,7 +46,18 @@ DEVICE = {
     "not": {"required": ["count", "device_ids"]},  # one of them says which
 }
 
+SIZE = {"type": "string", "pattern": r"^\d+([kmg]b?)$"}
+
 SERVICE = mapping(
+    cap_drop={**TEXTS, "items": {"type": "string", "pattern": "^[A-Z_]+$"}},
+    logging=mapping(("driver",), driver=TEXT, options=named({"type": "string"})),
+    mem_limit=SIZE,
+    pids_limit={"type": "integer", "minimum": 1},
+    read_only={"type": "boolean"},
+    security_opt=TEXTS,
+    shm_size=SIZE,
+    tmpfs={**TEXTS, "items": {"type": "string", "pattern": r"^/[^:]+(:[a-z0-9=,]+)?$"}},
+    user={"type": "string", "pattern": r"^\d+:\d+$"},
     build=mapping(("context",), context=TEXT, dockerfile=TEXT, target=TEXT),
     command=TEXTS,
     depends_on=named(

@@ -17,7 +17,7 @@ import yaml
 from tests.servers import ROOT, clean_env, ends_with_us, free_port
 
 DOCKER = ROOT / "docker"
-SECRETS = {"REDIS_PASSWORD": "pass1", "FLOWER_PASSWORD": "pass2"}
+SECRETS = {"REDIS_PASSWORD": "pass1", "FLOWER_PASSWORD": "pass2", "JUDGE_KEY": "key3"}
 PORTS = {"redis": 6379, "payloads": 6379, "flower": 5555, "judge": 8000}
 """Where each service listens in its container."""
 
@@ -76,7 +76,7 @@ class Service:
         self.folder, self.log = folder / name, folder / f"{name}.log"
         self.folder.mkdir(exist_ok=True)
         words = [self._local(word) for word in (*service.get("entrypoint", ()), *service["command"])]
-        if words[0] == "redis-server":
+        if Path(words[0]).name == "start_redis.sh":
             words += ["--port", str(self._port), "--bind", "127.0.0.1"]
         if words[0] in ("celery", "rewardq"):
             words[:1] = [sys.executable, "-m", words[0]]
@@ -174,7 +174,7 @@ def stand_in_vllm(tmp_path: Path) -> Path:
         f"#!{sys.executable}\n"
         "import http.server, json, os, pathlib, sys\n"
         "words = sys.argv[1:]\n"
-        "names = ('CUDA_VISIBLE_DEVICES', 'CUDA_DEVICE_ORDER', 'HF_HOME')\n"
+        "names = ('CUDA_VISIBLE_DEVICES', 'CUDA_DEVICE_ORDER', 'HF_HOME', 'VLLM_API_KEY')\n"
         "said = {'words': words, 'env': {n: os.environ.get(n) for n in names}}\n"
         "pathlib.Path(__file__).with_name('vllm.json').write_text(json.dumps(said))\n"
         "class Health(http.server.BaseHTTPRequestHandler):\n"

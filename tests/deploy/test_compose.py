@@ -14,7 +14,7 @@ import yaml
 from tasks.errors import ModelLoadError
 from tasks.settings import load_settings
 from tests.deploy.compose_schema import COMPOSE
-from tests.deploy.conftest import DOCKER, composed, seconds, settings_in_example
+from tests.deploy.conftest import DOCKER, SECRETS, composed, seconds, settings_in_example
 from tests.servers import clean_env
 from workers.judges.client import api_key
 
@@ -53,7 +53,8 @@ def test_the_schema_finds_what_is_wrong(what):
 def test_compose_itself_takes_the_file(tmp_path):
     shutil.copytree(DOCKER, tmp_path / "docker")
     (tmp_path / "docker" / "keys.env").write_text("REWARDQ_KEY_MINE=of-mine\n")
-    given = settings_in_example(KEYS_FILE="keys.env", REWARDQ_HOSTS="judge.example", JUDGE_GPUS="6,7")
+    profiles = {"COMPOSE_PROFILES": "payloads,judge,shm,gpus-8"}
+    given = settings_in_example(KEYS_FILE="keys.env", REWARDQ_HOSTS="judge.example", JUDGE_GPUS="6,7", **profiles)
     (tmp_path / "docker" / ".env").write_text("\n".join(f"{k}={v}" for k, v in given.items()))
     command = ["docker-compose", "-f", "docker/compose.yaml", "--env-file", "docker/.env", "config"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())
@@ -61,7 +62,8 @@ def test_compose_itself_takes_the_file(tmp_path):
     services = yaml.safe_load(done.stdout)["services"]
     environment = services["vlm"]["environment"]
     assert environment["REWARDQ_PAYLOAD_URL"] == "redis://:pass1@payloads:6379/0"
-    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == ("of-mine", "judge.example")
+    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == ("of-mine", "judge,judge.example")
+    assert environment["REWARDQ_KEY_JUDGE"] == services["judge"]["environment"]["VLLM_API_KEY"] == "key3"
     (tmp_path / "docker" / ".env").write_text("COMPOSE_PROFILES=payloads\n")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())
     assert done.returncode != 0
@@ -91,8 +93,40 @@ def test_whoever_has_work_in_hand_is_asked_to_stop_and_given_the_time(services):
         assert seconds(services[name]["stop_grace_period"]) >= 60, name
 
 
+def test_every_container_is_denied_what_it_does_not_need(services):
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert {"mem_limit", "pids_limit"} <= service.keys(), name
+        assert {"max-size", "max-file"} <= service["logging"]["options"].keys(), name
+        assert not {"ipc", "privileged", "cap_add", "pid", "network_mode"} & service.keys(), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+
+
+def test_no_password_or_key_is_on_a_command_line(services):
+    secrets = set(SECRETS.values())
+    for name, service in services.items():
+        words = " ".join((*service.get("entrypoint", ()), *service.get("command", ())))
+        assert not any(secret in words for secret in secrets), name
+
+
+def test_the_vlm_worker_may_send_the_judge_its_key_and_no_other_service_has_it(services):
+    assert services["judge"]["environment"]["VLLM_API_KEY"] == SECRETS["JUDGE_KEY"]
+    assert services["vlm"]["environment"]["REWARDQ_KEY_JUDGE"] == SECRETS["JUDGE_KEY"]
+    holders = {n for n, s in services.items() if SECRETS["JUDGE_KEY"] in s.get("environment", {}).values()}
+    assert holders == {"judge", "vlm"}
+    hosts = load_settings(hosts=services["vlm"]["environment"]["REWARDQ_HOSTS"]).allowed_hosts
+    assert hosts == ("judge",)
+
+
+def test_a_digest_of_the_judge_s_image_is_taken_from_the_example_s_variable():
+    digest = f"@sha256:{'0' * 64}"
+    assert composed(VLLM_DIGEST=digest)["services"]["judge"]["image"].endswith(digest)
+
+
 def test_the_judge_is_of_a_release_that_knows_its_model_and_copies_of_it(services):
-    image, _, tag = services["judge"]["image"].partition(":v")
+    image, _, tag = services["judge"]["image"].partition("@")[0].partition(":v")
     assert image == "vllm/vllm-openai"
     assert tuple(map(int, tag.split("."))) >= (0, 11, 0), "Qwen3-VL since 0.11.0, --data-parallel-size since 0.8"
 
@@ -100,7 +134,8 @@ def test_the_judge_is_of_a_release_that_knows_its_model_and_copies_of_it(service
 def test_the_vlm_worker_is_given_what_paid_judges_need():
     given = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "https://llm.example/v1", "REWARDQ_HOSTS": "judge.example"}
     vlm = composed(**given, KEYS_FILE="keys.env")["services"]["vlm"]
-    assert {name: vlm["environment"][name] for name in given} == given
+    expected = {**given, "REWARDQ_HOSTS": "judge,judge.example"}
+    assert {name: vlm["environment"][name] for name in given} == expected
     assert vlm["env_file"] == "keys.env"
     assert (DOCKER / composed()["services"]["vlm"]["env_file"]).is_file(), "compose wants it to be there"
     for line in (DOCKER / "keys.env.example").read_text().splitlines():

@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import redis
@@ -43,7 +44,7 @@ def with_tests_models(services):
 @pytest.mark.usefixtures("with_tests_models")
 def test_compose_s_exact_commands_score_a_step(services, up, clients):  # noqa: F811
     empty = {name for name, value in services["vlm"]["environment"].items() if value == ""}
-    assert {"OPENAI_API_KEY", "OPENAI_BASE_URL", "REWARDQ_HOSTS", "REWARDQ_MODULES"} <= empty, "as compose gives them"
+    assert {"OPENAI_API_KEY", "OPENAI_BASE_URL", "REWARDQ_SERVER_TOKEN", "REWARDQ_MODULES"} <= empty, "as in compose"
     settings = servers(up)
     gpu, vlm = up("gpu-0"), up("vlm")
     client = clients("PixelCode", settings=settings)
@@ -108,6 +109,8 @@ def test_each_redis_has_the_settings_of_its_part_and_answers_nobody_without_the_
         with redis.Redis(port=up.ports[name]) as stranger, pytest.raises(redis.AuthenticationError):
             stranger.ping()
         assert up.running[name].is_healthy()
+        command = Path(f"/proc/{up.running[name].process.pid}/cmdline").read_bytes()
+        assert SECRETS["REDIS_PASSWORD"].encode() not in command, "every user of the host can read it"
         for wrong in ("", "wrong"):
             assert not up.running[name].is_healthy(REDISCLI_AUTH=wrong), "a refusal is no sign of health"
 
@@ -172,7 +175,13 @@ def test_the_judge_s_command_gives_vllm_every_gpu_it_names(judge, stand_in_vllm,
     assert (options["--tensor-parallel-size"], options["--data-parallel-size"]) == (tensor, data)
     assert (options["--host"], options["--max-model-len"]) == ("0.0.0.0", "8192")
     assert options["--served-model-name"] == "RationalRewards-8B-T2I"
-    assert said["env"] == {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "HF_HOME": "/models"}
+    assert said["env"] == {
+        "CUDA_VISIBLE_DEVICES": devices,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "HF_HOME": "/models",
+        "VLLM_API_KEY": SECRETS["JUDGE_KEY"],
+    }
+    assert SECRETS["JUDGE_KEY"] not in said["words"]
     (device,) = service.service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["count"]) == ("nvidia", "all"), "the numbers in the container are the host's"
     leaves_one_idle = how == "one copy though there are two"

@@ -29,10 +29,13 @@ def test_images_are_pinned_and_not_root():
         assert "USER rewardq" in stage
 
 
-def install_line(role: str) -> list[str]:
-    """The words of `pip install` in the stage that builds a role's environment."""
+def install_lines(role: str) -> list[list[str]]:
+    """The words of each `pip install` in the stage that builds a role's environment: its packages, then rewardq."""
     stage = (DOCKER / "Dockerfile").read_text().split(f" AS {role}-build\n")[1].split("\nFROM")[0]
-    return shlex.split(re.search(r"RUN (pip install .*)", stage)[1])
+    locked, ours = (shlex.split(line) for line in re.findall(r"RUN (pip install .*)", stage))
+    assert {"--require-hashes", f"docker/locks/{role}.txt"} <= set(locked)
+    assert {"--no-deps", "--no-build-isolation"} <= set(ours), "nothing is installed beside the lock"
+    return [locked, ours]
 
 
 ENV = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -46,6 +49,7 @@ def source(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / "src" / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / "src" / name)
+    shutil.copytree(DOCKER / "locks", tmp_path / "src" / "docker" / "locks")
     return tmp_path / "src"
 
 
@@ -63,8 +67,9 @@ def python(tmp_path: Path) -> Path:
     [("vlm", "import openai, workers.judges.judge, workers.remote.models, tasks"), ("flower", "import flower, tasks")],
 )
 def test_the_images_of_those_who_compute_nothing_hold_no_torch(role, needs, source, python, tmp_path):
-    words = ["-m", *install_line(role), "--quiet", "--disable-pip-version-check"]
-    subprocess.run([python, *words], cwd=source, check=True, env=ENV)
+    for line in install_lines(role):
+        words = ["-m", *line, "--quiet", "--disable-pip-version-check"]
+        subprocess.run([python, *words], cwd=source, check=True, env=ENV)
     subprocess.run([python, "-c", needs], cwd=tmp_path, check=True, env=ENV)
     listed = json.loads(subprocess.check_output([python, "-m", "pip", "list", "--format=json"], env=ENV))
     assert not HEAVY & {p["name"].lower() for p in listed}
@@ -77,9 +82,10 @@ def test_the_images_of_those_who_compute_nothing_hold_no_torch(role, needs, sour
 @pytest.mark.timeout(600)
 def test_what_the_gpu_image_installs_can_be_found(source, python, tmp_path):
     report = tmp_path / "report.json"
-    words = [w for w in install_line("gpu") if w != "--no-cache-dir"]  # of the image; here wheels are needed again
+    locked, _ = install_lines("gpu")
+    words = [w for w in locked if w != "--no-cache-dir"]  # of the image; here wheels are needed again
     words = ["-m", *words, "--dry-run", "--quiet", "--disable-pip-version-check", "--report", report]
     subprocess.run([python, *words], cwd=source, check=True, env=ENV)
     found = {p["metadata"]["name"].lower() for p in json.loads(report.read_text())["install"]}
-    assert {"rewardq", "torch", "torchvision", "transformers", "open_clip_torch", "rapidocr", "onnxruntime"} <= found
+    assert {"torch", "torchvision", "transformers", "open_clip_torch", "rapidocr", "onnxruntime"} <= found
     assert {"celery", "redis", "pillow"} <= found
