@@ -120,29 +120,30 @@ def may(server, role: str, *command: str) -> bool:
 
 
 OUTCOME, PAYLOAD, LOCK = keys.outcome("run:f:k"), keys.payload("c.d"), keys.trainer("run", "launch", 0)
+GPU, VLM = keys.queue_lists("gpu")[0], keys.queue_lists("vlm")[0]
 
 MAY = [
-    ("trainer", "LPUSH", "gpu", "m"),
-    ("trainer", "LPUSH", "vlm\x06\x163", "m"),
-    ("gpu_worker", "BRPOP", "gpu", "1"),
+    ("trainer", "LPUSH", GPU, "m"),
+    ("trainer", "LPUSH", keys.queue_lists("vlm")[1], "m"),
+    ("gpu_worker", "BRPOP", GPU, "1"),
     ("gpu_worker", "SET", OUTCOME, "v"),
     ("vlm_worker", "ZADD", keys.judge_permits("http://judge"), "1", "t"),
 ]
 
 MAY_NOT = [
-    ("trainer", "BRPOP", "gpu", "1"),  # take messages
-    ("trainer", "PUBLISH", "/0.celery.pidbox", "m"),  # command workers
+    ("trainer", "BRPOP", GPU, "1"),  # take messages
+    ("trainer", "PUBLISH", f"{keys.BROKER}/0.celery.pidbox", "m"),  # command workers
     ("trainer", "GET", "foreign"),
-    ("gpu_worker", "LPUSH", "vlm", "m"),  # have a worker with API keys ask somebody
-    ("gpu_worker", "BRPOP", "vlm", "1"),
+    ("gpu_worker", "LPUSH", VLM, "m"),  # have a worker with API keys ask somebody
+    ("gpu_worker", "BRPOP", VLM, "1"),
     ("gpu_worker", "SET", LOCK, "v"),  # be a rank of a trainer
     ("gpu_worker", "HSET", keys.run("run"), "f", "v"),
     ("gpu_worker", "ZADD", keys.judge_permits("http://judge"), "1", "t"),
-    ("vlm_worker", "LPUSH", "gpu", "m"),
-    ("vlm_worker", "BRPOP", "gpu", "1"),
-    ("flower", "LPUSH", "gpu", "m"),
-    ("flower", "LPUSH", "vlm", "m"),
-    ("flower", "BRPOP", "gpu", "1"),
+    ("vlm_worker", "LPUSH", GPU, "m"),
+    ("vlm_worker", "BRPOP", GPU, "1"),
+    ("flower", "LPUSH", GPU, "m"),
+    ("flower", "LPUSH", VLM, "m"),
+    ("flower", "BRPOP", GPU, "1"),
     ("flower", "GET", PAYLOAD),
     ("flower", "GET", OUTCOME),
     ("flower", "HGETALL", keys.run("run")),
@@ -224,4 +225,4 @@ def test_a_worker_with_the_user_of_another_queue_is_told_so_at_its_start(server,
     env = {**clean_env(), "PYTHONPATH": str(ROOT), "REWARDQ_BROKER_URL": url_of(server, "gpu_worker")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == os.EX_CONFIG
-    assert "the user 'gpu_worker' may not use keys of any name" in done.stdout + done.stderr
+    assert "the user 'gpu_worker' may not use the keys of rewardq, rewardq:*" in done.stdout + done.stderr

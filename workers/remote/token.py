@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import httpx2
 
+from tasks.hosts import LOOPBACK, origin_of
 from tasks.settings import load_settings
-from workers.network.servers import LOOPBACK
 
 VARIABLE = "REWARDQ_SERVER_TOKEN"
 
@@ -39,12 +38,16 @@ def token_for(url: str) -> Token:
     token = settings.server_token.get_secret_value().strip()
     if not token:
         return Token()
-    host = (urlsplit(url).hostname or "").lower()
-    if host in (*LOOPBACK, *settings.allowed_hosts):
+    origin = origin_of(url)
+    if origin is None:
+        return Token(
+            why_not=f"this worker sends no {VARIABLE} to an address that can be read in several ways"
+        )
+    if origin.host in LOOPBACK or settings.may_send_key(origin):
         return Token(token)
-    hosts = ",".join((*settings.allowed_hosts, host))
+    hosts = ",".join((*settings.allowed_hosts, origin.shown))
     return Token(
-        why_not=f"this worker does not send {VARIABLE} to {host}; if it may, start it with REWARDQ_HOSTS={hosts}"
+        why_not=f"this worker does not send {VARIABLE} to {origin.host}; if it may, start it with REWARDQ_HOSTS={hosts}"
     )
 
 
