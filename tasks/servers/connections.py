@@ -39,6 +39,21 @@ class BusyScriptError(redis.ResponseError):
     """A server runs somebody's script, for longer than its `busy-reply-threshold`."""
 
 
+class NoQueueError(redis.ConnectionError):
+    """The key of a queue has a value of another type: nothing can be put there or taken until somebody deletes it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"the key {key!r} in the Redis for queues is no list, so that no message can be put there or taken; "
+            "another program has written it: delete it"
+        )
+
+
+def is_wrong_type(error: BaseException) -> bool:
+    """Whether a server refused a command since the key has a value of another type."""
+    return "wrong kind of value" in str(error) or "WRONGTYPE" in str(error)
+
+
 # These refusals pass by themselves, but redis-py raises a plain ResponseError for them, as for a bug of ours. All its
 # parsers, in Celery's connections too, look the first word of a reply up in this one dict.
 _CLASSES: dict[str, Any] = DefaultParser.EXCEPTION_CLASSES
@@ -268,6 +283,8 @@ def why_away(error: BaseException) -> str:
         for kind, words in WHY_REFUSED.items():
             if isinstance(cause, kind):
                 return words
+    if isinstance(error, NoQueueError):
+        return str(error)
     if isinstance(error, MasterNotFoundError):
         # Its text has all that redis-py knows of each sentinel, and at its end what each said last.
         return f"Redis is away: {str(error).partition(' : ')[0]}; what the sentinels said: {str(error)[-200:]}"

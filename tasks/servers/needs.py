@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import redis
@@ -20,8 +20,10 @@ from tasks.servers.connections import (
     LOST,
     REFUSED,
     SERVES_NOT_NOW,
+    NoQueueError,
     check_eviction,
     connect,
+    is_wrong_type,
     why_away,
 )
 from tasks.servers.refusals import (
@@ -87,7 +89,8 @@ def ask(
     Raises:
         RedisRefusalError: As for `check_servers`.
         EvictionError: It drops keys when it is full.
-        LOST: It is away, full, or cannot serve for now (any of `tasks.servers.connections.LOST`).
+        LOST: It is away, full, cannot serve for now, or a queue's key is no list (any of
+            `tasks.servers.connections.LOST`).
     """
     missing = without_files(server)
     if missing is not None:
@@ -112,9 +115,6 @@ def _ask(
 ) -> None:
     name = f"{keys.PROBE}{secrets.token_hex(6)}"
     first, then = _COMMANDS[server.role](side, name)
-    if server.role == QUEUES:  # a user may be allowed some names of keys only
-        then = [*then, *_lengths_of(queues)]
-
     about, of_cluster, *answers = _answers(
         client, [("INFO", "server"), ("INFO", "cluster"), ("PING",), *first]
     )
@@ -127,17 +127,28 @@ def _ask(
     # Only if the first commands made their keys: the others would find no type to be refused by, and write for good.
     if not errors:
         errors = _errors_among(_answers(client, then), may_be_full)
+    if server.role == QUEUES:
+        errors += _errors_of_queues(client, queues)
     if server.role == QUEUES and side == "worker":
         errors += _errors_of_channels(client, server)
     version = about.get("redis_version", "") if isinstance(about, dict) else ""
     _raise_worst(errors, server, str(version))
 
 
-def _lengths_of(queues: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Commands that ask for the length of each queue's lists."""
+def _errors_of_queues(client: Any, queues: Sequence[str]) -> list[Exception]:
+    """What is wrong with the queues' own keys: a user may be allowed some names of keys only.
+
+    Raises:
+        NoQueueError: One is no list; somebody else has written it.
+    """
+    names: list[str] = []
     for queue in queues:
-        for name in keys.queue_lists(queue):
-            yield "LLEN", name
+        names += keys.queue_lists(queue)
+    answers = _answers(client, [("LLEN", name) for name in names])
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, Exception) and is_wrong_type(answer):
+            raise NoQueueError(name)
+    return _errors_among(answers, may_be_full=False)
 
 
 def _answers(client: Any, commands: Commands) -> list[Any]:
@@ -195,8 +206,7 @@ def _command_in(said: str) -> str:
 
 
 def _is_harmless(error: Exception) -> bool:
-    is_of_type = "wrong kind of value" in str(error) or "WRONGTYPE" in str(error)
-    return is_of_type or isinstance(error, NoScriptError)
+    return is_wrong_type(error) or isinstance(error, NoScriptError)
 
 
 QUEUES, RESULTS, PAYLOADS = (
@@ -344,7 +354,9 @@ CHANNEL_TIMEOUT_S = 5.0
 
 
 def _unreachable(server: ConfiguredRedis, error: BaseException) -> str:
-    if isinstance(error, SERVES_NOT_NOW) or "max number of clients" in str(error):
+    if isinstance(
+        error, (NoQueueError, *SERVES_NOT_NOW)
+    ) or "max number of clients" in str(error):
         return server.says(why_away(error))
     return (
         f"no {server.role} answers at {server.shown} ({error}); start one (redis-server, or `rewardq up rewards.yaml`) "

@@ -7,8 +7,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from tasks import keys
 from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
 from tasks.messages import WIRE_VERSION
+from tasks.servers.connections import NoQueueError, is_wrong_type
 from trainer_client.engine.requests import Message
 
 DISCONNECT_S = 1.0
@@ -58,8 +60,10 @@ class CeleryBroker:
                 channel = self._connect().default_channel
                 # Not passive: kombu would look for the queue without its prefix, and find none.
                 declared = channel.queue_declare(queue)
-            except BaseException:
+            except BaseException as error:
                 self._disconnect()
+                if is_wrong_type(error):
+                    raise NoQueueError(keys.queue_lists(queue)[0]) from None
                 raise
             return int(declared.message_count)
 
