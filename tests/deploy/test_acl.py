@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -193,16 +194,27 @@ def test_the_commands_are_those_that_processes_ask_for_at_their_start(side):
         assert {rule[1:] for rule in rules if rule.startswith("+")} == asked_by(side) | more
 
 
+def documented_commands() -> str:
+    """The commands of SECURITY.md that fill passwords into the file."""
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
+    return block
+
+
 def test_redis_takes_the_file_and_lets_nobody_in_without_a_password(tmp_path):
-    (tmp_path / "users.acl").write_text(filled_in())
+    shutil.copytree(DOCKER, tmp_path / "docker")
+    said = subprocess.check_output(["bash", "-euc", documented_commands()], cwd=tmp_path, text=True)
+    passwords = {user.lower(): password for user, password in map(str.split, said.splitlines())}
+    assert passwords.keys() == {*ROLES, "admin"}
+    assert len(set(passwords.values())) == len(passwords)
+    assert (tmp_path / "users.acl").stat().st_mode & 0o777 == 0o600
     port = free_port()
     command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--aclfile", "users.acl"]
     process = subprocess.Popen([*ends_with_us("KILL"), *command], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: answers(port, "admin", "pass-of-admin"), 20)
+        wait_until(lambda: answers(port, "admin", passwords["admin"]), 20)
         for role in ROLES:
-            assert answers(port, role, f"pass-of-{role}")
-        for user, password in ((None, None), ("default", "x"), ("trainer", "pass-of-flower")):
+            assert answers(port, role, passwords[role])
+        for user, password in ((None, None), ("default", "x"), ("trainer", passwords["flower"])):
             with pytest.raises(redis.AuthenticationError):
                 answers(port, user, password)
     finally:
