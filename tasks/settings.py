@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 from dataclasses import dataclass, field
@@ -73,6 +74,11 @@ class Settings(BaseSettings):
     """Where media and requests are stored: `redis://...` (the broker's server, next database, unless given; in
     production a second Redis without persistence, since a full broker stops its workers) or
     `file:///dev/shm/rewardq` (workers on the trainer's host)."""
+
+    payload_group: str = ""
+    """Group, by name or number, of the users that share a `file://` payload store. The folder is made for that group
+    (mode 2770), and its members trust each other. Unless given, one user has the folder (mode 0700), and a folder that
+    another user owns or may write to is refused."""
 
     sentinel_master: str = Sentinels().master
     """Name under which `sentinel://` URLs find their server: `sentinel monitor <name> ...` in the sentinels' files."""
@@ -185,6 +191,16 @@ class Settings(BaseSettings):
         """URL of the queues' Redis, with its password: to connect with, never to show."""
         return self.broker_url.get_secret_value()
 
+    @field_validator("payload_group", mode="after")
+    @classmethod
+    def _a_group_of_this_host(cls, group: str) -> str:
+        group = group.strip()
+        if group and not group.isdecimal() and _gid_of(group) is None:
+            raise ValueError(
+                f"{group!r} is no group of this host; use the group's number, which is the same in containers"
+            )
+        return group
+
     @property
     def results(self) -> str:
         """URL of the result backend, with its password."""
@@ -194,6 +210,15 @@ class Settings(BaseSettings):
     def payloads(self) -> str:
         """URL of the payload store, with its password."""
         return self.payload_url.get_secret_value() or _next_database(self.broker)
+
+    @property
+    def payload_gid(self) -> int | None:
+        """Number of the group that shares a `file://` payload store; None if one user has it."""
+        if not self.payload_group:
+            return None
+        if self.payload_group.isdecimal():
+            return int(self.payload_group)
+        return _gid_of(self.payload_group)
 
     @property
     def sentinels(self) -> Sentinels:
@@ -223,6 +248,14 @@ class Settings(BaseSettings):
             return True
         origin = origin_of(url)
         return origin is not None and may_be_asked(origin, entries)
+
+
+def _gid_of(group: str) -> int | None:
+    """The number of a group of this host."""
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return None
 
 
 def load_settings(**given: Any) -> Settings:

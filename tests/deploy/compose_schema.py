@@ -72,6 +72,7 @@ SERVICE = mapping(
     entrypoint=TEXTS,
     env_file=TEXT,
     environment=named({"type": ["string", "number", "null"]}),  # a bare true or false is refused by compose
+    group_add={**TEXTS, "uniqueItems": True},
     healthcheck=HEALTHCHECK,
     image=TEXT,
     ipc={"enum": ["host", "private", "shareable", "none"]},

@@ -1,0 +1,31 @@
+"""Payload stores: media and requests by key, with a time to live. Redis, or files in memory shared on one host.
+
+A key is `<client id>.<digest or request id>`: content is stored once within one client process, and no client frees
+what another needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tasks.payloads.file_store import FileStore
+from tasks.payloads.redis_store import RedisStore
+from tasks.payloads.store import PayloadStore
+from tasks.settings import Settings
+
+__all__ = ["FileStore", "PayloadStore", "RedisStore", "open_store"]
+
+
+def open_store(settings: Settings) -> PayloadStore:
+    """The store at `settings.payloads`.
+
+    Raises:
+        SettingsError: Another user may write to the folder of a `file://` store.
+    """
+    parts = urlsplit(settings.payloads)
+    if parts.scheme != "file":
+        return RedisStore(settings.payloads, settings.sentinels)
+    store = FileStore(Path(unquote(parts.path)), settings.payload_gid)
+    store.check()
+    return store
