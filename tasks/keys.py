@@ -50,6 +50,11 @@ def consumed_offset(queue: str) -> str:
     return f"{ROOT}taken:{queue}"
 
 
+def senders(queue: str) -> str:
+    """Sorted set: which run has sent which messages of `queue`, `<first number>|<run>` by the last number."""
+    return f"{ROOT}senders:{queue}"
+
+
 def worker(node: str) -> str:
     """The heartbeat of one worker: what it serves and its state."""
     return f"{ROOT}worker:{node}"

@@ -318,7 +318,7 @@ def pack(message: BaseModel) -> bytes:
     return packed
 
 
-def unpack(model: type[M], data: bytes) -> M:
+def unpack(model: type[M], data: bytes | bytearray) -> M:
     """The message in `data`.
 
     Raises:

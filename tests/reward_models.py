@@ -186,6 +186,16 @@ class FailsWhile(PixelCode):
         return super().__call__(prompt, image)
 
 
+class Film(PointwiseRewardModel):
+    """The sum over a video's frames of their number, from 1, times the first byte of the frame."""
+
+    required_fields = ("video",)
+
+    def __call__(self, prompt, video=None, **kwargs):
+        rewards = [sum(t * frame.getpixel((0, 0))[0] for t, frame in enumerate(frames, 1)) for frames in video]
+        return RewardModelOutput(np.array(rewards, np.float32))
+
+
 class OrderInGroup(GroupwiseRewardModel):
     """How many members of the group carry a lower number; appends the group's size to `options["file"]`."""
 

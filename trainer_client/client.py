@@ -41,7 +41,6 @@ from trainer_client.session.collection import (
     CollectOptions,
     Wanted,
 )
-from trainer_client.session.tickets import ticket_of
 from trainer_client.steps.client_log import ClientLog
 from trainer_client.steps.grouping import are_compared
 from trainer_client.steps.open_steps import check_group_size
@@ -155,10 +154,14 @@ class RewardClient:
         self.close()
 
     def close(self) -> None:
-        """End the threads and give back the connections. Outcomes not collected stay in Redis until their TTL."""
+        """End the threads and give back the connections. Outcomes not collected stay in Redis until their TTL.
+
+        Samples that nobody can collect any more are given up, and their media freed: those of the open steps whose
+        ticket nobody holds, and that was never pickled. What another rank's group may need is kept until its TTL.
+        """
         forks.forget(self)
         self._log.end()
-        self._process.close()
+        self._process.close(self._steps.abandoned())
 
     def submit(
         self,
@@ -215,7 +218,7 @@ class RewardClient:
         engine.submit(added.slots)
         if added.mixed_group is not None and are_compared(split, rewards):
             self._log.warn_of_mixed_group(added.mixed_group)
-        return ticket_of(submission, added, self._process, engine.client_id)
+        return self._steps.issue(submission, added, self._process, engine.client_id)
 
     def flush(self, timeout_s: float = 600.0) -> None:
         """Wait until everything submitted has been encoded and sent. Media may be changed afterwards.

@@ -20,3 +20,11 @@ def words_of(error: BaseException) -> str:
         words = "(its text cannot be read)"
     name = type(error).__name__
     return f"{name}: {shorten(words, MAX_ERROR_CHARS)}" if words else name
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people, from seconds to days: `12 s`, `5 min`, `2.5 h`."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"

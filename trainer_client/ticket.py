@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tasks.messages import Failure
@@ -41,6 +41,8 @@ class DeliveryRecord:
     addresses: tuple[str, ...]
     is_other_ranks: bool = False
     """Whether another rank sent it. There is no request of that name then."""
+    digest: str = ""
+    """Of the request's bytes; empty until the message is known to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class Ticket:
     """Id of the client, in one process, that has its live samples."""
     number: int = 0
     """Number of this ticket among the tickets of that client."""
+    pickled: set[int] = field(default_factory=set, repr=False, compare=False)
+    """Numbers of that client's tickets that were pickled: somebody may collect them after the client is closed."""
 
     @property
     def place(self) -> tuple[str, str, int, int, int, int]:
@@ -114,6 +118,7 @@ class Ticket:
         return sum(slot.is_sent or slot.problem is not None for slot in self.slots)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.pickled.add(self.number)
         records: list[SlotRecord] = []
         deliveries = list(self.deliveries)
         for slot in self.slots:
@@ -130,6 +135,7 @@ class Ticket:
             **self.__dict__,
             "slots": tuple(records),
             "deliveries": tuple(by_request.values()),
+            "pickled": set(),
         }
 
     def __repr__(self) -> str:

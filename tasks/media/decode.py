@@ -30,12 +30,12 @@ def from_jpeg(data: bytes, size_HW: tuple[int, int] | None = None) -> PixelsHWC:
         return np.asarray(image.convert("RGB"))
 
 
-def split_frames(data: bytes) -> list[bytes]:
+def split_frames(data: bytes | bytearray) -> list[bytes]:
     """The files that `join_frames` put together."""
     frames, at = [], 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 4], "big")
-        frames.append(data[at + 4 : at + 4 + size])
+        frames.append(bytes(data[at + 4 : at + 4 + size]))
         at += 4 + size
     return frames
 

@@ -49,10 +49,18 @@ def encode_video(held: Held, where: str) -> PixelsTHWC:
     """The checked pixels of one video, uint8 `(T, H, W, 3)`, C-contiguous. Raises as `encode_image`."""
     if not isinstance(held.value, tuple):
         return _encode_array(held, where)
-    frames = [
-        encode_image(frame, f"{where}[{t}]") for t, frame in enumerate(held.value)
-    ]
-    return np.stack(frames)
+    first = encode_image(held.value[0], f"{where}[0]")
+    # Frame by frame into their places: a list of all would be the video a second time.
+    video = np.empty((len(held.value), *first.shape), np.uint8)
+    for t, frame in enumerate(held.value):
+        pixels = encode_image(frame, f"{where}[{t}]") if t else first
+        if pixels.shape != first.shape:
+            raise InvalidSampleError(
+                f"{where}[{t}]: a frame of {pixels.shape[0]}x{pixels.shape[1]} (height x width) in a video of "
+                f"{first.shape[0]}x{first.shape[1]}; was it changed after submit()?"
+            )
+        video[t] = pixels
+    return video
 
 
 def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:

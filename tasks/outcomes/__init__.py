@@ -12,12 +12,13 @@ no code of a trainer can make an answer of its own.
 """
 
 from tasks.outcomes.addresses import address, key_of
-from tasks.outcomes.for_clients import ClientOutcomes, QueueState
+from tasks.outcomes.for_clients import Ahead, ClientOutcomes, QueueState
 from tasks.outcomes.for_workers import Claim, WorkerOutcomes
 from tasks.outcomes.shared import USUAL_STARTS
 
 __all__ = [
     "USUAL_STARTS",
+    "Ahead",
     "Claim",
     "ClientOutcomes",
     "QueueState",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import msgpack
 from tasks import keys
 from tasks.errors import WireError
 from tasks.messages import Heartbeat, Note, Outcome, unpack
+from tasks.outcomes.scripts import NUMBER
 from tasks.outcomes.shared import SharedOutcomes
 
 NO_TOKEN = ""
@@ -34,6 +36,16 @@ class QueueState:
         return self.num_waiting > 0 and self.consumed < number <= self.sent
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What comes before a message in its queue."""
+
+    consumed: int
+    """The queue's consumed offset."""
+    num_of: dict[str, int]
+    """Messages by run, of those that were not taken."""
+
+
 class ClientOutcomes(SharedOutcomes):
     """The outcomes, claims, notes and heartbeats in one Redis, for a client, which scores nothing.
 
@@ -41,6 +53,10 @@ class ClientOutcomes(SharedOutcomes):
         redis: The result backend's client.
         result_ttl_s: Seconds for which an outcome lives.
     """
+
+    def __init__(self, redis: Any, result_ttl_s: float) -> None:
+        super().__init__(redis, result_ttl_s)
+        self._number = redis.register_script(NUMBER)
 
     def put_back(self, address: str, outcome: Outcome) -> None:
         """Write an outcome that this client has read before into a Redis that was emptied since.
@@ -81,10 +97,29 @@ class ClientOutcomes(SharedOutcomes):
         sent, consumed = self.redis.mget(names)
         return QueueState(int(sent or 0), int(consumed or 0), num_waiting)
 
-    def number(self, queue: str, num_messages: int) -> int:
-        """Reserve numbers for messages about to be sent; returns the first."""
-        last = int(self.redis.incrby(keys.sent_number(queue), num_messages))
-        return last - num_messages + 1
+    def number(self, queue: str, num_messages: int, run: str) -> int:
+        """Reserve numbers for messages that a run is about to send; returns the first."""
+        own = [
+            keys.sent_number(queue),
+            keys.senders(queue),
+            keys.consumed_offset(queue),
+        ]
+        args = [num_messages, run, self._result_ms]
+        return int(self._number(keys=own, args=args))
+
+    def ahead(self, queue: str, number: int) -> Ahead:
+        """What of a queue was not taken and comes before the message of this number."""
+        consumed = int(self.redis.get(keys.consumed_offset(queue)) or 0)
+        found = self.redis.zrangebyscore(
+            keys.senders(queue), f"({consumed}", "+inf", withscores=True
+        )
+        num_of: Counter[str] = Counter()
+        for member, last in found:
+            first, _, run = member.decode().partition("|")
+            start, end = max(int(first), consumed + 1), min(int(last), number - 1)
+            if end >= start:
+                num_of[run] += end - start + 1
+        return Ahead(consumed, dict(num_of))
 
     def check_room(self) -> None:
         """Write a key that means nothing; raises what a server that is full raises."""

@@ -120,6 +120,26 @@ return kept
 expired while its worker could not reach Redis, or was stopped, is ours again if nobody has claimed or answered it
 since."""
 
+NUMBER = """
+local last = redis.call('INCRBY', KEYS[1], ARGV[1])
+local first = last - tonumber(ARGV[1]) + 1
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', redis.call('GET', KEYS[3]) or '0')
+local from, newest = first, redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+if newest[1] and tonumber(newest[2]) == first - 1 then
+  local number, run = string.match(newest[1], '^(%d+)|(.*)$')
+  if run == ARGV[2] then
+    redis.call('ZREM', KEYS[2], newest[1])
+    from = number
+  end
+end
+redis.call('ZADD', KEYS[2], last, from .. '|' .. ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return first
+"""
+"""KEYS: the queue's counter, its senders, its consumed offset. ARGV: how many messages, of which run, ms that the list
+of senders lives. Returns the number of the first. What was taken leaves the list; messages of one run that follow one
+another are one entry."""
+
 TAKE = """
 local number = tonumber(ARGV[1])
 local sent = tonumber(redis.call('GET', KEYS[2]) or '0')

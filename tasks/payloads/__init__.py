@@ -1,7 +1,7 @@
 """Payload stores: media and requests by key, with a time to live. Redis, or files in memory shared on one host.
 
-A key is `<client id>.<digest or request id>`: content is stored once within one client process, and no client frees
-what another needs.
+A name begins with the id of a client: content is stored once within one client process, and no client frees what
+another needs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,27 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tasks.payloads.file_store import FileStore
+from tasks.payloads.names import (
+    MAX_REQUEST_BYTES,
+    PART_BYTES,
+    name_in_parts,
+    new_client_id,
+)
 from tasks.payloads.redis_store import RedisStore
-from tasks.payloads.store import PayloadStore
+from tasks.payloads.store import Data, PayloadStore
 from tasks.settings import Settings
 
-__all__ = ["FileStore", "PayloadStore", "RedisStore", "open_store"]
+__all__ = [
+    "MAX_REQUEST_BYTES",
+    "PART_BYTES",
+    "Data",
+    "FileStore",
+    "PayloadStore",
+    "RedisStore",
+    "name_in_parts",
+    "new_client_id",
+    "open_store",
+]
 
 
 def open_store(settings: Settings) -> PayloadStore:

@@ -7,12 +7,15 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import RedisUnreachableError, SettingsError
 from tasks.payloads.folder import Folder, capacity_of
+from tasks.payloads.names import MAX_REQUEST_BYTES, run_of
+from tasks.payloads.store import Data
 
 _NAME = re.compile(r"[\w~-][\w.~-]{0,199}", re.ASCII)
 
@@ -65,9 +68,9 @@ class FileStore:
         for name, data in payloads.items():
             self._write(self._file(name), data, expires_at)
 
-    def get(self, names: Sequence[str]) -> list[bytes | None]:
+    def get(self, names: Sequence[str]) -> list[Data | None]:
         with self._opened() as fd:
-            found: list[bytes | None] = []
+            found: list[Data | None] = []
             for name in names:
                 file = self._file(name)
                 found.append(None if fd is None else self._folder.read(fd, file))
@@ -107,6 +110,20 @@ class FileStore:
                 if found.st_mtime + grace_s < now:
                     num_dropped += self._drop(fd, name)
         return num_dropped
+
+    def bytes_by_run(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        with self._opened() as fd:
+            for name, one in () if fd is None else self._files(fd):
+                found[run_of(name.removeprefix("."))] += one.st_size
+        return dict(found)
+
+    def value_bytes(self) -> int:
+        return MAX_REQUEST_BYTES  # media are one file, whatever their size
+
+    def capacity_bytes(self) -> int | None:
+        with self._opened() as fd:
+            return None if fd is None else capacity_of(fd)
 
     def check(self) -> None:
         with self._opened():

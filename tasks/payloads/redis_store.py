@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import secrets
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from tasks import keys
+from tasks.payloads.names import num_parts, run_of
+from tasks.payloads.store import Data
 from tasks.servers.connections import (
     DEFAULT_SENTINELS,
     check_eviction,
     check_reachable,
     connect_for_media,
+    maxmemory_of,
+    most_value_bytes,
 )
 from tasks.settings import Sentinels
 
-NAMES_A_CALL = 1000
+KEYS_A_CALL = 1000
 """Payloads renewed or dropped in one call of a script; more go in several, so that Redis serves others between them."""
+
+ASK_CAPACITY_EVERY_S = 60.0
+"""How long a server's `maxmemory` is remembered, which an operator may raise."""
 
 
 _LEDGER = """
@@ -61,6 +70,8 @@ class RedisStore:
     def __init__(self, url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> None:
         self._url = url
         self._redis = connect_for_media(url, sentinels)
+        self._capacity_bytes: int | None = None
+        self._ask_capacity_at = 0.0
 
     def identity(self) -> str:
         known = cast(bytes | None, self._redis.get(keys.STORE_IDENTITY))
@@ -73,36 +84,98 @@ class RedisStore:
 
     def put(self, payloads: Mapping[str, Any], ttl_s: float) -> None:
         ttl_ms = round(1000 * ttl_s)
+        whole: dict[str, Any] = {}
+        for name, data in payloads.items():
+            own = _keys_of(name)
+            if len(own) == 1:
+                whole[own[0]] = data
+            else:
+                self._put_in_parts(own, _flat(data), ttl_ms)
+        self._put(whole, ttl_ms)
+
+    def _put(self, data_of: Mapping[str, Any], ttl_ms: int) -> None:
         with self._redis.pipeline(transaction=False) as pipe:
-            for name, data in payloads.items():
-                pipe.set(keys.payload(name), _flat(data), px=ttl_ms)
-            for batch in _in_batches(list(payloads)):
+            for key, data in data_of.items():
+                pipe.set(key, _flat(data), px=ttl_ms)
+            for batch in _in_batches(list(data_of)):
                 self._count(pipe, batch, ttl_ms)
             pipe.execute()
 
-    def get(self, names: Sequence[str]) -> list[bytes | None]:
-        if not names:
-            return []
-        # A pipeline and no MGET, whose one reply the server would put together in memory.
+    def _put_in_parts(self, own: Sequence[str], data: Any, ttl_ms: int) -> None:
+        """Each part in a call of its own: the server takes the next only when it has the last."""
+        size = -(-len(data) // len(own))
+        for number, key in enumerate(own):
+            part = data[number * size : (number + 1) * size]
+            self._put({key: part}, ttl_ms)
+
+    def get(self, names: Sequence[str]) -> list[Data | None]:
+        own = {name: _keys_of(name) for name in names}
+        whole = [name for name in own if len(own[name]) == 1]
+        found: dict[str, Data | None] = {}
+        if whole:
+            # A pipeline and no MGET, whose one reply the server would put together in memory.
+            with self._redis.pipeline(transaction=False) as pipe:
+                for name in whole:
+                    pipe.get(own[name][0])
+                found.update(zip(whole, pipe.execute(), strict=True))
+        for name in own.keys() - found.keys():
+            found[name] = self._get_in_parts(own[name])
+        return [found[name] for name in names]
+
+    def _get_in_parts(self, own: Sequence[str]) -> bytearray | None:
+        """Part after part, each into its place: in memory is the payload, and one part of it."""
         with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.get(keys.payload(name))
-            return cast(list[bytes | None], pipe.execute())
+            for key in own:
+                pipe.strlen(key)
+            sizes = pipe.execute()
+        if not all(sizes):  # no part is empty
+            return None
+        data, end = bytearray(sum(sizes)), 0
+        for key, size in zip(own, sizes, strict=True):
+            part = cast(bytes | None, self._redis.get(key))
+            if part is None or len(part) != size:
+                return None
+            data[end : end + size] = part
+            end += size
+        return data
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
         ttl_ms = round(1000 * ttl_s)
-        gone: list[str] = []
-        for batch in _in_batches(names):
+        name_of = {key: name for name in names for key in _keys_of(name)}
+        gone: dict[str, None] = {}
+        for batch in _in_batches(list(name_of)):
             _, indices = self._count(self._redis, batch, ttl_ms)
-            gone += [batch[i] for i in indices]
-        return gone
+            gone.update((name_of[batch[i]], None) for i in indices)
+        return list(gone)
 
     def free(self, names: Sequence[str]) -> None:
-        for batch in _in_batches(names):
+        own = [key for name in names for key in _keys_of(name)]
+        for batch in _in_batches(own):
             self._count(self._redis, batch, 0)
 
     def bytes_in_use(self) -> int:
         return int(self._count(self._redis, (), 0)[0])
+
+    def bytes_by_run(self) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        prefix, first = len(keys.payload("")), 0
+        while members := self._redis.zrangebyscore(
+            keys.PAYLOAD_LEDGER, "-inf", "+inf", first, KEYS_A_CALL
+        ):
+            first += len(members)
+            for member in cast(list[bytes], members):
+                num_bytes, _, key = member.decode().partition("|")
+                found[run_of(key[prefix:])] += int(num_bytes)
+        return dict(found)
+
+    def value_bytes(self) -> int:
+        return most_value_bytes(self._redis)
+
+    def capacity_bytes(self) -> int | None:
+        if time.monotonic() >= self._ask_capacity_at:
+            self._capacity_bytes = maxmemory_of(self._redis)
+            self._ask_capacity_at = time.monotonic() + ASK_CAPACITY_EVERY_S
+        return self._capacity_bytes
 
     def check(self) -> None:
         check_reachable(self._redis, self._url, "Redis for payloads")
@@ -112,18 +185,26 @@ class RedisStore:
         self._redis.close()
 
     @staticmethod
-    def _count(client: Any, names: Sequence[str], ttl_ms: int) -> Any:
+    def _count(client: Any, payload_keys: Sequence[str], ttl_ms: int) -> Any:
         """Let payloads live on and be counted; 0 drops them. Returns the script's answer, or a pipeline to execute."""
-        own = [keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, *map(keys.payload, names)]
+        own = [keys.PAYLOAD_LEDGER, keys.PAYLOAD_BYTES, *payload_keys]
         # The script itself and not its hash, which redis-py would ask for before each pipeline.
         return client.eval(_LEDGER, len(own), *own, ttl_ms)
 
 
-def _in_batches(names: Sequence[str]) -> Iterable[Sequence[str]]:
-    """The names in batches of `NAMES_A_CALL`."""
+def _keys_of(name: str) -> list[str]:
+    """Where the parts of a payload are; of one part the payload's own key."""
+    num = num_parts(name)
+    if num == 1:
+        return [keys.payload(name)]
+    return [f"{keys.payload(name)}.{number}" for number in range(num)]
+
+
+def _in_batches(payload_keys: Sequence[str]) -> Iterable[Sequence[str]]:
+    """The keys in batches of `KEYS_A_CALL`."""
     return (
-        names[start : start + NAMES_A_CALL]
-        for start in range(0, len(names), NAMES_A_CALL)
+        payload_keys[start : start + KEYS_A_CALL]
+        for start in range(0, len(payload_keys), KEYS_A_CALL)
     )
 
 

@@ -116,6 +116,9 @@ MAX_CLIENTS = (
 NEARLY = 0.99
 """Share of its maxmemory from which a server may refuse a write."""
 
+DEFAULT_VALUE_BYTES = 512 * 2**20
+"""`proto-max-bulk-len` of a server whose configuration does not give another."""
+
 DEFAULT_SENTINELS = Sentinels()
 
 
@@ -264,6 +267,27 @@ def is_nearly_full(client: Any) -> bool:
     memory = _memory_of(client)
     most = memory.get("maxmemory", 0)
     return bool(most) and memory["used_memory"] > NEARLY * most
+
+
+def maxmemory_of(client: Any) -> int | None:
+    """Bytes that a server may hold; None if it has no bound of its own, or does not say."""
+    return int(_memory_of(client).get("maxmemory", 0)) or None
+
+
+def most_value_bytes(client: Any) -> int:
+    """Bytes of the largest value that a server takes (`proto-max-bulk-len`); its default if this user may not ask.
+
+    An ACL user is not to look into a server's configuration, and each try would be in the server's log.
+    """
+    if client.get_connection_kwargs().get("username"):
+        return DEFAULT_VALUE_BYTES
+    try:
+        found = client.config_get("proto-max-bulk-len")
+    except LOST:
+        raise
+    except redis.ResponseError:
+        found = {}
+    return int(found.get("proto-max-bulk-len", DEFAULT_VALUE_BYTES))
 
 
 def _memory_of(client: Any) -> dict[str, Any]:

@@ -273,6 +273,8 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
         ("HDEL", name, "1"),
         ("HINCRBY", name, "1", 1),
         ("ZADD", name, 1, "1"),
+        ("ZREM", name, "1"),
+        ("ZREMRANGEBYSCORE", name, 0, 0),
         ("TIME",),
         ("GET", f"{keys.ROOT}celery-taskset-meta-{name}"),
         *_scripts(name),
@@ -280,8 +282,6 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
     if side == "worker":
         return first, [
             *both,
-            ("ZREM", name, "1"),
-            ("ZREMRANGEBYSCORE", name, 0, 0),
             ("ZSCORE", name, "1"),
             ("ZCARD", name),
         ]
@@ -291,6 +291,7 @@ def _for_results(side: Side, name: str) -> tuple[Commands, Commands]:
         ("HKEYS", name),
         ("HMGET", name, "1"),
         ("ZRANGEBYSCORE", name, 0, 0),
+        ("ZREVRANGE", name, 0, 0),
         ("INCRBY", name, 0),
         ("PTTL", name),
         ("UNLINK", other),

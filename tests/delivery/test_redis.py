@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tasks.errors import EvictionError
+from tasks.errors import EvictionError, SettingsError
 from tasks.settings import load_settings
 from tests.delivery.conftest import MODULES
 from tests.delivery.messages_lost import Filler
@@ -239,3 +239,18 @@ def test_a_redis_that_evicts_nothing_is_taken_whatever_its_policy(private_redis,
     client = clients("PixelCode", settings=settings)
     client.submit(samples_of(range(4)))
     assert_rewards(client.collect(timeout_s=60), range(4))
+
+
+def test_a_payload_folder_that_others_may_write_to_ends_a_worker_and_a_client_at_their_start(
+    private_redis, clients, tmp_path
+):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    settings = load_settings(broker_url=private_redis().url, payload_url=f"file://{folder}")
+    worker = WorkerProcess("gpu", settings, tmp_path, None, MODULES)
+    with pytest.raises(SettingsError, match=rf"the payload folder {folder} is refused: others may write to it"):
+        clients("PixelCode", settings=settings)
+    assert worker.process.wait(30) == os.EX_CONFIG
+    assert f"the payload folder {folder} is refused: others may write to it (mode 0777)" in worker.log_text
+    assert "Traceback" not in worker.log_text

@@ -33,6 +33,7 @@ class Message:
     number: int = 0
     priority: int = PRIORITY_USUAL
     num_returns: int = 0
+    digest: str = ""
     chord: Chord | None = None
 
 

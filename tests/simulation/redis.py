@@ -15,7 +15,7 @@ import redis
 from tasks import keys
 from tasks.groups import Registered
 from tasks.messages import Heartbeat, Note, Outcome, SampleRequest
-from tasks.outcomes import Claim, QueueState
+from tasks.outcomes import Ahead, Claim, QueueState
 
 NO_TOKEN = ""
 
@@ -250,11 +250,35 @@ class Outcomes:
         sent, taken = self._keys.get(keys.sent_number(queue)), self._keys.get(keys.consumed_offset(queue))
         return QueueState(sent or 0, taken or 0, num_waiting)
 
-    def number(self, queue: str, num_messages: int) -> int:
+    def number(self, queue: str, num_messages: int, run: str) -> int:
         key = keys.sent_number(queue)
         before = self._keys.get(key) or 0
         self._keys.set(key, before + num_messages)
+        self._note_sender(queue, before + 1, before + num_messages, run)
         return before + 1
+
+    def _note_sender(self, queue: str, first: int, last: int, run: str) -> None:
+        taken = self._keys.get(keys.consumed_offset(queue)) or 0
+        senders = self._keys.hash(keys.senders(queue))
+        for member in [one for one, number in senders.items() if number <= taken]:
+            del senders[member]
+        for member in [one for one, number in senders.items() if number == first - 1]:
+            number, _, other = member.partition("|")
+            if other == run:
+                del senders[member]
+                first = int(number)
+        senders[f"{first}|{run}"] = last
+        self._keys.expire(keys.senders(queue), self._result_ms)
+
+    def ahead(self, queue: str, number: int) -> Ahead:
+        taken = self._keys.get(keys.consumed_offset(queue)) or 0
+        num_of: dict[str, int] = {}
+        for member, last in (self._keys.get(keys.senders(queue)) or {}).items():
+            first, _, run = member.partition("|")
+            num = min(last, number - 1) - max(int(first), taken + 1) + 1
+            if num > 0:
+                num_of[run] = num_of.get(run, 0) + num
+        return Ahead(taken, num_of)
 
     def check_room(self) -> None:
         self._keys.set(keys.ROOM, b"", 1000)

@@ -126,13 +126,30 @@ class SimulatedBroker:
 
     def _chord(self, body: Any, store_id: str) -> Chord:
         message = Message(
-            COMBINE, body.label, body.queue, body.request, WIRE_VERSION, store_id, priority=PRIORITY_FIRST
+            COMBINE,
+            body.label,
+            body.queue,
+            body.request,
+            WIRE_VERSION,
+            store_id,
+            priority=PRIORITY_FIRST,
+            digest=body.digest,
         )
         return Chord(next(self._names), len(body.header), message)
 
     @staticmethod
     def _message(one: Any, store_id: str, chord: Chord | None = None) -> Message:
-        return Message(one.task, one.label, one.queue, one.request, WIRE_VERSION, store_id, one.number, chord=chord)
+        return Message(
+            one.task,
+            one.label,
+            one.queue,
+            one.request,
+            WIRE_VERSION,
+            store_id,
+            one.number,
+            digest=one.digest,
+            chord=chord,
+        )
 
 
 @dataclass

@@ -200,7 +200,14 @@ class WorkerProcess:
         kind, work = HANDLERS[message.task]
         wire = message.wire + 1 if self.plan.other_wire and self.is_first else message.wire
         told = TaskMessage(
-            message.label, message.queue, message.request, wire, message.store, message.number, message.num_returns
+            message.label,
+            message.queue,
+            message.request,
+            wire,
+            message.store,
+            message.number,
+            message.num_returns,
+            message.digest,
         )
         try:
             words = handle(self.context, told, kind, work)
@@ -223,6 +230,7 @@ class WorkerProcess:
             message.store,
             priority=PRIORITY_FIRST,
             num_returns=message.num_returns,
+            digest=message.digest,
         )
         for _ in range(PUBLISH_TRIES):
             try:

@@ -8,7 +8,7 @@ import pytest
 
 from tasks import keys
 from tasks.messages import WIRE_VERSION, Failure, Heartbeat, Note, Outcome, pack
-from tasks.outcomes import ClientOutcomes, QueueState, WorkerOutcomes, address
+from tasks.outcomes import Ahead, ClientOutcomes, QueueState, WorkerOutcomes, address
 from tests.outcomes import Outcomes
 from tests.servers import wait_until
 
@@ -267,9 +267,9 @@ def test_outcomes_claims_and_starts_have_a_time_to_live(outcomes, settings):
 
 
 def test_the_number_taken_only_grows(outcomes):
-    assert outcomes.number("gpu", 3) == 1
-    assert outcomes.number("gpu", 1) == 4
-    assert outcomes.number("vlm", 1) == 1
+    assert outcomes.number("gpu", 3, "run") == 1
+    assert outcomes.number("gpu", 1, "run") == 4
+    assert outcomes.number("vlm", 1, "run") == 1
     for number, taken in ((2, 2), (1, 2), (4, 4), (3, 4), (0, 4)):
         outcomes.take("gpu", number)
         assert outcomes.queue_state("gpu", 5) == QueueState(sent=4, consumed=taken, num_waiting=5)
@@ -277,7 +277,7 @@ def test_the_number_taken_only_grows(outcomes):
 
 
 def test_a_number_that_no_client_has_counted_moves_nothing(outcomes):
-    outcomes.number("gpu", 4)
+    outcomes.number("gpu", 4, "run")
     outcomes.take("gpu", 2)
     for number in (5, 10, 2**53, 2**62):
         outcomes.take("gpu", number)
@@ -287,10 +287,27 @@ def test_a_number_that_no_client_has_counted_moves_nothing(outcomes):
 
 
 def test_a_queue_that_was_told_a_number_beyond_its_own_recovers_with_the_next_message(outcomes):
-    outcomes.number("gpu", 4)
+    outcomes.number("gpu", 4, "run")
     outcomes.redis.set(keys.consumed_offset("gpu"), 2**62)
     outcomes.take("gpu", 3)
     assert outcomes.queue_state("gpu", 5).consumed == 3
+
+
+def test_what_is_ahead_of_a_message_is_known_by_run(outcomes, settings):
+    for num, run in ((3, "a"), (2, "a"), (4, "b"), (1, "a"), (5, "b")):
+        outcomes.number("gpu", num, run)
+    outcomes.number("vlm", 7, "c")
+    assert outcomes.ahead("gpu", 16) == Ahead(consumed=0, num_of={"a": 6, "b": 9})
+    assert outcomes.ahead("gpu", 8) == Ahead(consumed=0, num_of={"a": 5, "b": 2})
+    assert outcomes.ahead("gpu", 1) == Ahead(consumed=0, num_of={})
+    outcomes.take("gpu", 4)
+    assert outcomes.ahead("gpu", 8) == Ahead(consumed=4, num_of={"a": 1, "b": 2})
+    outcomes.take("gpu", 9)
+    assert outcomes.ahead("gpu", 8) == Ahead(consumed=9, num_of={})
+    outcomes.number("gpu", 1, "c")
+    senders = outcomes.redis.zrange(keys.senders("gpu"), 0, -1, withscores=True)
+    assert senders == [(b"10|a", 10), (b"11|b", 15), (b"16|c", 16)], "what was taken is forgotten"
+    assert 0 < outcomes.redis.pttl(keys.senders("gpu")) <= 1000 * settings.result_ttl_s
 
 
 def test_taking_tells_the_time_on_redis_clock(outcomes):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import EvictionError, RedisUnreachableError, SettingsError
-from tasks.payloads import FileStore, RedisStore, open_store
+from tasks.payloads import FileStore, RedisStore, name_in_parts, new_client_id, open_store
 from tasks.servers.connections import LOST
 from tasks.settings import load_settings
 from tests.servers import wait_until
@@ -69,6 +70,101 @@ def test_three_megabytes_arrive_whole(store):
     assert store.get(["c.1"]) == [data]
 
 
+@pytest.fixture
+def in_parts(store):
+    """A name in parts for so many bytes, and those bytes."""
+
+    def make(num_bytes, part_bytes):
+        return name_in_parts("c.1.digest", num_bytes, part_bytes), os.urandom(num_bytes)
+
+    return make
+
+
+@pytest.mark.parametrize("num_bytes", [9, 10, 11, 19, 20, 21, 1_000, 1_001])
+def test_a_payload_in_parts_arrives_whole_is_counted_renewed_and_freed_whole(store, in_parts, num_bytes):
+    name, data = in_parts(num_bytes, 10)
+    assert name == ("c.1.digest" if num_bytes <= 10 else f"c.1.digest.of{-(-num_bytes // 10)}")
+    store.put({"c.2": b"before", name: data, "c.3": b"after"}, ttl_s=60)
+    assert store.get(["c.3", name, "c.2"]) == [b"after", data, b"before"]
+    assert store.bytes_in_use() == num_bytes + 11
+    assert store.renew([name, "c.2"], ttl_s=60) == []
+    store.put({name: data}, ttl_s=60)
+    assert store.bytes_in_use() == num_bytes + 11
+    store.free([name])
+    assert store.get([name]) == [None]
+    assert store.renew([name, "c.2"], ttl_s=60) == [name]
+    assert store.bytes_in_use() == 11
+
+
+def test_an_array_is_cut_into_parts_by_its_bytes(store):
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    floats = np.arange(24, dtype=np.float32).reshape(2, 12)
+    store.put({"c.1.of4": pixels, "c.2.of5": memoryview(floats)}, ttl_s=60)
+    assert store.get(["c.1.of4", "c.2.of5"]) == [pixels.tobytes(), floats.tobytes()]
+
+
+def test_no_value_is_larger_than_a_part(redis_server, redis_url):
+    store, (name, num_bytes) = RedisStore(redis_url), (name_in_parts("c.1", 1001, 100), 1001)
+    store.put({name: os.urandom(num_bytes)}, ttl_s=60)
+    with redis_server.client() as client:
+        sizes = [client.strlen(key) for key in client.keys("rewardq:payload:*")]
+    assert sorted(sizes) == [91] * 11
+    store.close()
+
+
+@pytest.mark.parametrize("which", [0, 4, 10])
+def test_a_payload_of_which_a_part_is_gone_is_gone(redis_server, redis_url, which):
+    store, (name, data) = RedisStore(redis_url), ("c.1.of11", os.urandom(1001))
+    store.put({name: data}, ttl_s=60)
+    with redis_server.client() as client:
+        client.delete(f"rewardq:payload:{name}.{which}")
+    assert store.get([name]) == [None]
+    assert store.renew(["x", name, "y"], ttl_s=60) == ["x", name, "y"]
+    store.put({name: data}, ttl_s=60)
+    assert store.get([name]) == [data]
+    assert store.renew([name], ttl_s=60) == []
+    store.free([name])
+    assert store.bytes_in_use() == 0
+    store.close()
+
+
+def test_the_parts_of_a_payload_expire_together_and_live_on_together(redis_url):
+    store = RedisStore(redis_url)
+    store.put({"c.1.of3": b"123456789", "c.2.of3": b"123456789"}, ttl_s=1.0)
+    assert store.renew(["c.1.of3"], ttl_s=60) == []
+    wait_until(lambda: store.bytes_in_use() == 9)
+    assert store.get(["c.1.of3", "c.2.of3"]) == [b"123456789", None]
+    store.close()
+
+
+@pytest.mark.parametrize("num_bytes", [200, 30_000])
+def test_more_parts_than_one_call_of_a_script_takes(store, num_bytes):
+    name, data = name_in_parts("c.1", num_bytes, 10), os.urandom(num_bytes)
+    store.put({name: data}, ttl_s=60)
+    assert store.get([name]) == [data]
+    assert store.renew([name], ttl_s=60) == []
+    store.free([name])
+    assert store.bytes_in_use() == 0
+
+
+def test_a_store_says_which_value_it_takes_and_what_it_holds(private_redis, tmp_path):
+    server = private_redis("--maxmemory", "100mb", "--proto-max-bulk-len", "3mb")
+    store, folder = RedisStore(server.url), FileStore(tmp_path / "store")
+    assert (store.value_bytes(), store.capacity_bytes()) == (3 * 2**20, 100 * 2**20)
+    assert folder.capacity_bytes() >= shutil.disk_usage(tmp_path).total
+    with server.client() as admin:
+        admin.config_set("maxmemory", 0)
+        admin.acl_setuser(
+            "other", enabled=True, passwords=["+pw"], keys=["*"], categories=["+@all"], commands=["-info", "-config"]
+        )
+    other = RedisStore(server.url.replace("redis://", "redis://other:pw@"))
+    assert (other.value_bytes(), other.capacity_bytes()) == (512 * 2**20, None)
+    fresh = RedisStore(server.url)
+    assert fresh.capacity_bytes() is None
+    for one in (store, other, fresh):
+        one.close()
+
+
 def test_the_same_name_again_is_harmless_and_counted_once(store):
     for _ in range(3):
         store.put({"c.1": b"12345"}, ttl_s=60)
@@ -116,6 +212,18 @@ def test_bytes_of_all_clients_are_counted_by_each(open_one):
     assert yours.get(["mine.1"]) == [b"12345"]
     mine.free(["mine.1"])
     assert mine.bytes_in_use() == yours.bytes_in_use() == 3
+
+
+def test_whose_bytes_a_store_holds_is_known_by_the_names(open_one):
+    one, two = new_client_id("run-1.a_b"), new_client_id("run-2")
+    assert new_client_id("run-2") != two
+    store = open_one()
+    store.put({f"{one}.1.digest": b"12345", f"{one}.2.digest.of3": b"123456789", f"{two}.1.request": b"12"}, ttl_s=60)
+    store.put({f"{two}.{i}.digest": b"1" for i in range(2, 1502)}, ttl_s=60)
+    store.put({"c.1": b"123"}, ttl_s=60)
+    assert open_one().bytes_by_run() == {"run-1.a_b": 14, "run-2": 1502, "": 3}
+    store.free([f"{one}.1.digest", f"{one}.2.digest.of3"])
+    assert store.bytes_by_run() == {"run-2": 1502, "": 3}
 
 
 def test_payloads_of_a_client_that_died_stop_counting_when_they_expire(open_one):

@@ -192,7 +192,7 @@ def test_an_outcome_says_where_it_was_computed_and_how_long_it_took(bench):
 
 
 def test_the_message_counts_as_taken(bench):
-    bench.outcomes.number("gpu", 7)
+    bench.outcomes.number("gpu", 7, "run")
     bench.send(bench.sample("a"), number=7)
     assert bench.outcomes.queue_state("gpu", 0).consumed == 7
 
@@ -370,7 +370,7 @@ def test_a_request_that_is_no_request_is_noted(bench):
 
 def test_a_later_client_may_send_more_arguments(bench):
     bench.request(bench.sample("a"))
-    arguments = ["size x 2", "c.request", WIRE_VERSION, 1, bench.store.identity(), "more", {"and": "more"}]
+    arguments = ["size x 2", "c.request", WIRE_VERSION, 1, bench.store.identity(), "", "more", {"and": "more"}]
     assert score.apply(arguments).get() == "1 scored"
 
 

@@ -12,7 +12,6 @@ from tasks.errors import TicketError
 from tasks.rewards import RewardConfig
 from tasks.samples import Sample
 from trainer_client.session.client_steps import ClientSteps
-from trainer_client.session.tickets import ticket_of
 from trainer_client.steps.submission import Submission
 
 CONFIG = RewardConfig.from_dict({"rewards": [{"reward_model": "jpeg_compressibility"}]})
@@ -45,7 +44,7 @@ def submit(steps, num, client_id="this"):
     samples = [Sample(image=np.zeros((8, 8, 3), np.uint8))] * num
     submission = Submission("train", CONFIG.of("train"), samples, None, steps.new_ticket_number(), 0.0)
     submission.check(steps.num_submitted("train"), 0, 1, 10**6)
-    return ticket_of(submission, steps.add(submission, None), Process, client_id)
+    return steps.issue(submission, steps.add(submission, None), Process, client_id)
 
 
 def wanted(steps, engine, ticket, run="run"):
@@ -98,7 +97,7 @@ def test_only_groups_of_samples_that_are_collected_are_given_up():
         samples = [Sample(prompt="a", image=np.zeros((8, 8, 3), np.uint8), group=group)]
         submission = Submission("train", ranked.of("train"), samples, 2, steps.new_ticket_number(), 0.0)
         submission.check(0, 0, 1, 10**6)
-        tickets.append(ticket_of(submission, steps.add(submission, None), Process, "this"))
+        tickets.append(steps.issue(submission, steps.add(submission, None), Process, "this"))
     steps.close(steps.wanted_of_ticket(SlowEngine(), ranked, "run", tickets[0]))
     step = steps.wanted_of_step(SlowEngine(), ranked, "train", None)
     assert set(step.incomplete) == {"by its ticket", "by its step"}

@@ -183,12 +183,21 @@ class CheckRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SentRequest:
+    """A request of an earlier process."""
+
+    name: str
+    digest: str
+    """Of its bytes; empty if the ticket does not know."""
+    is_group: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ReadRequests:
     """Read which payloads the requests of an earlier process name. Result: `RequestsRead`."""
 
     lane: ClassVar[Lane] = Lane.UPKEEP
-    requests: Sequence[tuple[str, bool]]
-    """Each with whether it is a group's."""
+    requests: Sequence[SentRequest]
     slots_of: Mapping[str, Sequence[Slot]]
     """By address, the samples of the ticket: a request may be for other tickets too, whose payloads are not read."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from tasks import media
 from tasks.errors import WireError
 from tasks.groups import GroupSlots
 from tasks.messages import (
@@ -23,6 +24,7 @@ from tasks.messages import (
 from tasks.outcomes import ClientOutcomes, QueueState, key_of
 from tasks.payloads import PayloadStore
 from tasks.samples import Sample
+from tasks.servers.connections import LOST
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.broker import Broker
@@ -31,6 +33,9 @@ from trainer_client.engine.model import Awaited, Delivery, Slot
 from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.server_errors import is_of_server
 from trainer_client.texts import words_of
+
+SURELY_FITS_BYTES = 2**20
+"""The store is not asked for its size because of a sample that has no more."""
 
 
 class Encoder(Protocol):
@@ -82,7 +87,25 @@ class Backend:
         sample = slot.sample
         if sample is None:  # given up meanwhile
             return ev.SampleEncoded(slot, EncodedSample("", {}))
-        return ev.SampleEncoded(slot, self._encoder.encode(slot, sample))
+        encoded = self._encoder.encode(slot, sample)
+        if encoded.num_bytes > SURELY_FITS_BYTES:
+            self._check_capacity(slot, encoded)
+        return ev.SampleEncoded(slot, encoded)
+
+    def _check_capacity(self, slot: Slot, encoded: EncodedSample) -> None:
+        """A sample that never fits into the store is invalid: a store that is full for now is waited for."""
+        try:
+            capacity = self._store.capacity_bytes()
+        except LOST:  # storing waits for it; encoding need not
+            return
+        if capacity is not None and encoded.num_bytes > capacity:
+            words = (
+                f"sample {slot.index}: its media have {encoded.num_bytes} bytes, and the payload store holds "
+                f"{capacity} bytes in all (maxmemory of its Redis, or the size of its file system); "
+                "give it more, or send less"
+            )
+            encoded.problem = Failure(kind="invalid", message=words)
+            encoded.contents.clear()
 
     def _store_payload(self, action: do.Store) -> ev.Event:
         failure = self._put({action.name: action.content.data})
@@ -144,7 +167,7 @@ class Backend:
         for delivery, number in sent.numbers.items():
             if number:
                 self._tell_other_ranks(delivery, number)
-        return ev.Published(sent.numbers, sent.refused)
+        return ev.Published(sent.numbers, sent.digests, sent.refused)
 
     def _publish_again(self, action: do.PublishAgain) -> ev.Event:
         number = self._publisher.publish_again(action.delivery, action.request)
@@ -284,23 +307,21 @@ class Backend:
 
     def _read_requests(self, action: do.ReadRequests) -> ev.Event:
         payloads = []
-        for request, is_group in action.requests:
-            for address, sample in self._samples_of(request, is_group=is_group):
+        for one in action.requests:
+            for address, sample in self._samples_of(one):
                 if address not in action.slots_of:
                     continue
                 for ref in _refs_of(sample):
                     payloads.append((address, ref.name, ref.digest))
         return ev.RequestsRead(payloads, action.slots_of)
 
-    def _samples_of(
-        self, request: str, *, is_group: bool
-    ) -> list[tuple[str, SampleRequest]]:
+    def _samples_of(self, request: do.SentRequest) -> list[tuple[str, SampleRequest]]:
         """The samples of a request that is still there, each with the address of the outcome that needs it."""
-        data = self._store.get([request])[0]
-        if data is None:
+        data = self._store.get([request.name])[0]
+        if data is None or (request.digest and media.digest(data) != request.digest):
             return []
         try:
-            if is_group:
+            if request.is_group:
                 group = unpack(GroupRequest, data)
                 return [(group.address, member) for member in group.members]
             samples = unpack(ScoreRequest, data).samples

@@ -98,7 +98,7 @@ class CeleryBroker:
         group_id = uuid.uuid4().hex
         signature = self._app.signature(
             body.task,
-            args=[body.label, body.request, WIRE_VERSION, store_id],
+            args=[body.label, body.request, WIRE_VERSION, store_id, 0, body.digest],
             immutable=True,
             queue=body.queue,
             priority=PRIORITY_FIRST,
@@ -128,6 +128,7 @@ class CeleryBroker:
                 WIRE_VERSION,
                 message.number,
                 store_id,
+                message.digest,
             ],
             queue=message.queue,
             producer=producer,

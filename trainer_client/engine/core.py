@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from tasks.messages import Failure, Note, Outcome
+from tasks.payloads import PART_BYTES
 from tasks.rewards import RewardSpec
 from trainer_client.engine import actions as do
 from trainer_client.engine.model import (
@@ -32,11 +33,13 @@ UNSENT = frozenset({State.LINGERING, State.PUBLISHING, State.RESTORING})
 class Core:
     """Slots, awaited outcomes, deliveries and payloads, and the actions that the event at hand has led to."""
 
-    def __init__(self, client_id: str, why_late: WhyLate) -> None:
+    def __init__(
+        self, client_id: str, why_late: WhyLate, part_bytes: int = PART_BYTES
+    ) -> None:
         self._client_id = client_id
         self._num_names = 0
         self.why_late = why_late
-        self.payloads = PayloadLedger(self.new_name)
+        self.payloads = PayloadLedger(self.new_name, part_bytes)
         self.awaited: dict[str, Awaited] = {}
         """By address, all that are not ended."""
         self.deliveries: dict[str, Delivery] = {}

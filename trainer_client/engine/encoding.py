@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 from PIL import Image
 
 from tasks import media, outcomes
 from tasks.errors import InvalidSampleError
 from tasks.messages import Failure, MediaRef
+from tasks.payloads import MAX_REQUEST_BYTES
 from tasks.rewards import JPEG, RAW, RewardSpec
 from tasks.samples import Beside, Sample, beside, identity_of, sample_key
 from trainer_client.engine.model import Slot
@@ -27,6 +29,10 @@ LIST_ENCODERS = {
     "condition_images": media.encode_image,
     "condition_videos": media.encode_video,
 }
+
+
+SPARE_BYTES = 131_072
+"""Of a request, for what is beside its prompts and metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Identity:
     address: str
     """Of its outcome: for a groupwise reward, for the reward of the group's parts."""
     beside: Beside
+    text_bytes: int = 0
+    """Of its prompt and of what travels of its metadata, in a request."""
 
 
 @dataclass(slots=True)
@@ -123,6 +131,8 @@ class SampleEncoder:
 
     run: str
     rank: int
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    """A sample whose prompt and metadata have as much is invalid."""
 
     def encode(self, slot: Slot, sample: Sample) -> EncodedSample:
         """The media of a slot's sample, and its identity for each reward; what is wrong with them is its `problem`.
@@ -131,9 +141,13 @@ class SampleEncoder:
         """
         try:
             fields = _encode_fields(slot)
+            identities = self._identities(slot, sample, fields)
+            too_large = self._too_large(slot, identities)
+            if too_large is not None:
+                return self._unfit(slot, too_large)
             return EncodedSample(
                 prompt=sample.prompt,
-                identities=self._identities(slot, sample, fields),
+                identities=identities,
                 contents=_contents_of(slot, fields),
                 lists=frozenset(name for name, one in fields.items() if one.is_list),
                 hint=_hint_of(slot),
@@ -144,6 +158,19 @@ class SampleEncoder:
             # Tensors and images of the user's classes, and no memory for a large one.
             words = f"sample {slot.index} cannot be encoded: {words_of(error)}"
             return self._unfit(slot, Failure(kind="failed", message=words))
+
+    def _too_large(
+        self, slot: Slot, identities: Mapping[str, Identity]
+    ) -> Failure | None:
+        """Why a sample cannot be put into a request, which is one value in the payload store."""
+        num_bytes = max((one.text_bytes for one in identities.values()), default=0)
+        if num_bytes < self.max_request_bytes - SPARE_BYTES:
+            return None
+        words = (
+            f"sample {slot.index}: its prompt and metadata have {num_bytes} bytes, and a request takes "
+            f"{self.max_request_bytes - SPARE_BYTES}; images, videos and audio go into the fields for them"
+        )
+        return Failure(kind="invalid", message=words)
 
     def _identities(
         self, slot: Slot, sample: Sample, fields: Mapping[str, EncodedField]
@@ -160,7 +187,9 @@ class SampleEncoder:
                 identity_of(sample, scored),
             )
             address = outcomes.address(self.run, scored.fingerprint, key)
-            identities[spec.name] = Identity(key, address, beside(sample, spec))
+            own = beside(sample, spec)
+            num_bytes = len(sample.prompt.encode()) + len(msgpack.packb(own.metadata))
+            identities[spec.name] = Identity(key, address, own, num_bytes)
         return identities
 
     def _unfit(self, slot: Slot, problem: Failure) -> EncodedSample:

@@ -17,7 +17,13 @@ from tasks.celery_app import COMBINE, GROUP, SCORE, client_outcomes
 from tasks.groups import GroupSlots
 from tasks.messages import Failure, Note
 from tasks.outcomes import ClientOutcomes
-from tasks.payloads import PayloadStore, open_store
+from tasks.payloads import (
+    MAX_REQUEST_BYTES,
+    PART_BYTES,
+    PayloadStore,
+    new_client_id,
+    open_store,
+)
 from tasks.rewards import RewardConfig, RewardSpec, Split
 from tasks.servers.connections import why_away
 from tasks.settings import Settings
@@ -29,7 +35,7 @@ from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.diagnosis import Diagnosis
 from trainer_client.engine.encoding import SampleEncoder
 from trainer_client.engine.loop import Chore, Loop
-from trainer_client.engine.model import NEVER, RankIndex, Slot
+from trainer_client.engine.model import NEVER, Awaited, RankIndex, Slot
 from trainer_client.engine.publisher import Publisher
 from trainer_client.engine.requests import RequestWriter, TaskNames
 from trainer_client.engine.resume import slots_and_deliveries
@@ -50,10 +56,21 @@ ASK_S = 2.0
 """Redis is asked why something is late for so long at most: the deadline has passed then, or is near."""
 
 KEEPS_UNSENT = tuple(
-    source for source in Source if source not in (Source.LOADING, Source.SUSPECTS)
+    source
+    for source in Source
+    if source not in (Source.AHEAD, Source.LOADING, Source.SUSPECTS)
 )
 """What may keep samples from being sent. The others are about samples that were sent, and `collect()` asks for them: a
 model that was loading at the last `collect()` may be loaded by now."""
+
+ASKED = (
+    Source.QUEUE,
+    Source.AHEAD,
+    Source.LOADING,
+    Source.SUSPECTS,
+    Source.STORED,
+)
+"""What only Redis can say."""
 
 TELL_EVERY_S = 600.0
 """How often Redis is told what this run's rewards are, at most: it may have been emptied."""
@@ -87,10 +104,10 @@ class Engine:
     ) -> None:
         settings: Settings = app.settings
         self.pid = os.getpid()
-        self.client_id = uuid.uuid4().hex[:12]
+        self.client_id = new_client_id(run)
         self.outcomes: ClientOutcomes = client_outcomes(app)
         self.store: PayloadStore = open_store(settings)
-        self._settings = settings
+        self._settings, self._run = settings, run
         self._slots_over_ranks: GroupSlots | None = None
         if world_size > 1:
             self._slots_over_ranks = GroupSlots(
@@ -103,6 +120,10 @@ class Engine:
         self._positions_seen: dict[str, list[RankIndex]] = {}
         """By group over ranks, which slots were filled when Redis was last asked."""
 
+        value_bytes = MAX_REQUEST_BYTES
+        with contextlib.suppress(*AWAY):  # a server that is away has the usual bound
+            value_bytes = self.store.value_bytes()
+        max_request_bytes = min(MAX_REQUEST_BYTES, value_bytes)
         self._state = EngineState(
             EngineConfig(
                 run=run,
@@ -113,6 +134,8 @@ class Engine:
                 payload_ttl_s=settings.payload_ttl_s,
                 num_encoders=settings.sender_threads,
                 shared_key=slots.key if slots is not None else None,
+                part_bytes=min(PART_BYTES, value_bytes),
+                max_request_bytes=max_request_bytes,
             ),
             time.monotonic(),
         )
@@ -123,6 +146,7 @@ class Engine:
             RequestWriter(run, TaskNames(SCORE, GROUP, COMBINE)),
             settings.payload_ttl_s,
             settings.result_ttl_s,
+            max_request_bytes,
         )
         backend = Backend(
             outcomes=self.outcomes,
@@ -130,7 +154,7 @@ class Engine:
             groups=slots,
             publisher=publisher,
             inspector=self._brokers[1],
-            encoder=SampleEncoder(run, rank),
+            encoder=SampleEncoder(run, rank, max_request_bytes),
             rank=rank,
             client_id=self.client_id,
             payload_ttl_s=settings.payload_ttl_s,
@@ -274,7 +298,12 @@ class Engine:
         with self._loop.lock:
             deliveries = list(self._state.core.deliveries.values())
         queues = {delivery.spec.queue for delivery in deliveries}
-        return self._ask(lambda: self._ask_of_queues(queues), KEEPS_UNSENT)
+
+        def ask() -> None:
+            self._ask_of_queues(queues)
+            self._ask_of_store()
+
+        return self._ask(ask, KEEPS_UNSENT)
 
     def known_reasons(self) -> str | None:
         """What is known to keep things waiting, without asking anybody; None if nothing is."""
@@ -313,6 +342,8 @@ class Engine:
             self._ask_of_queues(queues)
             self._put(Source.LOADING, self._diagnosis.loads(specs))
             self._put(Source.SUSPECTS, self._diagnosis.suspects(list(addresses)))
+            self._ask_of_messages_ahead(awaited)
+            self._ask_of_store()
 
         return self._ask(ask)
 
@@ -322,6 +353,24 @@ class Engine:
         words = self._diagnosis.idle_queues(queues, ended)
         self._put(Source.QUEUE, words)
         return words
+
+    def _ask_of_messages_ahead(self, awaited: Sequence[Awaited]) -> None:
+        with self._loop.lock:
+            tracking = self._state.tracking
+            queued = tracking.queued(awaited)
+        now = time.monotonic()
+        words = self._diagnosis.ahead(queued, tracking.paces, self._run, now)
+        self._put(Source.AHEAD, words)
+
+    def _ask_of_store(self) -> None:
+        """Whose bytes keep others from sending, if a store is full."""
+        with self._loop.lock:
+            waits = self._state.why_late.words(Source.STORE_FULL, Source.SENDING)
+        words = None
+        if waits:
+            with contextlib.suppress(*AWAY):  # what waits for the store says so itself
+                words = self._diagnosis.stored(self._run)
+        self._put(Source.STORED, words)
 
     def _ask_of_groups(self) -> None:
         """Which slots of incomplete groups other ranks have filled."""
@@ -361,7 +410,7 @@ class Engine:
             failures.append(f"Redis is away: it has not answered for {ASK_S:g} s")
         with self._loop.lock:
             if failures:  # what was known of workers is not known any more
-                for source in (Source.QUEUE, Source.LOADING, Source.SUSPECTS):
+                for source in ASKED:
                     self._state.why_late.withdraw(source)
             words = self._state.why_late.words(*sources)
         return words or (failures[0] if failures else None)

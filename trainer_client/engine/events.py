@@ -133,9 +133,11 @@ class Published:
     """Messages are in their queues, with these numbers."""
 
     numbers: Mapping[Delivery, int]
-    """0 of a delivery of which nothing could be packed: it has no message."""
+    """0 of a delivery that has no message, since nothing of it can be sent."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """By name, of the requests that were stored for them."""
     refused: Mapping[Awaited, Failure] = field(default_factory=dict)
-    """Outcomes whose sample cannot be packed into a request, and why. The others of its delivery went without it."""
+    """Outcomes whose sample cannot be put into a request, and why. The others of its delivery went without it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,7 @@ class Intake:
                     spec=spec,
                     prompt=slot.sample.prompt,
                     beside=identity.beside,
+                    text_bytes=identity.text_bytes,
                     source=slot,
                 )
                 self._core.add(awaited, State.LOOKING_UP)

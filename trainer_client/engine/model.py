@@ -112,6 +112,8 @@ class Awaited(PayloadUser):
     prompt: str = ""
     beside: Beside | None = None
     """What travels of the sample beside prompt and media; None of a group."""
+    text_bytes: int = 0
+    """Of its prompt and metadata in a request; 0 of a group."""
     attempt: int = 1
     """The attempt that is asked for: a failure of an earlier one is no answer."""
     media: dict[str, MediaRef | tuple[MediaRef, ...]] = field(default_factory=dict)
@@ -254,6 +256,9 @@ class Delivery:
     """Of its message in its queue; of a chord, of the last part's."""
     part_requests: tuple[str, ...] = ()
     """Of a chord: the requests of its parts."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of its requests that were stored, by name: a message that is sent again says them. Replaced as a whole, never
+    changed: the publisher reads it."""
     state: State = State.PUBLISHING
     sent_at: float = 0.0
     look_at: float = 0.0
@@ -286,6 +291,7 @@ class Delivery:
             addresses=tuple(a.address for a in self.awaited),
             is_other_ranks=self.sent_by
             in (SentBy.OTHER_RANK, SentBy.OTHER_RANK_EARLIER),
+            digest=self.digests.get(self.request, ""),
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from tasks.payloads import name_in_parts
 from trainer_client.engine.encoding import Content
 from trainer_client.engine.model import Payload, PayloadUser
 from trainer_client.engine.states import PayloadStage
@@ -15,10 +16,11 @@ class PayloadLedger:
     Args:
         new_name: Makes a name in the payload store that was never used before: freeing an old payload takes no new one
             of equal content away.
+        part_bytes: What is larger lies in parts of at most so many bytes.
     """
 
-    def __init__(self, new_name: Callable[[str], str]) -> None:
-        self._new_name = new_name
+    def __init__(self, new_name: Callable[[str], str], part_bytes: int) -> None:
+        self._new_name, self._part_bytes = new_name, part_bytes
         self._by_digest: dict[str, Payload] = {}
         self._by_name: dict[str, Payload] = {}
         self._to_free: list[str] = []
@@ -34,7 +36,9 @@ class PayloadLedger:
         payload = self._by_digest.get(content.digest)
         is_new = payload is None
         if payload is None:
-            name = self._new_name(content.digest)
+            name = name_in_parts(
+                self._new_name(content.digest), content.num_bytes, self._part_bytes
+            )
             payload = Payload(name, content.digest, PayloadStage.WAITING, content)
             self._by_digest[content.digest] = self._by_name[name] = payload
         self.share(payload, user)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from tasks.media import digest
 from tasks.messages import Failure, GroupRequest, SampleRequest, ScoreRequest, pack
 from tasks.rewards import RewardSpec
 from trainer_client.engine.model import Awaited, Delivery, GroupPlan
@@ -19,6 +20,9 @@ class Message:
     label: str
     request: str
     queue: str
+    digest: str = ""
+    """Of the request's bytes. Empty if it is not known: the process that sent the request ended before its ticket said
+    it."""
     number: int = 0
     header: list[Message] = field(default_factory=list)
     """Of a chord's body: the messages before it."""
@@ -57,7 +61,7 @@ class RequestWriter:
     """Composes the requests of one run."""
 
     def __init__(self, run: str, tasks: TaskNames) -> None:
-        self._run, self._tasks = run, tasks
+        self.run, self._tasks = run, tasks
 
     def compose(self, delivery: Delivery, times: Times) -> Composed:
         """The message of a delivery, and the requests to store for it.
@@ -103,38 +107,46 @@ class RequestWriter:
             samples = [sample for sample in found if sample is not None]
             if not samples:
                 return Composed(None, {})
-            request = self._chunk(name, label, spec, samples, times)
-            message = Message(self._tasks.score, label, name, spec.queue)
-            return Composed(message, {name: pack(request)})
+            request = pack(self._chunk(name, label, spec, samples, times))
+            message = self._message(self._tasks.score, delivery, request)
+            return Composed(message, {name: request})
 
         group = self._group(delivery, first, first.group, times)
         if request_of is not sample_request:
             members = tuple(map(packable_member, group.members))
             group = group.model_copy(update={"members": members})
         if not delivery.part_requests:
-            message = Message(self._tasks.group, label, name, spec.queue)
-            return Composed(message, {name: pack(group)})
+            request = pack(group)
+            message = self._message(self._tasks.group, delivery, request)
+            return Composed(message, {name: request})
         return self._chord(delivery, group, times)
 
     def again(self, delivery: Delivery, request: str) -> Message:
         """The message of one of its requests, as it was; what was a chord goes as one task."""
         is_group = delivery.spec.is_combined and request == delivery.request
         task = self._tasks.group if is_group else self._tasks.score
-        return Message(task, delivery.label, request, delivery.spec.queue)
+        known = delivery.digests.get(request, "")
+        return Message(task, delivery.label, request, delivery.spec.queue, known)
+
+    @staticmethod
+    def _message(task: str, delivery: Delivery, request: bytes) -> Message:
+        """The message of a delivery's own request, of these bytes."""
+        queue = delivery.spec.queue
+        return Message(task, delivery.label, delivery.request, queue, digest(request))
 
     def _chord(self, delivery: Delivery, group: GroupRequest, times: Times) -> Composed:
         spec = delivery.spec
-        body = Message(
-            self._tasks.combine, delivery.label, delivery.request, spec.queue
-        )
         requests = {delivery.request: pack(group)}
+        body = self._message(self._tasks.combine, delivery, requests[delivery.request])
         for at, name in enumerate(delivery.part_requests):
             own = group.parts[at * spec.batch_size : (at + 1) * spec.batch_size]
             if not own:  # of members that cannot be packed there is nothing to score
                 continue
             label = f"{spec.part.reward_model} x {len(own)} of {delivery.label}"
-            requests[name] = pack(self._chunk(name, label, spec.part, own, times))
-            body.header.append(Message(self._tasks.score, label, name, spec.queue))
+            data = pack(self._chunk(name, label, spec.part, own, times))
+            requests[name] = data
+            part = Message(self._tasks.score, label, name, spec.queue, digest(data))
+            body.header.append(part)
         if not body.header:
             body.task = self._tasks.group
         return Composed(body, requests)
@@ -149,7 +161,7 @@ class RequestWriter:
     ) -> ScoreRequest:
         return ScoreRequest(
             id=name,
-            run=self._run,
+            run=self.run,
             label=label,
             sent_ms=times.sent_ms,
             deadline_ms=times.deadline_ms,
@@ -163,7 +175,7 @@ class RequestWriter:
         spec = delivery.spec
         return GroupRequest(
             id=delivery.request,
-            run=self._run,
+            run=self.run,
             label=delivery.label,
             sent_ms=times.sent_ms,
             deadline_ms=times.deadline_ms,

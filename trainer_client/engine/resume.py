@@ -91,6 +91,7 @@ def _delivery(
         awaited=mine,
         pause_s=pause_s,
         number=sent.number,
+        digests={sent.request: sent.digest} if sent.digest else {},
         state=State.IN_FLIGHT,
     )
 

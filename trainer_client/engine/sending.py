@@ -21,18 +21,31 @@ from trainer_client.engine.states import (
 )
 from trainer_client.engine.why_late import Source
 
+REFERENCE_BYTES = 4096
+"""Of a sample in a request, beside its prompt and metadata: where its media are, and its address."""
+
+HEADER_BYTES = 65_536
+"""Of a request, beside its samples: the reward and its options."""
+
 
 class Sending:
     """Fills chunks, makes deliveries of them, and takes what ends an awaited outcome: its answer, or nobody's interest.
 
     Args:
         run: Of the client; for the words that people see of a message.
+        max_request_bytes: A request is smaller.
     """
 
     def __init__(
-        self, core: Core, run: str, losses: LossPolicy, throttle: Throttle
+        self,
+        core: Core,
+        run: str,
+        losses: LossPolicy,
+        throttle: Throttle,
+        max_request_bytes: int,
     ) -> None:
         self._core, self._run = core, run
+        self._max_request_bytes = max_request_bytes
         self._losses, self._throttle = losses, throttle
         self.accumulator = Accumulator()
         self._is_publishing = False
@@ -59,7 +72,8 @@ class Sending:
             is_flushing=self._core.has_waits and self._core.is_quiet,
         )
         for chunk in chunks:
-            self._to_publish.append(self._delivery_of(chunk))
+            for part in within_bytes(chunk, self._max_request_bytes):
+                self._to_publish.append(self._delivery_of(part))
         if self._is_publishing:
             return
         # Of what waited for the last `Publish` some may be given up, or answered.
@@ -101,6 +115,12 @@ class Sending:
                 self.fail(awaited, failure)
         for delivery, number in event.numbers.items():
             delivery.number = number
+            own = {
+                name: event.digests[name]
+                for name in delivery.requests
+                if name in event.digests
+            }
+            delivery.digests = {**delivery.digests, **own}
             if delivery.state is State.PUBLISHING:
                 self._is_publishing = False
                 self._core.set_delivery_state(delivery, State.IN_FLIGHT)
@@ -149,6 +169,20 @@ class Sending:
             self.answer(awaited, outcome)
             num_new += 1
         return num_new
+
+
+def within_bytes(chunk: list[Awaited], max_bytes: int) -> list[list[Awaited]]:
+    """A chunk in as few parts as have requests within a bound. What is alone too large for it is a part by itself."""
+    parts: list[list[Awaited]] = [[]]
+    num_bytes = 0
+    for awaited in chunk:
+        own = awaited.text_bytes + REFERENCE_BYTES
+        if parts[-1] and num_bytes + own > max_bytes - HEADER_BYTES:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(awaited)
+        num_bytes += own
+    return parts
 
 
 def _part_requests(request: str, first: Awaited) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.payloads import MAX_REQUEST_BYTES, PART_BYTES
 from trainer_client.engine import actions as do
 from trainer_client.engine import events as ev
 from trainer_client.engine.core import Core
@@ -36,6 +37,8 @@ class EngineConfig:
         reconcile_s, payload_ttl_s: As the settings of these names.
         num_encoders: Threads that encode.
         shared_key: Of several ranks: where the slots of a group are in Redis.
+        part_bytes: Media that are larger lie in parts of at most so many bytes.
+        max_request_bytes: A request is smaller.
     """
 
     run: str
@@ -46,6 +49,8 @@ class EngineConfig:
     payload_ttl_s: float
     num_encoders: int
     shared_key: SharedKey | None = None
+    part_bytes: int = PART_BYTES
+    max_request_bytes: int = MAX_REQUEST_BYTES
 
 
 class EngineState:
@@ -54,14 +59,16 @@ class EngineState:
     def __init__(self, config: EngineConfig, now: float) -> None:
         self.config = config
         self.why_late = WhyLate()
-        self.core = Core(config.client_id, self.why_late)
+        self.core = Core(config.client_id, self.why_late, config.part_bytes)
         self.core.now = now
         self.groups = Groups(config.run, config.rank, config.shared_key)
         self.throttle = Throttle()
         self.core.on_delivery_ended = self.throttle.discard
         self.polling = Polling(config.reconcile_s, config.payload_ttl_s, now)
         losses = LossPolicy(config.reconcile_s)
-        self.sending = Sending(self.core, config.run, losses, self.throttle)
+        self.sending = Sending(
+            self.core, config.run, losses, self.throttle, config.max_request_bytes
+        )
         self.sealing = Sealing(
             self.core, self.groups, self.sending, losses, self.polling
         )
@@ -168,7 +175,12 @@ class EngineState:
         for delivery in event.deliveries:
             self.tracking.follow(delivery)
             if delivery.awaited and delivery.sent_by is SentBy.EARLIER_PROCESS:
-                requests.append((delivery.request, delivery.spec.is_combined))
+                request, known = delivery.request, delivery.digests
+                requests.append(
+                    do.SentRequest(
+                        request, known.get(request, ""), delivery.spec.is_combined
+                    )
+                )
         self.core.act(do.ReadRequests(requests, slots_of))
 
     def _on_requests_read(self, event: ev.RequestsRead) -> None:

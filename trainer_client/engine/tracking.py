@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from tasks.messages import Failure, Note
 from trainer_client.engine import actions as do
@@ -16,12 +17,22 @@ from trainer_client.engine.model import (
     Delivery,
 )
 from trainer_client.engine.polling import Polling
+from trainer_client.engine.queue_pace import QueuePaces
 from trainer_client.engine.sending import Sending
 from trainer_client.engine.states import (
     SentBy,
     State,
 )
 from trainer_client.engine.why_late import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Messages of ours that wait in one queue."""
+
+    last: int
+    """The number of the last of them."""
+    num_messages: int
 
 
 class Tracking:
@@ -38,6 +49,7 @@ class Tracking:
     ) -> None:
         self._core, self._sending, self._sealing = core, sending, sealing
         self._losses, self._throttle, self._polling = losses, throttle, polling
+        self.paces = QueuePaces()
         self._throttled: set[str] = set()
         """Fingerprints of rewards that wait, or waited a moment ago, for a permit of their judge."""
 
@@ -70,6 +82,7 @@ class Tracking:
     def on_numbers(self, event: ev.NumbersRead) -> None:
         """Look at what has left its queue: workers may have answered it."""
         self._polling.numbers_read(event.sent, event.taken)
+        self.paces.see(event.taken, self._core.now)
         addresses: dict[str, None] = {}
         for delivery in self._core.sent_deliveries():
             if self._polling.has_left_queue(delivery.spec.queue, delivery.number):
@@ -86,6 +99,21 @@ class Tracking:
             self._end_poll(num_new)
         elif event.purpose is do.Purpose.EVERYTHING:
             self._polling.everything.answered()
+
+    def queued(self, awaited: Iterable[Awaited]) -> dict[str, Queued]:
+        """By queue, what of these outcomes has a message that was not taken, as far as the numbers say."""
+        deliveries: dict[Delivery, None] = {}
+        for one in awaited:
+            if one.delivery is not None and one.delivery.state is State.IN_FLIGHT:
+                deliveries[one.delivery] = None
+        found: dict[str, Queued] = {}
+        for delivery in deliveries:
+            queue, number = delivery.spec.queue, delivery.number
+            if not self._polling.has_left_queue(queue, number):
+                known = found.get(queue, Queued(0, 0))
+                num_messages = known.num_messages + max(1, len(delivery.part_requests))
+                found[queue] = Queued(max(known.last, number), num_messages)
+        return found
 
     def _look_up_everything(self) -> None:
         """Also what is still queued: another client may have had the same scored."""

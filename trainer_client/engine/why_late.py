@@ -9,10 +9,12 @@ class Source(Enum):
     """Who gives a reason. In the order in which people are told."""
 
     QUEUE = "a queue without a worker that can serve us"
+    AHEAD = "messages that come before ours in their queue"
     LOADING = "a worker that loads a model"
     SUSPECTS = "samples that ended their workers"
     NOTE = "what a worker said of a request that it could not read"
     BUDGET = "a judge whose permits are all taken"
+    STORED = "whose bytes a full store holds"
     STORE_FULL = "the payload store has no room"
     SENDING = "a server that is away, for what is sent"
     POLLING = "a server that is away, for what is read"
@@ -27,7 +29,7 @@ class WhyLate:
     """The reasons at this moment. A source may have several, each about something of its own.
 
     Owners: the loop for servers (`SENDING`, `POLLING`), by lane; the state for `NOTE` and `BUDGET`, by the reward's
-    fingerprint, and for `STORE_FULL`; whoever waits, and so asks Redis, for `QUEUE`, `LOADING` and `SUSPECTS`.
+    fingerprint, and for `STORE_FULL`; whoever waits, and so asks Redis, for the rest.
     """
 
     def __init__(self) -> None:

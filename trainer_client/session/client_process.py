@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from redis import ResponseError
@@ -19,6 +20,7 @@ from tasks.settings import Settings
 from trainer_client.advantages.exchange import Gather
 from trainer_client.engine.engine import ASK_S, Engine
 from trainer_client.engine.loop import Chore
+from trainer_client.engine.model import Slot
 from trainer_client.ranks.gather import RankGather
 from trainer_client.ranks.rank_lock import EXTEND_EVERY_S, RankLock
 from trainer_client.runs.registry import RunRegistry
@@ -87,11 +89,16 @@ class ClientProcess:
         self.open_engine()  # it extends the rank lock, without which an answer does not count
         return self.ranks.gatherer(topic, timeout_s)
 
-    def close(self) -> None:
-        """End the threads and give back the rank lock and the connections."""
+    def close(self, abandoned: Sequence[Slot] = ()) -> None:
+        """End the threads and give back the rank lock and the connections.
+
+        Args:
+            abandoned: Samples that nobody can collect any more.
+        """
         with self._engine_lock:
             engine, self._engine = self._engine, None
         if engine is not None and engine.pid == os.getpid():
+            engine.give_up(abandoned)
             engine.close()
         # A lock that cannot be given back expires. An error here would hide what ended the `with` block of the client.
         with contextlib.suppress(*LOST, ResponseError):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 
 from tasks.rewards import RewardConfig, Split
 from trainer_client.engine.engine import Engine
 from trainer_client.engine.model import Slot
+from trainer_client.session.client_process import ClientProcess
 from trainer_client.session.collection import Wanted
-from trainer_client.session.tickets import ResumedTickets, check_ticket, live_slots
+from trainer_client.session.tickets import (
+    ResumedTickets,
+    check_ticket,
+    live_slots,
+    ticket_of,
+)
 from trainer_client.steps.open_steps import OpenSteps
 from trainer_client.steps.submission import Added, Submission
 from trainer_client.ticket import Ticket
@@ -29,10 +36,43 @@ class ClientSteps:
         self._open_steps = OpenSteps(world_size)
         self._resumed = ResumedTickets()
         self._ticket_numbers = itertools.count(1)
+        self._held: weakref.WeakValueDictionary[int, Ticket]
+        """By number, the tickets that somebody in this process holds."""
+        self._held = weakref.WeakValueDictionary()
+        self._pickled: set[int] = set()
+        """Numbers of the tickets that were pickled."""
 
     def new_ticket_number(self) -> int:
         """A number that no other ticket of this client in this process has."""
         return next(self._ticket_numbers)
+
+    def issue(
+        self,
+        submission: Submission,
+        added: Added,
+        process: ClientProcess,
+        client_id: str,
+    ) -> Ticket:
+        """The ticket of samples that were added."""
+        ticket = ticket_of(submission, added, process, client_id, self._pickled)
+        self._held[ticket.number] = ticket
+        return ticket
+
+    def abandoned(self) -> list[Slot]:
+        """The samples of open steps that nobody can collect without this client.
+
+        With several ranks, a sample of a group is another rank's too.
+        """
+        with self._lock:
+            steps = list(self._open_steps)
+        can_be_collected = self._pickled | set(self._held)
+        found = []
+        for step in steps:
+            for slot in step.slots:
+                is_shared = self._world_size > 1 and _is_of_a_group(slot)
+                if slot.ticket not in can_be_collected and not is_shared:
+                    found.append(slot)
+        return found
 
     def num_submitted(self, split: Split) -> int:
         """How many samples were submitted to the open step of a split."""
@@ -113,3 +153,7 @@ class ClientSteps:
                 self._open_steps.take_out(wanted.split, wanted.slots)
         if wanted.ticket is not None:
             self._resumed.forget(wanted.ticket)
+
+
+def _is_of_a_group(slot: Slot) -> bool:
+    return any(spec.is_groupwise for spec in slot.rewards)

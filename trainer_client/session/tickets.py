@@ -19,9 +19,13 @@ from trainer_client.ticket import Ticket
 
 
 def ticket_of(
-    submission: Submission, added: Added, process: ClientProcess, client_id: str
+    submission: Submission,
+    added: Added,
+    process: ClientProcess,
+    client_id: str,
+    pickled: set[int],
 ) -> Ticket:
-    """The ticket of samples that were added to a step."""
+    """The ticket of samples that were added to a step; it notes in `pickled` when it is pickled."""
     rewards = submission.rewards
     return Ticket(
         run=process.run,
@@ -36,6 +40,7 @@ def ticket_of(
         slots=tuple(added.slots),
         client=client_id,
         number=submission.ticket_number,
+        pickled=pickled,
     )
 
 

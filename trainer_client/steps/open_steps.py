@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,9 @@ class OpenSteps:
         self._world_size = world_size
         self._open: dict[Split, OpenStep] = {}
         self._numbers: dict[Split, int] = {}
+
+    def __iter__(self) -> Iterator[OpenStep]:
+        return iter(list(self._open.values()))
 
     def get(self, split: Split) -> OpenStep | None:
         """The open step of a split."""

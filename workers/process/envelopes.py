@@ -138,11 +138,13 @@ class _OtherArguments(_Arguments):
 class _ScoreArguments(_Arguments):
     number: Number = 0
     store: Id | Literal[""] = ""
+    request_digest: Id | Literal[""] = ""
 
 
 class _CombineArguments(_Arguments):
     store: Id | Literal[""] = ""
     num_returns: Number = 0
+    request_digest: Id | Literal[""] = ""
 
 
 _ARGUMENTS: dict[str, type[_Arguments]] = {

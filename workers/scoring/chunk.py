@@ -14,6 +14,7 @@ from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
 from tasks.messages import MediaRef, Outcome, SampleRequest, ScoreRequest
 from tasks.outcomes import USUAL_STARTS
+from tasks.payloads import Data
 from workers.scoring.chord import count_header
 from workers.scoring.context import ScoringContext
 from workers.scoring.handling import handle_task
@@ -23,13 +24,14 @@ from workers.scoring.task_message import TaskMessage
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(
+def score(  # noqa: PLR0913  (what a message says)
     self: Any,
     label: str,
     request_id: str,
     wire: int,
     number: int = 0,
     store: str = "",
+    request_digest: str = "",
     *_later: Any,
 ) -> str:
     """Score the chunk of a request; returns a few words for people.
@@ -42,6 +44,7 @@ def score(
         "wire": wire,
         "number": number,
         "store": store,
+        "digest": request_digest,
     }
     try:
         return handle_task(self, arguments, ScoreRequest, score_chunk)
@@ -130,14 +133,14 @@ class ChunkScorer:
         self,
         model: Any,
         samples: Sequence[SampleRequest],
-        payloads: Mapping[str, bytes],
+        payloads: Mapping[str, Data],
     ) -> None:
         reward = self.request.reward
         for outcomes in self.context.runner.run(model, reward, samples, payloads):
             self._write(outcomes)
 
     def _run_suspect(
-        self, model: Any, sample: SampleRequest, payloads: Mapping[str, bytes]
+        self, model: Any, sample: SampleRequest, payloads: Mapping[str, Data]
     ) -> None:
         """Do with a suspect what the quarantine decides. The claim of a suspect that is sent back is released."""
         with self.context.quarantine.entered() as is_free:
@@ -181,7 +184,7 @@ class ChunkScorer:
                 claimed.append((sample, claim.starts))
         return claimed
 
-    def _fetch(self, samples: Sequence[SampleRequest]) -> dict[str, bytes]:
+    def _fetch(self, samples: Sequence[SampleRequest]) -> dict[str, Data]:
         """The media of samples, by name in the store.
 
         Raises:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tasks import media
 from tasks.messages import Failure, MediaRef, Outcome, RewardCall, SampleRequest
+from tasks.payloads import Data
 from tasks.samples import MEDIA_FIELDS, NUMBER_FIELDS
 from workers.base import GroupwiseRewardModel, RewardModel
 from workers.loading.signature import (
@@ -30,7 +31,7 @@ def inputs_of(
     model: RewardModel,
     call: RewardCall,
     samples: Sequence[SampleRequest],
-    payloads: Mapping[str, bytes],
+    payloads: Mapping[str, Data],
 ) -> list[Inputs | Outcome]:
     """What the model is called with for each sample, or why it cannot be.
 
@@ -80,7 +81,7 @@ def _decode_or_failure(
     model: RewardModel,
     signature: Signature,
     sample: SampleRequest,
-    payloads: Mapping[str, bytes],
+    payloads: Mapping[str, Data],
 ) -> Inputs | Outcome:
     try:
         return _decode_sample(signature, sample, payloads, model.use_tensor_inputs)
@@ -91,7 +92,7 @@ def _decode_or_failure(
 def _decode_sample(
     signature: Signature,
     sample: SampleRequest,
-    payloads: Mapping[str, bytes],
+    payloads: Mapping[str, Data],
     as_tensor: bool,
 ) -> Inputs:
     """The fields that a model takes, media as PIL images or tensors; None where the sample has none."""
@@ -106,7 +107,7 @@ def _decode_sample(
 
 def _decode_field(
     refs: MediaRef | tuple[MediaRef, ...] | None,
-    payloads: Mapping[str, bytes],
+    payloads: Mapping[str, Data],
     as_tensor: bool,
 ) -> Any:
     if refs is None:
@@ -121,7 +122,7 @@ def _decode_field(
     return many
 
 
-def _decode_media(ref: MediaRef, payloads: Mapping[str, bytes], as_tensor: bool) -> Any:
+def _decode_media(ref: MediaRef, payloads: Mapping[str, Data], as_tensor: bool) -> Any:
     """One image, video or waveform, as a model takes it."""
     array = _array(ref, payloads[ref.name])
     if ref.format == "float32":
@@ -133,7 +134,7 @@ def _decode_media(ref: MediaRef, payloads: Mapping[str, bytes], as_tensor: bool)
     return [media.to_pil(frame) for frame in array]
 
 
-def _array(ref: MediaRef, data: bytes) -> Any:
+def _array(ref: MediaRef, data: Data) -> Any:
     """The bytes of a payload as an array: float32 `(C, T)`, uint8 `(H, W, 3)` or `(T, H, W, 3)`.
 
     Raises:
@@ -150,7 +151,7 @@ def _array(ref: MediaRef, data: bytes) -> Any:
     return np.frombuffer(data, dtype).reshape(ref.shape)
 
 
-def _frames(ref: MediaRef, data: bytes) -> Any:
+def _frames(ref: MediaRef, data: Data) -> Any:
     """The JPEG files of a payload, each of the declared size, which is looked at before its pixels are decoded."""
     frames = media.split_frames(data)
     is_video = len(ref.shape) == 4

@@ -26,13 +26,14 @@ WAITING = "waits for others"
 
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
-def score_group(
+def score_group(  # noqa: PLR0913  (what a message says)
     self: Any,
     label: str,
     request_id: str,
     wire: int,
     number: int = 0,
     store: str = "",
+    request_digest: str = "",
     *_later: Any,
 ) -> str:
     """Score the parts of a group and combine them; returns a few words for people.
@@ -45,18 +46,20 @@ def score_group(
         "wire": wire,
         "number": number,
         "store": store,
+        "digest": request_digest,
     }
     return handle_task(self, arguments, GroupRequest, score_and_combine)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
-def combine_group(
+def combine_group(  # noqa: PLR0913  (what a message says)
     self: Any,
     label: str,
     request_id: str,
     wire: int,
     store: str = "",
     num_returns: int = 0,
+    request_digest: str = "",
     *_later: Any,
 ) -> str:
     """Make a group's outcome of those of its parts; the body of a chord, whose header scored them.
@@ -69,6 +72,7 @@ def combine_group(
         "wire": wire,
         "store": store,
         "num_returns": num_returns,
+        "digest": request_digest,
     }
     return handle_task(self, arguments, GroupRequest, wait_and_combine)
 

@@ -11,6 +11,7 @@ import redis
 
 from tasks.errors import BusyError, PayloadGoneError, StaleCodeError, WireError
 from tasks.masking import masked
+from tasks.media import digest
 from tasks.messages import WIRE_VERSION, GroupRequest, Note, ScoreRequest, unpack
 from tasks.servers.connections import LOST, why_away
 from workers.scoring.context import ScoringContext, context_of
@@ -113,8 +114,19 @@ def _read_and_do(
 def _read(
     context: ScoringContext, message: TaskMessage, kind: type[Request]
 ) -> Request:
+    """The request of a message.
+
+    Raises:
+        PayloadGoneError: It is not in the store, or is not what the client put there.
+        WireError: It cannot be read.
+    """
     data = context.retry(lambda: context.store.get([message.request_id]))[0]
     if data is None:
+        raise PayloadGoneError([message.request_id])
+    if message.digest and digest(data) != message.digest:
+        log.warning(
+            "request is not what its client stored request=%s", message.request_id
+        )
         raise PayloadGoneError([message.request_id])
     return unpack(kind, data)
 

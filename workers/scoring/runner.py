@@ -10,6 +10,7 @@ from typing import Any
 
 from tasks.errors import BusyError, StaleCodeError
 from tasks.messages import Failure, Outcome, RewardCall, SampleRequest
+from tasks.payloads import Data
 from tasks.settings import Settings
 from workers.base import GroupwiseRewardModel
 from workers.loading.cache import LoadedModel, ModelCache
@@ -31,7 +32,7 @@ class _Run:
 
     model: LoadedModel
     call: RewardCall
-    payloads: Mapping[str, bytes]
+    payloads: Mapping[str, Data]
 
 
 class ModelRunner:
@@ -83,7 +84,7 @@ class ModelRunner:
         model: LoadedModel,
         call: RewardCall,
         samples: Sequence[SampleRequest],
-        payloads: Mapping[str, bytes],
+        payloads: Mapping[str, Data],
     ) -> Iterator[dict[str, Outcome]]:
         """Outcomes by address, a batch at a time; one for each sample in all. Never raises for a sample.
 

@@ -24,6 +24,8 @@ class TaskMessage:
         store: Identity of the client's payload store.
         number: The message's number in its queue; 0 where it has none.
         num_returns: How often this body of a chord was sent again, since others were still scoring its parts.
+        digest: Of the request's bytes: a request that is not what the client stored is not obeyed. Empty in the message
+            of an older client, whose requests are not compared.
     """
 
     label: Text
@@ -33,6 +35,7 @@ class TaskMessage:
     store: Text
     number: Number = 0
     num_returns: Number = 0
+    digest: Text = ""
 
 
 def message_of(task: Any, **arguments: Any) -> TaskMessage:
@@ -67,6 +70,7 @@ def send_body(message: TaskMessage) -> None:
             WIRE_VERSION,
             message.store,
             message.num_returns,
+            message.digest,
         ],
         queue=message.queue,
         argsrepr=message.label,

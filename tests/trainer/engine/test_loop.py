@@ -490,11 +490,17 @@ class NothingToSay:
     def suspects(self, _addresses):
         return None
 
+    def ahead(self, _queued, _paces, _run, _now):
+        return None
+
+    def stored(self, _run):
+        return None
+
 
 def engine_on(loop: Loop) -> Engine:
     """What callers have of an engine, on a loop without servers."""
     engine = Engine.__new__(Engine)
-    engine._loop, engine._state = loop, loop.state
+    engine._loop, engine._state, engine._run = loop, loop.state, "run"
     engine._backlog = Backlog(loop, engine.why_unsent)
     engine._slots_over_ranks, engine._positions_seen = None, {}
     engine._is_asking_of_idle_queues = False

@@ -8,6 +8,7 @@ import pytest
 
 from tests.trainer.engine.by_hand import content_of
 from tests.trainer.engine.parts import new_awaited
+from trainer_client.engine.encoding import Content
 from trainer_client.engine.payloads import PayloadLedger
 from trainer_client.engine.states import PayloadStage
 
@@ -17,7 +18,7 @@ class CheckedLedger(PayloadLedger):
 
     def __init__(self) -> None:
         numbers = itertools.count()
-        super().__init__(lambda digest: f"{next(numbers)}.{digest}")
+        super().__init__(lambda digest: f"{next(numbers)}.{digest}", part_bytes=1000)
 
     def store(self, payload):
         payload.stage = PayloadStage.STORING
@@ -159,3 +160,9 @@ def test_content_is_stored_under_an_own_name_also_if_an_earlier_process_has_stor
 def test_requests_are_freed_with_the_rest(ledger):
     ledger.free_later(["request", "request.0"])
     assert ledger.take_to_free() == ["request", "request.0"]
+
+
+def test_what_is_larger_than_a_part_has_a_name_that_says_in_how_many_it_lies(ledger, users):
+    small, large = (Content(bytes(size), f"of {size}", (size,), "raw") for size in (1000, 2001))
+    assert ledger.use(small, users[0])[0].name == "0.of 1000"
+    assert ledger.use(large, users[0])[0].name == "1.of 2001.of3"
