@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,6 +93,13 @@ def test_an_error_that_leaves_celerys_tracer_costs_no_slot(clients, workers):
     assert worker.process.poll() is None
 
 
+def health_of(worker):
+    """What a container's health check says of the workers of this host."""
+    command = [sys.executable, "-m", "workers.health"]
+    env = worker_env(worker.settings, {})
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -109,6 +118,9 @@ def test_a_worker_that_takes_nothing_any_more_is_named_and_ends_to_be_started_ag
     client.flush()
     with pytest.raises(CollectTimeoutError, match=rf"'gpu' has no worker that takes messages \(gpu\.\S+: {words}\)"):
         client.collect(timeout_s=24)
+    checked = health_of(supervisor.worker)
+    assert checked.returncode == 1
+    assert re.search(rf"takes no messages: {words}", checked.stdout)
     batch = client.collect(timeout_s=90)
     assert batch.rewards["reward"].tolist() == list(range(100, 120))
     assert supervisor.statuses == [EXIT_HUNG]
@@ -117,7 +129,7 @@ def test_a_worker_that_takes_nothing_any_more_is_named_and_ends_to_be_started_ag
 
 def test_a_worker_whose_queue_is_long_and_whose_slots_are_busy_is_not_stuck(clients, workers):
     (worker,) = workers("gpu", concurrency=1)
-    slow = clients({"reward_model": "Slow", "seconds": 40})
+    slow = clients({"reward_model": "Slow", "seconds": 55})
     slow.submit(samples_of([1]))
     client = clients("PixelCode", run="behind")
     client.submit(samples_of([2]))

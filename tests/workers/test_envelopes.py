@@ -127,6 +127,7 @@ CHORD = {"task": "rewardq.combine", "args": ["l", "c.1", WIRE_VERSION, "store"]}
         (changed(body(chord={**CHORD, "args": ["l"]})), "args.request_id: missing"),
         (changed(body(("l",))), "args.request_id: missing"),
         (changed(body(("l", "../../etc", WIRE_VERSION))), "args.request_id: string_pattern_mismatch"),
+        (changed(body(("l", "..", WIRE_VERSION))), "args.request_id: string_pattern_mismatch"),
         (changed(body(("l" * 5000, "c.1", WIRE_VERSION))), "args.label: string_too_long"),
         (changed(body(("l", "c.1", WIRE_VERSION, "abc"))), "args.number: int_type"),
         (changed(body(("l", "c.1", WIRE_VERSION, 2**62))), "args.number: less_than_equal"),

@@ -42,7 +42,7 @@ LOGGED_A_MINUTE = 20
 
 MINUTE_S = 60.0
 
-ID = r"^[A-Za-z0-9_.:-]{1,200}$"
+ID = r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,199}"
 """Ids of tasks, groups, requests and stores: nothing that would break a line of a log or lead out of a folder."""
 
 
@@ -75,7 +75,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-Id = Annotated[str, Field(pattern=ID)]
+Id = Annotated[str, Field(pattern=f"^{ID}$")]
 Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 
@@ -253,7 +253,7 @@ def _arguments(task: str, args: list[Any]) -> list[Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    is_id = isinstance(value, str) and re.fullmatch(ID[1:-1], value) is not None
+    is_id = isinstance(value, str) and re.fullmatch(ID, value) is not None
     return is_id or (type(value) is int and 0 <= value <= MAX_NUMBER)
 
 

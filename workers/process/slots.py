@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 
-LOOKS_SAID, LOOKS_ENDED = 3, 6
-"""After so many looks at which nothing moved, the heartbeat says so; after so many the worker ends."""
+LOOKS_SAID, LOOKS_ENDED = 3, 8
+"""After so many looks at which nothing moved, the heartbeat says so; after so many the worker ends. That is longer than
+a call of a Redis that hangs holds the main thread up (`SOCKET_TIMEOUT_S`)."""
 
 
 @dataclass(frozen=True, slots=True)
