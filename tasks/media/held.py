@@ -174,8 +174,8 @@ def _state_of_file(image: ImageFile.ImageFile, num_spots: int) -> Any:
     if image.format in _READ_WHEN_OPENED or file is None:
         return None
     if isinstance(file, io.BytesIO):
-        with file.getbuffer() as data:
-            return _of_array(np.frombuffer(data, np.uint8), num_spots)
+        # Copies nothing until somebody writes, who would be refused that while `getbuffer()` is in use.
+        return _of_array(np.frombuffer(file.getvalue(), np.uint8), num_spots)
     with contextlib.suppress(io.UnsupportedOperation, AttributeError):
         opened = os.fstat(file.fileno())
         # Pillow maps raw pixels, for which it opens the path once more: another file may be there by then.

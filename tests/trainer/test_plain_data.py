@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.errors import InvalidSampleError
 from tasks.hashing import canonical, hash_of
@@ -213,3 +216,21 @@ def test_rates_become_pythons_own_numbers(value):
     assert copied.fps == 24
     assert type(copied.fps) is int
     assert copied.sample_rate == 29.97
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4, alphabet="abc"), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(alphabet="abc", max_size=3), PLAIN, max_size=5))
+def test_plain_data_are_copied_as_they_are_and_can_be_packed(metadata):
+    copied = plain_copy(metadata)
+    assert copied == metadata
+    assert msgpack.unpackb(msgpack.packb(copied)) == copied

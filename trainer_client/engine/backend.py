@@ -152,7 +152,10 @@ class Backend:
         for slot, sample in holders:
             encoded = self._encoder.encode(slot, sample)
             if encoded.problem is not None:
-                return encoded.problem
+                words = (
+                    f"its media had to be sent a second time: {encoded.problem.message}"
+                )
+                return encoded.problem.model_copy(update={"message": words})
             found |= encoded.all_contents()
         if not missing.keys() <= found.keys():
             words = "its media were changed after submit(), and had to be sent a second time"
