@@ -229,7 +229,9 @@ def _report(console: Console, steps: list[DemoStep]) -> None:
 
 def _settings(url: str) -> Settings:
     """The demo's own servers only: a `REWARDQ_*` variable of the user's must not lead it to servers in use."""
-    return load_settings(broker_url=url, result_url="", payload_url="")
+    return load_settings(
+        broker_url=url, result_url="", payload_url="", check_media=True
+    )
 
 
 def _worker_env(settings: Settings) -> dict[str, str]:
