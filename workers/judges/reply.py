@@ -16,6 +16,16 @@ from workers.judges.tokens import answer_begins, end_with
 COMPLETE = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
 """Finish reasons of a reply that ended by itself; some servers give no reason."""
 
+NO_COMPLETION = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,  # a whole number of hundreds of digits
+    RecursionError,
+)
+"""What reading a body raises that is JSON of another kind, or none."""
+
 MAX_TEXT_CHARS = 2**19
 """A longer reply is no answer to any of our questions: four times what 32,000 tokens of thought are."""
 
@@ -122,7 +132,7 @@ def read_reply(content: bytes, model: str, num_requests: int) -> Reply:
         logprobs = (choice.get("logprobs") or {}).get("content") or ()
         tokens = [_token(one) for one in logprobs]
         finish_reason, refusal = choice.get("finish_reason"), message.get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except NO_COMPLETION:
         words = cut(content.decode("utf-8", "replace"))
         raise Unscored(
             "failed", f"the judge's server sent no chat completion but {words!r}"
