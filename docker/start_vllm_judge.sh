@@ -12,6 +12,7 @@
 # TENSOR_PARALLEL_SIZE     GPUs that share one copy of the model (1)
 # DATA_PARALLEL_SIZE       copies of the model (as many as the GPUs in CUDA_VISIBLE_DEVICES hold; 1 if that is not set)
 # GPU_MEMORY_UTILIZATION   share of each GPU's memory that vLLM takes (0.9)
+# VLLM_API_KEY             key that requests below /v1 must have (none); --api-key would show it on the command line
 # VLLM_BIN                 the vllm command (vllm)
 # VLLM_NO_USAGE_STATS      1 unless set to 0: vLLM sends no usage statistics
 set -euo pipefail

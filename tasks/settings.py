@@ -201,6 +201,15 @@ class Settings(BaseSettings):
             )
         return group
 
+    @field_validator("server_token", mode="after")
+    @classmethod
+    def _a_token_for_a_header(cls, token: SecretStr) -> SecretStr:
+        value = token.get_secret_value().strip()
+        # The libraries that refuse to send it would show it in their error.
+        if value and not (value.isascii() and value.isprintable() and " " not in value):
+            raise ValueError("needs letters, digits and signs of ASCII only")
+        return SecretStr(value)
+
     @property
     def results(self) -> str:
         """URL of the result backend, with its password."""

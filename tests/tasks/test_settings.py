@@ -201,3 +201,17 @@ def test_a_command_with_a_wrong_variable_says_so_in_a_line(command):
 
 def test_media_of_a_killed_trainer_take_room_for_a_quarter_of_an_hour_and_no_longer():
     assert load_settings().payload_ttl_s == 900
+
+
+@pytest.mark.parametrize("token", ["two words", "caf\xe9", "a\nb"])
+def test_a_token_that_no_header_can_have_is_refused_and_not_shown(in_env, token):
+    in_env(REWARDQ_SERVER_TOKEN=token)
+    with pytest.raises(SettingsError, match="REWARDQ_SERVER_TOKEN: needs letters, digits") as caught:
+        load_settings()
+    assert token not in str(caught.value)
+
+
+def test_a_token_is_stripped_and_not_shown():
+    settings = load_settings(server_token=" t0ken ")
+    assert settings.server_token.get_secret_value() == "t0ken"
+    assert "t0ken" not in repr(settings)

@@ -52,7 +52,7 @@ class Plan:
     "--redis",
     "redis_url",
     metavar="URL",
-    help=f"Use this Redis; else {BROKER_URL}, else one is started.",
+    help=f"Use this Redis; else {BROKER_URL}, else one is started. Write a URL with a password into {BROKER_URL}.",
 )
 @click.option(
     "--gpu-workers",

@@ -35,7 +35,7 @@ def token_for(url: str) -> Token:
     this worker's own host and to the hosts in its REWARDQ_HOSTS.
     """
     settings = load_settings()
-    token = settings.server_token.get_secret_value().strip()
+    token = settings.server_token.get_secret_value()
     if not token:
         return Token()
     origin = origin_of(url)
