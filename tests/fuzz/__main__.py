@@ -83,6 +83,8 @@ def main() -> int:
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.write and given.only:
+        parser.error("--write is for all fuzzers together")
     if given.alone:
         run_alone(given.alone, given.seconds)
         return os.EX_OK

@@ -361,7 +361,8 @@ def _what_is_wrong_with_rewards(rewards: Any, body: Body) -> str:
 def _prompts_in(body: Body) -> list[str] | None:
     """The prompts of a body, read here; None if there are none."""
     try:
-        fields = msgpack.unpackb(body.data) if body.kind == MSGPACK else json.loads(body.data)
+        is_packed = body.kind == MSGPACK
+        fields = msgpack.unpackb(body.data, strict_map_key=False) if is_packed else json.loads(body.data)
         prompts = fields["prompt"]
     except Exception:  # msgpack raises many kinds
         return None

@@ -2,7 +2,7 @@
 
 Memory is measured from the warm-up's end on: when a fifth of the samples has passed, and the results' TTL twice.
 Its growth is that of a straight line through the measures. The limit is `PER_MILLION_MB` for a million samples, beside
-`FLOOR_MB` for the allocator and the bytes of the samples that a worker has in hand at the end and not at the start.
+`FLOOR_MB` for the allocator and the bytes of `FEW` samples, which may be on their way when memory is measured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ WARM_UP_TTLS = 2
 
 PER_MILLION_MB = 10.0
 FLOOR_MB = 2.0
-IN_HAND = 32
-"""Samples that a worker has in hand: two chunks of 16."""
+FEW = 4
 
 FEWEST_POINTS = 5
 """With fewer points after the warm-up nothing is said."""
@@ -60,7 +59,7 @@ def growths(run: LongRun) -> list[Growth]:
     assert len(points) >= FEWEST_POINTS, f"{len(points)} points after the warm-up; let more samples pass"
     done = np.array([point.done for point in points], float)
     passed = done[-1] - done[0]
-    limit_MB = FLOOR_MB + IN_HAND * run.load.sample_MB + PER_MILLION_MB * passed / 1e6
+    limit_MB = FLOOR_MB + FEW * run.load.sample_MB + PER_MILLION_MB * passed / 1e6
 
     found = []
     for name, memory in processes(points).items():

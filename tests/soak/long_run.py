@@ -22,6 +22,13 @@ PAYLOAD_TTL_S = 30
 
 TTLS = {"REWARDQ_RESULT_TTL_S": f"{RESULT_TTL_S}", "REWARDQ_PAYLOAD_TTL_S": f"{PAYLOAD_TTL_S}"}
 
+NO_POOLS = {"MALLOC_MMAP_THRESHOLD_": f"{1 << 20}", "PILLOW_BLOCKS_MAX": "0"}
+"""Memory of large media goes back to the system at once. By default glibc and Pillow keep it for the next media, up to
+what two threads decode at once; a leak of a few images would not be seen beside that."""
+
+ENV = {**TTLS, **NO_POOLS}
+"""Of the trainer and the workers."""
+
 FREED_S = 10.0
 """How long the store may take to be empty of payloads after the client is closed; less than their TTL."""
 
@@ -133,7 +140,7 @@ class LongRunner:
             "from tests.soak.trainer import train\n"
             f"train({load.model!r}, {load.num_samples}, {load.step_size}, {load.side}, {say_every})\n"
         )
-        trainer = self._start_trainer(script, settings=self._settings, env=TTLS)
+        trainer = self._start_trainer(script, settings=self._settings, env=ENV)
         points = [self._point(trainer)]
         of_every_pipeline = self._keys_without_ttl()
         while points[-1].done < load.num_samples:
