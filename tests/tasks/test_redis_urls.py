@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tasks import keys
 from tasks.celery_app import client_outcomes, make_app
 from tasks.errors import SettingsError
 from tasks.servers.connections import connect
@@ -119,7 +120,8 @@ def test_urls_that_are_usual_lead_all_three_libraries_to_the_same_server(redis_u
     with app.connection_for_write() as connection, connect(settings.broker) as ours:
         clients = [connection.channel().client, client_outcomes(app).redis, ours]
         clients[0].set("written", more)
-        assert [client.get("written") for client in clients] == [more.encode()] * 3
+        in_full = f"{keys.BROKER}written"  # kombu's client puts the prefix in front where it writes
+        assert [client.get(in_full) for client in clients] == [more.encode()] * 3
     app.backend.client.connection_pool.disconnect()
     app.close()
 

@@ -42,7 +42,7 @@ LOGGED_A_MINUTE = 20
 
 MINUTE_S = 60.0
 
-ID = r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,199}"
+ID = r"[A-Za-z0-9_:-][A-Za-z0-9_.:~-]{0,199}"
 """Ids of tasks, groups, requests and stores: nothing that would break a line of a log or lead out of a folder."""
 
 

@@ -198,7 +198,7 @@ def test_a_delivery_without_the_sample_that_could_not_be_packed_goes_on(engine):
     publish = engine.asked(do.Publish)[0]
     engine.pending.remove(publish)
     (sent,) = publish.deliveries
-    engine.apply(ev.Published({sent: 1}, {engine.awaited(first): REFUSED}))
+    engine.apply(ev.Published({sent: 1}, refused={engine.awaited(first): REFUSED}))
     assert first.outcome_for("PickScore").failure == REFUSED
     assert engine.state_of(second) is State.IN_FLIGHT
 
@@ -209,7 +209,7 @@ def test_publishing_goes_on_after_a_delivery_of_which_nothing_could_be_packed(si
     publish = single.asked(do.Publish)[0]
     single.pending.remove(publish)
     (sent,) = publish.deliveries
-    single.apply(ev.Published({sent: 0}, {single.awaited(first): REFUSED}))
+    single.apply(ev.Published({sent: 0}, refused={single.awaited(first): REFUSED}))
     assert first.is_done
     second = single.submit(2)
     single.run()
