@@ -62,7 +62,7 @@ def test_compose_itself_takes_the_file(tmp_path):
     services = yaml.safe_load(done.stdout)["services"]
     environment = services["vlm"]["environment"]
     assert environment["REWARDQ_PAYLOAD_URL"] == "redis://:pass1@payloads:6379/0"
-    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == ("of-mine", "judge,judge.example")
+    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == ("of-mine", "http://judge:8000,judge.example")
     assert environment["REWARDQ_KEY_JUDGE"] == services["judge"]["environment"]["VLLM_API_KEY"] == "key3"
     (tmp_path / "docker" / ".env").write_text("COMPOSE_PROFILES=payloads\n")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())
@@ -117,7 +117,7 @@ def test_the_vlm_worker_may_send_the_judge_its_key_and_no_other_service_has_it(s
     holders = {n for n, s in services.items() if SECRETS["JUDGE_KEY"] in s.get("environment", {}).values()}
     assert holders == {"judge", "vlm"}
     hosts = load_settings(hosts=services["vlm"]["environment"]["REWARDQ_HOSTS"]).allowed_hosts
-    assert hosts == ("judge",)
+    assert hosts == ("http://judge:8000",)
 
 
 def test_a_digest_of_the_judge_s_image_is_taken_from_the_example_s_variable():
@@ -134,7 +134,7 @@ def test_the_judge_is_of_a_release_that_knows_its_model_and_copies_of_it(service
 def test_the_vlm_worker_is_given_what_paid_judges_need():
     given = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "https://llm.example/v1", "REWARDQ_HOSTS": "judge.example"}
     vlm = composed(**given, KEYS_FILE="keys.env")["services"]["vlm"]
-    expected = {**given, "REWARDQ_HOSTS": "judge,judge.example"}
+    expected = {**given, "REWARDQ_HOSTS": "http://judge:8000,judge.example"}
     assert {name: vlm["environment"][name] for name in given} == expected
     assert vlm["env_file"] == "keys.env"
     assert (DOCKER / composed()["services"]["vlm"]["env_file"]).is_file(), "compose wants it to be there"
