@@ -117,10 +117,17 @@ class _Loader(yaml.SafeLoader):
             self._refuse(line, words)
         if depth > MAX_DEPTH:
             self._refuse(line, f"lists and mappings are nested deeper than {MAX_DEPTH}")
-        is_number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
-        if is_number and len(node.value) > MAX_DIGITS:
+        if isinstance(node, yaml.ScalarNode):
+            self._check_scalar(node, line)
+
+    def _check_scalar(self, node: yaml.ScalarNode, line: int) -> None:
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             words = f"a number of {len(node.value)} characters, the most is {MAX_DIGITS}; put a text in quotes"
             self._refuse(line, words)
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            self._refuse(line, f"{_shown(node)} has half of a surrogate pair")
 
     def _refuse(self, line: int, words: str) -> NoReturn:
         raise ConfigError(f"{self._where} cannot be read: line {line}: {words}")

@@ -26,9 +26,6 @@ NO_POOLS = {"MALLOC_MMAP_THRESHOLD_": f"{1 << 20}", "PILLOW_BLOCKS_MAX": "0"}
 """Memory of large media goes back to the system at once. By default glibc and Pillow keep it for the next media, up to
 what two threads decode at once; a leak of a few images would not be seen beside that."""
 
-ENV = {**TTLS, **NO_POOLS}
-"""Of the trainer and the workers."""
-
 FREED_S = 10.0
 """How long the store may take to be empty of payloads after the client is closed; less than their TTL."""
 
@@ -46,13 +43,23 @@ LINE_TIMEOUT_S = 900.0
 
 @dataclass(frozen=True)
 class Load:
-    """What passes through: images of `side` x `side`, a step of `step_size` of them after another."""
+    """What passes through: images of `side` x `side`, a step of `step_size` of them after another.
+
+    Attributes:
+        has_pools: Whether glibc and Pillow keep memory for the next media, as they do by default.
+    """
 
     name: str
     num_samples: int
     side: int
     step_size: int
+    has_pools: bool = True
     model: str = "PixelCode"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables of the trainer and the workers."""
+        return dict(TTLS) if self.has_pools else {**TTLS, **NO_POOLS}
 
     @property
     def sample_MB(self) -> float:  # noqa: N802
@@ -140,7 +147,7 @@ class LongRunner:
             "from tests.soak.trainer import train\n"
             f"train({load.model!r}, {load.num_samples}, {load.step_size}, {load.side}, {say_every})\n"
         )
-        trainer = self._start_trainer(script, settings=self._settings, env=ENV)
+        trainer = self._start_trainer(script, settings=self._settings, env=load.env)
         points = [self._point(trainer)]
         of_every_pipeline = self._keys_without_ttl()
         while points[-1].done < load.num_samples:

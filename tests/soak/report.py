@@ -63,9 +63,9 @@ measured. It is measured after the warm-up (grey in the plot): a fifth of the sa
 Redis, what its keys and payloads take is left out: their number follows the speed, and none outlives its TTL. `make
 soak` fails where memory is not flat.
 
-Trainer and workers run with {pools}, so that the memory of media goes back to the system at once and only what is
-held is measured. Without these two variables glibc and Pillow keep memory for the next media: a worker rises in steps
-to what its threads decode at once, and stays there.
+With the large images, trainer and workers run with {pools}, so that memory of
+media goes back to the system at once and only what is held is measured. By default glibc and Pillow keep such memory
+for the next media: a worker rises in steps to what its threads have decoded at once, and stays there.
 
 | load | process | MB after the warm-up | MB at the end | rise, MB | limit, MB |
 | --- | --- | --- | --- | --- | --- |

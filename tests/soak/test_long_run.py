@@ -7,7 +7,7 @@ import pytest
 from tasks.settings import load_settings
 from tests.soak.flatness import growths
 from tests.soak.loads import LOADS
-from tests.soak.long_run import ENV, LongRunner
+from tests.soak.long_run import LongRunner
 
 MOST_KEYS_THAT_STAY = 16
 """Counters of the queue, the store's identity, and kombu's own. None of them is for a sample."""
@@ -19,7 +19,7 @@ MOST_KEYS_THAT_STAY = 16
 def test_memory_stays_as_it_is_and_nothing_of_the_samples_is_left(load, private_redis, workers, trainers, rows):
     server = private_redis()
     settings = load_settings(broker_url=server.url)
-    two = workers("gpu", "gpu", settings=settings, env=ENV)
+    two = workers("gpu", "gpu", settings=settings, env=load.env)
     with LongRunner(settings, server, two, trainers) as runner:
         run = runner.run(load)
     for growth in growths(run):

@@ -449,6 +449,7 @@ def aliases(fan: int, depth: int, first: str = "[x]", opened: str = "") -> str:
         ("x: [" + "1," * 100_001 + "]", 1, "more than 100000 values"),
         ("x: " + "9" * 101, 1, "a number of 101 characters, the most is 100"),
         ("x:\n  0x" + "f" * 5000, 2, "a number of 5002 characters"),
+        ('x: "\\uD800"', 1, "has half of a surrogate pair"),
     ],
 )
 def test_a_file_that_would_take_all_memory_or_time_is_refused_with_its_line(
