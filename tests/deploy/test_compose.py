@@ -62,7 +62,10 @@ def test_compose_itself_takes_the_file(tmp_path):
     services = yaml.safe_load(done.stdout)["services"]
     environment = services["vlm"]["environment"]
     assert environment["REWARDQ_PAYLOAD_URL"] == "redis://:pass1@payloads:6379/0"
-    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == ("of-mine", "http://judge:8000,judge.example")
+    assert (environment["REWARDQ_KEY_MINE"], environment["REWARDQ_HOSTS"]) == (
+        "of-mine",
+        "http://judge:8000,judge.example",
+    )
     assert environment["REWARDQ_KEY_JUDGE"] == services["judge"]["environment"]["VLLM_API_KEY"] == "key3"
     (tmp_path / "docker" / ".env").write_text("COMPOSE_PROFILES=payloads\n")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean_env())

@@ -634,13 +634,20 @@ def test_a_token_that_is_missing_or_wrong_is_said_at_once(with_token, make_remot
 
 
 def test_a_token_is_sent_to_this_host_and_to_listed_hosts_only(in_env):
-    in_env(REWARDQ_SERVER_TOKEN=TOKEN, REWARDQ_HOSTS="scores.example")
-    for url in ("http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000", "http://scores.example:8000"):
+    in_env(REWARDQ_SERVER_TOKEN=TOKEN, REWARDQ_HOSTS="http://scores.example:8000,secure.example")
+    for url in (
+        "http://127.0.0.1:8000",
+        "http://localhost:8000",
+        "http://[::1]:8000",
+        "http://scores.example:8000",
+        "https://secure.example",
+    ):
         assert token_for(url).headers == {"Authorization": f"Bearer {TOKEN}"}, url
-    for url in ("http://other.example:8000", "http://scores.example.evil:8000", "http://127.0.0.1.evil:8000"):
+    refused = ("http://other.example:8000", "http://scores.example.evil:8000", "http://127.0.0.1.evil:8000")
+    for url in (*refused, "http://scores.example:8001", "http://secure.example", "http://a b"):
         token = token_for(url)
         assert (token.headers, TOKEN in token.why_not) == ({}, False), url
-    host = "REWARDQ_HOSTS=scores.example,other.example"
+    host = "REWARDQ_HOSTS=http://scores.example:8000,secure.example,http://other.example:8000"
     assert token_for("http://other.example:8000").why_not.endswith(f"to other.example; if it may, start it with {host}")
 
 
