@@ -29,7 +29,7 @@ def chart(title: str, done: Sequence[float], lines: Mapping[str, Sequence[float]
         'fill="#eeeeee"/>',
         _text(LEFT, TOP - 15, title, "start", size=14),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "samples", "middle"),
-        _text(LEFT, TOP - 2, "MB", "end"),
+        _text(LEFT - 30, TOP + 4, "MB", "end"),
     ]
     for tick in np.linspace(0, top_MB, NUM_TICKS + 1):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" stroke="#cccccc"/>')
@@ -61,6 +61,7 @@ def _text(x: float, y: float, words: str, anchor: str, colour: str = "black", si
 
 
 def _round_up(value: float) -> float:
-    """A round number a little above."""
-    step = 10 ** np.floor(np.log10(value)) / 2
-    return float(step * (np.floor(value / step) + 1))
+    """A little more than `value`, so that the ticks are round numbers."""
+    power = 10 ** np.floor(np.log10(value / NUM_TICKS))
+    ticks = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+    return float(NUM_TICKS * min(tick for tick in ticks if NUM_TICKS * tick > value))
