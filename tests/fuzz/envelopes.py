@@ -12,7 +12,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ import msgpack
 from tasks import keys
 from tasks.messages import WIRE_VERSION, Note, unpack
 from tasks.settings import load_settings
+from tests.fuzz.counts import Counts
 from tests.servers import RedisServer, WorkerProcess, wait_until
 
 QUEUE = "gpu"
@@ -36,32 +36,6 @@ SECRET = "only-in-the-message"
 """In each mutated envelope; the worker's log must not have it."""
 
 
-@dataclass
-class Counts:
-    """What came of a run.
-
-    Attributes:
-        sent: Mutated envelopes.
-        ended: How often the worker ended.
-        stuck: How often it took no message any more, so that it was stopped.
-        told: Whether its log has content of a message, or a line that a message has forged.
-        dropped: Messages that the worker says it has dropped.
-        worst: The batch after which it ended or was stuck, for a look at it.
-    """
-
-    sent: int = 0
-    ended: int = 0
-    stuck: int = 0
-    told: bool = False
-    dropped: int = 0
-    worst: list[bytes] | None = None
-
-    @property
-    def is_good(self) -> bool:
-        """Whether nothing ended, was stuck, or was told."""
-        return self.sent > 0 and not (self.ended or self.stuck or self.told)
-
-
 def run(seconds: float, *, most: int | None = None, seed: int = 0) -> Counts:
     """Send mutated envelopes to a worker.
 
@@ -69,6 +43,9 @@ def run(seconds: float, *, most: int | None = None, seed: int = 0) -> Counts:
         seconds: For how long; a batch that is begun is ended.
         most: End after so many envelopes.
         seed: Of the first batch; each further batch has the next one.
+
+    Returns:
+        What came of them; `wrong` is a worker whose log has content of a message, or a line that one has forged.
     """
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder))
@@ -84,7 +61,7 @@ def run(seconds: float, *, most: int | None = None, seed: int = 0) -> Counts:
 def _play(bench: _Bench, ends_at_s: float, most: int | None, seed: int) -> None:
     for number in range(seed, 2**31):
         bench.give(drawn(envelopes(), number, BATCH), drawn(broadcasts(), number, BATCH // 5))
-        is_enough = most is not None and bench.counts.sent >= most
+        is_enough = most is not None and bench.counts.tried >= most
         if is_enough or time.monotonic() > ends_at_s:
             return
 
@@ -109,13 +86,13 @@ class _Bench:
         self._redis.lpush(keys.queue_lists(QUEUE)[0], *envelopes)
         for channel, data in broadcasts:
             self._redis.publish(f"{keys.BROKER}/0.{channel}", data)
-        self.counts.sent += len(envelopes) + len(broadcasts)
+        self.counts.tried += len(envelopes) + len(broadcasts)
         if self._serves():
             return
         has_ended = self._worker.process.poll() is not None
         self.counts.ended += has_ended
         self.counts.stuck += not has_ended
-        self.counts.worst = envelopes
+        self.counts.say(f"after one of {envelopes}")
         self._read_log()
         self._worker.kill()
         self._redis.flushall()
@@ -141,11 +118,13 @@ class _Bench:
 
     def _read_log(self) -> None:
         text = self._worker.log_text
-        self.counts.told |= SECRET in text
-        self.counts.dropped += text.count("message dropped")
+        if SECRET in text:
+            self.counts.wrong += 1
+            self.counts.say("the worker's log has the content of a message")
+        self.counts.refused += text.count("message dropped")
         for line in text.splitlines():
             if "more messages were dropped" in line:
-                self.counts.dropped += int(line.split("] ", 1)[1].split()[0])
+                self.counts.refused += int(line.split("] ", 1)[1].split()[0])
 
     def stop(self) -> None:
         self._worker.stop()

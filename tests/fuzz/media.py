@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,31 +21,14 @@ from PIL import Image, ImageOps
 from tasks.errors import InvalidSampleError
 from tasks.rewards import RewardConfig
 from tasks.samples import Sample
+from tests.fuzz.counts import Counts
 from trainer_client.engine.encoding import SampleEncoder
 from trainer_client.steps.open_steps import OpenStep
 from trainer_client.steps.submission import Submission
 
 MAX_PIXELS = 10**6
-MAX_KEPT = 20
-"""Seeds of trials that went wrong, in the counts."""
-
 REWARDS = RewardConfig.from_dict({"rewards": [{"reward_model": "my_rewards.Mine"}]}).rewards
 ENCODER = SampleEncoder("fuzz", 0)
-
-
-@dataclass
-class Counts:
-    """What became of the trials."""
-
-    tried: int = 0
-    refused: int = 0
-    """By `submit()`, or with a failure of the sample's own."""
-    wrong: int = 0
-    """Taken with other pixels than it has."""
-    ended: int = 0
-    """Something else was raised, which would have ended the client, or the trainer's step."""
-    seeds: list[str] = field(default_factory=list)
-    """Of the first trials that were wrong, or ended: `python -m tests.fuzz.media --trial SEED`."""
 
 
 def run(seconds: float, seed: str = "") -> Counts:
@@ -75,8 +58,7 @@ def _count(counts: Counts, seed: str) -> None:
         counts.wrong += 1
     else:
         counts.ended += 1
-    if len(counts.seeds) < MAX_KEPT:
-        counts.seeds.append(seed)
+    counts.say(f"python -m tests.fuzz.media --trial {seed}")
 
 
 @dataclass

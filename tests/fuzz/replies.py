@@ -18,6 +18,7 @@ from PIL import Image
 
 from tasks.catalog import CATALOG
 from tasks.settings import load_settings
+from tests.fuzz.counts import Counts
 from tests.fuzz.requests import mutated
 from tests.judges.scripted import MODEL, Answer, JudgeServer, says, says_yes
 from tests.servers import ROOT
@@ -34,7 +35,7 @@ SLOW_S = 10.0
 JUDGES = ("vllm_evaluate", "rational_rewards_t2i", "pairwise_judge")
 
 
-def run(seconds: float, seed: int | None = None) -> dict[str, int]:
+def run(seconds: float, seed: int | None = None) -> Counts:
     """Let judges read mutated answers for so many seconds.
 
     Args:
@@ -47,16 +48,16 @@ def run(seconds: float, seed: int | None = None) -> dict[str, int]:
         and how many `ended` the question by an error that is no reason, or by taking too long.
     """
     seed = random.randrange(2**32) if seed is None else seed
-    counts = dict.fromkeys(("tried", "refused", "wrong", "ended"), 0)
+    counts = Counts()
     with _bench() as bench:
         ends_at = time.monotonic() + seconds
         while time.monotonic() < ends_at:
-            verdict = bench.try_one(random.Random(f"{seed}.{counts['tried']}"))
+            verdict = bench.try_one(random.Random(f"{seed}.{counts.tried}"))
             if verdict in ("wrong", "ended"):
-                log.error("fuzz of replies: %s at seed=%d number=%d", verdict, seed, counts["tried"])
-            counts["tried"] += 1
-            if verdict in counts:
-                counts[verdict] += 1
+                log.error("fuzz of replies: %s at seed=%d number=%d", verdict, seed, counts.tried)
+            counts.tried += 1
+            if verdict in ("refused", "wrong", "ended"):
+                setattr(counts, verdict, getattr(counts, verdict) + 1)
     return counts
 
 

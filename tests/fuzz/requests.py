@@ -27,6 +27,7 @@ from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import RedisStore
 from tasks.servers.connections import connect
 from tasks.settings import load_settings
+from tests.fuzz.counts import Counts
 from tests.servers import RedisServer
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
@@ -58,7 +59,7 @@ SLOW_S = 20.0
 """A message that takes longer has wedged its slot."""
 
 
-def run(seconds: float, seed: int | None = None) -> dict[str, int]:
+def run(seconds: float, seed: int | None = None) -> Counts:
     """Hand mutated requests to a worker's code for so many seconds.
 
     Args:
@@ -71,16 +72,16 @@ def run(seconds: float, seed: int | None = None) -> dict[str, int]:
         large, a queue's offset beyond its counter), and how many `ended` the task by an error, or wedged it.
     """
     seed = random.randrange(2**32) if seed is None else seed
-    counts = dict.fromkeys(("tried", "refused", "wrong", "ended"), 0)
+    counts = Counts()
     with _bench() as bench:
         ends_at = time.monotonic() + seconds
         while time.monotonic() < ends_at:
-            verdict = bench.try_one(random.Random(f"{seed}.{counts['tried']}"))
+            verdict = bench.try_one(random.Random(f"{seed}.{counts.tried}"))
             if verdict in ("wrong", "ended"):
-                log.error("fuzz of requests: %s at seed=%d number=%d", verdict, seed, counts["tried"])
-            counts["tried"] += 1
-            if verdict in counts:
-                counts[verdict] += 1
+                log.error("fuzz of requests: %s at seed=%d number=%d", verdict, seed, counts.tried)
+            counts.tried += 1
+            if verdict in ("refused", "wrong", "ended"):
+                setattr(counts, verdict, getattr(counts, verdict) + 1)
     return counts
 
 

@@ -9,7 +9,7 @@ FEW_S = 4.0
 
 def test_random_media_are_taken_right_or_refused_and_end_nothing():
     counts = media.run(FEW_S)
-    assert (counts.wrong, counts.ended) == (0, 0), f"python -m tests.fuzz.media --trial SEED, of {counts.seeds}"
+    assert (counts.wrong, counts.ended) == (0, 0), counts.found
     assert counts.tried > counts.refused > 0
 
 
@@ -23,4 +23,4 @@ def test_a_fuzzer_sees_wrong_pixels_and_what_ends_a_client(monkeypatch):
     monkeypatch.setattr(media, "_taken", ends)
     counts = media.run(0.5, "planted")
     assert counts.ended > 0
-    assert counts.seeds
+    assert counts.found
