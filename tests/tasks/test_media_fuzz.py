@@ -8,7 +8,7 @@ FEW_S = 4.0
 
 
 def test_random_media_are_taken_right_or_refused_and_end_nothing():
-    counts = media.run(FEW_S)
+    counts = media.run(FEW_S, "suite")
     assert (counts.wrong, counts.ended) == (0, 0), counts.found
     assert counts.tried > counts.refused > 0
 
