@@ -182,17 +182,8 @@ class RewardServer:
                 token in REWARDQ_SERVER_TOKEN whoever reaches the port is served.
             port: The port to listen on, unless the constructor's.
         """
-        if not logging.getLogger().handlers:
-            logging.basicConfig(
-                level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-            )
         where = self.host if host is None else host
-        if not _token() and where not in ("127.0.0.1", "::1", "localhost"):
-            log.warning(
-                "listens on %s and serves whoever reaches it, since %s is not set",
-                where,
-                TOKEN,
-            )
+        _begin_log(where)
         connections = _Connections(self)
         config = uvicorn.Config(
             self.make_app(),
@@ -231,6 +222,20 @@ class RewardServer:
 
 
 # --- private -------------------------------------------------------------------------------------
+
+
+def _begin_log(where: str) -> None:
+    """Have log lines shown, unless the program does so itself; the first says who is served."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+        )
+    if not _token() and where not in ("127.0.0.1", "::1", "localhost"):
+        log.warning(
+            "listens on %s and serves whoever reaches it, since %s is not set",
+            where,
+            TOKEN,
+        )
 
 
 class _Stopped(BaseException):

@@ -202,28 +202,37 @@ class Backend:
         if outcome is not None and outcome.is_final:
             return ev.GroupLookedUp(group, outcome, group.attempt, 0, {})
 
-        attempt = group.attempt if outcome is None else outcome.attempt + 1
-        number = 0
-        if self._groups is not None and plan.shared_key:
-            # Of these slots, it is what the other ranks had, or get: also where Redis was emptied meanwhile, and
-            # does not know any more that they have asked.
-            is_of_these = outcome is not None and outcome.shared_key == plan.shared_key
-            first = outcome.attempt if outcome is not None and is_of_these else attempt
-            attempt, number = self._groups.ask(
-                plan.shared_key,
-                key_of(group.address),
-                self._rank,
-                self._client_id,
-                attempt,
-                action.question,
-                first,
-            )
+        attempt, number = self._ask_attempt(action, outcome)
         parts: dict[str, Outcome | None] = {}
         is_answered = outcome is not None and outcome.attempt >= attempt
         if not is_answered:
             addresses = [one.address for one in (*plan.members, *plan.comparisons)]
             parts = self._find(addresses)
         return ev.GroupLookedUp(group, outcome, attempt, number, parts)
+
+    def _ask_attempt(
+        self, action: do.LookUpGroup, outcome: Outcome | None
+    ) -> tuple[int, int]:
+        """Which attempt of a group this rank asks for, and the number of the message sent for it (0: none)."""
+        group, plan = action.group, action.group.group
+        following = group.attempt if outcome is None else outcome.attempt + 1
+        if self._groups is None or plan is None or not plan.shared_key:
+            return following, 0
+
+        first = following
+        if outcome is not None and outcome.shared_key == plan.shared_key:
+            # It is what the other ranks had, or get: also where Redis was emptied meanwhile, and does not know any more
+            # that they have asked.
+            first = outcome.attempt
+        return self._groups.ask(
+            plan.shared_key,
+            key_of(group.address),
+            self._rank,
+            self._client_id,
+            following,
+            action.question,
+            first,
+        )
 
     def _read_numbers(self, action: do.ReadNumbers) -> ev.Event:
         states = {q: self._outcomes.queue_state(q, 1) for q in action.queues}

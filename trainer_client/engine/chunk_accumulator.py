@@ -70,8 +70,6 @@ class Accumulator:
             is_flushing: Somebody waits, and nothing is on its way here that could still fill a chunk.
         """
         chunks: list[list[Awaited]] = []
-        if not self._batches:
-            return chunks
         for batch in list(self._batches.values()):
             has_lingered = now >= batch.last_added + LINGER_S
             may_be_small = is_flushing or has_lingered

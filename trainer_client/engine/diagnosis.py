@@ -142,19 +142,27 @@ def _why_idle(
     if not own:
         return _nobody(queue, ended)
     if all(w.wire != WIRE_VERSION for w in own):
-        versions = ", ".join(f"{w.node} speaks wire version {w.wire}" for w in own)
-        nobody = f"queue {queue!r} has no worker that understands this client"
-        return f"{nobody} (wire version {WIRE_VERSION}): {versions}; install the same rewardq on both and restart them"
+        return _of_other_versions(queue, own)
     if all(w.stuck for w in own):
-        stuck = "; ".join(f"{w.node}: {w.stuck}" for w in own)
-        return (
-            f"queue {queue!r} has no worker that takes messages ({stuck}); a stuck worker ends by itself soon; "
-            "start it again, unless its supervisor does"
-        )
+        return _all_stuck(queue, own)
     if all(w.store != store for w in own):
         nodes = ", ".join(w.node for w in own)
         return f"no worker of queue {queue!r} uses this client's payload store ({nodes}); set REWARDQ_PAYLOAD_URL alike"
     return None
+
+
+def _of_other_versions(queue: str, own: Sequence[Heartbeat]) -> str:
+    versions = ", ".join(f"{w.node} speaks wire version {w.wire}" for w in own)
+    nobody = f"queue {queue!r} has no worker that understands this client"
+    return f"{nobody} (wire version {WIRE_VERSION}): {versions}; install the same rewardq on both and restart them"
+
+
+def _all_stuck(queue: str, own: Sequence[Heartbeat]) -> str:
+    stuck = "; ".join(f"{w.node}: {w.stuck}" for w in own)
+    return (
+        f"queue {queue!r} has no worker that takes messages ({stuck}); a stuck worker ends by itself soon; "
+        "start it again, unless its supervisor does"
+    )
 
 
 def _nobody(queue: str, ended: Note | None) -> str:

@@ -663,9 +663,9 @@ def test_a_question_that_fails_is_no_server_that_is_away(backend):
     with loop_of(backend) as loop:
         engine = engine_on(loop)
         engine._diagnosis = Says(error=ValueError("a bug"))
-        started = time.monotonic()
         assert engine.why_unsent() is None
-        assert time.monotonic() - started < 1.5, "it is not waited for"
+        # The error of its thread is told by pytest: of this test, which expects it, and not of the next.
+        eventually(lambda: not any(thread.name == "rewardq-ask" for thread in threading.enumerate()))
 
 
 def test_waits_during_an_outage_ask_for_workers_once_in_all(backend, monkeypatch):
