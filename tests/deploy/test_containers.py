@@ -196,8 +196,12 @@ def test_every_service_s_health_check_is_run_here(services):
     assert checked == run_here
 
 
-def test_the_folder_in_shared_memory_is_for_all(services, tmp_path):
-    (tmp_path / "rewardq").mkdir(mode=0o700)
-    command = [str(tmp_path / "rewardq") if w == "/dev/shm/rewardq" else w for w in services["shm"]["command"]]
+def test_the_folder_in_shared_memory_is_for_a_group_and_for_nobody_else(tmp_path):
+    folder = tmp_path / "rewardq"
+    folder.mkdir(mode=0o700)
+    group = os.getgid()
+    service = composed(REWARDQ_PAYLOAD_GROUP=str(group))["services"]["shm"]
+    command = [word.replace("/dev/shm/rewardq", str(folder)).replace("$$", "$") for word in service["command"]]
     subprocess.run(command, check=True)
-    assert (tmp_path / "rewardq").stat().st_mode & 0o7777 == 0o1777
+    found = folder.stat()
+    assert (found.st_mode & 0o7777, found.st_gid) == (0o2770, group)

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.counts import Counts
+from tests.fuzz.counts import Counts, corpus_of
 from tests.servers import ROOT, ends_with_us
 
 FOLDER = Path(__file__).parent
 
 NUMBERS = ("tried", "refused", "wrong", "ended", "stuck")
+
+REPLAY_S = 120.0
 
 MORE_S = 120.0
 """A fuzzer may take so much longer than it was told: it starts and ends processes, and looks at what is left."""
@@ -46,9 +48,19 @@ def run_all(chosen: list[str], seconds: float) -> dict[str, Counts]:
     return counts
 
 
-def run_apart(name: str, seconds: float) -> Counts:
+def run_apart(name: str, seconds: float, *more: str) -> Counts:
     """Run a fuzzer in a process of its own. One that ends without counts is `ended`, one that does not end `stuck`."""
-    command = [*ends_with_us("KILL"), sys.executable, "-m", "tests.fuzz", "--alone", name, "--seconds", f"{seconds:g}"]
+    command = [
+        *ends_with_us("KILL"),
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--alone",
+        name,
+        "--seconds",
+        f"{seconds:g}",
+        *more,
+    ]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=seconds + MORE_S, check=False)
     except subprocess.TimeoutExpired:
@@ -59,9 +71,15 @@ def run_apart(name: str, seconds: float) -> Counts:
     return counts_from(json.loads(lines[-1]))
 
 
-def run_alone(name: str, seconds: float) -> None:
+def replay_apart(name: str) -> Counts:
+    """Try again, in a process of its own, what a fuzzer has found: it may bound the memory of its process."""
+    return run_apart(name, REPLAY_S, "--replay")
+
+
+def run_alone(name: str, seconds: float, *, is_replay: bool) -> None:
     """Run a fuzzer here; the last line that it prints is its counts."""
-    found = importlib.import_module(f"tests.fuzz.{name}").run(seconds)
+    module = importlib.import_module(f"tests.fuzz.{name}")
+    found = module.replay(corpus_of(name)) if is_replay else module.run(seconds)
     values = found if isinstance(found, Mapping) else {f: getattr(found, f) for f in FIELDS if hasattr(found, f)}
     print(json.dumps(values), flush=True)
 
@@ -81,12 +99,13 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=names(), help="this fuzzer; may be given again")
     parser.add_argument("--write", action="store_true", help="write the counts into docs/reliability.md")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--replay", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write and given.only:
         parser.error("--write is for all fuzzers together")
     if given.alone:
-        run_alone(given.alone, given.seconds)
+        run_alone(given.alone, given.seconds, is_replay=given.replay)
         return os.EX_OK
 
     chosen = given.only or names()

@@ -28,7 +28,7 @@ def test_nothing_is_wrong_ended_or_stuck_in_some_seconds(name):
 def test_what_was_found_once_holds(name):
     module = importlib.import_module(f"tests.fuzz.{name}")
     assert hasattr(module, "replay"), f"tests/fuzz/{name}.py has a corpus and no function replay(files) -> Counts"
-    found = module.replay(corpus_of(name))
+    found = command.replay_apart(name)
     assert found.tried == len(corpus_of(name))
     assert found.held, found.found
 

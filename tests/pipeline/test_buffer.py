@@ -205,7 +205,7 @@ def test_a_lost_message_is_sent_again_while_others_wait_for_room(redis_url, redi
         with redis_server.client() as broker:
             wait_until(lambda: len(messages_in(broker, "gpu")) >= 4)
             wait_until(lambda: client._engine.known_reasons() is not None)
-            broker.delete(*broker.keys("gpu*"))
+            broker.delete(*broker.keys("rewardq:queue:gpu*"))
         workers("gpu", settings=settings)
         assert_rewards(client.collect(timeout_s=60), range(12))
 

@@ -75,7 +75,7 @@ def somewhere(request, settings, tmp_path):
     if request.param == "redis":
         return settings
     return load_settings(
-        broker_url=settings.broker_url, payload_url=f"file://{tmp_path}/store", claim_ttl_s=2, reconcile_s=0.5
+        broker_url=settings.broker, payload_url=f"file://{tmp_path}/store", claim_ttl_s=2, reconcile_s=0.5
     )
 
 
@@ -131,7 +131,7 @@ def test_a_request_of_a_ticket_that_somebody_replaced_is_not_obeyed_when_its_mes
     store = client._engine.store
     end(client)
     swap_media(store, sent.request)
-    with connect(somewhere.broker_url) as broker:
+    with connect(somewhere.broker) as broker:
         assert broker.delete(*broker.keys("*gpu*"))  # its message is lost
     successor = clients("PixelCode", settings=somewhere, launch="one")
     workers("gpu", settings=somewhere)

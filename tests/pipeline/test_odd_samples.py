@@ -171,7 +171,8 @@ def test_an_odd_entry_in_the_payload_folder_fails_the_sample_in_whose_place_it_i
     assert batch.rewards["PixelCode"][1:].tolist() == [2, 3]
     (failure,) = batch.failures
     assert failure.sample == 0
-    assert "its media cannot be stored: IsADirectoryError" in failure.message
+    assert "its media cannot be stored: SettingsError" in failure.message
+    assert "is a folder of user" in failure.message
 
 
 def test_an_exif_orientation_is_hinted_at_once(clients, workers, caplog):

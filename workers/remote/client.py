@@ -359,7 +359,6 @@ class RemoteClient:
                 response = await client.request(
                     method, url, content=content, headers=headers
                 )
-                return without_token(response, server.token)
         except TimeoutError:
             message = f"{server.name} gave no answer to {path} within {timeout_s:g} seconds{server.proxy_words}"
             raise NoAnswerError(Unscored("timeout", message)) from None
@@ -369,7 +368,7 @@ class RemoteClient:
         too_large = response.extensions.get(TOO_LARGE)
         if too_large is not None and response.is_success:
             raise Unscored("failed", f"{server.name}{path}: {too_large}")
-        return response
+        return without_token(response, server.token)
 
 
 def backoff_s(num_failures: int) -> float:
