@@ -115,9 +115,16 @@ def test_memory_of_all_requests_is_bounded_and_a_later_one_is_sent_away(serve):
 def test_bodies_that_arrive_are_bounded_together(serve):
     url = serve(length, max_bytes_in_hand=2 * MIB)
     where = urlsplit(url)
-    with socket.create_connection((where.hostname, where.port), timeout=20) as sending:
-        sending.sendall(b"POST /compute HTTP/1.1\r\nHost: h\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 1_500_000)
-        wait_until(lambda: post(f"{url}/compute", {"prompt": ["x" * 700_000]})[0] == 503)
+    part = b"POST /compute HTTP/1.1\r\nHost: h\r\nContent-Length: 2000000\r\n\r\n" + b"x" * 1_500_000
+    with contextlib.ExitStack() as sending:
+
+        def is_refused_beside_one_that_arrives() -> bool:
+            # If it comes first itself, the other one is refused.
+            other = sending.enter_context(socket.create_connection((where.hostname, where.port), timeout=20))
+            other.sendall(part)
+            return post(f"{url}/compute", {"prompt": ["x" * 700_000]})[0] == 503
+
+        wait_until(is_refused_beside_one_that_arrives)
         assert post(f"{url}/compute", {"prompt": ["x"]})[0] == 200
     wait_until(lambda: post(f"{url}/compute", {"prompt": ["x" * 500_000]})[0] == 200)
 
