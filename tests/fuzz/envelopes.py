@@ -20,6 +20,7 @@ import hypothesis.strategies as st
 import msgpack
 
 from tasks import keys
+from tasks.celery_app import make_app
 from tasks.messages import WIRE_VERSION, Note, unpack
 from tasks.settings import load_settings
 from tests.fuzz.counts import Counts
@@ -117,16 +118,17 @@ class _Bench:
         return isinstance(value, bytes) and unpack(Note, value).reason == "store"
 
     def _read_log(self) -> None:
-        text = self._worker.log_text
-        if SECRET in text:
+        if SECRET in self._worker.log_text:
             self.counts.wrong += 1
             self.counts.say("the worker's log has the content of a message")
-        self.counts.refused += text.count("message dropped")
-        for line in text.splitlines():
-            if "more messages were dropped" in line:
-                self.counts.refused += int(line.split("] ", 1)[1].split()[0])
+
+    def _read_counts(self) -> None:
+        """How many messages the worker says it has dropped."""
+        answers = make_app(self._settings).control.inspect(timeout=10).stats() or {}
+        self.counts.refused += sum(stats["messages"]["dropped"] for stats in answers.values())
 
     def stop(self) -> None:
+        self._read_counts()
         self._worker.stop()
         self._read_log()
         self._redis.close()

@@ -285,7 +285,10 @@ def _options(model: str) -> dict[str, Any]:
 
 def _packed(request: Any, rng: random.Random) -> bytes:
     """The bytes of a request; now and then damaged."""
-    packed = bytearray(msgpack.packb(request, strict_types=False))
+    try:
+        packed = bytearray(msgpack.packb(request, strict_types=False))
+    except OverflowError:  # an integer that the format does not have cannot be sent either
+        return rng.randbytes(40)
     if rng.random() < 0.15 and packed:
         for _ in range(rng.choice((1, 3))):
             packed[rng.randrange(len(packed))] = rng.randrange(256)
