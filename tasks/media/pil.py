@@ -38,6 +38,10 @@ def encode_pil(held: Held, where: str) -> PixelsHWC:
     if image.has_transparency_data:
         image = _opaque(image, where)
     try:
+        if image.mode == "L":
+            # Not by convert(): a GIF or TGA that became grey as it was read keeps a palette, which Pillow would apply.
+            grey = np.asarray(image)
+            return np.repeat(grey[..., None], 3, axis=2)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         return np.ascontiguousarray(np.asarray(rgb))
     except Exception as error:

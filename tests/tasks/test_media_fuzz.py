@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.fuzz import media
 
 FEW_S = 4.0
@@ -24,3 +26,9 @@ def test_a_fuzzer_sees_wrong_pixels_and_what_ends_a_client(monkeypatch):
     counts = media.run(0.5, "planted")
     assert counts.ended > 0
     assert counts.found
+
+
+@pytest.mark.parametrize("seed", ["bcf1f0a1.73918", "bcf1f0a1.118293"])
+def test_a_tga_or_gif_that_becomes_grey_as_it_is_read_has_its_own_levels(seed):
+    """It keeps a palette, which Pillow's `convert` would apply."""
+    assert media.trial(seed) == "right"
