@@ -555,7 +555,7 @@ def test_an_image_whose_own_methods_raise_is_refused_with_what_they_raised():
             raise MemoryError("hostile convert")
 
     image = Hostile()
-    image.im, image._mode, image._size = Image.new("CMYK", (4, 4)).im, "CMYK", (4, 4)
+    image.im, image._mode, image._size = Image.new("1", (4, 4)).im, "1", (4, 4)
     assert "cannot be made RGB: MemoryError: hostile convert" in problem_of(image)
 
 
