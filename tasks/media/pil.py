@@ -33,15 +33,11 @@ os.register_at_fork(after_in_child=_read_in_a_child)
 
 def encode_pil(held: Held, where: str) -> PixelsHWC:
     """The pixels of a PIL image, uint8 `(H, W, 3)`. Raises `InvalidSampleError` as `encode_image` does."""
-    image: Image.Image = held.value
     _read(held, where)
+    image = _of_its_mode(held.value)
     if image.has_transparency_data:
         image = _opaque(image, where)
     try:
-        if image.mode == "L":
-            # Not by convert(): a GIF or TGA that became grey as it was read keeps a palette, which Pillow would apply.
-            grey = np.asarray(image)
-            return np.repeat(grey[..., None], 3, axis=2)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         return np.ascontiguousarray(np.asarray(rgb))
     except Exception as error:
@@ -80,6 +76,19 @@ def _read(held: Held, where: str) -> None:
         raise InvalidSampleError(
             f"{where}: the image cannot be read: {reason}"
         ) from None
+
+
+def _of_its_mode(image: Image.Image) -> Image.Image:
+    """An image as its mode says it is.
+
+    A GIF or TGA that is grey may bring a palette. Pillow says then that its mode is L or LA, and converts it by the
+    palette all the same, as if its levels were numbers of colours.
+    """
+    if image.im.mode == image.mode:
+        return image
+    plain = Image.frombytes(image.mode, image.size, image.tobytes())
+    plain.info = image.info
+    return plain
 
 
 def _opaque(image: Image.Image, where: str) -> Image.Image:

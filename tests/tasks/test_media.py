@@ -4,6 +4,7 @@ import io
 import math
 import os
 import signal
+import struct
 import threading
 
 import numpy as np
@@ -555,7 +556,7 @@ def test_an_image_whose_own_methods_raise_is_refused_with_what_they_raised():
             raise MemoryError("hostile convert")
 
     image = Hostile()
-    image.im, image._mode, image._size = Image.new("1", (4, 4)).im, "1", (4, 4)
+    image.im, image._mode, image._size = Image.new("L", (4, 4)).im, "L", (4, 4)
     assert "cannot be made RGB: MemoryError: hostile convert" in problem_of(image)
 
 
@@ -642,3 +643,16 @@ def test_images_that_say_no_orientation_are_upright():
     odd = Image.new("RGB", (4, 4))
     odd.info["exif"] = b"no exif"
     assert media.orientation_of(odd) == 1
+
+
+@pytest.mark.parametrize("depth", [8, 16], ids=["L", "LA"])
+def test_a_grey_file_that_brings_a_palette_has_its_own_levels(depth):
+    """Pillow says that its mode is L or LA, and converts it by the palette."""
+    levels = [0, 50, 100, 150, 200, 250]
+    palette = bytes(range(100, 130))
+    head = struct.pack("<BBBHHBHHHHBB", 0, 1, 3, 0, len(palette) // 3, 24, 0, 0, 3, 2, depth, 0x20)
+    stored = bytes(levels) if depth == 8 else bytes(byte for level in levels for byte in (level, 255))
+    image = Image.open(io.BytesIO(head + palette + stored))
+    assert image.mode == ("L" if depth == 8 else "LA")
+    pixels = media.encode_image(media.hold(image), "image")
+    assert pixels.tolist() == np.stack([np.reshape(levels, (2, 3))] * 3, axis=-1).tolist()
