@@ -290,10 +290,10 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _remember_secrets(settings: Settings) -> None:
-    """Let the process mask its own secrets by value: passwords of servers, and the keys of judges that it was given."""
+    """Let the process mask its own secrets by value: passwords, the token of reward servers, the keys of judges."""
     for url in (settings.broker, settings.results, settings.payloads):
         SECRETS.add(*passwords_in(url))
-    SECRETS.add(settings.sentinels.password)
+    SECRETS.add(settings.sentinels.password, settings.server_token.get_secret_value())
     for name, value in os.environ.items():
         if is_key_variable(name):
             SECRETS.add(value)

@@ -57,9 +57,8 @@ class BoundedTransport(httpx2.AsyncHTTPTransport):
         body = bytearray()
         extensions: dict[str, Any] = dict(response.extensions)
         try:
-            async for (
-                piece
-            ) in response.aiter_bytes():  # decompressed, at most 1 MiB at once
+            # Decompressed, at most 1 MiB at once.
+            async for piece in response.aiter_bytes():
                 body += piece
                 if len(body) > self._max_bytes:
                     extensions[TOO_LARGE] = self._words()
