@@ -10,11 +10,12 @@ import time
 import msgpack
 import pytest
 
-from tasks.celery_app import make_app
+from tasks.celery_app import COMBINE, GROUP, SCORE, make_app
 from tasks.messages import WIRE_VERSION
 from tests.fuzz.envelopes import encoded, message
 from trainer_client.engine.broker import CeleryBroker
 from trainer_client.engine.requests import Message
+from workers.process import envelopes
 from workers.process.envelopes import (
     LOGGED_A_MINUTE,
     MAX_ENVELOPE_BYTES,
@@ -22,6 +23,7 @@ from workers.process.envelopes import (
     Envelopes,
     remade,
 )
+from workers.scoring.task_message import COMBINE_ARGUMENTS, SCORE_ARGUMENTS
 
 SECRET = "a prompt"
 
@@ -158,3 +160,8 @@ def test_a_dropped_message_is_logged_by_id_and_size_within_bounds_and_counted(ca
     assert lines[-2] == "6 more messages were dropped in the last minute"
     assert "id=unknown" in lines[-1]
     assert not any(SECRET in line or "\n" in line for line in lines)
+
+
+def test_the_arguments_are_checked_in_the_order_in_which_tasks_read_them():
+    found = {task: tuple(kind.model_fields) for task, kind in envelopes._ARGUMENTS.items()}
+    assert found == {SCORE: SCORE_ARGUMENTS, GROUP: SCORE_ARGUMENTS, COMBINE: COMBINE_ARGUMENTS}

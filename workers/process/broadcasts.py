@@ -14,38 +14,34 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from workers.process.envelopes import MAX_ENVELOPE_BYTES, MAX_NUMBER
+from tasks.messages import Number
+from workers.process.envelopes import MAX_ENVELOPE_BYTES, Part
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:@+-]{1,300}$")]
 """Of a command, a worker, a queue; nothing that would break a line of a log."""
 
-Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Route = Annotated[str, Field(max_length=300)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-
-class _Headers(_Part):
+class _Headers(Part):
     clock: Number | None = None
     expires: FiniteFloat | int | None = None
     hostname: Name | None = None
     compression: None = None
 
 
-class _Delivery(_Part):
+class _Delivery(Part):
     exchange: Route
     routing_key: Route
 
 
-class _Properties(_Part):
+class _Properties(Part):
     delivery_info: _Delivery
     delivery_tag: Route
     body_encoding: Literal["base64"]
 
 
-class _Outer(_Part):
+class _Outer(Part):
     body: str
     content_type: Literal["application/x-msgpack", "application/json"] = Field(
         alias="content-type"
@@ -55,7 +51,7 @@ class _Outer(_Part):
     properties: _Properties
 
 
-class _ReplyTo(_Part):
+class _ReplyTo(Part):
     exchange: Route
     routing_key: Route
 

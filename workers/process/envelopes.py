@@ -23,17 +23,14 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.celery_app import COMBINE, GROUP, PRIORITY_FIRST, SCORE
-from tasks.messages import WIRE_VERSION
+from tasks.messages import MOST, WIRE_VERSION, Number, Text
 
 log = logging.getLogger(__name__)
 
 MAX_ENVELOPE_BYTES = 256 * 1024
 """Of an envelope as it lies in Redis. Ours have a few KiB: media, prompts and options are in the payload store."""
 
-MAX_LABEL_CHARS = 4096
 MAX_REPR_CHARS = 1024
-MAX_NUMBER = 2**53
-"""Above the number of any message that was ever sent; Redis counts such numbers exactly in its scripts."""
 
 MAX_LATER_ARGUMENTS = 4
 
@@ -69,18 +66,16 @@ class Envelope:
     delivery_tag: str
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """A part of an envelope. Types are taken as they are; what we do not use is left out."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
 Id = Annotated[str, Field(pattern=f"^{ID}$")]
-Label = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
-Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 
 
-class _Headers(_Part):
+class _Headers(Part):
     task: Literal["rewardq.score", "rewardq.group", "rewardq.combine"]
     id: Id
     group: Id | None = None
@@ -89,42 +84,42 @@ class _Headers(_Part):
     expires: None = None
 
 
-class _Properties(_Part):
+class _Properties(Part):
     priority: Annotated[int, Field(ge=0, le=9)] = 0
     body_encoding: Literal["base64"]
 
 
-class _Outer(_Part):
+class _Outer(Part):
     body: str
     content_type: Literal["application/x-msgpack"] = Field(alias="content-type")
     headers: _Headers
     properties: _Properties
 
 
-class _Chord(_Part):
+class _Chord(Part):
     """The body of a chord, which travels with its headers."""
 
     task: Literal["rewardq.combine"]
     args: list[Any]
 
 
-class _Embedded(_Part):
+class _Embedded(Part):
     callbacks: None = None
     errbacks: None = None
     chain: None = None
     chord: _Chord | None = None
 
 
-class _Body(_Part):
+class _Body(Part):
     args: list[Any]
     kwargs: Annotated[dict[str, Any], Field(max_length=0)]
     embedded: _Embedded
 
 
-class _Arguments(_Part):
-    """What all versions of a message have in common: see `workers.scoring.task_message.TaskMessage`."""
+class _Arguments(Part):
+    """What all versions of a message have in common; the order is that of `workers.scoring.task_message`."""
 
-    label: Label
+    label: Text
     request_id: Id
     wire: Number
 
@@ -138,13 +133,13 @@ class _OtherArguments(_Arguments):
 class _ScoreArguments(_Arguments):
     number: Number = 0
     store: Id | Literal[""] = ""
-    request_digest: Id | Literal[""] = ""
+    digest: Id | Literal[""] = ""
 
 
 class _CombineArguments(_Arguments):
     store: Id | Literal[""] = ""
     num_returns: Number = 0
-    request_digest: Id | Literal[""] = ""
+    digest: Id | Literal[""] = ""
 
 
 _ARGUMENTS: dict[str, type[_Arguments]] = {
@@ -153,7 +148,7 @@ _ARGUMENTS: dict[str, type[_Arguments]] = {
     COMBINE: _CombineArguments,
 }
 
-P = TypeVar("P", bound=_Part)
+P = TypeVar("P", bound=Part)
 
 
 def remade(item: bytes, queue: str) -> Envelope:
@@ -254,7 +249,7 @@ def _arguments(task: str, args: list[Any]) -> list[Any]:
 
 def _is_plain(value: Any) -> bool:
     is_id = isinstance(value, str) and re.fullmatch(ID, value) is not None
-    return is_id or (type(value) is int and 0 <= value <= MAX_NUMBER)
+    return is_id or (type(value) is int and 0 <= value <= MOST)
 
 
 def _named(kind: type[_Arguments], args: list[Any]) -> Any:

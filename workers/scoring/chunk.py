@@ -20,34 +20,18 @@ from workers.scoring.context import ScoringContext
 from workers.scoring.handling import handle_task
 from workers.scoring.outputs import failed
 from workers.scoring.quarantine import MOST_STARTS_ALONE, decide, given_up
-from workers.scoring.task_message import TaskMessage
+from workers.scoring.task_message import SCORE_ARGUMENTS, TaskMessage, named
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]
-def score(  # noqa: PLR0913  (what a message says)
-    self: Any,
-    label: str,
-    request_id: str,
-    wire: int,
-    number: int = 0,
-    store: str = "",
-    request_digest: str = "",
-    *_later: Any,
-) -> str:
+def score(self: Any, *arguments: Any) -> str:
     """Score the chunk of a request; returns a few words for people.
 
-    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
+    The arguments are those of `SCORE_ARGUMENTS`; a later client may send more.
     """
-    arguments = {
-        "label": label,
-        "request_id": request_id,
-        "wire": wire,
-        "number": number,
-        "store": store,
-        "digest": request_digest,
-    }
+    said = named(SCORE_ARGUMENTS, arguments)
     try:
-        return handle_task(self, arguments, ScoreRequest, score_chunk)
+        return handle_task(self, said, ScoreRequest, score_chunk)
     finally:
         count_header(self)
 

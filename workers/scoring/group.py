@@ -11,7 +11,12 @@ from tasks.messages import GroupRequest, Outcome
 from workers.scoring.chunk import ChunkScorer, answers
 from workers.scoring.context import ScoringContext
 from workers.scoring.handling import handle_task
-from workers.scoring.task_message import TaskMessage
+from workers.scoring.task_message import (
+    COMBINE_ARGUMENTS,
+    SCORE_ARGUMENTS,
+    TaskMessage,
+    named,
+)
 
 WAIT_FOR_OTHERS_S = 1.0
 """How long a body waits for parts that another task is scoring, before it sends itself again."""
@@ -26,55 +31,23 @@ WAITING = "waits for others"
 
 
 @app.task(name=GROUP, bind=True)  # type: ignore[untyped-decorator]
-def score_group(  # noqa: PLR0913  (what a message says)
-    self: Any,
-    label: str,
-    request_id: str,
-    wire: int,
-    number: int = 0,
-    store: str = "",
-    request_digest: str = "",
-    *_later: Any,
-) -> str:
+def score_group(self: Any, *arguments: Any) -> str:
     """Score the parts of a group and combine them; returns a few words for people.
 
-    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
+    The arguments are those of `SCORE_ARGUMENTS`; a later client may send more.
     """
-    arguments = {
-        "label": label,
-        "request_id": request_id,
-        "wire": wire,
-        "number": number,
-        "store": store,
-        "digest": request_digest,
-    }
-    return handle_task(self, arguments, GroupRequest, score_and_combine)
+    said = named(SCORE_ARGUMENTS, arguments)
+    return handle_task(self, said, GroupRequest, score_and_combine)
 
 
 @app.task(name=COMBINE, bind=True)  # type: ignore[untyped-decorator]
-def combine_group(  # noqa: PLR0913  (what a message says)
-    self: Any,
-    label: str,
-    request_id: str,
-    wire: int,
-    store: str = "",
-    num_returns: int = 0,
-    request_digest: str = "",
-    *_later: Any,
-) -> str:
+def combine_group(self: Any, *arguments: Any) -> str:
     """Make a group's outcome of those of its parts; the body of a chord, whose header scored them.
 
-    The arguments are those of `workers.scoring.task_message.TaskMessage`; a later client may send more.
+    The arguments are those of `COMBINE_ARGUMENTS`; a later client may send more.
     """
-    arguments = {
-        "label": label,
-        "request_id": request_id,
-        "wire": wire,
-        "store": store,
-        "num_returns": num_returns,
-        "digest": request_digest,
-    }
-    return handle_task(self, arguments, GroupRequest, wait_and_combine)
+    said = named(COMBINE_ARGUMENTS, arguments)
+    return handle_task(self, said, GroupRequest, wait_and_combine)
 
 
 def score_and_combine(

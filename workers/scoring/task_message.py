@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError
@@ -32,10 +33,20 @@ class TaskMessage:
     queue: Text
     request_id: Text
     wire: int
-    store: Text
+    store: Text = ""
     number: Number = 0
     num_returns: Number = 0
     digest: Text = ""
+
+
+SCORE_ARGUMENTS = ("label", "request_id", "wire", "number", "store", "digest")
+COMBINE_ARGUMENTS = ("label", "request_id", "wire", "store", "num_returns", "digest")
+"""What the arguments of a task's message say, in order: of the tasks that score, and of the one that combines."""
+
+
+def named(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of a message by name. What a later client sends beyond them is left out."""
+    return dict(zip(names, arguments, strict=False))
 
 
 def message_of(task: Any, **arguments: Any) -> TaskMessage:
