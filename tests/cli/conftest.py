@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import ends_with_us
+
 REWARDQ = Path(sys.executable).with_name("rewardq")
 
 
@@ -22,7 +24,7 @@ class CommandLine:
         self.output_path = cwd / "output.txt"
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(REWARDQ), *arguments],
+                [*ends_with_us("KILL"), str(REWARDQ), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
