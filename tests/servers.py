@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,35 @@ class RedisServer:
 
     def _is_ours(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+
+@contextlib.contextmanager
+def flower_of(settings: Settings, folder: Path, *words: str, **env: str) -> Iterator[str]:
+    """Flower by its documented command, until the block ends; gives its URL. Its log is `flower.log` in the folder."""
+    port = free_port()
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}", *words]
+    with (folder / "flower.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*ends_with_us("KILL"), *command],
+            cwd=folder,
+            env=worker_env(settings, {"FLOWER_UNAUTHENTICATED_API": "true", **env}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/healthcheck", timeout=10) as reply:
+            return bool(reply.read())
+        return False
+
+    try:
+        wait_until(lambda: process.poll() is not None or answers(), READY_S)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(STOP_S)
 
 
 class WorkerProcess:

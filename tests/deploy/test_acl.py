@@ -22,10 +22,10 @@ from tests.servers import (
     WorkerProcess,
     clean_env,
     ends_with_us,
+    flower_of,
     free_port,
     server_binary,
     wait_until,
-    worker_env,
 )
 from tests.tasks.test_redis_needs import asked_by
 from trainer_client import RewardClient
@@ -72,19 +72,12 @@ def test_each_role_does_its_work_with_its_user_and_is_refused_nothing(server, tm
     judge = JudgeServer(lambda _: says_yes(0.75))
     settings = {role: load_settings(broker_url=url_of(server, role)) for role in ROLES}
     gpu, vlm = (WorkerProcess(queue, settings[f"{queue}_worker"], tmp_path, None, {}) for queue in ("gpu", "vlm"))
-    port = free_port()
-    with (tmp_path / "flower.log").open("wb") as log:
-        flower = subprocess.Popen(
-            [*ends_with_us("KILL"), sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}"],
-            cwd=tmp_path,
-            env=worker_env(settings["flower"], {"FLOWER_UNAUTHENTICATED_API": "true"}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    flower = flower_of(settings["flower"], tmp_path)
     asked = {"reward_model": "vllm_evaluate", "api_base_url": judge.url, "vlm_model": MODEL, "fleet_max_concurrent": 2}
     rewards = ("PixelCode", asked, "jpeg_compressibility_Rank")
     try:
-        with RewardClient.from_dict(config_of(*rewards), "acl", settings=settings["trainer"]) as client:
+        client = RewardClient.from_dict(config_of(*rewards), "acl", settings=settings["trainer"])
+        with flower as url, client:
             for step in range(2):
                 numbers = range(8 * step, 8 * step + 8)
                 client.submit([s for n in (0, 4) for s in samples_of(numbers[n : n + 4], group=n)], group_size=4)
@@ -92,11 +85,9 @@ def test_each_role_does_its_work_with_its_user_and_is_refused_nothing(server, tm
                 assert_rewards(batch, numbers)
                 assert batch.rewards["vllm_evaluate"].tolist() == pytest.approx([0.75] * 8)
                 assert batch.valid["jpeg_compressibility_Rank"].all()
-        wait_until(lambda: num_shown(port) == 2, 60, 0.5)
+            wait_until(lambda: num_shown(url) == 2, 60, 0.5)
     finally:
         judge.stop()
-        flower.terminate()
-        flower.wait(30)
         print(refusals(server))
     for worker in (gpu, vlm):
         worker.stop()
@@ -105,10 +96,10 @@ def test_each_role_does_its_work_with_its_user_and_is_refused_nothing(server, tm
     assert refusals(server) == []
 
 
-def num_shown(port: int) -> int:
+def num_shown(url: str) -> int:
     """How many workers Flower has heard of, by asking them."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/workers?refresh=1", timeout=20) as answer:
+        with urllib.request.urlopen(f"{url}/api/workers?refresh=1", timeout=20) as answer:
             return len(re.findall(r'"(?:gpu|vlm)\.\d+@[^"]*": \{', answer.read().decode()))
     except OSError:
         return 0

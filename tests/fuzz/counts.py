@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -42,6 +48,28 @@ class Counts:
         """Take up what was found."""
         if len(self.found) < MOST_WORDS:
             self.found.append(words[:1000])
+
+
+def try_for(name: str, seconds: float, seed: int | None, try_one: Callable[[random.Random], str]) -> Counts:
+    """Try input after input for so many seconds.
+
+    Args:
+        name: Of the fuzzer, for the log.
+        seed: Another each time unless given. What fails is logged with its seed and number.
+        try_one: Makes an input of these random numbers and hands it over; says `refused`, `wrong`, `ended`, or what
+            else came of it.
+    """
+    seed = random.randrange(2**32) if seed is None else seed
+    counts = Counts()
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        verdict = try_one(random.Random(f"{seed}.{counts.tried}"))
+        if verdict in ("wrong", "ended"):
+            log.error("fuzz of %s: %s at seed=%d number=%d", name, verdict, seed, counts.tried)
+        counts.tried += 1
+        if verdict in ("refused", "wrong", "ended"):
+            setattr(counts, verdict, getattr(counts, verdict) + 1)
+    return counts
 
 
 def keep(name: str, data: bytes, suffix: str = "") -> Path:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tasks.catalog import CATALOG
 from tasks.settings import load_settings
-from tests.fuzz.counts import Counts
+from tests.fuzz.counts import Counts, try_for
 from tests.fuzz.requests import mutated
 from tests.judges.scripted import MODEL, Answer, JudgeServer, says, says_yes
 from tests.servers import ROOT
@@ -47,18 +47,8 @@ def run(seconds: float, seed: int | None = None) -> Counts:
         gave a `wrong` reward (none in [0, 1], or another than the answer's where only what is around it was changed),
         and how many `ended` the question by an error that is no reason, or by taking too long.
     """
-    seed = random.randrange(2**32) if seed is None else seed
-    counts = Counts()
     with _bench() as bench:
-        ends_at = time.monotonic() + seconds
-        while time.monotonic() < ends_at:
-            verdict = bench.try_one(random.Random(f"{seed}.{counts.tried}"))
-            if verdict in ("wrong", "ended"):
-                log.error("fuzz of replies: %s at seed=%d number=%d", verdict, seed, counts.tried)
-            counts.tried += 1
-            if verdict in ("refused", "wrong", "ended"):
-                setattr(counts, verdict, getattr(counts, verdict) + 1)
-    return counts
+        return try_for("replies", seconds, seed, bench.try_one)
 
 
 # --- private -------------------------------------------------------------------------------------

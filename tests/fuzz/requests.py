@@ -27,7 +27,7 @@ from tasks.outcomes import WorkerOutcomes
 from tasks.payloads import RedisStore
 from tasks.servers.connections import connect
 from tasks.settings import load_settings
-from tests.fuzz.counts import Counts
+from tests.fuzz.counts import Counts, try_for
 from tests.servers import RedisServer
 from workers.scoring.chunk import score_chunk
 from workers.scoring.context import ScoringContext
@@ -71,18 +71,8 @@ def run(seconds: float, seed: int | None = None) -> Counts:
         something `wrong` (a reward that is not that of the image, a key without TTL, a note or outcome that is too
         large, a queue's offset beyond its counter), and how many `ended` the task by an error, or wedged it.
     """
-    seed = random.randrange(2**32) if seed is None else seed
-    counts = Counts()
     with _bench() as bench:
-        ends_at = time.monotonic() + seconds
-        while time.monotonic() < ends_at:
-            verdict = bench.try_one(random.Random(f"{seed}.{counts.tried}"))
-            if verdict in ("wrong", "ended"):
-                log.error("fuzz of requests: %s at seed=%d number=%d", verdict, seed, counts.tried)
-            counts.tried += 1
-            if verdict in ("refused", "wrong", "ended"):
-                setattr(counts, verdict, getattr(counts, verdict) + 1)
-    return counts
+        return try_for("requests", seconds, seed, bench.try_one)
 
 
 def mutated(value: Any, rng: random.Random) -> Any:

@@ -6,43 +6,20 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.pipeline.conftest import samples_of
-from tests.servers import ends_with_us, free_port, wait_until, worker_env
+from tests.servers import flower_of, wait_until
 
 
 @pytest.fixture
 def flower(settings, workers, tmp_path: Path):
     workers("gpu", "vlm")
-    port = free_port()
-    log = (tmp_path / "flower.log").open("w")
-    command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}"]
-    process = subprocess.Popen(
-        [*ends_with_us("KILL"), *command],
-        cwd=tmp_path,
-        env=worker_env(settings, {"FLOWER_UNAUTHENTICATED_API": "true"}),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: process.poll() is not None or answers(f"{url}/healthcheck"), 30)
-    yield url
-    process.terminate()
-    process.wait(30)
-    log.close()
-
-
-def answers(url: str) -> bool:
-    try:
-        return read(url) != ""
-    except OSError:
-        return False
+    with flower_of(settings, tmp_path) as url:
+        yield url
 
 
 def read(url: str) -> str:

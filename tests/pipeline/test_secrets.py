@@ -10,8 +10,6 @@ import contextlib
 import json
 import logging
 import pickle
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from tasks.celery_app import make_app
 from tasks.settings import Settings, load_settings
 from tests.judges.scripted import MODEL, Answer, JudgeServer, Question, fails, says
 from tests.pipeline.conftest import samples_of
-from tests.servers import ROOT, RedisServer, WorkerProcess, ends_with_us, free_port, wait_until, worker_env
+from tests.servers import ROOT, RedisServer, WorkerProcess, flower_of
 from trainer_client import RewardClient
 
 SECRETS = {
@@ -150,23 +148,8 @@ def loud_workers(planted: Settings, env: dict[str, str], tmp_path: Path) -> Iter
 
 @pytest.fixture
 def flower(planted: Settings, env: dict[str, str], tmp_path: Path, loud_workers) -> Iterator[str]:
-    port, log = free_port(), (tmp_path / "flower.log").open("w")
-    command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", f"--port={port}", "--address=127.0.0.1"]
-    more = {**env, "FLOWER_UNAUTHENTICATED_API": "true", "FLOWER_DEBUG": "true"}
-    process = subprocess.Popen(
-        [*ends_with_us("KILL"), *command],
-        cwd=tmp_path,
-        env=worker_env(planted, more),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: process.poll() is not None or page(f"{url}/healthcheck"), 60)
-    yield url
-    process.terminate()
-    process.wait(30)
-    log.close()
+    with flower_of(planted, tmp_path, "--address=127.0.0.1", **env, FLOWER_DEBUG="true") as url:
+        yield url
 
 
 def page(url: str) -> str:

@@ -89,14 +89,20 @@ def test_pixels_of_a_request_are_counted_before_any_is_decoded(bounded, body):
     assert peak_bytes(server.process.pid) - before < 64 * MIB, "one image alone takes 256 MiB"
 
 
-def test_memory_of_all_requests_is_bounded_and_a_later_one_is_sent_away(serve):
-    go, begun = threading.Event(), threading.Event()
+def held_up():
+    """A `compute_reward` that waits, an event for that it has begun, and one that lets it go on."""
+    begun, go = threading.Event(), threading.Event()
 
     def compute(prompt, image):
         begun.set()
         go.wait(20)
         return length(prompt)
 
+    return compute, begun, go
+
+
+def test_memory_of_all_requests_is_bounded_and_a_later_one_is_sent_away(serve):
+    compute, begun, go = held_up()
     url = serve(compute, max_bytes_in_hand=8 * MIB, thread_safe=True)
     body = {"prompt": ["a"], "image": [flat_png(1024, 1024)]}  # 4 MiB as Pillow has it
     with ThreadPoolExecutor(1) as pool:
@@ -130,13 +136,7 @@ def test_bodies_that_arrive_are_bounded_together(serve):
 
 
 def test_what_a_call_still_uses_is_counted_after_its_client_left(serve):
-    go, begun = threading.Event(), threading.Event()
-
-    def compute(prompt, image):
-        begun.set()
-        go.wait(20)
-        return length(prompt)
-
+    compute, begun, go = held_up()
     url = serve(compute, max_bytes_in_hand=6 * MIB, thread_safe=True)
     body = {"prompt": ["a"], "image": [flat_png(1024, 1024)]}
     leaving = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)

@@ -118,8 +118,7 @@ class Connection:
         world.sleep(self._travel_s(is_bad))
         if draw < weather.cut_before:
             raise self.lost(name, "before")
-        if self.server.away_until or self.server.hangs_until or self.process.cut_off_until:  # or were so
-            self._wait_for_server(name)
+        self._wait_for_server(name)
         if self.server.refuses_until > world.now and name in NEED_ROOM:
             self.process.hit()
             raise self.server.refusal

@@ -164,7 +164,6 @@ class WorkerProcess:
         self.is_stopping = self.has_ended_beats = False
         self.num_in_hand = self._num_beats = 0
         self._store_identity = ""
-        self._heartbeat = self._make_heartbeat((), ())
         for number in range(self.plan.num_slots):
             process.spawn(self._slot, f"slot {number}")
         process.spawn(self._extend, "extender")
@@ -261,15 +260,7 @@ class WorkerProcess:
         self._num_beats += 1
         if self._num_beats % BEATS_A_IDENTITY == 1:
             self._store_identity = self.store.identity()
-        loaded = tuple(self.runner.loaded)
-        known = self._heartbeat
-        if (known.store, known.loading, known.loaded) != (self._store_identity, loading, loaded):
-            self._heartbeat = self._make_heartbeat(loading, loaded)
-        if not self.has_ended_beats:
-            self.outcomes.beat(self._heartbeat, self.worker.services.claim_ttl_s)
-
-    def _make_heartbeat(self, loading: tuple[str, ...], loaded: tuple[str, ...]) -> Heartbeat:
-        return Heartbeat.model_construct(
+        heartbeat = Heartbeat.model_construct(
             wire=WIRE_VERSION + (self.plan.other_wire and self.is_first),
             node=self.node,
             queues=self.plan.queues,
@@ -278,10 +269,12 @@ class WorkerProcess:
             store=self._store_identity,
             state="loading" if loading else "ready",
             loading=loading,
-            loaded=loaded,
+            loaded=tuple(self.runner.loaded),
             models=(),
             unanswered=(),
         )
+        if not self.has_ended_beats:
+            self.outcomes.beat(heartbeat, self.worker.services.claim_ttl_s)
 
     def end(self) -> None:
         """Say no more that this process lives."""

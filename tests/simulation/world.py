@@ -228,8 +228,7 @@ class World:
         if thread.process.is_dead:
             raise KilledError
         if until < LATER:
-            self._num_wakes = thread.ticket = self._num_wakes + 1
-            heapq.heappush(self._heap, (until, thread.ticket, thread))
+            self.wake(thread, until)
         else:
             thread.ticket = 0
         following = self._next()

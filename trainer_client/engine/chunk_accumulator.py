@@ -86,8 +86,6 @@ class Accumulator:
 
     def wake_at(self, released: Set[StepKey]) -> float:
         """When the next chunk has lingered for long enough."""
-        if not self._batches:
-            return NEVER
         times = [
             batch.last_added + LINGER_S
             for batch in self._batches.values()

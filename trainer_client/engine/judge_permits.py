@@ -97,8 +97,6 @@ class Throttle:
     def take(self, now: float) -> list[Message]:
         """The messages that may get a permit now; they wait no more."""
         taken: list[Message] = []
-        if not self._queues:
-            return taken
         for fingerprint, queue in list(self._queues.items()):
             num_answered = self._num_answered.pop(fingerprint, 0)
             num = num_answered + queue.num_without_answer(now)

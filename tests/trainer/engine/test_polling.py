@@ -78,12 +78,14 @@ def test_whoever_begins_to_wait_is_polled_for_at_once(polling):
     assert polling._numbers.due_at == pytest.approx(0.1 + FASTEST_S)
 
 
-def test_digests_are_not_asked_for_while_the_last_question_is_open(polling):
-    assert polling.digests.take(0.0)
-    polling.digests.asked()
-    assert not polling.digests.take(1.0)
-    polling.digests.answered()
-    assert polling.digests.take(1.0)
+@pytest.mark.parametrize("name", ["digests", "notes", "inspection", "everything", "renewal"])
+def test_nothing_is_asked_for_while_the_last_question_of_its_kind_is_open(polling, name):
+    question = getattr(polling, name)
+    assert question.take(100.0)
+    question.asked()
+    assert not question.take(200.0)
+    question.answered()
+    assert question.take(200.0)
 
 
 def times_of(polling, name, until_s, step_s=0.1):
@@ -100,14 +102,6 @@ def test_notes_are_read_every_so_often(polling):
     times = times_of(polling, "notes", 4 * NOTES_EVERY_S)
     assert len(times) == pytest.approx(4, abs=1)
     assert times[0] >= NOTES_EVERY_S
-
-
-def test_notes_are_not_read_while_they_are_being_read(polling):
-    assert polling.notes.take(1.0)
-    polling.notes.asked()
-    assert not polling.notes.take(10.0)
-    polling.notes.answered()
-    assert polling.notes.take(10.0)
 
 
 def test_deliveries_are_looked_after_every_so_often_and_not_while_they_are_being_looked_after(polling):
@@ -161,19 +155,3 @@ def test_each_queue_has_numbers_of_its_own(polling):
     polling.numbers_read({"vlm": 5}, {"vlm": 5})
     assert not polling.has_left_queue("gpu", 5)
     assert polling.has_left_queue("vlm", 5)
-
-
-def test_everything_is_not_asked_for_while_the_last_question_is_open(polling):
-    assert polling.everything.take(100.0)
-    polling.everything.asked()
-    assert not polling.everything.take(200.0)
-    polling.everything.answered()
-    assert polling.everything.take(200.0)
-
-
-def test_payloads_are_not_renewed_while_they_are_being_renewed(polling):
-    assert polling.renewal.take(100.0)
-    polling.renewal.asked()
-    assert not polling.renewal.take(200.0)
-    polling.renewal.answered()
-    assert polling.renewal.take(200.0)
