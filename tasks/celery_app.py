@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ GROUP = "rewardq.group"
 COMBINE = "rewardq.combine"
 """Name of the task that makes a group's outcome from the outcomes of its parts; the body of a chord."""
 
+SCORE_ARGUMENTS = ("label", "request_id", "wire", "number", "store", "digest")
+COMBINE_ARGUMENTS = ("label", "request_id", "wire", "store", "num_returns", "digest")
+"""What the arguments of a task's message say, in order: of the tasks that score, and of the one that combines."""
+
 PRIORITY_FIRST, PRIORITY_USUAL = 0, 6
 """Priorities of messages: tasks that only combine outcomes run before tasks that score. (On Redis 0 is the highest.)"""
 
@@ -48,6 +53,18 @@ WORKER_MODULES = (
     "workers.process.startup",
 )
 """Modules that a worker imports when it starts; a trainer never does."""
+
+
+def in_order(names: Sequence[str], **said: Any) -> list[Any]:
+    """The arguments of a message that is sent, from what each says by its name."""
+    if said.keys() != set(names):
+        raise TypeError(f"a message says {', '.join(names)}; got {', '.join(said)}")
+    return [said[name] for name in names]
+
+
+def named(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of a message that has come, by name. What a later client sends beyond them is left out."""
+    return dict(zip(names, arguments, strict=False))
 
 
 def make_app(settings: Settings) -> Any:

@@ -10,7 +10,7 @@ import time
 import msgpack
 import pytest
 
-from tasks.celery_app import COMBINE, GROUP, SCORE, make_app
+from tasks.celery_app import COMBINE, COMBINE_ARGUMENTS, GROUP, SCORE, SCORE_ARGUMENTS, make_app
 from tasks.messages import WIRE_VERSION
 from tests.fuzz.envelopes import encoded, message
 from trainer_client.engine.broker import CeleryBroker
@@ -23,7 +23,6 @@ from workers.process.envelopes import (
     Envelopes,
     remade,
 )
-from workers.scoring.task_message import COMBINE_ARGUMENTS, SCORE_ARGUMENTS
 
 SECRET = "a prompt"
 

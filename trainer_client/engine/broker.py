@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tasks import keys
-from tasks.celery_app import PRIORITY_FIRST, PRIORITY_USUAL
+from tasks.celery_app import (
+    COMBINE_ARGUMENTS,
+    PRIORITY_FIRST,
+    PRIORITY_USUAL,
+    SCORE_ARGUMENTS,
+    in_order,
+)
 from tasks.messages import WIRE_VERSION
 from tasks.servers.connections import NoQueueError, is_wrong_type
 from trainer_client.engine.requests import Message
@@ -98,7 +104,15 @@ class CeleryBroker:
         group_id = uuid.uuid4().hex
         signature = self._app.signature(
             body.task,
-            args=[body.label, body.request, WIRE_VERSION, store_id, 0, body.digest],
+            args=in_order(
+                COMBINE_ARGUMENTS,
+                label=body.label,
+                request_id=body.request,
+                wire=WIRE_VERSION,
+                store=store_id,
+                num_returns=0,
+                digest=body.digest,
+            ),
             immutable=True,
             queue=body.queue,
             priority=PRIORITY_FIRST,
@@ -122,14 +136,15 @@ class CeleryBroker:
     ) -> None:
         self._app.send_task(
             message.task,
-            args=[
-                message.label,
-                message.request,
-                WIRE_VERSION,
-                message.number,
-                store_id,
-                message.digest,
-            ],
+            args=in_order(
+                SCORE_ARGUMENTS,
+                label=message.label,
+                request_id=message.request,
+                wire=WIRE_VERSION,
+                number=message.number,
+                store=store_id,
+                digest=message.digest,
+            ),
             queue=message.queue,
             producer=producer,
             argsrepr=message.label,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,20 +30,21 @@ class QueuePaces:
     """The pace of each queue."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, deque[tuple[float, int]]] = {}
-        """By queue: when its offset was what, oldest first."""
+        self._seen: dict[str, tuple[tuple[float, int], ...]] = {}
+        """By queue: when its offset was what, oldest first. A tuple, for `of` is asked in another thread."""
 
     def see(self, taken: Mapping[str, int], now: float) -> None:
         """The consumed offsets of some queues."""
         for queue, offset in taken.items():
-            seen = self._seen.setdefault(queue, deque())
+            seen = self._seen.get(queue, ())
             if seen and offset < seen[-1][1]:  # Redis was emptied
-                seen.clear()
+                seen = ()
             if seen and now < seen[-1][0] + SEE_EVERY_S:
                 continue
-            seen.append((now, offset))
+            seen = (*seen, (now, offset))
             while len(seen) > 2 and seen[1][0] <= now - WINDOW_S:
-                seen.popleft()
+                seen = seen[1:]
+            self._seen[queue] = seen
 
     def of(self, queue: str, offset: int, now: float) -> Pace | None:
         """The pace of a queue whose offset is now `offset`; None if it was not seen for a second."""

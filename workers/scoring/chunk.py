@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.celery_app import SCORE, app
+from tasks.celery_app import SCORE, SCORE_ARGUMENTS, app, named
 from tasks.errors import ModelLoadError, PayloadGoneError
 from tasks.media import digest
 from tasks.messages import MediaRef, Outcome, SampleRequest, ScoreRequest
@@ -20,7 +20,7 @@ from workers.scoring.context import ScoringContext
 from workers.scoring.handling import handle_task
 from workers.scoring.outputs import failed
 from workers.scoring.quarantine import MOST_STARTS_ALONE, decide, given_up
-from workers.scoring.task_message import SCORE_ARGUMENTS, TaskMessage, named
+from workers.scoring.task_message import TaskMessage
 
 
 @app.task(name=SCORE, bind=True)  # type: ignore[untyped-decorator]

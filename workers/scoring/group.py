@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tasks.celery_app import COMBINE, GROUP, app
+from tasks.celery_app import (
+    COMBINE,
+    COMBINE_ARGUMENTS,
+    GROUP,
+    SCORE_ARGUMENTS,
+    app,
+    named,
+)
 from tasks.groups import combine
 from tasks.messages import GroupRequest, Outcome
 from workers.scoring.chunk import ChunkScorer, answers
 from workers.scoring.context import ScoringContext
 from workers.scoring.handling import handle_task
-from workers.scoring.task_message import (
-    COMBINE_ARGUMENTS,
-    SCORE_ARGUMENTS,
-    TaskMessage,
-    named,
-)
+from workers.scoring.task_message import TaskMessage
 
 WAIT_FOR_OTHERS_S = 1.0
 """How long a body waits for parts that another task is scoring, before it sends itself again."""

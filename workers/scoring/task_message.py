@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tasks.celery_app import COMBINE, PRIORITY_FIRST, app
+from tasks.celery_app import (
+    COMBINE,
+    COMBINE_ARGUMENTS,
+    PRIORITY_FIRST,
+    app,
+    in_order,
+)
 from tasks.errors import WireError
 from tasks.messages import WIRE_VERSION, Number, Text
 
@@ -39,16 +44,6 @@ class TaskMessage:
     digest: Text = ""
 
 
-SCORE_ARGUMENTS = ("label", "request_id", "wire", "number", "store", "digest")
-COMBINE_ARGUMENTS = ("label", "request_id", "wire", "store", "num_returns", "digest")
-"""What the arguments of a task's message say, in order: of the tasks that score, and of the one that combines."""
-
-
-def named(names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of a message by name. What a later client sends beyond them is left out."""
-    return dict(zip(names, arguments, strict=False))
-
-
 def message_of(task: Any, **arguments: Any) -> TaskMessage:
     """The message of a Celery task that runs, from the arguments that came with it.
 
@@ -75,14 +70,15 @@ def send_body(message: TaskMessage) -> None:
     """Send the body of a group's chord, the task that combines its parts, to the queue of the message."""
     app.send_task(
         COMBINE,
-        args=[
-            message.label,
-            message.request_id,
-            WIRE_VERSION,
-            message.store,
-            message.num_returns,
-            message.digest,
-        ],
+        args=in_order(
+            COMBINE_ARGUMENTS,
+            label=message.label,
+            request_id=message.request_id,
+            wire=WIRE_VERSION,
+            store=message.store,
+            num_returns=message.num_returns,
+            digest=message.digest,
+        ),
         queue=message.queue,
         argsrepr=message.label,
         priority=PRIORITY_FIRST,
