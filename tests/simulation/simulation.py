@@ -21,6 +21,8 @@ from tests.simulation.schedules import SERVERS, START_S, Fault, RewardPlan, Sche
 from tests.simulation.trainer import LAUNCH, RESULT_TTL_S, RUN, key_of_content
 from tests.simulation.workers import Services, Worker
 from tests.simulation.world import MAX_EVENTS, BrokenPropertyError, World
+from trainer_client.engine.losses import MAX_PAUSE_S
+from workers.scoring.quarantine import MOST_STARTS_ALONE
 
 CLAIM_TTL_S = 1.0
 
@@ -29,6 +31,9 @@ RECOVERY_S = 60.0
 
 ODD_RECOVERY_S = 200.0
 """And so long where samples end or hold up their workers, or these can do nothing for a while: pauses grow."""
+
+ODD_RECOVERY_A_REWARD_S = MOST_STARTS_ALONE * MAX_PAUSE_S
+"""And so long for each reward: a sample that ends workers is scored alone a few times, a pause between two of them."""
 
 LOOK_EVERY_S = 0.1
 
@@ -122,7 +127,9 @@ class Simulation:
         Raises:
             BrokenPropertyError, OutOfTimeError: What must not happen.
         """
-        recovery_s = ODD_RECOVERY_S if self.schedule.is_odd else RECOVERY_S
+        recovery_s = RECOVERY_S
+        if self.schedule.is_odd:
+            recovery_s = ODD_RECOVERY_S + len(self.schedule.rewards) * ODD_RECOVERY_A_REWARD_S
         with quiet_workers():
             self.world.run(max(0.0, self.schedule.faults_end - self.world.now) + recovery_s)
 
