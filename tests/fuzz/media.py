@@ -1,7 +1,8 @@
 """Random arrays, PIL images and damaged image files, as a trainer may submit them.
 
 Each is taken as `submit()` and the encoder take it. Right is: the pixels that it has by an independent computation, or
-a refusal. Run it alone by `python -m tests.fuzz.media 60`; `--trial SEED` repeats one trial.
+a refusal. Run it alone by `python -m tests.fuzz.media 60`; `--trial SEED` repeats one trial, and `--files FOLDER` takes
+the files of a folder, such as those that Pillow is tested with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,19 @@ from trainer_client.steps.open_steps import OpenStep
 from trainer_client.steps.submission import Submission
 
 MAX_PIXELS = 10**6
+MAX_FRAMES = 4
 REWARDS = RewardConfig.from_dict({"rewards": [{"reward_model": "my_rewards.Mine"}]}).rewards
 ENCODER = SampleEncoder("fuzz", 0)
 
 
 def run(seconds: float, seed: str = "") -> Counts:
-    """Try media for so many seconds; `seed` makes the trials the same each time, unless given they differ."""
+    """Try media for so many seconds.
+
+    Args:
+        seconds: How long.
+        seed: Makes the trials the same each time. One that begins with `array:`, `pil:`, `cut:` or `damaged:` tries
+            media of this kind only.
+    """
     seed = seed or f"{random.SystemRandom().getrandbits(32):08x}"
     counts = Counts()
     ends_at = time.monotonic() + seconds
@@ -43,10 +52,29 @@ def run(seconds: float, seed: str = "") -> Counts:
     return counts
 
 
+def run_files(folder: Path) -> Counts:
+    """Try each image of each file in a folder and those below it, as it is opened and as it is once it is loaded."""
+    counts = Counts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                data = path.read_bytes()
+                for frame in range(_num_frames(data)):
+                    for is_loaded in (False, True):
+                        again = f"{path} image {frame}{' loaded' * is_loaded}"
+                        _count_verdict(counts, lambda: _verdict(_in_file(data, frame, is_loaded)), again)  # noqa: B023
+    return counts
+
+
 def _count(counts: Counts, seed: str) -> None:
+    _count_verdict(counts, lambda: trial(seed), f"python -m tests.fuzz.media --trial {seed}")
+
+
+def _count_verdict(counts: Counts, verdict_of: Callable[[], str], again: str) -> None:
     counts.tried += 1
     try:
-        verdict = trial(seed)
+        verdict = verdict_of()
     except Exception:
         verdict = "ended"
     if verdict == "refused":
@@ -58,7 +86,7 @@ def _count(counts: Counts, seed: str) -> None:
         counts.wrong += 1
     else:
         counts.ended += 1
-    counts.say(f"python -m tests.fuzz.media --trial {seed}")
+    counts.say(again)
 
 
 @dataclass
@@ -72,9 +100,14 @@ class Trial:
 
 
 def trial(seed: str) -> str:
-    """`right`, `refused` or `wrong`; raises what would end the client."""
+    """`right`, `refused` or `wrong`; raises what would end the client. The seed `array:1` makes an array."""
     rng = random.Random(seed)
-    made = rng.choice([_array, _pil_image, _cut_file, _damaged_file])(rng)
+    makers = {"array": _array, "pil": _pil_image, "cut": _cut_file, "damaged": _damaged_file}
+    make = makers.get(seed.partition(":")[0]) or rng.choice(list(makers.values()))
+    return _verdict(make(rng))
+
+
+def _verdict(made: Trial | None) -> str:
     if made is None:
         return "refused"  # by whoever made it: Pillow does not open the file, numpy not have the view
     try:
@@ -358,8 +391,21 @@ def _damaged_file(rng: random.Random) -> Trial | None:
             data[at:at] = rng.randbytes(rng.randrange(1, 5))
         elif len(data) > 8:
             del data[at : at + rng.randrange(1, 5)]
-    image, again = _opened(bytes(data)), _opened(bytes(data))
+    return _in_file(bytes(data))
+
+
+def _in_file(data: bytes, frame: int = 0, is_loaded: bool = False) -> Trial | None:
+    """The pixels that Pillow reads in a file, taken as it is opened or once it is loaded."""
+    image, again = _opened(data), _opened(data)
     if image is None or again is None:
+        return None
+    try:
+        if frame:
+            image.seek(frame)
+            again.seek(frame)
+        if is_loaded:
+            image.load()
+    except Exception:  # the trainer never has this image
         return None
 
     def is_right(pixels: np.ndarray) -> bool:
@@ -370,14 +416,27 @@ def _damaged_file(rng: random.Random) -> Trial | None:
     return Trial(image, is_right)
 
 
+def _num_frames(data: bytes) -> int:
+    """How many images of a file are tried."""
+    image = _opened(data)
+    try:
+        return min(MAX_FRAMES, getattr(image, "n_frames", 1))
+    except Exception:  # Pillow counts by reading, and the file is damaged
+        return 1
+
+
 def main() -> None:
     """Run for as long as the command line says, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seconds", type=float, nargs="?", default=60.0)
     parser.add_argument("--seed", default="", help="the same trials each time")
     parser.add_argument("--trial", default="", help="repeat this trial only")
+    parser.add_argument("--files", type=Path, help="the images of this folder, and no other trials")
     given = parser.parse_args()
-    print(trial(given.trial) if given.trial else run(given.seconds, given.seed))
+    if given.files:
+        print(run_files(given.files))
+    else:
+        print(trial(given.trial) if given.trial else run(given.seconds, given.seed))
 
 
 if __name__ == "__main__":
