@@ -18,7 +18,7 @@ from pydantic import (
 
 from tasks.errors import FailureKind, WireError
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 """Raised whenever a worker of the previous version could misread a message of a client of this version."""
 
 MAX_WORDS = 4096
@@ -95,7 +95,7 @@ class MediaRef(_Message):
     name: Text
     """Its key in the store."""
     digest: Text
-    """SHA-256 (32 hex digits) of the stored bytes; checked after the fetch."""
+    """Of the stored bytes, as `tasks.media.digest` makes it; the checksum in it is compared after the fetch."""
     shape: Annotated[
         tuple[Annotated[int, Field(gt=0, le=MAX_SIDE)], ...],
         Field(min_length=1, max_length=4),

@@ -5,7 +5,7 @@ An image is uint8 `(H, W, 3)` on the wire, a video `(T, H, W, 3)`, audio float32
 that rounding put up to half a level outside of [0, 1] is the level at that end.
 
 `checks` has what `submit()` looks at, `held` what it keeps, `encode`, `pil` and `whole_files` what the client's
-background threads do, `decode` what a worker does.
+background threads do, `decode` what a worker does, `digests` how content is known.
 """
 
 from tasks.media.arrays import PixelsHWC, PixelsTHWC, is_tensor
@@ -18,9 +18,9 @@ from tasks.media.checks import (
     too_long_for,
 )
 from tasks.media.decode import from_jpeg, split_frames, to_pil, to_tensor, to_waveform
+from tasks.media.digests import digest, fits
 from tasks.media.encode import (
     JPEG_QUALITY,
-    digest,
     encode_audio,
     encode_image,
     encode_video,
@@ -45,6 +45,7 @@ __all__ = [
     "encode_audio",
     "encode_image",
     "encode_video",
+    "fits",
     "from_jpeg",
     "hold",
     "is_tensor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,14 @@ def to_tensor(pixels: npt.NDArray[np.uint8]) -> Any:
     """A float32 torch tensor in [0, 1]: `(3, H, W)` of an image, `(T, 3, H, W)` of a video."""
     import torch
 
-    channels_first = np.moveaxis(pixels, -1, -3)
-    return torch.from_numpy(np.array(channels_first, order="C")).float().div_(255.0)
+    with warnings.catch_warnings():
+        # A payload may be read-only; nobody writes to it through this view.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        channels_last = torch.from_numpy(pixels)
+    channels_first = channels_last.movedim(-1, -3)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(
+        255.0
+    )
 
 
 def to_waveform(audio: npt.NDArray[np.float32]) -> Any:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -75,11 +74,6 @@ def encode_audio(held: Held, where: str) -> npt.NDArray[np.float32]:
             f"{where}: the waveform has values that are NaN or infinite"
         )
     return np.ascontiguousarray(array)
-
-
-def digest(data: Any) -> str:
-    """32 hex digits of SHA-256 over contiguous bytes (1.9 ms for 1024x1024 where the processor has SHA)."""
-    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def to_jpeg(pixels_HWC: PixelsHWC, quality: int = JPEG_QUALITY) -> bytes:

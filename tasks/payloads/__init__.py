@@ -33,8 +33,12 @@ __all__ = [
 ]
 
 
-def open_store(settings: Settings) -> PayloadStore:
+def open_store(settings: Settings, *, keeps_spares: bool = False) -> PayloadStore:
     """The store at `settings.payloads`.
+
+    Args:
+        settings: Of this process.
+        keeps_spares: Whether files are reused, by a process that stores and frees many.
 
     Raises:
         SettingsError: Another user may write to the folder of a `file://` store.
@@ -42,6 +46,7 @@ def open_store(settings: Settings) -> PayloadStore:
     parts = urlsplit(settings.payloads)
     if parts.scheme != "file":
         return RedisStore(settings.payloads, settings.sentinels)
-    store = FileStore(Path(unquote(parts.path)), settings.payload_gid)
+    folder = Path(unquote(parts.path))
+    store = FileStore(folder, settings.payload_gid, keeps_spares=keeps_spares)
     store.check()
     return store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import RedisUnreachableError, SettingsError
+from tasks.payloads.buffers import Buffers
 from tasks.payloads.folder import Folder, capacity_of
 from tasks.payloads.names import MAX_REQUEST_BYTES, run_of
-from tasks.payloads.store import Data
+from tasks.payloads.spare_files import SpareFiles
+from tasks.payloads.store import Data, flat
 
 _NAME = re.compile(r"[\w~-][\w.~-]{0,199}", re.ASCII)
 
@@ -29,10 +32,15 @@ class FileStore:
     use, and at most every 10 s when somebody puts payloads or asks for the identity, as each worker's heartbeat does.
     Files of other names are not touched: other programs may use the folder too.
 
+    Payloads are read into memory that was read into before (`Buffers`).
+
     Args:
         folder: Where the files are. Each call but the constructor refuses a folder to which others may write, and one
             that another user owns, by a `SettingsError`.
         group: Number of the group of users that share the store; None for this user alone.
+        keeps_spares: Whether files that are freed wait a while for a payload of the same size, which is written over
+            one. A reader that has opened it before reads something else then, or a mixture: whoever fetches compares
+            the checksum of what was read.
     """
 
     SWEEP_EVERY_S = 10.0
@@ -41,11 +49,17 @@ class FileStore:
     IDENTITY = "identity"
     SUFFIX = ".payload"
     """Of all files that are swept and counted; those that are being written begin with a dot."""
+    SPARE = ".spare."
+    """How files begin that are kept to be written over. They are swept as those that are being written, not counted."""
 
-    def __init__(self, folder: Path, group: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, group: int | None = None, *, keeps_spares: bool = False
+    ) -> None:
         self._folder = Folder(folder, group)
         self._folder.make()
         self._swept_at = 0.0
+        self._buffers = Buffers()
+        self._spares = SpareFiles() if keeps_spares else SpareFiles(most_bytes=0)
 
     def identity(self) -> str:
         self._sweep_now_and_then()
@@ -66,14 +80,27 @@ class FileStore:
         self._sweep_now_and_then()
         expires_at = time.time() + ttl_s
         for name, data in payloads.items():
-            self._write(self._file(name), data, expires_at)
+            self._put(self._file(name), flat(data), expires_at)
+
+    def _put(self, file: str, data: Any, expires_at: float) -> None:
+        if self._write_over_a_spare(file, data, expires_at):
+            return
+        try:
+            self._write(file, data, expires_at)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._drop_all_spares():
+                raise
+            self._write(file, data, expires_at)
 
     def get(self, names: Sequence[str]) -> list[Data | None]:
         with self._opened() as fd:
             found: list[Data | None] = []
             for name in names:
                 file = self._file(name)
-                found.append(None if fd is None else self._folder.read(fd, file))
+                data = None
+                if fd is not None:
+                    data = self._folder.read(fd, file, memory=self._buffers.take)
+                found.append(data)
             return found
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:
@@ -90,13 +117,19 @@ class FileStore:
         with self._opened() as fd:
             for name in names:
                 file = self._file(name)
-                if fd is not None:
+                if fd is not None and not self._keep_as_spare(fd, file):
                     self._drop(fd, file)
+            if fd is not None:
+                self._drop_spares(fd, self._spares.take_expired())
 
     def bytes_in_use(self) -> int:
         self.sweep()
+        num_bytes = 0
         with self._opened() as fd:
-            return 0 if fd is None else sum(one.st_size for _, one in self._files(fd))
+            for name, found in () if fd is None else self._files(fd):
+                if not name.startswith(self.SPARE):
+                    num_bytes += found.st_size
+        return num_bytes
 
     def sweep(self) -> int:
         """Drop the files that have expired; returns how many."""
@@ -104,6 +137,7 @@ class FileStore:
         with self._opened() as fd:
             if fd is None:
                 return 0
+            self._drop_spares(fd, self._spares.take_expired())
             for name, found in self._files(fd):
                 is_being_written = name.startswith(".")
                 grace_s = self.WRITING_S if is_being_written else 0.0
@@ -115,7 +149,8 @@ class FileStore:
         found: Counter[str] = Counter()
         with self._opened() as fd:
             for name, one in () if fd is None else self._files(fd):
-                found[run_of(name.removeprefix("."))] += one.st_size
+                if not name.startswith(self.SPARE):
+                    found[run_of(name.removeprefix("."))] += one.st_size
         return dict(found)
 
     def value_bytes(self) -> int:
@@ -133,7 +168,64 @@ class FileStore:
                 )
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing is held open; spare files are dropped."""
+        spares = self._spares.take_expired(and_all=True)
+        if spares:
+            with self._opened() as fd:
+                if fd is not None:
+                    self._drop_spares(fd, spares)
+
+    # --- files that are written over ---------------------------------------------------------------------------------
+
+    def _write_over_a_spare(self, file: str, data: Any, expires_at: float) -> bool:
+        """Whether a payload was written over a spare file, which has its name then."""
+        spare = self._spares.take(len(data))
+        if spare is None:
+            return False
+        with self._opened() as fd:
+            if fd is None:
+                return False
+            try:
+                self._folder.write_over(fd, spare, data)
+                os.utime(spare, (expires_at, expires_at), dir_fd=fd)
+                os.rename(spare, file, src_dir_fd=fd, dst_dir_fd=fd)
+            except IsADirectoryError:
+                raise self._folder.file_refusal(fd, file) from None
+            except OSError:
+                # It was swept, since we were stopped for long, or its room was needed; or it is no file of ours now.
+                return False
+        return True
+
+    def _keep_as_spare(self, fd: int, file: str) -> bool:
+        """Whether a payload's file is a spare one now, or was none of ours to begin with."""
+        found = self._folder.stat(fd, file)
+        if found is None or not self._folder.is_ours(found):
+            return False
+        if not self._spares.wants(found.st_size):
+            return False
+        name = f"{self.SPARE}{secrets.token_hex(8)}{self.SUFFIX}"
+        try:
+            os.rename(file, name, src_dir_fd=fd, dst_dir_fd=fd)
+            os.utime(name, dir_fd=fd)
+        except (FileNotFoundError, PermissionError):
+            return False
+        self._spares.keep(name, found.st_size)
+        return True
+
+    def _drop_spares(self, fd: int, names: Sequence[str]) -> None:
+        for name in names:
+            self._drop(fd, name)
+
+    def _drop_all_spares(self) -> bool:
+        """Give the room of everybody's spare files back; whether there were any."""
+        num_dropped = 0
+        with self._opened() as fd:
+            for name, _ in () if fd is None else self._files(fd):
+                if name.startswith(self.SPARE) and fd is not None:
+                    num_dropped += self._drop(fd, name)
+        return num_dropped > 0
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int | None]:
@@ -194,7 +286,8 @@ class FileStore:
         with self._opened() as fd:
             if fd is None:
                 return None
-            return self._folder.read(fd, self.IDENTITY, most_bytes=64)
+            found = self._folder.read(fd, self.IDENTITY, most_bytes=64)
+            return None if found is None else bytes(found)
 
     def _write(
         self,

@@ -12,7 +12,7 @@ import os
 import pwd
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """A symbolic link is refused. A FIFO does not wait for its writer."""
 
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+_WRITE_OVER = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Folder:
@@ -111,12 +113,19 @@ class Folder:
         is_shared = self._group is not None and found.st_gid == self._group
         return is_shared or found.st_uid == os.geteuid()
 
-    def read(self, fd: int, name: str, most_bytes: int | None = None) -> bytes | None:
+    def read(
+        self,
+        fd: int,
+        name: str,
+        most_bytes: int | None = None,
+        memory: Callable[[int], bytearray] = bytearray,
+    ) -> bytearray | None:
         """The bytes of a file; None if there is none.
 
         Args:
             fd: Of the folder, opened.
             most_bytes: A larger file is refused; any size is taken unless given.
+            memory: Gives a buffer of a number of bytes, which the file is read into.
 
         Raises:
             SettingsError: What has this name is no regular file of ours, or is too large.
@@ -130,8 +139,10 @@ class Folder:
         try:
             found = os.fstat(file_fd)
             self._check_file(fd, name, found, most_bytes)
-            with open(file_fd, "rb", buffering=0, closefd=False) as file:
-                return file.readall()
+            buffer = memory(found.st_size)
+            num_read = _read_into(file_fd, buffer)
+            # Somebody who cut it meanwhile has written no whole payload.
+            return buffer if num_read == len(buffer) else buffer[:num_read]
         finally:
             os.close(file_fd)
 
@@ -157,6 +168,17 @@ class Folder:
                 os.fchown(file_fd, -1, self._group)
             os.fchmod(file_fd, self._file_mode)
             file.write(data)
+
+    def write_over(self, fd: int, name: str, data: Any) -> None:
+        """Write over a file that has as many bytes. Raises `FileNotFoundError` if it has not, or is not ours."""
+        file_fd = os.open(name, _WRITE_OVER, dir_fd=fd)
+        try:
+            found = os.fstat(file_fd)
+            if found.st_size != len(data) or not self.is_ours(found):
+                raise FileNotFoundError(f"{name} is another file now")
+            _write_all(file_fd, data)
+        finally:
+            os.close(file_fd)
 
     def stat(self, fd: int, name: str) -> os.stat_result | None:
         """What is known of a file or of a link itself; None if there is none."""
@@ -195,6 +217,25 @@ class Folder:
         return SettingsError(
             f"REWARDQ_PAYLOAD_URL: the payload folder {self.path} is refused: {why}"
         )
+
+
+def _read_into(file_fd: int, buffer: bytearray) -> int:
+    """Fill a buffer; returns how many bytes there were for it."""
+    num_read = 0
+    with memoryview(buffer) as view:
+        while num_read < len(buffer):
+            num = os.readv(file_fd, [view[num_read:]])
+            if num == 0:
+                break
+            num_read += num
+    return num_read
+
+
+def _write_all(file_fd: int, data: Any) -> None:
+    with memoryview(data) as view:
+        num_written = 0
+        while num_written < len(view):
+            num_written += os.write(file_fd, view[num_written:])
 
 
 def capacity_of(fd: int) -> int:

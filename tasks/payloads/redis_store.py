@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tasks import keys
 from tasks.payloads.names import num_parts, run_of
-from tasks.payloads.store import Data
+from tasks.payloads.store import Data, flat
 from tasks.servers.connections import (
     DEFAULT_SENTINELS,
     check_eviction,
@@ -90,13 +90,13 @@ class RedisStore:
             if len(own) == 1:
                 whole[own[0]] = data
             else:
-                self._put_in_parts(own, _flat(data), ttl_ms)
+                self._put_in_parts(own, flat(data), ttl_ms)
         self._put(whole, ttl_ms)
 
     def _put(self, data_of: Mapping[str, Any], ttl_ms: int) -> None:
         with self._redis.pipeline(transaction=False) as pipe:
             for key, data in data_of.items():
-                pipe.set(key, _flat(data), px=ttl_ms)
+                pipe.set(key, flat(data), px=ttl_ms)
             for batch in _in_batches(list(data_of)):
                 self._count(pipe, batch, ttl_ms)
             pipe.execute()
@@ -206,9 +206,3 @@ def _in_batches(payload_keys: Sequence[str]) -> Iterable[Sequence[str]]:
         payload_keys[start : start + KEYS_A_CALL]
         for start in range(0, len(payload_keys), KEYS_A_CALL)
     )
-
-
-def _flat(data: Any) -> Any:
-    """Bytes-like data as plain bytes in a row; redis-py takes neither arrays nor views of another shape."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else b""

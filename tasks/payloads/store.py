@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 Data = bytes | bytearray
-"""The bytes of a payload; a bytearray of one that lay in parts."""
+"""The bytes of a payload; a bytearray where it was put into its place part by part."""
+
+
+def flat(data: Any) -> Any:
+    """Bytes-like data as plain bytes in a row; redis-py takes neither arrays nor views of another shape."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else b""
 
 
 class PayloadStore(Protocol):

@@ -308,7 +308,8 @@ def test_users_of_a_group_share_a_folder_that_others_cannot_see(folder):
         store = FileStore(folder, GROUP)
         store.put({"theirs.1": b"12345"}, 60)
         store.free(["other.1"])
-        found = store.get(["live.1", "other.1"]), store.renew(["live.1", "other.1"], 60)
+        live, other = store.get(["live.1", "other.1"])
+        found = [bytes(live), other], store.renew(["live.1", "other.1"], 60)
         return store.identity(), *found, store.bytes_in_use()
 
     assert as_user(NOBODY, use, GROUP) == repr((identity, [b"123", None], ["other.1"], 8))

@@ -25,7 +25,7 @@ def open_one(request, redis_url, tmp_path):
     stores = []
 
     def open_it():
-        stores.append(open_store(load_settings(payload_url=url)))
+        stores.append(open_store(load_settings(payload_url=url), keeps_spares=True))
         return stores[-1]
 
     yield open_it
@@ -281,7 +281,7 @@ def test_a_reader_sees_all_of_a_payload_or_nothing(open_one):
         while time.monotonic() < ends_at or (len(seen) < 2 and thread.is_alive()):
             (data,) = reader.get(["c.1"])
             assert data is None or (len(data) == 200_000 and len(set(data)) == 1)
-            seen.add(data)
+            seen.add(None if data is None else bytes(data))
     finally:
         done.set()
         thread.join()

@@ -106,7 +106,7 @@ class Engine:
         self.pid = os.getpid()
         self.client_id = new_client_id(run)
         self.outcomes: ClientOutcomes = client_outcomes(app)
-        self.store: PayloadStore = open_store(settings)
+        self.store: PayloadStore = open_store(settings, keeps_spares=True)
         self._settings, self._run = settings, run
         self._slots_over_ranks: GroupSlots | None = None
         if world_size > 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.celery_app import SCORE, SCORE_ARGUMENTS, app, named
 from tasks.errors import ModelLoadError, PayloadGoneError
-from tasks.media import digest
+from tasks.media import fits
 from tasks.messages import MediaRef, Outcome, SampleRequest, ScoreRequest
 from tasks.outcomes import USUAL_STARTS
 from tasks.payloads import Data
@@ -187,7 +187,7 @@ class ChunkScorer:
         for name, data in zip(names, found, strict=True):
             if data is None:
                 missing.append(name)
-            elif digest(data) != digests[name]:
+            elif not fits(data, digests[name]):
                 missing.append(name)
                 damaged.append(name)
             else:

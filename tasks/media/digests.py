@@ -1,0 +1,44 @@
+"""Digests of content, as bytes in a row: who it is, and whether it has come as it was sent.
+
+A digest is two hashes of the same bytes, one behind the other:
+
+- 32 hex digits of BLAKE3 say who the content is. It has no known collisions, and is computed once, where content is
+  encoded: it costs ten times what the other does.
+- 16 hex digits of XXH3 say whether bytes are those of a digest, after they were fetched. It finds every accident (a cut
+  payload, a file that is written to while it is read), and no intent: who may write to the payload store may send
+  requests too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import xxhash
+from blake3 import blake3
+
+IDENTITY_DIGITS = 32
+CHECKSUM_DIGITS = 16
+
+
+def digest(data: Any) -> str:
+    """48 hex digits that two contents have alike only if they are equal.
+
+    Args:
+        data: Contiguous bytes: an array, a `bytes`, a view.
+    """
+    view = _flat(data)
+    # The checksum first. Bytes that change under our hands have a checksum then that does not fit what is stored of
+    # them, whichever of them the identity is of.
+    checksum = xxhash.xxh3_64_hexdigest(view)
+    return blake3(view).hexdigest()[:IDENTITY_DIGITS] + checksum
+
+
+def fits(data: Any, known: str) -> bool:
+    """Whether bytes are those that have the digest `known`, by its checksum alone."""
+    return xxhash.xxh3_64_hexdigest(_flat(data)) == known[IDENTITY_DIGITS:]
+
+
+def _flat(data: Any) -> Any:
+    """The bytes in a row: an array of no size has none."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else b""
