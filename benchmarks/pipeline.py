@@ -40,17 +40,21 @@ class Round:
         return self.num_images / self.total_s
 
 
-def run(settings: Settings, queue: str, images: Sequence[PixelsHWC]) -> Round:
-    """Submit all images, `BATCH_SIZE` at a time, as fast as `submit()` returns, and collect their rewards."""
+def run(client: RewardClient, images: Sequence[PixelsHWC]) -> Round:
+    """Submit all images, `BATCH_SIZE` at a time, as fast as `submit()` returns, and collect their rewards.
+
+    Each round is a step of one client, as in a training. Its prompt is of its own, so that no outcome of an earlier
+    round is found.
+    """
     held_s = 0.0
-    with _client(settings, queue) as client:
-        started = time.perf_counter()
-        for samples in _batches(images):
-            submitting = time.perf_counter()
-            client.submit(samples)
-            held_s += time.perf_counter() - submitting
-        batch = client.collect(COLLECT_S, progress=False)
-        total_s = time.perf_counter() - started
+    prompt = f"{PROMPT} {next(_rounds)}"
+    started = time.perf_counter()
+    for samples in _batches(images, prompt):
+        submitting = time.perf_counter()
+        client.submit(samples)
+        held_s += time.perf_counter() - submitting
+    batch = client.collect(COLLECT_S, progress=False)
+    total_s = time.perf_counter() - started
     assert batch.rewards["null"].tolist() == [1.0] * len(images)
     return Round(len(images), total_s, held_s)
 
@@ -65,8 +69,8 @@ def run_alone(
     """
     chunks = []
     one_thread = settings.model_copy(update={"sender_threads": 1})
-    with _client(one_thread, queue) as client:
-        for samples in _batches(images):
+    with open_client(one_thread, queue) as client:
+        for samples in _batches(images, PROMPT):
             submitted_at = time.monotonic()
             client.submit(samples)
             batch = client.collect(COLLECT_S, progress=False)
@@ -74,10 +78,10 @@ def run_alone(
     return chunks
 
 
-def _batches(images: Sequence[PixelsHWC]) -> Iterator[list[Sample]]:
+def _batches(images: Sequence[PixelsHWC], prompt: str) -> Iterator[list[Sample]]:
     for start in range(0, len(images), BATCH_SIZE):
         batch = images[start : start + BATCH_SIZE]
-        yield [Sample(PROMPT, image) for image in batch]
+        yield [Sample(prompt, image) for image in batch]
 
 
 def _stages(batch: RewardBatch, submitted_at: float) -> dict[str, float]:
@@ -95,8 +99,8 @@ def _stages(batch: RewardBatch, submitted_at: float) -> dict[str, float]:
     return {**seconds, "queue": queue_s}
 
 
-def _client(settings: Settings, queue: str) -> RewardClient:
-    """A client of a run of its own, so that no outcome of an earlier round is found."""
+def open_client(settings: Settings, queue: str) -> RewardClient:
+    """A client of a run of its own."""
     reward = {
         "name": "null",
         "reward_model": "benchmarks.null_reward.NullReward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import http_pattern, images, pipeline
+from benchmarks.ray_way import RayWay
 from tasks.media import PixelsHWC
 from tasks.settings import Settings, load_settings
 from trainer_client.cli.commands import free_port
@@ -36,6 +38,8 @@ class Contender:
 
     run: Callable[[], pipeline.Round]
     pids: tuple[int, ...]
+    is_apart: bool = False
+    """Whether the first of the processes stands for the trainer, and not this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Result:
 
     round: pipeline.Round
     own_s: float
-    """Of this process, which stands for the trainer."""
+    """Of the process that stands for the trainer."""
     servers_s: float
 
 
@@ -77,7 +81,16 @@ class Result:
     default=3,
     show_default=True,
 )
-def main(num_images: int, num_http_images: int, size: int, num_rounds: int) -> None:
+@click.option(
+    "--ray/--no-ray",
+    "with_ray",
+    default=True,
+    show_default=True,
+    help="Ray beside them: pip install 'rewardq[bench]'.",
+)
+def main(
+    num_images: int, num_http_images: int, size: int, num_rounds: int, with_ray: bool
+) -> None:
     """Measure the time from `submit()` to the reward of a model that does nothing."""
     console = Console(highlight=False)
     with console.status("drawing the images"):
@@ -93,8 +106,14 @@ def main(num_images: int, num_http_images: int, size: int, num_rounds: int) -> N
         console.status("starting") as status,
     ):
         settings, port = _start(fleet, Path(shared))
-        contenders = _contenders(fleet, settings, port, own_pixels, http_pixels)
-        results = _measure(contenders, num_rounds, status.update)
+        with contextlib.ExitStack() as clients:
+            contenders = _contenders(
+                fleet, settings, port, own_pixels, http_pixels, clients
+            )
+            if with_ray:
+                ray = clients.enter_context(RayWay(num_images, size))
+                contenders["Ray"] = Contender(ray.run, ray.pids, is_apart=True)
+            results = _measure(contenders, num_rounds, status.update)
         status.update("one chunk at a time")
         chunks = {}
         for queue, name in STORES.items():
@@ -131,6 +150,7 @@ def _contenders(
     port: int,
     pixels: Sequence[PixelsHWC],
     http_pixels: Sequence[PixelsHWC],
+    clients: contextlib.ExitStack,
 ) -> dict[str, Contender]:
     """Every contender by its name. The first is the pattern in use today, with which the others are compared."""
     pids = {child.name: child.pid for child in fleet.children}
@@ -139,7 +159,8 @@ def _contenders(
         run = partial(_over_http, port, http_pixels, num_threads)
         contenders[f"HTTP x {num_threads}"] = Contender(run, (pids["http"],))
     for queue, name in STORES.items():
-        run = partial(pipeline.run, settings[queue], queue, pixels)
+        client = clients.enter_context(pipeline.open_client(settings[queue], queue))
+        run = partial(pipeline.run, client, pixels)
         servers = (pids["redis"], pids[f"worker-{queue}"])
         contenders[f"rewardq, {name}"] = Contender(run, servers)
     return contenders
@@ -153,12 +174,15 @@ def _measure(
     for i in range(num_rounds + 1):
         for name, contender in contenders.items():
             say(f"round {i} of {num_rounds}: {name}" if i else f"warming up: {name}")
-            own_s, servers_s = time.process_time(), _processor_s(contender.pids)
+            own_pids, server_pids = (os.getpid(),), contender.pids
+            if contender.is_apart:
+                own_pids, server_pids = contender.pids[:1], contender.pids[1:]
+            own_s, servers_s = _processor_s(own_pids), _processor_s(server_pids)
             done = contender.run()
             result = Result(
                 round=done,
-                own_s=time.process_time() - own_s,
-                servers_s=_processor_s(contender.pids) - servers_s,
+                own_s=_processor_s(own_pids) - own_s,
+                servers_s=_processor_s(server_pids) - servers_s,
             )
             if i:
                 results[name].append(result)

@@ -7,7 +7,7 @@ from tests.servers import ROOT, clean_env, run_python
 
 
 def test_the_benchmark_compares_both_payload_stores_with_the_pattern_in_use_today():
-    small = ("--size", "256", "--num-images", "48", "--num-http-images", "16", "--rounds", "1")
+    small = ("--size", "256", "--num-images", "48", "--num-http-images", "16", "--rounds", "1", "--no-ray")
     lines = run_python("-m", "benchmarks.throughput", *small, cwd=ROOT, env=clean_env()).stdout.splitlines()
     rows = {words[0]: words[1:] for words in map(str.split, lines) if words}
     assert {"HTTP", "rewardq,", "/dev/shm"} <= rows.keys()

@@ -179,6 +179,10 @@ def _model_of(entry: Any, where: str) -> str:
         raise ConfigError(
             f"{where}: reward_model must name a reward model, found {model!r:.100}"
         )
+    if not model.strip().isprintable():
+        raise ConfigError(
+            f"{where}: reward_model must be one line of printable characters, found {model!r:.100}"
+        )
     if len(model) > MAX_NAME:
         raise ConfigError(
             f"{where}: reward_model has {len(model)} characters, the most is {MAX_NAME}"
