@@ -19,6 +19,9 @@ from blake3 import blake3
 IDENTITY_DIGITS = 32
 CHECKSUM_DIGITS = 16
 
+PIECE_BYTES = 2**18
+"""What both hashes read, one after the other, while the processor has it at hand: half a level-2 cache or less."""
+
 
 def digest(data: Any) -> str:
     """48 hex digits that two contents have alike only if they are equal.
@@ -27,10 +30,14 @@ def digest(data: Any) -> str:
         data: Contiguous bytes: an array, a `bytes`, a view.
     """
     view = _flat(data)
-    # The checksum first. Bytes that change under our hands have a checksum then that does not fit what is stored of
-    # them, whichever of them the identity is of.
-    checksum = xxhash.xxh3_64_hexdigest(view)
-    return blake3(view).hexdigest()[:IDENTITY_DIGITS] + checksum
+    checksum, identity = xxhash.xxh3_64(), blake3()
+    for start in range(0, len(view), PIECE_BYTES):
+        piece = view[start : start + PIECE_BYTES]
+        # The checksum first. Bytes that change under our hands have a checksum then that does not fit what is stored
+        # of them, whichever of them the identity is of.
+        checksum.update(piece)
+        identity.update(piece)
+    return identity.hexdigest()[:IDENTITY_DIGITS] + checksum.hexdigest()
 
 
 def fits(data: Any, known: str) -> bool:

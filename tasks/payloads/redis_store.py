@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from tasks import keys
+from tasks.payloads.buffers import Buffers
 from tasks.payloads.names import num_parts, run_of
 from tasks.payloads.store import Data, flat
 from tasks.servers.connections import (
@@ -65,11 +66,15 @@ sum stays the ledger's."""
 
 
 class RedisStore:
-    """Payloads as Redis strings with an expiry, counted in a ledger that forgets what expired."""
+    """Payloads as Redis strings with an expiry, counted in a ledger that forgets what expired.
+
+    They are read into memory that was read into before (`Buffers`).
+    """
 
     def __init__(self, url: str, sentinels: Sentinels = DEFAULT_SENTINELS) -> None:
         self._url = url
-        self._redis = connect_for_media(url, sentinels)
+        self._buffers = Buffers()
+        self._redis = connect_for_media(url, sentinels, self._buffers.take)
         self._capacity_bytes: int | None = None
         self._ask_capacity_at = 0.0
 
@@ -130,7 +135,7 @@ class RedisStore:
             sizes = pipe.execute()
         if not all(sizes):  # no part is empty
             return None
-        data, end = bytearray(sum(sizes)), 0
+        data, end = self._buffers.take(sum(sizes)), 0
         for key, size in zip(own, sizes, strict=True):
             part = cast(bytes | None, self._redis.get(key))
             if part is None or len(part) != size:
