@@ -94,7 +94,7 @@ def test_flow_factorys_dotted_paths_of_built_ins_are_ours(path):
         ("rewards: [\n", "is no YAML"),
         ("rewards:\n  - name: a\n", "reward_model must name"),
         ("rewards:\n  - reward_model: 5\n", "reward_model must name"),
-        ("rewards:\n  - reward_model: \"a\\0b.C\"\n", "reward_model must be one line of printable characters"),
+        ('rewards:\n  - reward_model: "a\\0b.C"\n', "reward_model must be one line of printable characters"),
         ("rewards:\n  - reward_model: OCR\neval_rewards: 3\n", "eval_rewards: needs a list"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from tests.workers.checkpoints import (
     save_head,
 )
 from workers.loading.building import build
+from workers.models.clip_pixels import Preprocessing
 
 PROMPTS = ["a red cat", "two dogs on a beach", "a red cat", "Ein Haus, groß & blau!", "fog", "a red cat", "", "fog"]
 IMAGES = pictures(8)
@@ -413,7 +415,38 @@ def test_the_tensor_backend_is_close_and_another_computation(clip_folder, clip):
     found, expected = rewards(other, PROMPTS, image=IMAGES), rewards(clip, PROMPTS, image=IMAGES)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
     assert spec_of("CLIP").fingerprint != spec_of("CLIP", preprocessing="tensor").fingerprint
-    assert spec_of("CLIP").fingerprint == spec_of("CLIP", preprocessing="pil").fingerprint
+    assert spec_of("CLIP").fingerprint == spec_of("CLIP", preprocessing="auto").fingerprint
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("fit", ["shortest", "longest", "squash", None])
+def test_eight_bits_are_nearly_pillow_s(fit, interpolation):
+    by_pil = Preprocessing(fit, (224, 224), (224, 224), (0.5,) * 3, (0.5,) * 3, interpolation)
+    by_uint8 = dataclasses.replace(by_pil, backend="uint8")
+    rng = np.random.default_rng(0)
+    shapes = [(1024, 1024), (768, 512), (100, 640), (224, 224), (37, 60), (1, 9), (3, 2)]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
+    # Edges between black and white, where a filter overshoots.
+    pictures.append(
+        Image.fromarray(np.kron(rng.integers(0, 2, (64, 64, 1)), np.ones((16, 16, 3))).astype(np.uint8) * 255)
+    )
+    expected = by_pil.pixels(pictures, "cpu")
+    found = by_uint8.pixels(pictures, "cpu")
+    assert found.dtype == expected.dtype == torch.uint8
+    assert found.shape == expected.shape
+    apart = (found.int() - expected.int()).abs()
+    assert apart[:2].max() <= 1, "of images that are made smaller"
+    assert apart.max() <= 2
+    assert (apart > 0).float().mean() < 0.02
+
+
+def test_who_resizes_is_pillow_unless_the_dtype_errs_by_more(clip_folder):
+    resizes = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        resizes[dtype] = load("CLIP", model_name_or_path=clip_folder, dtype=dtype).tower.preprocessing.backend
+    assert resizes == {"float32": "pil", "bfloat16": "uint8", "float16": "uint8"}
+    said = load("CLIP", model_name_or_path=clip_folder, dtype="bfloat16", preprocessing="pil")
+    assert said.tower.preprocessing.backend == "pil"
 
 
 def test_an_image_that_is_not_rgb_is_scored_as_rgb(clip):

@@ -44,7 +44,7 @@ def test_no_shape_takes_ocr_beyond_its_bound():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("preprocessing", ["pil", "tensor"])
+@pytest.mark.parametrize("preprocessing", ["pil", "uint8", "tensor"])
 def test_no_shape_takes_a_clip_beyond_its_bound(clip_folder, preprocessing):
     shapes = [[2560, 10], [10, 2560], [257, 1], [1, 100_000], [16_000_000, 1]]
     rewards, (before, after) = score("CLIP", shapes, model_name_or_path=str(clip_folder), preprocessing=preprocessing)

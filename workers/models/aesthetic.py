@@ -11,6 +11,7 @@ from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
 from workers.models import transformers_checks
 from workers.models.checkpoints import find_file, loading
+from workers.models.clip_pixels import backend_for
 from workers.models.clip_rewards import FrameReward
 from workers.models.clip_towers import (
     load_preprocessing,
@@ -56,8 +57,9 @@ class _ImageTower:
         self, options: dict[str, Any], device: torch.device, dtype: torch.dtype
     ) -> None:
         name, revision = options["model_name_or_path"], options["revision"]
+        backend = backend_for(options["preprocessing"], dtype)
         self.preprocessing = load_preprocessing(
-            "model_name_or_path", name, revision, options["preprocessing"]
+            "model_name_or_path", name, revision, backend
         )
         model = load_transformers(name, revision)
         transformers_checks.check_sizes(

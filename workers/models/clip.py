@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tasks.errors import ModelLoadError
 from workers.base import Accelerator, RewardArguments
+from workers.models.clip_pixels import backend_for
 from workers.models.clip_rewards import TextImageReward
 from workers.models.clip_towers import OpenClipTowers, TransformersTowers
 
@@ -36,7 +37,7 @@ class CLIP(TextImageReward):
             options["revision"],
             self.device,
             self.dtype,
-            options["preprocessing"],
+            backend_for(options["preprocessing"], self.dtype),
         )
 
     def _open_clip(self) -> OpenClipTowers:
@@ -52,5 +53,5 @@ class CLIP(TextImageReward):
             options["pretrained"],
             self.device,
             self.dtype,
-            options["preprocessing"],
+            backend_for(options["preprocessing"], self.dtype),
         )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
-Backend = Literal["pil", "tensor"]
-"""Who resizes. `pil`: Pillow on the CPU, the reference of CLIP. `tensor`: torch on the model's device, antialiased, in
-float32 and rounded once, as torchvision does on CUDA. The two differ by 0.15 of 256 levels a pixel, and by a few levels
-where colours saturate."""
+Backend = Literal["pil", "uint8", "tensor"]
+"""Who resizes. `pil`: Pillow on the CPU, the reference of CLIP. `uint8`: torch on the CPU, by Pillow's method with
+coarser weights: one level of 256 more or less in a few of a thousand values (two in noise), in an eighth of the time.
+`tensor`: torch on the model's device, antialiased, in float32 and rounded once, as torchvision does on CUDA; it differs
+from Pillow by 0.15 of 256 levels a pixel, and by a few levels where colours saturate."""
+
+COARSE_DTYPES = (torch.bfloat16, torch.float16)
+"""What these add to a score is more than what `uint8` adds: the table in docs/moving.md."""
 
 MOST_PROPORTION = 256
 """An image more than so many times as long as wide gets no score: a CLIP sees a sliver of it, or nothing."""
@@ -51,11 +55,13 @@ class Preprocessing:
     to_levels: bool = True
 
     def pixels(self, images: Sequence[Image.Image], device: Any) -> torch.Tensor:
-        """Levels 0 to 255 of `N` images, `(N, 3, H, W)`: uint8 on the CPU (`pil`) or float32 on `device` (`tensor`)."""
+        """Levels 0 to 255 of `N` images, `(N, 3, H, W)`: float32 on `device` (`tensor`), or uint8 on the CPU."""
         if self.backend == "tensor":
             return torch.stack(
                 [self._resized_tensor(image, device) for image in images]
             )
+        if self.backend == "uint8":
+            return torch.stack([self._resized_levels(image) for image in images])
         levels_HWC = [np.asarray(self._resized_image(image)) for image in images]
         levels_NHWC = np.stack(levels_HWC)
         return torch.from_numpy(levels_NHWC).permute(0, 3, 1, 2)
@@ -104,22 +110,32 @@ class Preprocessing:
         top, left, bottom, right = self.box(height, width)
         return image.crop((left, top, right, bottom))
 
-    def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
-        levels_HWC = torch.from_numpy(np.array(_rgb(image))).to(device)
-        levels = levels_HWC.permute(2, 0, 1).float()
-        height, width = self.resized_size(image.height, image.width)
-        if (height, width) == (image.height, image.width):
-            return self._cut(levels)
+    def _resized_levels(self, image: Image.Image) -> torch.Tensor:
+        return self._cut(self._resized(_levels(image)))
 
-        resized = torch.nn.functional.interpolate(
+    def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
+        levels = _levels(image).to(device).float()
+        resized = self._resized(levels)
+        cut = self._cut(resized)
+        is_as_it_was = resized is levels
+        if is_as_it_was or not self.to_levels:
+            return cut
+        return cut.clamp(0.0, 255.0).round()
+
+    def _resized(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels `(3, H, W)` in the size that the tower wants, in their dtype."""
+        height, width = levels.shape[-2:]
+        wanted = self.resized_size(height, width)
+        if wanted == (height, width):
+            return levels
+        resized: torch.Tensor = torch.nn.functional.interpolate(
             levels[None],
-            (height, width),
+            wanted,
             mode=self.interpolation,
             antialias=True,
             align_corners=False,
         )[0]
-        cut = self._cut(resized)
-        return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
+        return resized
 
     def _cut(self, levels: torch.Tensor) -> torch.Tensor:
         """The middle of a resized image `(3, H, W)`, padded with black where the image is smaller."""
@@ -128,6 +144,13 @@ class Preprocessing:
         return torch.nn.functional.pad(
             levels, (-left, right - width, -top, bottom - height)
         )
+
+
+def backend_for(option: str, dtype: torch.dtype) -> Backend:
+    """Who resizes where the option `preprocessing` says so, or says `auto`: Pillow, unless the dtype errs by more."""
+    if option == "auto":
+        return "uint8" if dtype in COARSE_DTYPES else "pil"
+    return cast(Backend, option)
 
 
 def of_transformers(processor: Any, backend: Backend) -> Preprocessing:
@@ -203,6 +226,11 @@ def of_open_clip(config: Mapping[str, Any], backend: Backend) -> Preprocessing:
 def as_hps(preprocessing: Preprocessing) -> Preprocessing:
     """The preprocessing of the package `hpsv2`: the whole image on black, resized as a float tensor, never rounded."""
     return replace(preprocessing, fit="longest", backend="tensor", to_levels=False)
+
+
+def _levels(image: Image.Image) -> torch.Tensor:
+    """The levels of an image, uint8 `(3, H, W)`, channels last in memory."""
+    return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

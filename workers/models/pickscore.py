@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workers.base import Accelerator, RewardArguments
+from workers.models.clip_pixels import backend_for
 from workers.models.clip_rewards import TextImageReward
 from workers.models.clip_towers import TransformersTowers
 
@@ -28,6 +29,6 @@ class PickScore(TextImageReward):
             options["revision"],
             self.device,
             self.dtype,
-            options["preprocessing"],
+            backend_for(options["preprocessing"], self.dtype),
         )
         self.scale = self.tower.logit_scale / PICKSCORE_SCALE
