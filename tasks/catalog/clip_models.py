@@ -27,13 +27,13 @@ def _model(default: str, doc: str) -> Option:
     return Option(_Name, default, doc)
 
 
-def _clip(path: str, options: dict[str, Option], doc: str) -> ModelEntry:
+def _clip(path: str, version: str, options: dict[str, Option], doc: str) -> ModelEntry:
     """A reward that compares an image or video with its prompt."""
     return ModelEntry(
         path=path,
         queue=GPU,
         required=(("prompt",), IMAGE_OR_VIDEO),
-        version="1",
+        version=version,
         extra="gpu",
         uses_dtype=True,
         options=options,
@@ -43,6 +43,7 @@ def _clip(path: str, options: dict[str, Option], doc: str) -> ModelEntry:
 
 PICKSCORE = _clip(
     path="workers.models.pickscore:PickScore",
+    version="2",
     options={
         "model_name_or_path": _model(
             "yuvalkirstain/PickScore_v1",
@@ -60,6 +61,7 @@ PICKSCORE = _clip(
 
 CLIP = _clip(
     path="workers.models.clip:CLIP",
+    version="2",
     options={
         "model_name_or_path": _model(
             "openai/clip-vit-large-patch14",
@@ -93,6 +95,7 @@ CLIP = _clip(
 
 HPSV2 = _clip(
     path="workers.models.hps:HPSv2",
+    version="1",
     options={
         "hps_version": Option(
             Literal["v2.0", "v2.1"], "v2.1", "which of the two published scores"
@@ -109,7 +112,7 @@ AESTHETIC = ModelEntry(
     path="workers.models.aesthetic:Aesthetic",
     queue=GPU,
     required=(IMAGE_OR_VIDEO,),
-    version="1",
+    version="2",
     extra="gpu",
     uses_dtype=True,
     options={

@@ -29,7 +29,7 @@ class Aesthetic(FrameReward):
 
     Schuhmann, "improved-aesthetic-predictor" (2022), the head `sac+logos+ava1-l14-linearMSE` of LAION aesthetics v2:
     ratings from 1 to 10, most images between 4 and 7. The head computes in float32. A video's reward is the mean over
-    its frames. Version 1.
+    its frames. Version 2.
     """
 
     required_fields = ()

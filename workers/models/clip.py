@@ -15,7 +15,7 @@ class CLIP(TextImageReward):
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The weights are any
     transformers CLIP's (`backend: transformers`) or any open_clip model's (`backend: open_clip`). Text is padded and
     cut at the model's context length, 77. A video's reward is that of its first frame, as in Flow-Factory, or the mean
-    over its frames (`frames: mean`). Version 1.
+    over its frames (`frames: mean`). Version 2.
     """
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:

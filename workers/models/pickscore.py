@@ -17,7 +17,7 @@ class PickScore(TextImageReward):
     Kirstain et al., "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation" (2023):
     `yuvalkirstain/PickScore_v1`, a CLIP ViT-H/14, with the processor of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`. Text
     is padded and cut at 77 tokens. `logit_scale` stays float32 whatever the dtype. A video's reward is the mean over
-    its frames. Version 1.
+    its frames. Version 2.
     """
 
     def __init__(self, config: RewardArguments, accelerator: Accelerator) -> None:
