@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import numpy as np
@@ -50,11 +49,9 @@ def to_tensor(pixels: npt.NDArray[np.uint8]) -> Any:
     """A float32 torch tensor in [0, 1]: `(3, H, W)` of an image, `(T, 3, H, W)` of a video."""
     import torch
 
-    with warnings.catch_warnings():
-        # A payload may be read-only; nobody writes to it through this view.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        channels_last = torch.from_numpy(pixels)
-    channels_first = channels_last.movedim(-1, -3)
+    # torch warns of an array that cannot be written to: a payload in `bytes`, which is a small one.
+    writable = pixels if pixels.flags.writeable else pixels.copy()
+    channels_first = torch.from_numpy(writable).movedim(-1, -3)
     return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(
         255.0
     )

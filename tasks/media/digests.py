@@ -4,9 +4,9 @@ A digest is two hashes of the same bytes, one behind the other:
 
 - 32 hex digits of BLAKE3 say who the content is. It has no known collisions, and is computed once, where content is
   encoded: it costs ten times what the other does.
-- 16 hex digits of XXH3 say whether bytes are those of a digest, after they were fetched. It finds every accident (a cut
-  payload, a file that is written to while it is read), and no intent: who may write to the payload store may send
-  requests too.
+- 16 hex digits of XXH3 say whether media are those of a digest, after they were fetched. It finds accidents (a cut
+  payload, a file that is written to while it is read) and no intent: whoever can write to the payload store can make
+  other media of the same checksum. Requests, which are small, are compared by the whole digest.
 """
 
 from __future__ import annotations

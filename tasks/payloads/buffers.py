@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 KEPT_BYTES = 128 * 2**20
-"""Of buffers that are kept for the next payload of their size: forty images of 1024x1024."""
+"""Of buffers that each store of each process keeps for the next payload of their size: forty images of 1024x1024."""
 
 LEAST_BYTES = 2**16
 """A smaller payload gets memory of its own, which the allocator has at hand."""
@@ -25,17 +25,24 @@ class Buffers:
         self._lock = threading.Lock()
         self._kept: list[bytearray] = []
         """The least recently lent first."""
+        self._num_bytes = 0
+        """Of those that are kept."""
 
     def take(self, num_bytes: int) -> bytearray:
         """A buffer of exactly so many bytes, with anything in it."""
-        if num_bytes < LEAST_BYTES:
+        if not LEAST_BYTES <= num_bytes <= self._most_bytes:
             return bytearray(num_bytes)
         with self._lock:
             found = self._unused(num_bytes)
-            buffer = bytearray(num_bytes) if found is None else self._kept.pop(found)
+            if found is not None:
+                buffer = self._kept.pop(found)
+                self._kept.append(buffer)
+                return buffer
+            buffer = bytearray(num_bytes)
             self._make_room(num_bytes)
             if self._num_bytes + num_bytes <= self._most_bytes:
                 self._kept.append(buffer)
+                self._num_bytes += num_bytes
             return buffer
 
     def _unused(self, num_bytes: int) -> int | None:
@@ -50,13 +57,9 @@ class Buffers:
         at = 0
         while at < len(self._kept) and self._num_bytes + num_bytes > self._most_bytes:
             if _is_unused(self._kept, at):
-                del self._kept[at]
+                self._num_bytes -= len(self._kept.pop(at))
             else:
                 at += 1
-
-    @property
-    def _num_bytes(self) -> int:
-        return sum(map(len, self._kept))
 
 
 def _num_references(buffers: Sequence[bytearray], at: int) -> int:

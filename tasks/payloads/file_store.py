@@ -170,10 +170,12 @@ class FileStore:
     def close(self) -> None:
         """Nothing is held open; spare files are dropped."""
         spares = self._spares.take_expired(and_all=True)
-        if spares:
-            with self._opened() as fd:
-                if fd is not None:
-                    self._drop_spares(fd, spares)
+        if not spares:
+            return
+        # A folder that is refused by now is somebody else's matter: its files are swept when they have expired.
+        with contextlib.suppress(SettingsError, OSError), self._opened() as fd:
+            if fd is not None:
+                self._drop_spares(fd, spares)
 
     # --- files that are written over ---------------------------------------------------------------------------------
 
@@ -190,14 +192,16 @@ class FileStore:
                 os.utime(spare, (expires_at, expires_at), dir_fd=fd)
                 os.rename(spare, file, src_dir_fd=fd, dst_dir_fd=fd)
             except IsADirectoryError:
+                self._drop(fd, spare)
                 raise self._folder.file_refusal(fd, file) from None
             except OSError:
                 # It was swept, since we were stopped for long, or its room was needed; or it is no file of ours now.
+                self._drop(fd, spare)
                 return False
         return True
 
     def _keep_as_spare(self, fd: int, file: str) -> bool:
-        """Whether a payload's file is a spare one now, or was none of ours to begin with."""
+        """Whether a payload's file is a spare one now; what is no file of ours is not."""
         found = self._folder.stat(fd, file)
         if found is None or not self._folder.is_ours(found):
             return False

@@ -142,6 +142,7 @@ class RedisStore:
                 return None
             data[end : end + size] = part
             end += size
+            del part  # else its buffer were not used for the next part
         return data
 
     def renew(self, names: Sequence[str], ttl_s: float) -> list[str]:

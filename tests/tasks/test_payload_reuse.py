@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 
+from tasks.errors import SettingsError
 from tasks.media import digest, fits
 from tasks.payloads import FileStore
 from tasks.payloads import spare_files as module
@@ -128,6 +129,23 @@ def test_spare_files_are_bounded(folder, monkeypatch):
     # They do not wait for ever.
     wait_until(lambda: store.bytes_in_use() == 0 and spares_in(folder) == [])
     store.close()
+
+
+def test_a_spare_file_that_cannot_be_used_does_not_stay(store, folder):
+    store.put({"c.1": content(1)}, 60)
+    store.free(["c.1"])
+    (folder / "c.2.payload").mkdir()
+    with pytest.raises(SettingsError, match="is a folder"):
+        store.put({"c.2": content(2)}, 5000)
+    assert spares_in(folder) == []
+
+
+def test_a_store_is_closed_also_where_its_folder_is_refused_by_now(store, folder):
+    store.put({"c.1": content(1)}, 60)
+    store.free(["c.1"])
+    folder.chmod(0o777)
+    store.close()
+    folder.chmod(0o700)
 
 
 def test_no_spare_file_is_left_by_a_store_that_is_closed(store, folder):
@@ -253,6 +271,14 @@ def test_kept_memory_is_bounded_and_makes_way_for_other_sizes():
     where = id(buffers.take(3 * LEAST_BYTES))
     assert id(buffers.take(3 * LEAST_BYTES)) == where
     assert len(buffers._kept) == 1
+
+
+def test_memory_beyond_the_bound_is_not_kept_and_drives_nothing_out():
+    buffers = Buffers(most_bytes=3 * LEAST_BYTES)
+    wheres = {id(buffers.take(LEAST_BYTES)) for _ in range(3)}
+    assert len(buffers.take(3 * LEAST_BYTES + 1)) == 3 * LEAST_BYTES + 1
+    assert id(buffers.take(LEAST_BYTES)) in wheres
+    assert buffers._num_bytes == sum(map(len, buffers._kept)) <= 3 * LEAST_BYTES
 
 
 def test_threads_never_have_the_same_memory_at_once():

@@ -1,4 +1,4 @@
-"""How a CLIP sees an image: resized, cut or padded to a square, normalised; by PIL on the CPU, or on the device."""
+"""How a CLIP sees an image: resized, cut or padded to a square, normalised; by Pillow, or by torch on CPU or device."""
 
 from __future__ import annotations
 

@@ -126,7 +126,10 @@ def _decode_media(ref: MediaRef, payloads: Mapping[str, Data], as_tensor: bool) 
     """One image, video or waveform, as a model takes it."""
     array = _array(ref, payloads[ref.name])
     if ref.format == "float32":
-        return media.to_waveform(array) if as_tensor else array
+        if as_tensor:
+            return media.to_waveform(array)
+        array.flags.writeable = False  # samples of equal audio share it
+        return array
     if as_tensor:
         return media.to_tensor(array)
     if array.ndim == 3:

@@ -11,7 +11,7 @@ import redis
 
 from tasks.errors import BusyError, PayloadGoneError, StaleCodeError, WireError
 from tasks.masking import masked
-from tasks.media import fits
+from tasks.media import digest
 from tasks.messages import WIRE_VERSION, GroupRequest, Note, ScoreRequest, unpack
 from tasks.servers.connections import LOST, why_away
 from workers.scoring.context import ScoringContext, context_of
@@ -123,7 +123,7 @@ def _read(
     data = context.retry(lambda: context.store.get([message.request_id]))[0]
     if data is None:
         raise PayloadGoneError([message.request_id])
-    if message.digest and not fits(data, message.digest):
+    if message.digest and digest(data) != message.digest:
         log.warning(
             "request is not what its client stored request=%s", message.request_id
         )
