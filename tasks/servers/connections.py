@@ -217,16 +217,14 @@ def connect_for_media(
         memory: Gives the buffers that large values are read into.
     """
     packer = PythonRespSerializer(JOINED_BYTES, _encode)
-    client = connect(
+    return connect(
         url,
         sentinels,
         command_packer=packer,
         parser_class=partial(LargeReplies, memory=memory),
+        protocol=2,
         socket_read_size=READ_BYTES,
     )
-    # Here and not above: what the URL says would win, and this parser knows RESP2 alone.
-    client.connection_pool.connection_kwargs["protocol"] = 2
-    return client
 
 
 def _encode(value: bytes | memoryview | str | int) -> bytes | memoryview:

@@ -37,7 +37,7 @@ class Requests:
         else:
             data = array.tobytes()
         name = f"c.{len(self.payloads)}"
-        self.payloads[name] = data
+        self.payloads[name] = bytearray(data)
         return MediaRef(name=name, digest=media.digest(data), shape=array.shape, format=kind)
 
     def sample(self, prompt: str = "a cat", metadata: dict | None = None, kind: str = "raw", **fields: Any) -> Any:

@@ -514,6 +514,7 @@ def test_every_field_arrives_in_its_pil_form(requests):
     assert [np.asarray(f).tolist() for f in seen["condition_images"][0]] == [IMAGES[1].tolist(), IMAGES[2].tolist()]
     assert [np.asarray(f).tolist() for f in seen["condition_videos"][0][0]] == VIDEOS[1].tolist()
     assert np.asarray(seen["audio"][0]).tolist() == [[0.5, -0.5]]
+    assert not seen["audio"][0].flags.writeable, "samples of equal audio share it"
     assert seen["metadata"] == [{"text": "x", "list": [1]}]
 
 
