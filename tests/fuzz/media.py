@@ -29,7 +29,7 @@ from trainer_client.steps.open_steps import OpenStep
 from trainer_client.steps.submission import Submission
 
 MAX_PIXELS = 10**6
-MAX_FRAMES = 4
+MAX_FRAMES = 16
 REWARDS = RewardConfig.from_dict({"rewards": [{"reward_model": "my_rewards.Mine"}]}).rewards
 ENCODER = SampleEncoder("fuzz", 0)
 
