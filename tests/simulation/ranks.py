@@ -274,9 +274,18 @@ class Rank:
         if seen is not None and seen.reward is not None and seen.reward != outcome.reward:
             if is_of_ended_process(outcome):  # its ticket was pickled before
                 return
+            if self._is_forgotten(outcome):
+                return
             raise BrokenPropertyError("changed", f"rank {self.number} {position}: {seen} became {outcome}")
         self.answers[position] = outcome
         self.world.say(self.process, "sees", position, outcome.reward, outcome.failure)
+
+    def _is_forgotten(self, outcome: Outcome) -> bool:
+        """Whether nobody knows of the reward any more: Redis was emptied, and the process that saw it was killed.
+
+        Its successor asks anew, and may be told of a failure that the first process has tried anew.
+        """
+        return outcome.reward is None and self.num_started > 1 and self.schedule.may_lose_results
 
 
 def failures_of(slots: Sequence[Any]) -> Iterator[Any]:

@@ -16,6 +16,7 @@ RANGES = [range(at, at + 250) for at in range(0, 2000, 250)]
 FOUND_BUGS = (
     265, 561, 591, 836, 3251, 3307, 3748, 4258, 4291,
     11974, 17214, 35901, 102781, 104367, 106499, 202281, 236848, 2001033,
+    2048914, 2057735, 2079452,
 )  # fmt: skip
 """Seeds of other ranges that have found a bug, of the product or of the oracle."""
 

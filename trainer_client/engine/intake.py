@@ -263,6 +263,7 @@ class Intake:
                 self._unstored_bytes -= payload.content.num_bytes
                 continue
             if not self._room.admit(payload.content.num_bytes):
+                self._core.payloads.free_kept()
                 break
             self._store_first()
         # Measured also while there is room: other clients fill the store too.

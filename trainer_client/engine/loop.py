@@ -240,6 +240,7 @@ class Loop:
             for action in self._take_up(self._inbox.get_nowait(), now):
                 if isinstance(action, do.Free):
                     names += action.names
+        self.state.core.payloads.free_kept()
         names += self.state.core.payloads.take_to_free()
         # While its lane still hangs the store does: the caller must not hang with it.
         is_hanging = any(one.is_alive() for one in self._workers[do.Free.lane])

@@ -42,6 +42,8 @@ class Payload:
     """The bytes (`encoding.Content`), until they are stored."""
     users: dict[PayloadUser, None] = field(default_factory=dict)
     """Whoever needs it. Without users it is freed, under way at the moment it has arrived."""
+    is_foreign: bool = False
+    """Whether an earlier process has stored it."""
 
 
 @dataclass(slots=True, eq=False)

@@ -24,6 +24,9 @@ class PayloadLedger:
         self._by_digest: dict[str, Payload] = {}
         self._by_name: dict[str, Payload] = {}
         self._to_free: list[str] = []
+        self._kept: dict[str, None] = {}
+        """Names of foreign payloads that nothing here needs. Another ticket of that process may: content that several
+        tickets have is stored once, and this process knows of the tickets alone that it has resumed."""
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -46,9 +49,12 @@ class PayloadLedger:
 
     def use_foreign(self, name: str, digest: str, user: PayloadUser) -> None:
         """Use a payload that an earlier process stored, for as long as `user` needs it."""
+        self._kept.pop(name, None)
         payload = self._by_name.get(name)
         if payload is None:
-            payload = self._by_name[name] = Payload(name, digest, PayloadStage.STORED)
+            payload = self._by_name[name] = Payload(
+                name, digest, PayloadStage.STORED, is_foreign=True
+            )
         self.share(payload, user)
 
     @staticmethod
@@ -110,8 +116,20 @@ class PayloadLedger:
 
     def free_unused(self, names: Iterable[str]) -> None:
         """Free what is in the store, as others say, and what nothing here needs."""
-        unused = [name for name in names if name not in self._by_name]
+        known = self._by_name.keys() | self._kept.keys()
+        unused = [name for name in names if name not in known]
         self._to_free.extend(dict.fromkeys(unused))
+
+    def keep_unused(self, names: Iterable[str]) -> None:
+        """Foreign payloads are in the store, as others say; those that nothing here needs are kept."""
+        for name in names:
+            if name not in self._by_name:
+                self._kept[name] = None
+
+    def free_kept(self) -> None:
+        """Free the foreign payloads that nothing here needs: this process ends, or needs their room."""
+        self._to_free.extend(self._kept)
+        self._kept.clear()
 
     def take_to_free(self) -> list[str]:
         """Names that nothing needs any more; the caller frees them."""
@@ -122,11 +140,14 @@ class PayloadLedger:
         del self._by_name[payload.name]
         if self._by_digest.get(payload.digest) is payload:
             del self._by_digest[payload.digest]
-        if payload.stage is PayloadStage.STORED:
+        if payload.is_foreign:
+            self._kept[payload.name] = None
+        elif payload.stage is PayloadStage.STORED:
             self._to_free.append(payload.name)
 
     def check(self) -> None:
         """Every payload has users, or is on its way into the store; both sides know of each other."""
+        assert self._kept.keys().isdisjoint(self._by_name)
         for name, payload in self._by_name.items():
             assert payload.name == name
             assert payload.users or payload.stage is PayloadStage.STORING, name

@@ -194,7 +194,7 @@ class EngineState:
                     if not awaited.is_ended:
                         self.core.payloads.use_foreign(name, payload_digest, awaited)
         # What was answered before its payloads were known here needs them no more.
-        self.core.payloads.free_unused(name for _, name, _ in event.payloads)
+        self.core.payloads.keep_unused(name for _, name, _ in event.payloads)
 
     def _on_freed(self, _event: ev.Freed) -> None:
         self.core.freed()

@@ -146,7 +146,25 @@ def test_a_payload_of_an_earlier_process_lives_as_long_as_it_is_needed(ledger, u
     ledger.release(first)
     assert ledger.take_to_free() == []
     ledger.release(second)
+    assert ledger.names_in_use() == []
+    assert ledger.take_to_free() == [], "another ticket of that process may need it"
+    ledger.free_kept()
     assert ledger.take_to_free() == ["earlier.digest1"]
+    ledger.free_kept()
+    assert ledger.take_to_free() == [], "a name is given once"
+
+
+def test_a_payload_of_an_earlier_process_that_is_needed_again_is_not_freed(ledger, users):
+    first, second = users
+    ledger.use_foreign("earlier.digest1", "digest1", first)
+    ledger.release(first)
+    ledger.keep_unused(["earlier.digest1", "earlier.digest2"])
+    ledger.free_unused(["earlier.digest1", "own.digest3"])
+    ledger.use_foreign("earlier.digest1", "digest1", second)
+    ledger.keep_unused(["earlier.digest1"])
+    ledger.free_kept()
+    assert ledger.take_to_free() == ["own.digest3", "earlier.digest2"]
+    assert ledger.names_in_use() == ["earlier.digest1"]
 
 
 def test_content_is_stored_under_an_own_name_also_if_an_earlier_process_has_stored_it(ledger, users):

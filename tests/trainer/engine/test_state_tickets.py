@@ -95,7 +95,7 @@ def test_a_lost_message_of_an_earlier_process_whose_request_is_gone_fails_its_sa
     assert "left the payload store" in slot.outcome_for("PickScore").failure.message
 
 
-def test_the_payloads_of_an_earlier_process_live_on_and_are_freed_with_the_answer(single):
+def test_the_payloads_of_an_earlier_process_live_on_until_the_client_is_closed(single):
     before = in_flight(single)
     (payload,) = single.awaited(before).payloads
     after = successor(single)
@@ -104,7 +104,41 @@ def test_the_payloads_of_an_earlier_process_live_on_and_are_freed_with_the_answe
     after.run()
     assert payload.name in after.state.core.payloads.names_in_use()
     after.answer(slot)
+    after.run()
+    assert payload.name in after.stored
+    assert payload.name not in after.state.core.payloads.names_in_use(), "it is not renewed any more"
     after.assert_nothing_is_left()
+
+
+def test_what_two_tickets_have_is_there_for_the_second_after_the_first_is_answered(engine):
+    slots = [engine.submit(1, step=0), engine.submit(1, step=1)]
+    engine.run()
+    engine.wait(LINGER_S)
+    (payload,) = engine.awaited(slots[0]).payloads
+    tickets = [engine.ticket(slot) for slot in slots]
+    after = successor(engine)
+    for ticket in tickets:
+        (slot,) = after.resume(ticket)
+        after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+        after.run()
+        assert payload.name in after.stored
+        after.answer(slot)
+        after.run()
+    after.assert_nothing_is_left()
+
+
+def test_the_payloads_of_an_earlier_process_make_room_for_new_ones(single):
+    before = in_flight(single)
+    (payload,) = single.awaited(before).payloads
+    after = successor(single)
+    (slot,) = after.resume(single.ticket(before))
+    after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    after.answer(slot)
+    after.run()
+    after.state.intake._room._max_bytes = after.store_bytes = 15
+    after.submit(2)
+    after.wait(1.0)
+    assert payload.name not in after.stored
 
 
 def test_the_payloads_of_an_earlier_process_are_freed_also_if_the_answer_comes_before_they_are_known(single):
