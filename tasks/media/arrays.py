@@ -15,6 +15,12 @@ PixelsTHWC = npt.NDArray[np.uint8]
 """uint8 `(T, H, W, 3)`, RGB."""
 
 
+def flat(data: Any) -> Any:
+    """Contiguous bytes-like data, an array too, as plain bytes in a row."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else b""
+
+
 def is_tensor(value: Any) -> bool:
     """Whether `value` is a torch tensor; torch is never imported for it."""
     torch = sys.modules.get("torch")

@@ -16,6 +16,8 @@ from typing import Any
 import xxhash
 from blake3 import blake3
 
+from tasks.media.arrays import flat
+
 IDENTITY_DIGITS = 32
 CHECKSUM_DIGITS = 16
 
@@ -29,7 +31,7 @@ def digest(data: Any) -> str:
     Args:
         data: Contiguous bytes: an array, a `bytes`, a view.
     """
-    view = _flat(data)
+    view = flat(data)
     checksum, identity = xxhash.xxh3_64(), blake3()
     for start in range(0, len(view), PIECE_BYTES):
         piece = view[start : start + PIECE_BYTES]
@@ -42,10 +44,4 @@ def digest(data: Any) -> str:
 
 def fits(data: Any, known: str) -> bool:
     """Whether bytes are those that have the digest `known`, by its checksum alone."""
-    return xxhash.xxh3_64_hexdigest(_flat(data)) == known[IDENTITY_DIGITS:]
-
-
-def _flat(data: Any) -> Any:
-    """The bytes in a row: an array of no size has none."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else b""
+    return xxhash.xxh3_64_hexdigest(flat(data)) == known[IDENTITY_DIGITS:]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import RedisUnreachableError, SettingsError
+from tasks.media.arrays import flat
 from tasks.payloads.buffers import Buffers
 from tasks.payloads.folder import Folder, capacity_of
 from tasks.payloads.names import MAX_REQUEST_BYTES, run_of
 from tasks.payloads.spare_files import SpareFiles
-from tasks.payloads.store import Data, flat
+from tasks.payloads.store import Data
 
 _NAME = re.compile(r"[\w~-][\w.~-]{0,199}", re.ASCII)
 
@@ -124,12 +125,9 @@ class FileStore:
 
     def bytes_in_use(self) -> int:
         self.sweep()
-        num_bytes = 0
         with self._opened() as fd:
-            for name, found in () if fd is None else self._files(fd):
-                if not name.startswith(self.SPARE):
-                    num_bytes += found.st_size
-        return num_bytes
+            payloads = () if fd is None else self._payloads(fd)
+            return sum(one.st_size for _, one in payloads)
 
     def sweep(self) -> int:
         """Drop the files that have expired; returns how many."""
@@ -148,9 +146,8 @@ class FileStore:
     def bytes_by_run(self) -> dict[str, int]:
         found: Counter[str] = Counter()
         with self._opened() as fd:
-            for name, one in () if fd is None else self._files(fd):
-                if not name.startswith(self.SPARE):
-                    found[run_of(name.removeprefix("."))] += one.st_size
+            for name, one in () if fd is None else self._payloads(fd):
+                found[run_of(name.removeprefix("."))] += one.st_size
         return dict(found)
 
     def value_bytes(self) -> int:
@@ -247,7 +244,8 @@ class FileStore:
         return f"{name}{self.SUFFIX}"
 
     def _files(self, fd: int) -> Iterator[tuple[str, os.stat_result]]:
-        """Our payloads, and those that are being written. A file that claims more than there can be is none of ours."""
+        """Our payloads, those that are being written, and spare files. A file that claims more than there can be is
+        none of ours."""
         most_bytes = capacity_of(fd)
         for name in os.listdir(fd):
             if not name.endswith(self.SUFFIX):
@@ -256,6 +254,12 @@ class FileStore:
             if found is None or not self._folder.is_ours(found):
                 continue
             if found.st_size <= most_bytes:
+                yield name, found
+
+    def _payloads(self, fd: int) -> Iterator[tuple[str, os.stat_result]]:
+        """Our payloads, and those that are being written."""
+        for name, found in self._files(fd):
+            if not name.startswith(self.SPARE):
                 yield name, found
 
     def _sweep_now_and_then(self) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from tasks import keys
+from tasks.media.arrays import flat
 from tasks.payloads.buffers import Buffers
 from tasks.payloads.names import num_parts, run_of
-from tasks.payloads.store import Data, flat
+from tasks.payloads.store import Data
 from tasks.servers.connections import (
     DEFAULT_SENTINELS,
     check_eviction,
@@ -101,6 +102,7 @@ class RedisStore:
     def _put(self, data_of: Mapping[str, Any], ttl_ms: int) -> None:
         with self._redis.pipeline(transaction=False) as pipe:
             for key, data in data_of.items():
+                # redis-py takes neither arrays nor views of another shape.
                 pipe.set(key, flat(data), px=ttl_ms)
             for batch in _in_batches(list(data_of)):
                 self._count(pipe, batch, ttl_ms)

@@ -9,12 +9,6 @@ Data = bytes | bytearray
 """The bytes of a payload; a bytearray where it was put into its place part by part."""
 
 
-def flat(data: Any) -> Any:
-    """Bytes-like data as plain bytes in a row; redis-py takes neither arrays nor views of another shape."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else b""
-
-
 class PayloadStore(Protocol):
     """Where payloads are. Safe between threads."""
 

@@ -115,12 +115,8 @@ class Preprocessing:
 
     def _resized_tensor(self, image: Image.Image, device: Any) -> torch.Tensor:
         levels = _levels(image).to(device).float()
-        resized = self._resized(levels)
-        cut = self._cut(resized)
-        is_as_it_was = resized is levels
-        if is_as_it_was or not self.to_levels:
-            return cut
-        return cut.clamp(0.0, 255.0).round()
+        cut = self._cut(self._resized(levels))
+        return cut.clamp(0.0, 255.0).round() if self.to_levels else cut
 
     def _resized(self, levels: torch.Tensor) -> torch.Tensor:
         """Levels `(3, H, W)` in the size that the tower wants, in their dtype."""

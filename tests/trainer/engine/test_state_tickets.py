@@ -13,7 +13,7 @@ from tests.trainer.engine.by_hand import (
 )
 from trainer_client.engine import actions as do
 from trainer_client.engine.chunk_accumulator import LINGER_S
-from trainer_client.engine.model import Slot
+from trainer_client.engine.model import Payload, Slot
 from trainer_client.engine.states import SentBy, State
 
 
@@ -95,12 +95,18 @@ def test_a_lost_message_of_an_earlier_process_whose_request_is_gone_fails_its_sa
     assert "left the payload store" in slot.outcome_for("PickScore").failure.message
 
 
-def test_the_payloads_of_an_earlier_process_live_on_until_the_client_is_closed(single):
-    before = in_flight(single)
-    (payload,) = single.awaited(before).payloads
-    after = successor(single)
-    (slot,) = after.resume(single.ticket(before))
+def resumed_with_media(engine: EngineByHand) -> tuple[EngineByHand, Slot, Payload]:
+    """A successor that has resumed a sample in flight, the sample, and the media of it that the request names."""
+    before = in_flight(engine)
+    (payload,) = engine.awaited(before).payloads
+    after = successor(engine)
+    (slot,) = after.resume(engine.ticket(before))
     after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    return after, slot, payload
+
+
+def test_the_payloads_of_an_earlier_process_live_on_until_the_client_is_closed(single):
+    after, slot, payload = resumed_with_media(single)
     after.run()
     assert payload.name in after.state.core.payloads.names_in_use()
     after.answer(slot)
@@ -128,11 +134,7 @@ def test_what_two_tickets_have_is_there_for_the_second_after_the_first_is_answer
 
 
 def test_the_payloads_of_an_earlier_process_make_room_for_new_ones(single):
-    before = in_flight(single)
-    (payload,) = single.awaited(before).payloads
-    after = successor(single)
-    (slot,) = after.resume(single.ticket(before))
-    after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    after, slot, payload = resumed_with_media(single)
     after.answer(slot)
     after.run()
     after.state.intake._room._max_bytes = after.store_bytes = 15
@@ -142,11 +144,7 @@ def test_the_payloads_of_an_earlier_process_make_room_for_new_ones(single):
 
 
 def test_the_payloads_of_an_earlier_process_are_freed_also_if_the_answer_comes_before_they_are_known(single):
-    before = in_flight(single)
-    (payload,) = single.awaited(before).payloads
-    after = successor(single)
-    (slot,) = after.resume(single.ticket(before))
-    after.named = [(after.awaited(slot).address, payload.name, payload.digest)]
+    after, slot, _ = resumed_with_media(single)
     after.answer(slot)
     after.assert_nothing_is_left()
 
